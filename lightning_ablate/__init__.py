@@ -1,0 +1,8 @@
+"""Evaluates neuron ablation in transformers: what a model loses, and what to put in a neuron's place."""
+
+from lightning_ablate.callback import AblationCallback
+from lightning_ablate.metrics import Scored
+from lightning_ablate.modules import AblationModule, CausalLM, ImageClassifier, MaskedLM
+from lightning_ablate.results import Results
+
+__all__ = ["AblationCallback", "AblationModule", "CausalLM", "ImageClassifier", "MaskedLM", "Results", "Scored"]

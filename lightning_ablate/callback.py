@@ -1,0 +1,227 @@
+"""The Lightning callback that calibrates and sweeps."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_ablate import report
+from lightning_ablate.calibration import Calibration
+from lightning_ablate.errors import ConfigError, StatisticsError, TargetError
+from lightning_ablate.masks import NeuronChoice, RandomNeurons
+from lightning_ablate.methods import AblationMethod, method_named
+from lightning_ablate.modules import AblationModule
+from lightning_ablate.results import Results
+from lightning_ablate.sites import find_sites, fingerprint
+from lightning_ablate.statistics import ActivationStatistic, Moments
+from lightning_ablate.sweep import Sweep, distinct_conditions
+
+PAPER_FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+PAPER_SEEDS = (42, 123, 456)
+CHECKPOINT = "ablation.ckpt"
+
+
+class AblationCallback(lightning.Callback):
+    """Gathers statistics in the calibration epochs of ``fit``, and sweeps all conditions in the validation epoch.
+
+    The number of epochs follows from the methods (one; two with ``peak``), so the Trainer's ``max_epochs`` and
+    ``check_val_every_n_epoch`` are set here. ``fit`` leaves the checkpoint ``ablation.ckpt`` in the run's folder before
+    it sweeps; ``validate`` with it sweeps again.
+
+    Args:
+        methods: what replaces a neuron: names (``zero``, ``mean``, ``peak``, ``resample-characters``,
+            ``resample-ids``, ``resample-generated``, ``resample-pixels``), instances, or class paths of subclasses of
+            :class:`~lightning_ablate.methods.AblationMethod`.
+        fractions: shares of each site's neurons, 0 to 1.
+        seeds: of the choice of neurons, and of what a method draws.
+        sites: shell-style patterns of module paths (``*.0.attn.c_proj``); None takes every attention layer.
+        choice: which neurons go; None takes them at random.
+
+    Attributes:
+        results: the figures, once the sweep has ended.
+    """
+
+    def __init__(
+        self,
+        methods: Sequence[AblationMethod | str] = ("zero", "mean", "peak"),
+        fractions: Sequence[float] = PAPER_FRACTIONS,
+        seeds: Sequence[int] = PAPER_SEEDS,
+        sites: Sequence[str] | str | None = None,
+        choice: NeuronChoice | None = None,
+    ) -> None:
+        self.methods = [method_named(method) if isinstance(method, str) else method for method in methods]
+        self.fractions, self.seeds = tuple(fractions), tuple(seeds)
+        self.patterns = (sites,) if isinstance(sites, str) else tuple(sites or ())
+        self.choice = choice or RandomNeurons()
+        self.conditions = distinct_conditions(self.methods, self.fractions, self.seeds)
+        self.results: Results | None = None
+        self._folder: Path | None = None
+        self._target = ""
+        self._saved: dict[str, Any] = {}
+        self._partial: list[str] = []
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Sets the number of epochs, before anything is loaded.
+
+        Raises:
+            ConfigError: if the module or the Trainer's limits don't fit.
+        """
+        if not isinstance(pl_module, AblationModule):
+            raise ConfigError(f"AblationCallback needs an AblationModule, got a {type(pl_module).__name__}")
+        trainer.num_sanity_val_steps = 0
+        if stage == TrainerFn.FITTING:
+            _plan_epochs(trainer, max(kind.epoch() + 1 for kind in self._kinds()))
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
+        """Finds the sites of the target, which is on its device by now."""
+        self._begin(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
+        """Makes the statistics of this epoch."""
+        _calibration(pl_module).start(trainer.current_epoch)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
+        """Merges the ranks; the last epoch's are merged by the validation epoch, which runs before this."""
+        _calibration(pl_module).finish()
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
+        """Completes the statistics, or takes them from the checkpoint, and prepares the sweep.
+
+        Raises:
+            TargetError: if the checkpoint is of another target.
+            StatisticsError: if a method's statistics are missing.
+        """
+        if trainer.state.fn == TrainerFn.FITTING:
+            _calibration(pl_module).finish()
+            self._note_partial("calibration", trainer.fit_loop.batch_idx + 1, trainer.train_dataloader)
+            statistics = _calibration(pl_module).state_dict()
+            self._saved = {"target": self._target, "name": pl_module.name, "statistics": statistics}
+            if self._folder is not None:
+                trainer.save_checkpoint(self._folder / CHECKPOINT, weights_only=False)
+        else:
+            self._begin(trainer, pl_module)
+            self._restore(_calibration(pl_module))
+        pl_module.sweep = Sweep(_calibration(pl_module), self.methods, self.fractions, self.seeds, self.choice)
+        pl_module.sweep.prepare()
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
+        """Computes the results on every rank, and writes them on the first."""
+        if pl_module.sweep is None:
+            return
+        figures = pl_module.sweep.metrics.compute()
+        self._note_partial("evaluation", int(trainer.num_val_batches[0]), trainer.val_dataloaders)
+        self.results = Results.of(
+            pl_module.sweep.conditions,
+            {name: value.cpu() for name, value in figures.items()},
+            model=pl_module.name,
+            data=_data_facts(trainer)["name"],
+            classes=pl_module.sweep.classes,
+            partial=self._partial,
+        )
+        self._write(trainer, pl_module, self.results)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the methods need, and what it was gathered on."""
+        return self._saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes it from a checkpoint; whether it fits is checked before it is used."""
+        self._saved = state_dict
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: AblationModule, stage: str) -> None:  # type: ignore[override]
+        """Lets the sweep go, which holds tensors on the device."""
+        pl_module.sweep = None
+
+    def _kinds(self) -> list[type[ActivationStatistic]]:
+        # the mean is always gathered: it costs little, and it names the site of a non-finite activation
+        return [Moments, *(kind for method in self.methods for kind in method.statistics)]
+
+    def _begin(self, trainer: lightning.Trainer, module: AblationModule) -> None:
+        self.results, self._partial = None, []
+        module.configure_model()
+        sites = find_sites(module.target, self.patterns)
+        self._target = fingerprint(module.target)
+        module.calibration = Calibration(module.target, sites, self._kinds(), module.device)
+        log_dir = None if _fast(trainer) else trainer.log_dir
+        folder = report.fresh_folder(Path(log_dir)) if log_dir is not None and trainer.is_global_zero else None
+        self._folder = trainer.strategy.broadcast(folder)
+
+    def _restore(self, calibration: Calibration) -> None:
+        if not self._saved:
+            return
+        if self._saved["target"] != self._target:
+            raise TargetError(
+                f"the checkpoint is of another target: {self._saved['name']} with the weights "
+                f"{self._saved['target'][:12]}, here are {self._target[:12]}; run `fit` on this one"
+            )
+        calibration.load_state_dict(self._saved["statistics"])
+
+    def _note_partial(self, what: str, seen: int, loader: Any) -> None:
+        try:
+            whole = len(loader)
+        except TypeError:  # a loader without a length
+            return
+        if seen < whole:
+            self._partial.append(f"{what} was cut to {seen} of {whole} batches")
+
+    @rank_zero_only
+    def _write(self, trainer: lightning.Trainer, module: AblationModule, results: Results) -> None:
+        lines = ["", results.table()]
+        if self._folder is not None:
+            paths = report.save(results, self._folder, self._facts(trainer, module))
+            if trainer.state.fn == TrainerFn.FITTING:
+                paths.append(self._folder / CHECKPOINT)
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    paths.append(report.tensorboard(results, self._folder))
+                    logger.experiment.add_figure("degradation", report.degradation(results))
+                    lines += ["", f"TensorBoard: tensorboard --logdir {logger.root_dir}"]
+            lines[2:2] = ["", *(str(path) for path in paths)]
+        print("\n".join(lines), flush=True)
+
+    def _facts(self, trainer: lightning.Trainer, module: AblationModule) -> dict[str, Any]:
+        calibration = _calibration(module)
+        return {
+            "target": {**module.describe(), "sha256": self._target},
+            "data": _data_facts(trainer),
+            "methods": [method.name for method in self.methods],
+            "fractions": self.fractions,
+            "seeds": self.seeds,
+            "choice": type(self.choice).__name__,
+            "sites": {site.name: site.width for site in calibration.sites},
+            "precision": str(trainer.precision),
+            "accelerator": type(trainer.accelerator).__name__,
+            "processes": trainer.world_size,
+        }
+
+
+def _calibration(module: AblationModule) -> Calibration:
+    if module.calibration is None:
+        raise StatisticsError("the calibration has not begun: the target's sites are found when `fit` starts")
+    return module.calibration
+
+
+def _plan_epochs(trainer: lightning.Trainer, epochs: int) -> None:
+    if trainer.max_steps != -1 and not _fast(trainer):
+        raise ConfigError(f"max_steps is {trainer.max_steps}; shorten the calibration with limit_train_batches instead")
+    if trainer.val_check_interval not in (None, 1.0):
+        raise ConfigError(f"val_check_interval is {trainer.val_check_interval}, expected 1.0: calibration comes first")
+    trainer.fit_loop.epoch_loop.max_steps = -1
+    trainer.fit_loop.max_epochs = epochs
+    trainer.check_val_every_n_epoch = epochs
+
+
+def _fast(trainer: lightning.Trainer) -> bool:
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def _data_facts(trainer: lightning.Trainer) -> dict[str, Any]:
+    data = getattr(trainer, "datamodule", None)
+    if data is None:
+        return {"name": "data"}
+    describe = getattr(data, "describe", None)
+    return describe() if describe is not None else {"name": getattr(data, "name", type(data).__name__)}

@@ -1,0 +1,92 @@
+"""The command line: LightningCLI with an AblationCallback, and a default that runs."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import yaml
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from lightning_ablate.callback import AblationCallback
+from lightning_ablate.data.demo import Digits, PythonTexts
+from lightning_ablate.data.image import ImageData
+from lightning_ablate.data.text import TextData
+from lightning_ablate.errors import TargetError, loading
+from lightning_ablate.modules import AblationModule, CausalLM, ImageClassifier, MaskedLM
+from lightning_ablate.progress import SweepProgressBar
+
+# importing these makes their bare names work as class paths
+NAMED = (CausalLM, MaskedLM, ImageClassifier, TextData, ImageData, PythonTexts, Digits)
+DEFAULT_CONFIG = Path(__file__).parent / "demo" / "default.yaml"
+
+
+class ConfigInCheckpoint(SaveConfigCallback):
+    """Saves the configuration beside the results, and in the checkpoint, so that ``validate`` needs nothing else."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The configuration as YAML."""
+        return {"config": self.parser.dump(self.config, skip_none=False)}
+
+
+class AblationCLI(LightningCLI):
+    """Runs ``fit`` and ``validate``. Without a ``--config``, options start from the demo's, or the checkpoint's."""
+
+    def __init__(self, args: ArgsType = None) -> None:
+        super().__init__(
+            AblationModule,
+            lightning.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=ConfigInCheckpoint,
+            seed_everything_default=0,
+            trainer_defaults={"enable_checkpointing": False, "max_epochs": 1},
+            auto_configure_optimizers=False,
+            args=_with_start(sys.argv[1:] if args is None else args),
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """``fit`` calibrates and sweeps, ``validate`` sweeps."""
+        return {name: LightningCLI.subcommands()[name] for name in ("fit", "validate")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds ``--ablation``."""
+        parser.add_lightning_class_args(AblationCallback, "ablation")
+
+    def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
+        """Adds the progress bar, unless there is another one or none is wanted."""
+        options = self._get(self.config_init, "trainer")
+        callbacks = options.get("callbacks") or []
+        wanted = options.get("enable_progress_bar") is not False
+        if wanted and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            kwargs["callbacks"] = [*callbacks, SweepProgressBar()]
+        return super().instantiate_trainer(**kwargs)
+
+
+def _with_start(args: Any) -> Any:
+    """Puts the configuration to start from before the user's own options."""
+    if not isinstance(args, Sequence) or not args or args[0] not in AblationCLI.subcommands():
+        return args
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    known.add_argument("-c", "--config")
+    known.add_argument("--ckpt_path")
+    given, _ = known.parse_known_args(list(args[1:]))
+    if args[0] == "validate" and given.ckpt_path:
+        return [args[0], "--config", _config_of(given.ckpt_path), *args[1:]]
+    return list(args) if given.config else [args[0], "--config", str(DEFAULT_CONFIG), *args[1:]]
+
+
+def _config_of(checkpoint: str) -> str:
+    """The configuration in a checkpoint, without what only ``fit`` knows."""
+    import torch
+
+    if not Path(checkpoint).is_file():
+        raise TargetError(f"the checkpoint {checkpoint!r} does not exist; `fit` leaves one in its run's folder")
+    with loading(checkpoint, TargetError):
+        callbacks = torch.load(checkpoint, map_location="cpu", weights_only=True)["callbacks"]
+        config = yaml.safe_load(callbacks[ConfigInCheckpoint.__qualname__]["config"])
+    return yaml.safe_dump({key: config[key] for key in ("seed_everything", "trainer", "model", "data", "ablation")})

@@ -1,0 +1,7 @@
+"""LightningDataModules: the train loader is the calibration data, the val loader the evaluation data."""
+
+from lightning_ablate.data.base import AblationDataModule, ExactSampler, Examples
+from lightning_ablate.data.image import ImageData
+from lightning_ablate.data.text import TextData
+
+__all__ = ["AblationDataModule", "ExactSampler", "Examples", "ImageData", "TextData"]

@@ -1,0 +1,149 @@
+"""What the data modules share: two sets of examples, each counted exactly once on any number of ranks."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import lightning
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.distributed import DistributedSampler
+
+from lightning_ablate.errors import ConfigError, DataError
+
+Purpose = Literal["calibration", "evaluation"]
+FILLER = -1
+
+
+class Examples(Dataset[dict[str, Any]], ABC):
+    """A set of examples, which are dicts of tensors."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many there are."""
+
+    @abstractmethod
+    def example(self, index: int) -> dict[str, Any]:
+        """One of them."""
+
+    @abstractmethod
+    def content(self, index: int) -> bytes:
+        """What identifies an example in the fingerprint."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """An example and its ``index``; the filler is the first example, and its index stays below 0."""
+        return {**self.example(max(index, 0)), "index": index}
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all examples, in hexadecimal."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            digest.update(hashlib.sha256(self.content(index)).digest())
+        return digest.hexdigest()
+
+
+class ExactSampler(DistributedSampler[int]):
+    """Deals the examples to the ranks in turn, and fills the short ranks with :data:`FILLER` in place of a repetition.
+
+    Every rank gets the same number of batches of the same shape. It is a DistributedSampler so that Lightning keeps it.
+
+    Args:
+        examples: how many there are.
+        batch_size: of each rank.
+        rank: of this process.
+        world_size: number of processes.
+
+    Example:
+        >>> [list(ExactSampler(3, batch_size=2, rank=rank, world_size=2)) for rank in (0, 1)]
+        [[0, 2], [1, -1]]
+    """
+
+    def __init__(self, examples: int, batch_size: int, rank: int, world_size: int) -> None:
+        Sampler.__init__(self)
+        self.examples, self.rank, self.world_size = examples, rank, world_size
+        share = -(-examples // world_size)
+        self.share = share if world_size == 1 else -(-share // batch_size) * batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        """This rank's examples, then fillers."""
+        own = range(self.rank, self.examples, self.world_size)
+        yield from own
+        yield from [FILLER] * (self.share - len(own))
+
+    def __len__(self) -> int:
+        """How many this rank gets, fillers included."""
+        return self.share
+
+    def set_epoch(self, epoch: int) -> None:
+        """Does nothing: the order is the same in every epoch."""
+
+
+class AblationDataModule(lightning.LightningDataModule, ABC):
+    """Calibration and evaluation examples. Subclass it to bring data of another form.
+
+    Args:
+        name: what results call the data.
+        batch_size: examples per forward pass and process.
+        num_workers: processes that load batches ahead; 0 loads them in the main one.
+    """
+
+    name: str
+
+    def __init__(self, name: str, *, batch_size: int, num_workers: int = 0) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}, expected at least 1")
+        self.name, self.batch_size, self.num_workers = name, batch_size, num_workers
+        self.examples: dict[Purpose, Examples] = {}
+
+    @abstractmethod
+    def load(self, purpose: Purpose) -> Examples:
+        """Reads the examples for a purpose, the same ones on every rank.
+
+        Raises:
+            DataError: if there are none, or fewer than asked.
+        """
+
+    def describe(self) -> dict[str, Any]:
+        """What run.json says about the data."""
+        return {
+            "class": f"{type(self).__module__}.{type(self).__qualname__}",
+            "name": self.name,
+            "batch_size": self.batch_size,
+            **{purpose: {"examples": len(e), "sha256": e.fingerprint()} for purpose, e in self.examples.items()},
+        }
+
+    def setup(self, stage: str) -> None:
+        """Loads the evaluation examples, and for ``fit`` those for calibration."""
+        purposes: tuple[Purpose, ...] = ("evaluation", "calibration") if stage == "fit" else ("evaluation",)
+        for purpose in purposes:
+            if purpose not in self.examples:
+                self.examples[purpose] = self.load(purpose)
+            if not len(self.examples[purpose]):
+                raise DataError(f"{self.name} has no {purpose} examples")
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """The calibration data, in the same order every epoch."""
+        return self._loader("calibration")
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """The evaluation data."""
+        return self._loader("evaluation")
+
+    def _loader(self, purpose: Purpose) -> DataLoader[dict[str, Any]]:
+        examples, trainer = self.examples[purpose], self.trainer
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        sampler = ExactSampler(len(examples), self.batch_size, rank, world_size)
+        return DataLoader(
+            examples,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+
+def example_tensors(example: Mapping[str, Tensor]) -> bytes:
+    """The bytes of an example's tensors, for its fingerprint."""
+    return b"".join(name.encode() + tensor.contiguous().numpy().tobytes() for name, tensor in sorted(example.items()))

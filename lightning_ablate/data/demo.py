@@ -1,0 +1,135 @@
+"""Real data that comes with Python and scikit-learn, so that the demo needs no network."""
+
+import hashlib
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lightning_ablate.data.base import Purpose
+from lightning_ablate.data.image import ImageData
+from lightning_ablate.data.text import TextData
+
+Role = Literal["train", "calibration", "evaluation"]
+ROLES: tuple[Role, ...] = get_args(Role)
+
+# Split out of the standard library by some distributions, generated, or (pydoc_data) counted as topics already.
+_UNEVEN_MODULES = frozenset(
+    "__pycache__ distutils encodings ensurepip idlelib lib2to3 pydoc_data site-packages test tkinter turtledemo".split()
+)
+_PASSAGE_CHARACTERS = 1_200
+
+
+class PythonTexts(TextData):
+    """CPython's documentation and sources, held out from the training of the embedded language models.
+
+    Args:
+        name: what results call the data.
+        options: see :class:`~lightning_ablate.data.TextData`.
+    """
+
+    def __init__(self, name: str = "python-texts", **options: Any) -> None:
+        super().__init__(name, **options)
+
+    def documents(self, purpose: Purpose) -> list[str]:
+        """The passages for a purpose."""
+        return python_texts(purpose)
+
+
+class Digits(ImageData):
+    """scikit-learn's digits: evaluates on images held out from the training of the embedded ViT.
+
+    Args:
+        name: what results call the data.
+        options: see :class:`~lightning_ablate.data.ImageData`.
+    """
+
+    def __init__(
+        self,
+        name: str = "digits",
+        *,
+        calibration_images: int = 1_348,
+        evaluation_images: int = 449,
+        **options: Any,
+    ) -> None:
+        super().__init__(name, calibration_images=calibration_images, evaluation_images=evaluation_images, **options)
+
+    def source(self, purpose: Purpose) -> Any:
+        """The images for a purpose."""
+        return digits(purpose)
+
+
+def role_of(name: str) -> Role:
+    """The one role a topic or top-level module has: 80% train, 10% calibration, 10% evaluation, by the hash of its name."""
+    bucket = _rank(name) % 10
+    return "calibration" if bucket == 8 else "evaluation" if bucket == 9 else "train"
+
+
+def python_texts(role: Role) -> list[str]:
+    """Passages of CPython's documentation topics and standard-library sources, in an order fixed by their hash.
+
+    The text is that of the running interpreter, so it differs a little between Python versions; names keep their role.
+
+    Args:
+        role: ``"train"`` made the demo targets; ``"calibration"`` and ``"evaluation"`` were never trained on.
+
+    Returns:
+        Distinct passages of about 1,200 characters, cut at blank lines. A passage that also stands in a later role
+        (a licence header, say) is left to that role, so that no two roles share one.
+    """
+    texts = {r: set(_passages(r)) for r in ROLES[ROLES.index(role) :]}
+    later = set().union(*(texts[r] for r in texts if r != role))
+    return sorted(texts[role] - later, key=_rank)
+
+
+def digits(role: Role) -> Any:
+    """scikit-learn's 1,797 handwritten digits, 8x8 grey images, split by index.
+
+    Grey levels 0 to 16 are stored as the multiples of 15 up to 240, which any image library reads back exactly.
+
+    Args:
+        role: ``"evaluation"`` is every fourth image (449), never trained on; ``"train"`` and ``"calibration"`` are
+            the other 1,348.
+
+    Returns:
+        A dataset with the columns ``image`` (PIL, mode L) and ``label`` (0 to 9).
+    """
+    from datasets import ClassLabel, Dataset, Features, Image
+    from sklearn.datasets import load_digits
+
+    source = load_digits()
+    chosen = [i for i in range(len(source.target)) if (i % 4 == 3) == (role == "evaluation")]
+    pixels = (source.images[chosen] * 15).astype("uint8")
+    features = Features({"image": Image(mode="L"), "label": ClassLabel(num_classes=10)})
+    return Dataset.from_dict({"image": list(pixels), "label": source.target[chosen].tolist()}, features=features)
+
+
+def _passages(role: Role) -> list[str]:
+    from pydoc_data.topics import topics
+
+    texts = [text for name, text in topics.items() if role_of(f"topic {name}") == role]
+    for path in _library_files(role):
+        texts.append(path.read_text(encoding="utf-8", errors="replace"))
+    return [passage for text in texts for passage in _cut(text)]
+
+
+def _library_files(role: Role) -> list[Path]:
+    root = Path(sysconfig.get_path("stdlib"))
+    names = sorted(sys.stdlib_module_names - _UNEVEN_MODULES)
+    modules = [name for name in names if "sysconfigdata" not in name and role_of(f"module {name}") == role]
+    single = [path for name in modules if (path := root / f"{name}.py").is_file()]
+    return single + [path for name in modules for path in sorted((root / name).rglob("*.py"))]
+
+
+def _cut(text: str) -> list[str]:
+    passages, current = [], ""
+    for paragraph in text.split("\n\n"):
+        if current and len(current) + len(paragraph) > _PASSAGE_CHARACTERS:
+            passages.append(current.strip("\n"))
+            current = ""
+        current += paragraph + "\n\n"
+    return [passage for passage in (*passages, current.strip("\n")) if passage.strip()]
+
+
+def _rank(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode(errors="replace")).digest()[:8], "big")

@@ -1,0 +1,72 @@
+"""Opens anything that `datasets` can read: a hub name, a local folder, or local files."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning_ablate.errors import DataError, loading
+
+_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
+_COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
+_BUFFER = 10_000
+
+
+def open_source(
+    name: str,
+    *,
+    subset: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    shuffle_seed: int | None = None,
+) -> Any:
+    """One split of a data set.
+
+    Args:
+        name: a hub name; a local folder (of data files, or written by ``save_to_disk``); or a file or glob of parquet,
+            json, jsonl, csv or txt files, which are one split called ``train``. A txt file is one document.
+        subset: which configuration of a hub data set.
+        split: which split.
+        streaming: reads as it goes instead of downloading first.
+        shuffle_seed: shuffles with this seed; None keeps the order.
+
+    Raises:
+        DataError: if it can't be opened.
+    """
+    import datasets
+
+    with loading(name, DataError):
+        if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
+            opened = datasets.load_from_disk(name)
+            source = opened[split] if isinstance(opened, datasets.DatasetDict) else opened
+        elif (builder := _builder(name)) is not None:
+            extra = {"sample_by": "document"} if builder == "text" else {}
+            source = datasets.load_dataset(builder, data_files=name, split=split, streaming=streaming, **extra)
+        else:
+            source = datasets.load_dataset(name, subset, split=split, streaming=streaming)
+    if shuffle_seed is None:
+        return source
+    buffer = {"buffer_size": _BUFFER} if streaming else {}
+    return source.shuffle(seed=shuffle_seed, **buffer)
+
+
+def rows(source: Any, name: str, *columns: str) -> Iterator[dict[str, Any]]:
+    """The rows of a source, checked to hold the columns.
+
+    Raises:
+        DataError: if a column is missing, or a row can't be read.
+    """
+    with loading(name, DataError):
+        for row in source:
+            if missing := [column for column in columns if column not in row]:
+                raise DataError(
+                    f"{name} has no column {missing[0]!r}, it has {', '.join(sorted(row))}; name the right one"
+                )
+            yield row
+
+
+def _builder(name: str) -> str | None:
+    suffixes = [suffix for suffix in Path(name).suffixes if suffix not in _COMPRESSED]
+    builder = _BUILDERS.get(suffixes[-1]) if suffixes else None
+    if builder is not None and "*" not in name and not Path(name).is_file():
+        raise DataError(f"the file {name!r} does not exist")
+    return builder

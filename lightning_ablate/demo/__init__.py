@@ -1,0 +1,23 @@
+"""Three small trained targets that come with the package, and the recipe that made them (see :mod:`.train`)."""
+
+from pathlib import Path
+
+from lightning_ablate.errors import TargetError
+
+_FOLDER = Path(__file__).parent
+_PREFIX = "demo:"
+
+
+def resolve(name: str) -> str:
+    """The folder of an embedded target (``demo:gpt2``, ``demo:roberta``, ``demo:vit``); any other name as it is.
+
+    Raises:
+        TargetError: if no target of that name is embedded.
+    """
+    if not name.startswith(_PREFIX):
+        return name
+    folder = _FOLDER / name.removeprefix(_PREFIX)
+    if not (folder / "config.json").is_file():
+        known = sorted(_PREFIX + path.parent.name for path in _FOLDER.glob("*/config.json"))
+        raise TargetError(f"no target {name!r} is embedded, expected one of {', '.join(known)}")
+    return str(folder)

@@ -1,0 +1,53 @@
+"""What replaces an ablated neuron; one AblationMethod a file."""
+
+import inspect
+from collections.abc import Iterator
+
+from lightning_ablate.errors import ConfigError
+from lightning_ablate.methods.base import Ablation, AblationMethod, Replacement, ablate, constant
+from lightning_ablate.methods.mean import Mean
+from lightning_ablate.methods.peak import Peak
+from lightning_ablate.methods.resample import ResampleCharacters, ResampleGenerated, ResampleIds, ResamplePixels
+from lightning_ablate.methods.zero import Zero
+
+__all__ = [
+    "Ablation",
+    "AblationMethod",
+    "Mean",
+    "Peak",
+    "Replacement",
+    "ResampleCharacters",
+    "ResampleGenerated",
+    "ResampleIds",
+    "ResamplePixels",
+    "Zero",
+    "ablate",
+    "constant",
+    "method_named",
+]
+
+
+def method_named(name: str) -> AblationMethod:
+    """The method whose class has this ``name``, made with its defaults; any imported subclass counts.
+
+    Raises:
+        ConfigError: if there is none.
+
+    Example:
+        >>> method_named("peak").statistics[0].__name__
+        'RangeHistogram'
+    """
+    known = {method.name: method for method in _concrete(AblationMethod)}  # type: ignore[type-abstract]
+    if name not in known:
+        raise ConfigError(
+            f"unknown method {name!r}; expected one of {', '.join(sorted(known))}, "
+            "or the class path of an AblationMethod"
+        )
+    return known[name]()
+
+
+def _concrete(kind: type[AblationMethod]) -> Iterator[type[AblationMethod]]:
+    for subclass in kind.__subclasses__():
+        if not inspect.isabstract(subclass) and "name" in vars(subclass):
+            yield subclass
+        yield from _concrete(subclass)

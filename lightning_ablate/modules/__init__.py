@@ -1,0 +1,7 @@
+"""LightningModules that wrap a target."""
+
+from lightning_ablate.modules.base import AblationModule
+from lightning_ablate.modules.language import CausalLM, LanguageModel, MaskedLM
+from lightning_ablate.modules.vision import ImageClassifier
+
+__all__ = ["AblationModule", "CausalLM", "ImageClassifier", "LanguageModel", "MaskedLM"]

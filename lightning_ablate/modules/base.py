@@ -1,0 +1,130 @@
+"""The LightningModule that wraps a target."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from lightning_ablate.calibration import Calibration
+from lightning_ablate.errors import ConfigError
+from lightning_ablate.metrics import Scored
+from lightning_ablate.sweep import Sweep
+
+
+class AblationModule(lightning.LightningModule, ABC):
+    """Wraps a target and says how it is evaluated. Subclass it to study another kind of model.
+
+    ``build_target`` and ``evaluate`` are all a subclass must give. The target is frozen and stays in eval mode;
+    :class:`~lightning_ablate.AblationCallback` provides ``calibration`` and ``sweep``.
+
+    Args:
+        name: what results call the target.
+
+    Attributes:
+        target: the model under study, once it is built.
+    """
+
+    target: nn.Module
+    calibration: Calibration | None = None
+    sweep: Sweep | None = None
+
+    def __init__(self, name: str | None = None) -> None:
+        super().__init__()
+        self.name = name or type(self).__name__
+        # The target is no part of the checkpoint. DDP refuses to fit a module without a trainable parameter, and
+        # Lightning counts the steps of an optimiser: this is a parameter whose gradient is always 0.
+        self.strict_loading = False
+        self.anchor = nn.Parameter(torch.zeros(1))
+
+    @abstractmethod
+    def build_target(self) -> nn.Module:
+        """Makes the model under study. Called once per process, in Lightning's ``configure_model``."""
+
+    @abstractmethod
+    def evaluate(self, batch: Any) -> Scored:
+        """Runs ``self.target`` on a batch, once.
+
+        Args:
+            batch: what the data loader gives, on the device.
+
+        Returns:
+            The logits ``(n, classes)``, targets ``(n,)`` and example indices ``(n,)`` of the scored positions; a
+            position with an example index below 0 doesn't count.
+        """
+
+    def valid(self, batch: Any) -> Tensor | None:
+        """Which positions enter the statistics: bool, broadcastable to ``(batch, seq)``; None for all of them."""
+        return None
+
+    def unrelated(self, kind: str, seed: int, batch: Any) -> Any:
+        """One unrelated input in the form of ``batch``, with its sequence length and a batch size of 1.
+
+        Args:
+            kind: ``"characters"``, ``"ids"``, ``"generated"`` or ``"pixels"``.
+            seed: of everything that is drawn.
+            batch: whose form it takes, on the device.
+
+        Raises:
+            ConfigError: if this module has no such input.
+        """
+        raise ConfigError(
+            f"the method resample-{kind} needs an unrelated input of the kind {kind!r}, which "
+            f"{type(self).__name__} doesn't make; leave the method out, or override `unrelated`"
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What run.json says about the target."""
+        parameters = list(self.target.parameters())
+        return {
+            "class": f"{type(self).__module__}.{type(self).__qualname__}",
+            "name": self.name,
+            "parameters": sum(p.numel() for p in parameters),
+            "dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
+        }
+
+    def configure_model(self) -> None:
+        """Builds the target and freezes it."""
+        if "target" not in self._modules:
+            self.target = self.build_target().requires_grad_(False)
+            self.target.eval()
+
+    def train(self, mode: bool = True) -> "AblationModule":
+        """Changes the mode of everything but the target, which is never trained."""
+        super().train(mode)
+        if "target" in self._modules:
+            self.target.eval()
+        return self
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Gathers statistics from one batch; the loss is 0."""
+        if self.calibration is None:
+            raise ConfigError("fit needs an AblationCallback: Trainer(callbacks=[AblationCallback()])")
+        with torch.no_grad(), self.calibration.collecting(self.valid(batch)):
+            self.evaluate(batch)
+        return 0.0 * self.anchor.sum()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Evaluates every condition on one batch."""
+        if self.sweep is None:
+            raise ConfigError("validate needs an AblationCallback: Trainer(callbacks=[AblationCallback()])")
+        for kind, seed in self.sweep.unrelated:
+            with self.sweep.reading(kind, seed):
+                self.evaluate(self.unrelated(kind, seed, batch))
+        clean = None
+        for index, condition in enumerate(self.sweep.conditions):
+            with self.sweep.applied(condition):
+                scored = self.evaluate(batch)
+            clean = clean or scored
+            self.sweep.score(index, scored, clean)
+        self.sweep.check_finite()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Plain SGD, whose steps change nothing."""
+        return torch.optim.SGD([self.anchor], lr=0.0)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves the target out."""
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith("target.")}

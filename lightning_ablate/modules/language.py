@@ -1,0 +1,245 @@
+"""Language models from the Hugging Face hub, or from a local folder of the same form."""
+
+import string
+from abc import abstractmethod
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ablate.demo import resolve
+from lightning_ablate.errors import ConfigError, TargetError, loading
+from lightning_ablate.masks import seed_of
+from lightning_ablate.metrics import Scored
+from lightning_ablate.modules.base import AblationModule
+from lightning_ablate.tokens import padding_id, special_frame
+
+TextBatch = Mapping[str, Tensor]
+_CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " "
+
+
+class LanguageModel(AblationModule):
+    """A transformers language model and its tokenizer.
+
+    Batches are mappings of ``input_ids`` and ``attention_mask`` ``(batch, seq)`` int64 and ``index`` ``(batch,)``
+    int64, the example's place in the data, below 0 for examples that only fill a rank's last batch.
+
+    Args:
+        name: a hub name, a local folder, or ``demo:gpt2`` and ``demo:roberta`` for the embedded targets.
+        revision: branch, tag or commit on the hub.
+        dtype: ``auto`` (that of the weights), ``float32``, ``bfloat16`` or ``float16``.
+        attn_implementation: ``eager``, ``sdpa`` or another one that transformers knows; None lets it choose.
+        trust_remote_code: runs the code that comes with a hub model. Off unless you have read that code.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__(name)
+        self.revision, self.dtype_name, self.attn_implementation = revision, dtype, attn_implementation
+        self.trust_remote_code = trust_remote_code
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The target's tokenizer."""
+        from transformers import AutoTokenizer
+
+        with loading(self.name, TargetError):
+            return AutoTokenizer.from_pretrained(
+                resolve(self.name), revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+
+    def valid(self, batch: TextBatch) -> Tensor:
+        """Everything but padding, ``(batch, seq)``."""
+        return batch["attention_mask"].bool() & (batch["index"] >= 0).unsqueeze(1)
+
+    def logits(self, batch: TextBatch) -> Tensor:
+        """The target's logits, ``(batch, seq, vocabulary)``."""
+        return self.target(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+    def unrelated(self, kind: str, seed: int, batch: TextBatch) -> TextBatch:
+        """One sequence of random characters, random token ids, or generated text, as long as those of the batch."""
+        makers = {"characters": self._characters, "ids": self._random_ids, "generated": self._generated}
+        if kind not in makers:
+            return super().unrelated(kind, seed, batch)
+        like = batch["input_ids"]
+        key = (kind, seed, like.shape[1])
+        if key not in self._unrelated_ids:
+            self._unrelated_ids[key] = makers[kind](seed_of(seed, kind), like.shape[1]).cpu()
+        ids = self._unrelated_ids[key].to(like.device).unsqueeze(0)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "index": ids.new_zeros(1), "labels": ids}
+
+    def describe(self) -> dict[str, Any]:
+        """Adds the revision and the attention implementation."""
+        config: Any = self.target.config
+        return super().describe() | {
+            "revision": self.revision or getattr(config, "_commit_hash", None),
+            "attn_implementation": config._attn_implementation,
+        }
+
+    @abstractmethod
+    def _generated(self, seed: int, length: int) -> Tensor: ...
+
+    @cached_property
+    def _unrelated_ids(self) -> dict[tuple[str, int, int], Tensor]:
+        return {}
+
+    def _load(self, auto_class: Any) -> nn.Module:
+        with loading(self.name, TargetError):
+            return auto_class.from_pretrained(
+                resolve(self.name),
+                revision=self.revision,
+                dtype=self.dtype_name,
+                attn_implementation=self.attn_implementation,
+                trust_remote_code=self.trust_remote_code,
+            )
+
+    def _ordinary_ids(self) -> Tensor:
+        special = set(self.tokenizer.all_special_ids)
+        return torch.tensor([i for i in range(len(self.tokenizer)) if i not in special])
+
+    def _framed(self, ids: list[int], length: int) -> Tensor:
+        """As many of ``ids`` as fit into ``length``, between the tokenizer's special tokens."""
+        before, after = special_frame(self.tokenizer)
+        return torch.tensor([*before, *ids[: length - len(before) - len(after)], *after])
+
+    def _characters(self, seed: int, length: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        text = ""
+        ids: list[int] = []
+        while len(ids) < length:
+            drawn = torch.randint(len(_CHARACTERS), (8 * length,), generator=generator)
+            text += "".join(_CHARACTERS[i] for i in drawn.tolist())
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self._framed(ids, length)
+
+    def _random_ids(self, seed: int, length: int) -> Tensor:
+        ordinary = self._ordinary_ids()
+        drawn = torch.randint(len(ordinary), (length,), generator=torch.Generator().manual_seed(seed))
+        return self._framed(ordinary[drawn].tolist(), length)
+
+
+class CausalLM(LanguageModel):
+    """A language model that predicts the next token; scored at every position whose next token isn't padding."""
+
+    def build_target(self) -> nn.Module:
+        """Loads it with AutoModelForCausalLM."""
+        from transformers import AutoModelForCausalLM
+
+        target: Any = self._load(AutoModelForCausalLM)
+        target.config.use_cache = False
+        return target
+
+    def evaluate(self, batch: TextBatch) -> Scored:
+        """Every position, those without a next token marked as not scored."""
+        ids, real = batch["input_ids"], self.valid(batch)
+        example = torch.where(real, batch["index"].unsqueeze(1), -1)
+        targets, example = ids.roll(-1, 1), example.roll(-1, 1)
+        example[:, -1] = -1
+        return Scored(self.logits(batch).flatten(0, 1), targets.flatten(), example.flatten())
+
+    def _generated(self, seed: int, length: int) -> Tensor:
+        """Sampled from the target itself, after its first special token."""
+        start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
+        ids = torch.tensor([[start if start is not None else 0]], device=self.device)
+        with torch.random.fork_rng(devices=_cuda(self.device)):
+            torch.manual_seed(seed)
+            generated = cast(Any, self.target).generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                top_k=0,
+                min_length=length,
+                max_length=length,
+                pad_token_id=padding_id(self.tokenizer),
+            )
+        return generated[0, :length]
+
+
+class MaskedLM(LanguageModel):
+    """A language model that fills in chosen tokens; scored at these.
+
+    Of each example's tokens ``rate`` are chosen: 80% of them are masked, 10% replaced by a random token, 10% kept
+    (Devlin et al. 2019). The draw depends on the seed and the example alone, so every condition, batch size and rank
+    sees the same. Calibration reads the same kind of input.
+
+    Args:
+        name: see :class:`LanguageModel`.
+        rate: share of an example's ordinary tokens that is chosen, above 0 and at most 1; at least one is.
+        mask_seed: of the draw.
+        options: see :class:`LanguageModel`.
+    """
+
+    def __init__(self, name: str, *, rate: float = 0.15, mask_seed: int = 0, **options: Any) -> None:
+        if not 0 < rate <= 1:
+            raise ConfigError(f"rate is {rate}, expected a share of the tokens above 0 and at most 1")
+        super().__init__(name, **options)
+        self.rate, self.mask_seed = rate, mask_seed
+
+    def build_target(self) -> nn.Module:
+        """Loads it with AutoModelForMaskedLM."""
+        from transformers import AutoModelForMaskedLM
+
+        return self._load(AutoModelForMaskedLM)
+
+    def on_before_batch_transfer(self, batch: TextBatch, dataloader_idx: int) -> TextBatch:
+        """Adds ``labels`` (-100 where nothing is asked) and masks ``input_ids``, unless the data bring labels."""
+        if "labels" in batch:
+            return batch
+        inputs, labels = batch["input_ids"].clone(), torch.full_like(batch["input_ids"], -100)
+        for row, index in enumerate(batch["index"].tolist()):
+            inputs[row], labels[row] = self._masked(batch["input_ids"][row], batch["attention_mask"][row], index)
+        return {**batch, "input_ids": inputs, "labels": labels}
+
+    def evaluate(self, batch: TextBatch) -> Scored:
+        """The chosen positions."""
+        chosen = batch["labels"] != -100
+        example = batch["index"].unsqueeze(1).expand_as(chosen)[chosen]
+        return Scored(self.logits(batch)[chosen], batch["labels"][chosen], example)
+
+    def _masked(self, ids: Tensor, attention_mask: Tensor, index: int) -> tuple[Tensor, Tensor]:
+        mask_token = self._mask_token()
+        generator = torch.Generator().manual_seed(seed_of(self.mask_seed, "mask", index))
+        candidates = (attention_mask.bool() & torch.isin(ids, self._ordinary)).nonzero().squeeze(1)
+        count = min(len(candidates), max(1, round(self.rate * len(candidates))))
+        chosen = candidates[torch.randperm(len(candidates), generator=generator)[:count]]
+        fate = torch.rand(count, generator=generator)
+        random = self._ordinary[torch.randint(len(self._ordinary), (count,), generator=generator)]
+        inputs, labels = ids.clone(), torch.full_like(ids, -100)
+        labels[chosen] = ids[chosen]
+        inputs[chosen] = torch.where(fate < 0.8, mask_token, torch.where(fate < 0.9, random, ids[chosen]))
+        return inputs, labels
+
+    def _generated(self, seed: int, length: int) -> Tensor:
+        """Starts from masks alone and samples a sixteenth of them at a time, at random places (Wang & Cho 2019)."""
+        generator = torch.Generator().manual_seed(seed)
+        ids = self._framed([self._mask_token()] * length, length)
+        places = (ids == self._mask_token()).nonzero().squeeze(1)
+        for some in places[torch.randperm(len(places), generator=generator)].tensor_split(16):
+            batch = {"input_ids": ids.unsqueeze(0).to(self.device)}
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+            logits = self.logits(batch)[0, some.to(self.device)].float().cpu()[:, self._ordinary]
+            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1) if len(some) else some
+            ids[some] = self._ordinary[drawn]
+        return ids
+
+    @cached_property
+    def _ordinary(self) -> Tensor:
+        return self._ordinary_ids()
+
+    def _mask_token(self) -> int:
+        if self.tokenizer.mask_token_id is None:
+            raise ConfigError(f"the tokenizer of {self.name} has no mask token; a causal model is a CausalLM")
+        return self.tokenizer.mask_token_id
+
+
+def _cuda(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []

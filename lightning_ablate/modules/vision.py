@@ -1,0 +1,139 @@
+"""Image classifiers from timm or the Hugging Face hub, or from a local folder of either form."""
+
+import json
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ablate.demo import resolve
+from lightning_ablate.errors import TargetError, loading
+from lightning_ablate.masks import seed_of
+from lightning_ablate.metrics import Scored
+from lightning_ablate.modules.base import AblationModule
+
+ImageBatch = Mapping[str, Tensor]
+
+
+class ImageClassifier(AblationModule):
+    """An image classifier with the preprocessing it was trained with.
+
+    Batches are mappings of ``pixel_values`` ``(batch, channels, height, width)`` float32, ``label`` ``(batch,)`` int64
+    and ``index`` ``(batch,)`` int64, the example's place in the data, below 0 for examples that only fill a rank's last
+    batch.
+
+    Args:
+        name: a timm name (``vit_base_patch16_224``), a hub name, a local folder, or ``demo:vit``.
+        library: whose model it is; by default a folder's ``config.json`` tells, and a name with a slash is that of
+            transformers unless it begins with ``timm/`` or ``hf-hub:``.
+        revision: branch, tag or commit on the hub (transformers).
+        dtype: ``auto`` (that of the weights), ``float32``, ``bfloat16`` or ``float16``.
+        attn_implementation: ``eager``, ``sdpa`` or another one that transformers knows; None lets it choose.
+        trust_remote_code: runs the code that comes with a hub model. Off unless you have read that code.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        library: Literal["timm", "transformers"] | None = None,
+        revision: str | None = None,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__(name)
+        self.library = library or _library_of(resolve(name))
+        self.revision, self.dtype_name, self.attn_implementation = revision, dtype, attn_implementation
+        self.trust_remote_code = trust_remote_code
+
+    def build_target(self) -> nn.Module:
+        """Loads it with timm or AutoModelForImageClassification."""
+        with loading(self.name, TargetError):
+            return self._build_timm() if self.library == "timm" else self._build_transformers()
+
+    def evaluate(self, batch: ImageBatch) -> Scored:
+        """One scored position an image."""
+        output = self.target(batch["pixel_values"].to(next(self.target.parameters()).dtype))
+        logits = output if isinstance(output, Tensor) else output.logits
+        return Scored(logits, batch["label"], batch["index"])
+
+    def valid(self, batch: ImageBatch) -> Tensor:
+        """Every patch of the images that aren't there only to fill a batch, ``(batch, 1)``."""
+        return (batch["index"] >= 0).unsqueeze(1)
+
+    @cached_property
+    def transform(self) -> Callable[[Any], Tensor]:
+        """Maps a PIL image to what the target takes, ``(channels, height, width)`` float32."""
+        return self._timm_transform() if self.library == "timm" else self._transformers_transform()
+
+    def unrelated(self, kind: str, seed: int, batch: ImageBatch) -> ImageBatch:
+        """One image of pixels drawn uniformly from the 256 levels, preprocessed as any other."""
+        if kind != "pixels":
+            return super().unrelated(kind, seed, batch)
+        from PIL import Image
+
+        like = batch["pixel_values"]
+        channels, *size = like.shape[1:]
+        generator = torch.Generator().manual_seed(seed_of(seed, kind))
+        levels = torch.randint(256, (*size, channels), dtype=torch.uint8, generator=generator).numpy()
+        pixels = self.transform(Image.fromarray(levels.squeeze(-1) if channels == 1 else levels))
+        index = batch["index"].new_zeros(1)
+        return {"pixel_values": pixels.unsqueeze(0).to(like.device), "label": index, "index": index}
+
+    def describe(self) -> dict[str, Any]:
+        """Adds the library, the revision and the attention implementation."""
+        config = getattr(self.target, "config", None)
+        return super().describe() | {
+            "library": self.library,
+            "revision": self.revision or getattr(config, "_commit_hash", None),
+            "attn_implementation": getattr(config, "_attn_implementation", "timm's own"),
+        }
+
+    def _build_timm(self) -> nn.Module:
+        import timm
+
+        name = resolve(self.name)
+        if Path(name).is_dir():
+            name = f"local-dir:{name}"
+        elif name.startswith("timm/"):
+            name = f"hf-hub:{name}"
+        target = timm.create_model(name, pretrained=True)
+        return target if self.dtype_name == "auto" else target.to(getattr(torch, self.dtype_name))
+
+    def _build_transformers(self) -> nn.Module:
+        from transformers import AutoModelForImageClassification
+
+        return AutoModelForImageClassification.from_pretrained(
+            resolve(self.name),
+            revision=self.revision,
+            dtype=self.dtype_name,
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def _timm_transform(self) -> Callable[[Any], Tensor]:
+        from timm.data import create_transform, resolve_data_config
+
+        config = resolve_data_config({}, model=self.target)
+        transform, mode = create_transform(**config), "L" if config["input_size"][0] == 1 else "RGB"
+        return lambda image: transform(image.convert(mode))
+
+    def _transformers_transform(self) -> Callable[[Any], Tensor]:
+        from transformers import AutoImageProcessor
+
+        with loading(self.name, TargetError):
+            processor = AutoImageProcessor.from_pretrained(
+                resolve(self.name), revision=self.revision, trust_remote_code=self.trust_remote_code
+            )
+        return lambda image: processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+
+
+def _library_of(name: str) -> Literal["timm", "transformers"]:
+    config = Path(name) / "config.json"
+    if config.is_file():
+        return "timm" if "architecture" in json.loads(config.read_text(encoding="utf-8")) else "transformers"
+    return "transformers" if "/" in name and not name.startswith(("timm/", "hf-hub:", "hf_hub:")) else "timm"

@@ -1,0 +1,134 @@
+"""What a run leaves in its folder: results.csv, run.json, degradation.png and TensorBoard curves."""
+
+import io
+import json
+import math
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_ablate.results import METRICS, MetricName, Results, write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe & Ito's palette, told apart by colour-blind readers; markers and dashes tell them apart in grey
+_STYLES: tuple[dict[str, Any], ...] = (
+    {"color": "#D55E00", "marker": "o", "linestyle": "-"},
+    {"color": "#0072B2", "marker": "s", "linestyle": "--"},
+    {"color": "#009E73", "marker": "^", "linestyle": "-."},
+    {"color": "#CC79A7", "marker": "D", "linestyle": ":"},
+    {"color": "#E69F00", "marker": "v", "linestyle": "-"},
+    {"color": "#56B4E9", "marker": "P", "linestyle": "--"},
+    {"color": "#000000", "marker": "X", "linestyle": "-."},
+)
+_PACKAGES = ("lightning-ablate", "lightning", "torch", "torchmetrics", "transformers", "timm", "datasets", "numpy")
+
+
+def save(results: Results, folder: Path, run: dict[str, Any]) -> list[Path]:
+    """Writes the files of a run.
+
+    Args:
+        results: the figures.
+        folder: is made if it isn't there.
+        run: what run.json says beside versions and time.
+
+    Returns:
+        The paths written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "partial": list(results.partial), **run}
+    files: dict[str, str | bytes] = {
+        "results.csv": results.csv(),
+        "run.json": json.dumps({**facts, "versions": _versions()}, indent=2, default=str) + "\n",
+        "degradation.png": png(degradation(results)),
+    }
+    for name, content in files.items():
+        write_whole(folder / name, content)
+    return [folder / name for name in files]
+
+
+def degradation(results: Results) -> "Figure":
+    """Top-1 accuracy and cross-entropy by the ablated fraction: a curve a method, a band of ± 1 sd over the seeds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.5, 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    _panel(top, results, "top1", 100, "top-1 accuracy (%)", chance=1 / results.classes)
+    _panel(bottom, results, "cross_entropy", 1, "cross-entropy (nats)", chance=math.log(results.classes))
+    bottom.set_xlabel("neurons ablated (%)", fontsize=9)
+    base = results.baseline
+    part = " (partial run)" if results.partial else ""
+    top.set_title(f"{base.model} on {base.data}{part}", fontsize=9)
+    figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return figure
+
+
+def png(figure: "Figure") -> bytes:
+    """A figure as a PNG of 300 dots per inch."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=300, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def tensorboard(results: Results, folder: Path) -> Path:
+    """Writes a TensorBoard run for each method, so that their curves overlay; the step is the percentage ablated.
+
+    Returns:
+        The folder of these runs.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    curves = folder / "curves"
+    for method in results.methods:
+        with SummaryWriter(str(curves / method)) as writer:
+            for metric in METRICS:
+                for point in results.curve(method, metric):
+                    writer.add_scalar(f"ablation/{metric}", point.mean, round(100 * point.fraction))
+    return curves
+
+
+def _panel(axes: "Axes", results: Results, metric: MetricName, scale: float, label: str, chance: float) -> None:
+    for number, method in enumerate(results.methods):
+        style = _STYLES[number % len(_STYLES)]
+        points = results.curve(method, metric)
+        x = [100 * point.fraction for point in points]
+        y = [scale * point.mean for point in points]
+        sd = [scale * (point.sd or 0.0) for point in points]
+        axes.plot(x, y, label=method, markersize=3.5, linewidth=1.2, **style)
+        bounds = zip(y, sd, strict=True)
+        low, high = zip(*((value - spread, value + spread) for value, spread in bounds), strict=True)
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    baseline = scale * getattr(results.baseline, metric)
+    axes.axhline(baseline, color="0.35", linewidth=0.9, linestyle=(0, (5, 2)), label="nothing ablated")
+    axes.axhline(scale * chance, color="0.35", linewidth=0.9, linestyle=(0, (1, 1.5)), label="chance")
+    axes.set_ylabel(label, fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.25, linewidth=0.5)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a checkout that isn't installed
+            found[package] = "not installed"
+    return found
+
+
+def fresh_folder(folder: Path, names: Sequence[str] = ("results.csv", "ablation.ckpt")) -> Path:
+    """The folder itself, or its first ``run-2``, ``run-3`` ... that holds no earlier run's files."""
+    candidate, number = folder, 1
+    while any((candidate / name).exists() for name in names):
+        number += 1
+        candidate = folder / f"run-{number}"
+    return candidate

@@ -1,0 +1,185 @@
+"""The results of a sweep: a tidy table, and how it is written and read."""
+
+import csv
+import io
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning_ablate.errors import DataError
+from lightning_ablate.sweep import BASELINE, Condition
+
+MetricName = Literal["top1", "top5", "cross_entropy", "kl"]
+METRICS: tuple[MetricName, ...] = ("top1", "top5", "cross_entropy", "kl")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One condition's figures.
+
+    Attributes:
+        model: name of the target.
+        data: name of the data.
+        method: what replaced the neurons; ``none`` for the baseline.
+        fraction: share of each site's neurons that was ablated.
+        seed: None where it doesn't matter.
+        n: scored positions.
+        top1: share of them whose target has the largest logit.
+        top5: share of them whose target is among the five largest.
+        cross_entropy: nats per scored position.
+        kl: divergence of the ablated from the clean prediction, KL(clean || ablated), nats per scored position.
+    """
+
+    model: str
+    data: str
+    method: str
+    fraction: float
+    seed: int | None
+    n: int
+    top1: float
+    top5: float
+    cross_entropy: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method's figure at one fraction: its mean over the seeds, and their standard deviation (None for one)."""
+
+    fraction: float
+    mean: float
+    sd: float | None
+
+
+@dataclass(frozen=True)
+class Results:
+    """All figures of a run.
+
+    Attributes:
+        rows: one for each distinct condition, the baseline first.
+        classes: number of classes, or size of the vocabulary.
+        partial: why the run doesn't cover all its data; empty for a whole run.
+    """
+
+    rows: Sequence[Row]
+    classes: int
+    partial: Sequence[str] = ()
+
+    @classmethod
+    def of(
+        cls,
+        conditions: Sequence[Condition],
+        figures: dict[str, Any],
+        *,
+        model: str,
+        data: str,
+        classes: int,
+        partial: Sequence[str] = (),
+    ) -> "Results":
+        """The results of a sweep, from its conditions and what :class:`SweepMetrics` computed."""
+        n = figures["n"].tolist()
+        columns = [figures[name].tolist() for name in METRICS]
+        rows = [
+            Row(model, data, c.method, c.fraction, c.seed, n[i], *(column[i] for column in columns))
+            for i, c in enumerate(conditions)
+        ]
+        return cls(rows, classes, tuple(partial))
+
+    @property
+    def baseline(self) -> Row:
+        """The row with nothing ablated."""
+        return next(row for row in self.rows if row.method == BASELINE.method)
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods, in the order of the sweep."""
+        return list(dict.fromkeys(row.method for row in self.rows if row.method != BASELINE.method))
+
+    @property
+    def fractions(self) -> list[float]:
+        """The fractions above 0, ascending."""
+        return sorted({row.fraction for row in self.rows} - {0.0})
+
+    def curve(self, method: str, metric: MetricName) -> list[Point]:
+        """A method's figures by fraction, ascending from the baseline at 0."""
+        points = [Point(0.0, getattr(self.baseline, metric), None)]
+        for fraction in self.fractions:
+            values = [getattr(r, metric) for r in self.rows if r.method == method and r.fraction == fraction]
+            sd = statistics.stdev(values) if len(values) > 1 else None
+            points.append(Point(fraction, statistics.fmean(values), sd))
+        return points
+
+    def csv(self) -> str:
+        """The rows, comma-separated, with a header; floats to ten digits, an empty seed where there is none."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(field.name for field in fields(Row))
+        writer.writerows([f"{v:.10g}" if isinstance(v, float) else v for v in astuple(row)] for row in self.rows)
+        return text.getvalue()
+
+    def table(self) -> str:
+        """Top-1 and cross-entropy at up to three fractions, mean ± standard deviation over the seeds."""
+        base, shown = self.baseline, _shown(self.fractions)
+        seeds = len({row.seed for row in self.rows} - {None})
+        head = [f"{100 * fraction:g}%" for fraction in shown]
+        lines = [["", "top-1 %", *[""] * (len(shown) - 1), "cross-entropy", *[""] * (len(shown) - 1)]]
+        lines.append(["ablated", *head, *head])
+        for method in self.methods:
+            top1 = {p.fraction: _with_sd(p, 100, 2) for p in self.curve(method, "top1")}
+            loss = {p.fraction: _with_sd(p, 1, 4) for p in self.curve(method, "cross_entropy")}
+            lines.append([method, *(top1[f] for f in shown), *(loss[f] for f in shown)])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        ]
+        first = (
+            f"{base.model} on {base.data}: {base.n:,} scored positions; nothing ablated: "
+            f"top-1 {100 * base.top1:.2f}%, cross-entropy {base.cross_entropy:.4f} nats"
+        )
+        notes = [f"PARTIAL: {reason}" for reason in self.partial]
+        return "\n".join([first, *notes, "", *text, "", f"mean ± standard deviation over {seeds} seeds"])
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a results.csv.
+
+    Raises:
+        DataError: if the file isn't one.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        names = [field.name for field in fields(Row)]
+        if reader.fieldnames is None or not set(names) <= set(reader.fieldnames):
+            raise DataError(f"{path} has the columns {reader.fieldnames}, expected {names}")
+        return [_row(line) for line in reader]
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file so that it is there whole or not at all."""
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _shown(fractions: Sequence[float]) -> list[float]:
+    usual = [fraction for fraction in (0.1, 0.5, 0.9) if fraction in fractions]
+    if usual or len(fractions) <= 3:
+        return usual or list(fractions)
+    return [fractions[0], fractions[len(fractions) // 2], fractions[-1]]
+
+
+def _with_sd(point: Point, scale: float, digits: int) -> str:
+    spread = "" if point.sd is None else f" ± {scale * point.sd:.{digits}f}"
+    return f"{scale * point.mean:.{digits}f}{spread}"
+
+
+def _row(line: dict[str, str]) -> Row:
+    seed = int(line["seed"]) if line["seed"] else None
+    scores = [float(line[name]) for name in METRICS]
+    return Row(line["model"], line["data"], line["method"], float(line["fraction"]), seed, int(line["n"]), *scores)

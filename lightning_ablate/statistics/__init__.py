@@ -1,0 +1,8 @@
+"""Statistics of neurons, gathered batch by batch and merged over ranks; one torchmetrics.Metric a file."""
+
+from lightning_ablate.statistics.base import ActivationStatistic, SiteStatistics
+from lightning_ablate.statistics.histogram import RangeHistogram
+from lightning_ablate.statistics.moments import Moments
+from lightning_ablate.statistics.range import Range
+
+__all__ = ["ActivationStatistic", "Moments", "Range", "RangeHistogram", "SiteStatistics"]

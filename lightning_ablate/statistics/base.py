@@ -1,0 +1,90 @@
+"""What every statistic of a site's neurons has in common."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, TypeVar
+
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_ablate.errors import StatisticsError
+
+S = TypeVar("S", bound="ActivationStatistic")
+
+
+class SiteStatistics:
+    """The statistics of one site, by their class."""
+
+    def __init__(self, site: str, statistics: Mapping[type["ActivationStatistic"], "ActivationStatistic"]) -> None:
+        self.site = site
+        self._statistics = dict(statistics)
+
+    def __getitem__(self, kind: type[S]) -> S:
+        """The statistic of that class.
+
+        Raises:
+            StatisticsError: if it was not gathered.
+        """
+        found = self._statistics.get(kind)
+        if not isinstance(found, kind):
+            raise StatisticsError(
+                f"needs the statistic {kind.__name__} of the site {self.site}, which was not gathered: "
+                "run `fit` with this method, or name a checkpoint of such a run with --ckpt_path"
+            )
+        return found
+
+    def values(self) -> list["ActivationStatistic"]:
+        """Every statistic of the site."""
+        return list(self._statistics.values())
+
+
+class ActivationStatistic(Metric, ABC):
+    """A statistic of each neuron of one site, gathered batch by batch. Subclass it to gather another one.
+
+    States are added with ``persistent=True`` (they are the checkpoint) and their ``dist_reduce_fx`` (it merges the
+    ranks), and must not depend on how the activations are split into batches.
+
+    Args:
+        neurons: width of the site.
+        earlier: the site's statistics from earlier calibration epochs, which hold at least those named in ``needs``.
+
+    Attributes:
+        needs: the statistics that must be complete first. Each link of such a chain is one more calibration epoch.
+    """
+
+    full_state_update = False
+    needs: ClassVar[tuple[type["ActivationStatistic"], ...]] = ()
+
+    def __init__(self, neurons: int, earlier: SiteStatistics | None = None) -> None:
+        super().__init__()
+        self.neurons = neurons
+
+    @abstractmethod
+    def update(self, activations: Tensor, valid: Tensor | None = None) -> None:
+        """Adds a batch.
+
+        Args:
+            activations: ``(batch, ..., neurons)``, floating.
+            valid: bool, broadcastable to ``(batch, seq)``, False at padding; None counts every position.
+        """
+
+    @abstractmethod
+    def finite(self) -> Tensor:
+        """Whether all activations so far were finite: a bool tensor ``()``, on the device."""
+
+    def check(self) -> None:
+        """Raises StatisticsError if what was gathered can't be right; called once the epoch is complete."""
+
+    @classmethod
+    def epoch(cls) -> int:
+        """The calibration epoch, from 0, in which this statistic is gathered."""
+        return 1 + max((kind.epoch() for kind in cls.needs), default=-1)
+
+
+def positions(activations: Tensor, valid: Tensor | None) -> Tensor:
+    """The activations of the valid positions, ``(positions, neurons)``, in their own dtype."""
+    neurons = activations.shape[-1]
+    if valid is None:
+        return activations.reshape(-1, neurons)
+    rows = activations.reshape(valid.shape[0], -1, neurons)
+    return rows[valid.expand(rows.shape[:2])]
