@@ -60,7 +60,7 @@ class Digits(ImageData):
 
 
 def role_of(name: str) -> Role:
-    """The one role a topic or top-level module has: 80% train, 10% calibration, 10% evaluation, by the hash of its name."""
+    """The role of a topic or top-level module, by its hash: 80% train, 10% calibration, 10% evaluation."""
     bucket = _rank(name) % 10
     return "calibration" if bucket == 8 else "evaluation" if bucket == 9 else "train"
 

@@ -138,8 +138,11 @@ def train_vit(folder: Path, steps: int = 3_000) -> None:
     import timm
     from timm.models import save_for_hf
 
-    shape = dict(img_size=8, patch_size=2, in_chans=1, embed_dim=64, depth=4, num_heads=4, num_classes=10)
-    model = timm.create_model("vit_tiny_patch16_224", drop_path_rate=0.1, **shape)
+    shape: dict[str, Any] = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4}
+    shape["num_classes"] = 10
+    levels = {"input_size": (1, 8, 8), "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0, "interpolation": "bilinear"}
+    config = {**levels, "num_classes": 10, "license": "mit"}
+    model = timm.create_model("vit_tiny_patch16_224", pretrained_cfg=config, drop_path_rate=0.1, **shape)
     data = digits("train").with_format("torch")[:]
     images, labels = torch.stack(list(data["image"])).float() / 255, torch.as_tensor(data["label"])
 
@@ -148,11 +151,7 @@ def train_vit(folder: Path, steps: int = 3_000) -> None:
         return F.cross_entropy(logits, batch[1], label_smoothing=0.1)
 
     Recipe(model, loss, 2e-3, steps).run(TensorDataset(images, labels), batch_size=128)
-    pretrained = dict(input_size=(1, 8, 8), mean=(0.5,), std=(0.5,), crop_pct=1.0, interpolation="bilinear")
-    save_for_hf(
-        model, folder, model_config={"pretrained_cfg": {**pretrained, "num_classes": 10}}, model_args=shape,
-        safe_serialization=True,
-    )  # fmt: skip
+    save_for_hf(model, str(folder), model_args=shape, safe_serialization=True)
 
 
 def _jitter(images: Tensor) -> Tensor:
