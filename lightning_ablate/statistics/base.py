@@ -42,7 +42,9 @@ class ActivationStatistic(Metric, ABC):
     """A statistic of each neuron of one site, gathered batch by batch. Subclass it to gather another one.
 
     States are added with ``persistent=True`` (they are the checkpoint) and their ``dist_reduce_fx`` (it merges the
-    ranks), and must not depend on how the activations are split into batches.
+    ranks), and must not depend on how the activations are split into batches. Calibration merges the ranks at the end
+    of an epoch; from then on the states and what is derived from them are read directly. ``compute`` merges by itself,
+    as in any torchmetrics.Metric, for use without a calibration.
 
     Args:
         neurons: width of the site.

@@ -42,9 +42,9 @@ class RangeHistogram(ActivationStatistic):
 
     def __init__(self, neurons: int, earlier: SiteStatistics | None = None) -> None:
         super().__init__(neurons, earlier)
-        low, high = earlier[Range].compute() if earlier is not None else (torch.zeros(neurons), torch.zeros(neurons))
-        self.register_buffer("low", low.double().clone())
-        self.register_buffer("high", high.double().clone())
+        zeros = torch.zeros(neurons, dtype=torch.float64)
+        self.register_buffer("low", zeros if earlier is None else earlier[Range].low.clone())
+        self.register_buffer("high", zeros.clone() if earlier is None else earlier[Range].high.clone())
         counts = torch.zeros(neurons, self.bins, dtype=torch.int64, device=self.low.device)
         self.add_state("counts", counts, dist_reduce_fx="sum", persistent=True)
         self.add_state("outside", counts.new_zeros(()), dist_reduce_fx="sum", persistent=True)

@@ -1,0 +1,93 @@
+import lightning
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PIL
+
+from lightning_ablate.data import ImageData
+from lightning_ablate.errors import ConfigError, DataError
+
+
+class Module(lightning.LightningModule):
+    """Knows a preprocessing, as a target's module does."""
+
+    def transform(self, image):
+        return torch.from_numpy(np.array(image.convert("L"))).float().unsqueeze(0) / 255
+
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (30, 8, 8), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "images.parquet"
+    features = Features({"image": Image(), "label": ClassLabel(num_classes=3)})
+    images = [PIL.fromarray(pixels) for pixels in PIXELS]
+    Dataset.from_dict({"image": images, "label": [i % 3 for i in range(30)]}, features=features).to_parquet(path)
+    return str(path)
+
+
+def data(name, module=None, **options):
+    defaults = {"calibration_images": 10, "evaluation_images": 15, "evaluation_split": "train", "batch_size": 4}
+    made = ImageData(str(name), **(defaults | options))
+    made.trainer = lightning.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False)
+    made.trainer.strategy.connect(module or Module())
+    made.setup("fit")
+    return made
+
+
+def test_images_go_through_the_targets_preprocessing(parquet):
+    made = data(parquet, shuffle_seed=None)
+    batch = next(iter(made.val_dataloader()))
+    torch.testing.assert_close(batch["pixel_values"][:, 0], torch.from_numpy(PIXELS[:4]).float() / 255)
+    assert batch["label"].tolist() == [0, 1, 2, 0] and batch["index"].tolist() == [0, 1, 2, 3]
+
+
+def test_no_image_is_used_for_both_and_all_budgets_are_met(parquet):
+    made = data(parquet)
+    seen = {p: {made.examples[p].content(i) for i in range(len(made.examples[p]))} for p in made.examples}
+    assert len(seen["evaluation"]) == 15 and len(seen["calibration"]) == 10
+    assert not seen["evaluation"] & seen["calibration"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "streaming"])
+def test_other_forms_give_the_same_images(kind, tmp_path, parquet):
+    if kind == "folder":
+        for number, pixels in enumerate(PIXELS):
+            (tmp_path / "train" / str(number % 3)).mkdir(parents=True, exist_ok=True)
+            PIL.fromarray(pixels).save(tmp_path / "train" / str(number % 3) / f"{number:02}.png")
+        made = data(tmp_path, shuffle_seed=None, evaluation_images=20)
+        shown = {made.examples["evaluation"].example(i)["pixel_values"].numpy().tobytes() for i in range(20)}
+        assert shown <= {(torch.from_numpy(p).float() / 255).numpy().tobytes() for p in PIXELS} and len(shown) == 20
+    else:
+        one, other = data(parquet, shuffle_seed=None), data(parquet, shuffle_seed=None, streaming=True)
+        assert one.describe()["evaluation"]["sha256"] == other.describe()["evaluation"]["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"evaluation_images": 31}, "gives 30 evaluation images, expected 31"),
+        ({"evaluation_images": 25}, "gives 5 calibration images, expected 10"),
+        ({"image_column": "picture"}, "no column 'picture', it has image, label"),
+        ({"label_column": "class"}, "no column 'class'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(parquet, options, message):
+    with pytest.raises(DataError, match=message):
+        data(parquet, **options)
+
+
+def test_labels_that_are_no_class_are_refused(tmp_path):
+    images = [PIL.fromarray(pixels) for pixels in PIXELS]
+    source = Dataset.from_dict({"image": images, "label": ["cat"] * 30}, features=None)
+    source.cast_column("image", Image()).to_parquet(tmp_path / "named.parquet")
+    with pytest.raises(DataError, match="holds 'cat' in 'label', expected a class index"):
+        data(tmp_path / "named.parquet")
+
+
+def test_images_without_a_preprocessing_are_refused(parquet):
+    made = data(parquet, module=lightning.LightningModule())
+    with pytest.raises(ConfigError, match="transform"):
+        made.examples["evaluation"].example(0)

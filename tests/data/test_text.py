@@ -1,0 +1,163 @@
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+
+from lightning_ablate.data import TextData
+from lightning_ablate.errors import ConfigError, DataError
+from tests import tiny
+
+TEXTS = tiny.TEXTS
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizers")
+    tiny.tokenizer().save_pretrained(folder / "causal")
+    tiny.tokenizer(masked=True).save_pretrained(folder / "masked")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "texts.parquet"
+    Dataset.from_dict({"text": TEXTS}).to_parquet(path)
+    return str(path)
+
+
+def data(name, tokenizers, kind="causal", **options):
+    defaults = {"length": 16, "calibration_tokens": 100, "evaluation_tokens": 200, "batch_size": 4}
+    made = TextData(str(name), tokenizer=str(tokenizers / kind), **(defaults | options))
+    made.setup("fit")
+    return made
+
+
+def rows(made, purpose):
+    examples = made.examples[purpose]
+    return [examples.ids[i, : examples.lengths[i]].tolist() for i in range(len(examples))]
+
+
+def test_sequences_hold_the_documents_tokens(parquet, tokenizers):
+    made, tokenizer = data(parquet, tokenizers, evaluation_tokens=200), tiny.tokenizer()
+    sequences = rows(made, "evaluation")
+    expected = []
+    for text in TEXTS:
+        ids = tokenizer(text)["input_ids"]
+        expected += [ids[start : start + 16] for start in range(0, len(ids), 16)]
+    expected = [ids for ids in expected if len(ids) > 1]
+    assert sequences == expected[: len(sequences)]
+    assert 200 <= sum(map(len, sequences)) < 216
+
+
+def test_padding_is_masked(parquet, tokenizers):
+    made = data(parquet, tokenizers)
+    batch = next(iter(made.val_dataloader()))
+    lengths = made.examples["evaluation"].lengths[:4]
+    assert batch["attention_mask"].sum(1).tolist() == lengths.tolist() and min(lengths) < 16
+    assert batch["input_ids"].dtype == batch["attention_mask"].dtype == torch.int64
+    assert batch["index"].tolist() == [0, 1, 2, 3]
+
+
+def test_special_tokens_frame_every_sequence(parquet, tokenizers):
+    tokenizer = tiny.tokenizer(masked=True)
+    for packing in ("pad", "pack"):
+        for sequence in rows(data(parquet, tokenizers, "masked", packing=packing), "evaluation"):
+            assert sequence[0] == tokenizer.bos_token_id and sequence[-1] == tokenizer.eos_token_id
+            assert len(sequence) <= 16
+
+
+def test_packing_fills_every_sequence_and_joins_with_the_end_token(parquet, tokenizers):
+    made, tokenizer = data(parquet, tokenizers, packing="pack"), tiny.tokenizer()
+    sequences = rows(made, "evaluation")
+    assert {len(sequence) for sequence in sequences} == {16}
+    stream = [i for text in TEXTS for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    assert [i for sequence in sequences for i in sequence] == stream[: 16 * len(sequences)]
+
+
+def test_no_text_is_used_for_both(tmp_path, tokenizers):
+    # every text stands twice, the second time far from the first
+    path = tmp_path / "twice.parquet"
+    Dataset.from_dict({"text": TEXTS + TEXTS}).to_parquet(path)
+    made = data(path, tokenizers, evaluation_tokens=800, calibration_tokens=400, length=64)
+    evaluated, calibrated = ([tuple(ids) for ids in rows(made, purpose)] for purpose in ("evaluation", "calibration"))
+    assert max(map(len, evaluated)) < 64  # so a sequence is a whole text
+    assert calibrated and not set(evaluated) & set(calibrated)
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "txt", "folder", "saved"])
+def test_every_local_form_gives_the_same_sequences(kind, tmp_path, parquet, tokenizers):
+    source = Dataset.from_dict({"text": TEXTS})
+    if kind == "json":
+        name = tmp_path / "texts.jsonl"
+        name.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    elif kind == "csv":
+        name = tmp_path / "texts.csv"
+        source.to_csv(name)
+    elif kind == "txt":
+        for number, text in enumerate(TEXTS):
+            (tmp_path / f"{number:03}.txt").write_text(text)
+        name = tmp_path / "*.txt"
+    elif kind == "folder":
+        name = tmp_path / "folder"
+        name.mkdir()
+        source.to_parquet(name / "train.parquet")
+    else:
+        name = tmp_path / "saved"
+        source.save_to_disk(name)
+    assert rows(data(name, tokenizers), "evaluation") == rows(data(parquet, tokenizers), "evaluation")
+
+
+def test_streaming_gives_the_same_sequences(parquet, tokenizers):
+    streamed = data(parquet, tokenizers, streaming=True)
+    assert rows(streamed, "evaluation") == rows(data(parquet, tokenizers), "evaluation")
+    assert rows(streamed, "calibration") == rows(data(parquet, tokenizers), "calibration")
+
+
+def test_shuffle_depends_on_its_seed_alone(parquet, tokenizers):
+    first, again, other = (rows(data(parquet, tokenizers, shuffle_seed=seed), "evaluation") for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_describe_says_budgets_and_fingerprint(parquet, tokenizers):
+    facts = data(parquet, tokenizers).describe()
+    assert facts["evaluation_tokens"]["asked"] == 200 <= facts["evaluation_tokens"]["reached"] < 216
+    again = data(parquet, tokenizers).describe()
+    other = data(parquet, tokenizers, shuffle_seed=3).describe()
+    assert facts["evaluation"]["sha256"] == again["evaluation"]["sha256"] != other["evaluation"]["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"evaluation_tokens": 10**6}, DataError, "evaluation tokens, expected 1,000,000; bring more"),
+        ({"calibration_tokens": 10**6}, DataError, "calibration tokens, expected 1,000,000; bring more"),
+        ({"text_column": "body"}, DataError, "no column 'body', it has text"),
+        ({"length": 65}, ConfigError, "length is 65, expected above 1 and at most 64"),
+        ({"length": 1}, ConfigError, "length is 1"),
+        ({"evaluation_tokens": 0}, ConfigError, "evaluation_tokens is 0"),
+        ({"batch_size": 0}, ConfigError, "batch_size is 0"),
+        ({"evaluation_split": "test"}, DataError, "could not load"),
+    ],
+)
+def test_what_does_not_fit_is_refused(parquet, tokenizers, options, error, message):
+    with pytest.raises(error, match=message):
+        data(parquet, tokenizers, **options)
+
+
+def test_missing_and_empty_files_are_refused(tmp_path, tokenizers):
+    with pytest.raises(DataError, match=r"nowhere.parquet' does not exist"):
+        data("nowhere.parquet", tokenizers)
+    with pytest.raises(DataError, match="could not load 'no/such-data'"):
+        data("no/such-data", tokenizers)
+    Dataset.from_dict({"text": [" ", "\n"]}).to_parquet(tmp_path / "blank.parquet")
+    with pytest.raises(DataError, match="gives 0 evaluation tokens, expected 200"):
+        data(tmp_path / "blank.parquet", tokenizers)
+    Dataset.from_dict({"text": [1, 2]}).to_parquet(tmp_path / "numbers.parquet")
+    with pytest.raises(DataError, match="holds a int in 'text', expected text"):
+        data(tmp_path / "numbers.parquet", tokenizers)
+
+
+def test_text_without_a_tokenizer_is_refused(parquet):
+    with pytest.raises(ConfigError, match="--data.tokenizer"):
+        TextData(parquet).setup("fit")

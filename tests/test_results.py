@@ -1,0 +1,113 @@
+import csv
+import json
+import statistics
+
+import pytest
+import torch
+
+from lightning_ablate import report
+from lightning_ablate.errors import DataError
+from lightning_ablate.results import Results, Row, read_rows, write_whole
+from lightning_ablate.sweep import BASELINE, Condition
+
+HEADER = "model,data,method,fraction,seed,n,top1,top5,cross_entropy,kl"
+
+
+def results(partial=()):
+    conditions = [BASELINE]
+    for method in ("zero", "peak"):
+        conditions += [Condition(method, f, s) for f in (0.1, 0.5, 0.9) for s in (1, 2, 3)]
+        conditions.append(Condition(method, 1.0, None))
+    count = len(conditions)
+    torch.manual_seed(0)
+    loss = 1 + torch.rand(count, dtype=torch.float64)
+    figures = {"n": torch.full((count,), 1234), "top1": torch.rand(count, dtype=torch.float64)}
+    figures |= {"top5": figures["top1"].sqrt(), "cross_entropy": loss, "kl": loss - 1}
+    return Results.of(conditions, figures, model="a model", data="some, data", classes=10, partial=partial)
+
+
+def test_csv_holds_one_row_a_condition_and_reads_back(tmp_path):
+    made = results()
+    lines = made.csv().splitlines()
+    assert lines[0] == HEADER and len(lines) == 1 + 1 + 2 * 10
+    first = next(csv.DictReader(lines))
+    assert (first["method"], float(first["fraction"]), first["seed"]) == ("none", 0, "")
+    write_whole(tmp_path / "results.csv", made.csv())
+    for read, row in zip(read_rows(tmp_path / "results.csv"), made.rows, strict=True):
+        assert read.seed == row.seed and read.n == row.n == 1234
+        assert read.cross_entropy == pytest.approx(row.cross_entropy, rel=1e-9)
+
+
+def test_read_rows_refuses_another_file(tmp_path):
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(DataError, match="expected"):
+        read_rows(tmp_path / "other.csv")
+
+
+def test_curve_is_mean_and_standard_deviation_over_seeds():
+    made = results()
+    values = [row.top1 for row in made.rows if row.method == "peak" and row.fraction == 0.5]
+    points = {point.fraction: point for point in made.curve("peak", "top1")}
+    assert len(values) == 3
+    assert points[0.5].mean == pytest.approx(statistics.mean(values))
+    assert points[0.5].sd == pytest.approx(statistics.stdev(values))
+    assert points[0.0].mean == made.baseline.top1 and points[1.0].sd is None
+
+
+def test_table_shows_ten_fifty_and_ninety_percent():
+    made = results(partial=["evaluation was cut to 1 of 9 batches"])
+    table = made.table()
+    values = [100 * row.top1 for row in made.rows if row.method == "zero" and row.fraction == 0.9]
+    assert f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" in table
+    assert "PARTIAL: evaluation was cut to 1 of 9 batches" in table and "1,234 scored positions" in table
+    assert [word for word in table.split() if word.endswith("%")][-6:] == ["10%", "50%", "90%"] * 2
+
+
+def test_table_shows_other_fractions_where_those_are_not_there():
+    row = Row("m", "d", "none", 0.0, None, 5, 1.0, 1.0, 0.1, 0.0)
+    rows = [row] + [Row("m", "d", "zero", f, 1, 5, 0.5, 0.5, 1.0, 0.9) for f in (0.2, 0.3, 0.4, 0.6)]
+    table = Results(rows, 10).table()
+    assert "20%" in table and "40%" in table and "60%" in table and "30%" not in table
+
+
+def test_save_writes_csv_json_and_figure(tmp_path):
+    paths = report.save(results(["cut"]), tmp_path / "run", {"seeds": (1, 2)})
+    assert [path.name for path in paths] == ["results.csv", "run.json", "degradation.png"]
+    assert all(path.stat().st_size > 0 for path in paths) and not list(tmp_path.glob("**/*.part"))
+    facts = json.loads(paths[1].read_text())
+    assert facts["partial"] == ["cut"] and facts["seeds"] == [1, 2] and "torch" in facts["versions"]
+    assert paths[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_figure_draws_a_curve_a_method_the_baseline_and_chance():
+    figure = report.degradation(results())
+    for axes in figure.axes:
+        assert [line.get_label() for line in axes.lines] == ["zero", "peak", "nothing ablated", "chance"]
+        assert axes.lines[0].get_xdata() == pytest.approx([0, 10, 50, 90, 100])
+        for label in (*axes.get_xticklabels(), *axes.get_yticklabels(), axes.yaxis.label):
+            assert label.get_fontsize() >= 8
+    assert figure.axes[0].lines[3].get_ydata()[0] == pytest.approx(10)
+    assert figure.get_figwidth() <= 3.5  # inches: a column's width, so that 8 points stay 8 points
+
+
+def test_tensorboard_overlays_a_run_a_method(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    made = results()
+    curves = report.tensorboard(made, tmp_path)
+    assert sorted(path.name for path in curves.iterdir()) == ["peak", "zero"]
+    events = EventAccumulator(str(curves / "peak"))
+    events.Reload()
+    scalars = events.Scalars("ablation/top1")
+    assert [scalar.step for scalar in scalars] == [0, 10, 50, 90, 100]
+    expected = [point.mean for point in made.curve("peak", "top1")]
+    assert [scalar.value for scalar in scalars] == pytest.approx(expected, rel=1e-6)
+
+
+def test_fresh_folder_never_takes_one_that_holds_a_run(tmp_path):
+    assert report.fresh_folder(tmp_path) == tmp_path
+    (tmp_path / "results.csv").touch()
+    assert report.fresh_folder(tmp_path) == tmp_path / "run-2"
+    (tmp_path / "run-2").mkdir()
+    (tmp_path / "run-2" / "ablation.ckpt").touch()
+    assert report.fresh_folder(tmp_path) == tmp_path / "run-3"

@@ -1,0 +1,189 @@
+from collections import Counter
+
+import pytest
+import torch
+
+from lightning_ablate.calibration import Calibration
+from lightning_ablate.errors import ConfigError, NonFiniteError, SiteError, StatisticsError
+from lightning_ablate.methods import Mean, Peak, ResampleIds, Zero
+from lightning_ablate.metrics import Scored
+from lightning_ablate.sites import find_sites
+from lightning_ablate.sweep import BASELINE, Condition, Sweep, distinct_conditions
+from tests import tiny
+from tests.test_sites import hooks
+
+TENTHS = [step / 10 for step in range(1, 11)]
+SEEDS = [42, 123, 456]
+ALL = [tiny.gpt2, tiny.mistral, tiny.roberta, tiny.vit]
+
+
+def run(model):
+    with torch.no_grad():
+        if hasattr(model, "config"):
+            return model(tiny.tokens()["input_ids"]).logits
+        return model(torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+
+
+def calibrated(model, epochs=2, methods=(Zero(), Mean(), Peak())):
+    kinds = [kind for method in methods for kind in method.statistics]
+    calibration = Calibration(model, find_sites(model), kinds)
+    for epoch in range(epochs):
+        calibration.start(epoch)
+        with calibration.collecting(None):
+            run(model)
+        calibration.finish()
+    return calibration
+
+
+def sweep_of(model, methods=(Zero(), Mean(), Peak()), fractions=(0.5, 1.0), seeds=(1, 2)):
+    sweep = Sweep(calibrated(model), methods, fractions, seeds)
+    sweep.prepare()
+    return sweep
+
+
+def test_every_distinct_condition_comes_once():
+    found = distinct_conditions([Zero(), Mean(), Peak()], TENTHS, SEEDS)
+    assert len(found) == len(set(found)) == 1 + 3 * 28
+    assert Counter(condition.method for condition in found) == {"none": 1, "zero": 28, "mean": 28, "peak": 28}
+    assert [c for c in found if c.fraction == 1.0] == [Condition(m, 1.0, None) for m in ("zero", "mean", "peak")]
+    assert found[0] == BASELINE
+
+
+def test_a_seed_that_matters_at_fraction_one_is_kept():
+    found = distinct_conditions([ResampleIds()], [0.5, 1.0], SEEDS)
+    assert [c.seed for c in found if c.fraction == 1.0] == SEEDS
+
+
+def test_repeated_fractions_and_seeds_and_fraction_zero_add_nothing():
+    assert distinct_conditions([Zero()], [0, 0.5, 0.5, 0.0], [1, 1]) == [BASELINE, Condition("zero", 0.5, 1)]
+
+
+@pytest.mark.parametrize(
+    ("methods", "fractions", "seeds", "message"),
+    [
+        ([Zero()], [1.2], [1], "fractions holds 1.2, expected a share"),
+        ([Zero()], [-0.1], [1], "fractions holds -0.1"),
+        ([Zero()], [float("nan")], [1], "fractions holds nan"),
+        ([], [0.5], [1], "methods is empty"),
+        ([Zero()], [], [1], "fractions is empty"),
+        ([Zero()], [0.5], [], "seeds is empty"),
+        ([Zero(), Zero()], [0.5], [1], r"\['zero'\] more than once"),
+    ],
+)
+def test_conditions_that_make_no_sense_are_refused(methods, fractions, seeds, message):
+    with pytest.raises(ConfigError, match=message):
+        distinct_conditions(methods, fractions, seeds)
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_nothing_ablated_leaves_the_logits_bit_identical(make):
+    model = make()
+    clean, sweep = run(model), sweep_of(model)
+    with sweep.applied(BASELINE):
+        assert torch.equal(run(model), clean)
+    # also by way of the hooks, with a mask that takes nothing
+    sweep._prepared[BASELINE] = {
+        site: (torch.zeros_like(mask), replace)
+        for site, (mask, replace) in sweep._prepared[Condition("peak", 0.5, 1)].items()
+    }
+    nothing = Condition("none", 0.0, 7)
+    sweep._prepared[nothing] = sweep._prepared[BASELINE]
+    with sweep.applied(nothing):
+        assert torch.equal(run(model), clean)
+    with sweep.applied(Condition("peak", 0.5, 1)):
+        assert not torch.equal(run(model), clean)
+    assert torch.equal(run(model), clean) and hooks(model) == 0
+
+
+@pytest.mark.parametrize("make", ALL)
+def test_zero_at_fraction_one_equals_projections_without_weights(make):
+    """A projection whose weight is 0 gives its bias alone, as it does for an input of 0."""
+    model, other = make(), make()
+    sweep = sweep_of(model)
+    for site in find_sites(other):
+        torch.nn.init.zeros_(other.get_submodule(site.name).weight)
+    with sweep.applied(Condition("zero", 1.0, None)):
+        ablated = run(model)
+    torch.testing.assert_close(ablated, run(other), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(ablated, run(make()), atol=1e-2)
+
+
+def test_half_of_the_neurons_equal_a_projection_without_those_columns():
+    """Mean ablation by another route: those input rows of the weight at 0 and their means folded into the bias."""
+    model, other = tiny.gpt2(), tiny.gpt2()
+    sweep = sweep_of(model)
+    condition = Condition("mean", 0.5, 2)
+    first = find_sites(model)[0]
+    for site in find_sites(other):
+        mask, replace = sweep._prepared[condition][site]
+        projection = other.get_submodule(site.name)  # Conv1D: weight (inputs, outputs)
+        with torch.no_grad():
+            projection.bias += replace(torch.zeros(1, 1, 16))[mask] @ projection.weight[mask]
+            projection.weight[mask] = 0
+    assert int(sweep._prepared[condition][first][0].sum()) == 8
+    with sweep.applied(condition):
+        torch.testing.assert_close(run(model), run(other), rtol=1e-4, atol=1e-4)
+
+
+def test_all_methods_share_the_masks_of_a_fraction_and_seed():
+    sweep = sweep_of(tiny.mistral(), fractions=TENTHS, seeds=SEEDS)
+    for site in find_sites(tiny.mistral()):
+        for fraction in TENTHS[:-1]:
+            for seed in SEEDS:
+                masks = [sweep._prepared[Condition(m, fraction, seed)][site][0] for m in ("zero", "mean", "peak")]
+                assert torch.equal(masks[0], masks[1]) and torch.equal(masks[1], masks[2])
+                assert int(masks[0].sum()) == round(fraction * 32)
+
+
+def test_a_method_without_statistics_is_refused_by_name():
+    model = tiny.gpt2()
+    with pytest.raises(StatisticsError, match=r"the method 'peak' needs the statistic RangeHistogram of the site trans"):
+        Sweep(calibrated(model, epochs=1), [Peak()], [0.5], [1]).prepare()
+
+
+def test_unrelated_inputs_are_one_for_each_kind_and_seed():
+    sweep = Sweep(calibrated(tiny.gpt2()), [Zero(), ResampleIds()], TENTHS, SEEDS)
+    assert sweep.unrelated == [("ids", seed) for seed in SEEDS]
+
+
+def test_a_site_that_runs_twice_or_never_is_refused():
+    model = tiny.gpt2()
+    calibration = Calibration(model, find_sites(model), [])
+    calibration.start(0)
+    with pytest.raises(SiteError, match="ran 2 times in one forward pass.*shared"), calibration.collecting(None):
+        run(model), run(model)
+    with pytest.raises(SiteError, match="ran 0 times in one forward pass.*fused"), calibration.collecting(None):
+        pass
+
+
+def test_a_non_finite_activation_names_its_site():
+    model = tiny.gpt2()
+    with torch.no_grad():
+        model.transformer.h[1].attn.c_attn.bias[-1] = torch.inf
+    calibration = Calibration(model, find_sites(model), Mean.statistics)
+    calibration.start(0)
+    message = r"activations at transformer.h.1.attn.c_proj are NaN or infinite \(1 of 2 sites\)"
+    with pytest.raises(NonFiniteError, match=message), calibration.collecting(None):
+        run(model)
+
+
+def test_non_finite_logits_name_their_condition():
+    sweep = sweep_of(tiny.gpt2())
+    logits = torch.randn(4, 5)
+    good = Scored(logits, torch.zeros(4, dtype=torch.int64), torch.arange(4))
+    sweep.score(0, good, good)
+    sweep.check_finite()
+    sweep.score(2, good._replace(logits=logits * torch.nan), good)
+    with pytest.raises(NonFiniteError, match="logits under 'zero 50% seed 2' are NaN"):
+        sweep.check_finite()
+
+
+def test_calibration_survives_its_state_dict():
+    model = tiny.gpt2()
+    calibration = calibrated(model)
+    copy = Calibration(model, find_sites(model), calibration.kinds)
+    copy.load_state_dict(calibration.state_dict())
+    for site in calibration.sites:
+        for kind, statistic in calibration.statistics[site].items():
+            for name, value in statistic.state_dict().items():
+                assert torch.equal(copy[site][kind].state_dict()[name], value)

@@ -1,0 +1,140 @@
+"""Tiny random targets and the data to run them on, made by the libraries' own classes."""
+
+import lightning
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_ablate import AblationCallback, AblationModule, CausalLM, ImageClassifier, MaskedLM, Scored
+from lightning_ablate.data import TextData
+from lightning_ablate.sites import find_sites
+
+VOCABULARY = 300
+LENGTH = 16
+
+
+def gpt2(**options):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(1)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_positions=64, n_embd=16, n_layer=2, n_head=4, initializer_range=0.4, **options
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def mistral():
+    """Grouped-query attention whose heads together (4 x 8) are wider than the hidden state (24)."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(2)
+    config = MistralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        initializer_range=0.4,
+        max_position_embeddings=64,
+    )
+    return MistralForCausalLM(config).eval()
+
+
+def roberta():
+    from transformers import RobertaConfig, RobertaForMaskedLM
+
+    torch.manual_seed(3)
+    config = RobertaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=66,
+        type_vocab_size=1,
+        initializer_range=0.4,
+    )
+    return RobertaForMaskedLM(config).eval()
+
+
+def vit():
+    import timm
+
+    torch.manual_seed(4)
+    shape = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 4}
+    return timm.create_model("vit_tiny_patch16_224", num_classes=10, **shape).eval()
+
+
+def tokenizer(masked=False):
+    """A byte-level tokenizer trained on a few sentences."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import GPT2Tokenizer, RobertaTokenizer
+
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"] if masked else ["<|endoftext|>"]
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(TEXTS, vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
+    vocabulary, merges = trained.get_vocab(), []
+    kind = RobertaTokenizer if masked else GPT2Tokenizer
+    return kind(vocab=vocabulary, merges=merges, model_max_length=64)
+
+
+TEXTS = [f"The {word} of number {n} is {n * n}, as every {word} knows." for n in range(40) for word in ("cat", "dog")]
+
+
+def save_language_model(folder, model, masked=False):
+    model.save_pretrained(folder)
+    tokenizer(masked).save_pretrained(folder)
+    return str(folder)
+
+
+def tokens(batch=3, length=LENGTH, seed=0):
+    """A batch of token ids, the last two positions of the first example being padding."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, VOCABULARY - 20, (batch, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, -2:] = 0
+    return {"input_ids": ids, "attention_mask": mask, "index": torch.arange(batch)}
+
+
+class Own(AblationModule):
+    """A target that is already there, on token batches."""
+
+    def __init__(self, model, name="own"):
+        super().__init__(name)
+        self.own = [model]  # in a list, so that it becomes a submodule only when the target is built
+
+    def build_target(self):
+        return self.own[0]
+
+    def evaluate(self, batch):
+        return CausalLM.evaluate(self, batch)
+
+    def valid(self, batch):
+        return CausalLM.valid(self, batch)
+
+    def logits(self, batch):
+        return self.target(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+
+def loader(examples=6, batch_size=2, seed=0):
+    batch = tokens(examples, seed=seed)
+    rows = [{name: value[i] for name, value in batch.items()} for i in range(examples)]
+    return DataLoader(rows, batch_size=batch_size)
+
+
+def trainer(folder, callback, **options):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet |= {"logger": False, "accelerator": "cpu", "max_epochs": 1, "default_root_dir": str(folder)}
+    return lightning.Trainer(callbacks=[callback], **(quiet | options))
+
+
+def fit(folder, module=None, train=None, val=None, callback=None, **options):
+    """Runs the whole of ``fit`` and returns the module and the callback."""
+    module = module or Own(gpt2())
+    callback = callback or AblationCallback(fractions=[0.5, 1.0], seeds=[1, 2])
+    trainer(folder, callback, **options).fit(module, train or loader(seed=1), val or loader(seed=2))
+    return module, callback
+
+
+__all__ = ["CausalLM", "ImageClassifier", "MaskedLM", "Scored", "TextData", "find_sites"]
