@@ -3,11 +3,17 @@
 import sys
 import warnings
 
+EXPECTED = (
+    "Found .* module.* in eval mode",  # as the target is meant to be
+    "The '.*_dataloader' does not have many workers",
+    "The number of training batches",
+    ".*LeafSpec.*",  # Lightning's own call of torch
+)
+
 
 def main() -> None:
     """Runs the command line; what the user can mend ends in one line."""
-    # the target is meant to be in eval mode and without gradients, and the embedded runs are short
-    for message in ("Found .* module.* in eval mode", "The '.*_dataloader' does not have many workers", ".*LeafSpec.*"):
+    for message in EXPECTED:
         warnings.filterwarnings("ignore", message)
     from lightning_ablate.cli import AblationCLI
     from lightning_ablate.errors import AblationError

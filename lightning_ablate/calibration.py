@@ -96,8 +96,17 @@ class Calibration:
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-        """Takes the statistics asked for from a :meth:`state_dict`; those it lacks stay missing."""
+        """Takes the statistics asked for from a :meth:`state_dict`; those it lacks stay missing.
+
+        Raises:
+            StatisticsError: if it lacks a site.
+        """
         for site in self.sites:
+            if site.name not in state:
+                raise StatisticsError(
+                    f"the checkpoint holds no statistics of the site {site.name}, it holds {', '.join(state)}; "
+                    "name these with --ablation.sites, or run `fit` again"
+                )
             for kind in self.kinds:
                 if kind.__name__ in state[site.name]:
                     statistic = kind(site.width)

@@ -4,12 +4,11 @@ import lightning
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_ablate import AblationCallback, AblationModule, CausalLM, ImageClassifier, MaskedLM, Scored
-from lightning_ablate.data import TextData
-from lightning_ablate.sites import find_sites
+from lightning_ablate import AblationCallback, AblationModule, CausalLM
 
 VOCABULARY = 300
 LENGTH = 16
+VIT = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 4, "num_classes": 10}
 
 
 def gpt2(**options):
@@ -62,8 +61,8 @@ def vit():
     import timm
 
     torch.manual_seed(4)
-    shape = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 4}
-    return timm.create_model("vit_tiny_patch16_224", num_classes=10, **shape).eval()
+    config = {"input_size": (1, 8, 8), "mean": (0.4,), "std": (0.2,), "crop_pct": 1.0, "num_classes": 10}
+    return timm.create_model("vit_tiny_patch16_224", pretrained_cfg=config, **VIT).eval()
 
 
 def tokenizer(masked=False):
@@ -136,5 +135,3 @@ def fit(folder, module=None, train=None, val=None, callback=None, **options):
     trainer(folder, callback, **options).fit(module, train or loader(seed=1), val or loader(seed=2))
     return module, callback
 
-
-__all__ = ["CausalLM", "ImageClassifier", "MaskedLM", "Scored", "TextData", "find_sites"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ablate.calibration import Calibration
-from lightning_ablate.errors import ConfigError
+from lightning_ablate.errors import ConfigError, DataError
 from lightning_ablate.metrics import Scored
 from lightning_ablate.sweep import Sweep
 
@@ -110,13 +110,14 @@ class AblationModule(lightning.LightningModule, ABC):
         if self.sweep is None:
             raise ConfigError("validate needs an AblationCallback: Trainer(callbacks=[AblationCallback()])")
         for kind, seed in self.sweep.unrelated:
+            unrelated = self.unrelated(kind, seed, batch)  # outside, as it may run the target to generate it
             with self.sweep.reading(kind, seed):
-                self.evaluate(self.unrelated(kind, seed, batch))
+                self.evaluate(unrelated)
         clean = None
         for index, condition in enumerate(self.sweep.conditions):
             with self.sweep.applied(condition):
                 scored = self.evaluate(batch)
-            clean = clean or scored
+            clean = clean or _checked(scored)
             self.sweep.score(index, scored, clean)
         self.sweep.check_finite()
 
@@ -128,3 +129,17 @@ class AblationModule(lightning.LightningModule, ABC):
         """Leaves the target out."""
         state = checkpoint["state_dict"]
         checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith("target.")}
+
+
+def _checked(scored: Scored) -> Scored:
+    """Raises DataError unless there are logits ``(n, classes)``, and targets among the classes, for n positions."""
+    logits, targets, example = scored
+    if logits.ndim != 2 or targets.shape != logits.shape[:1] or example.shape != logits.shape[:1]:
+        shapes = [tuple(tensor.shape) for tensor in scored]
+        raise DataError(f"`evaluate` gave the shapes {shapes}, expected (n, classes), (n,) and (n,)")
+    if len(targets) and not bool(((targets >= 0) & (targets < logits.shape[1])).all()):
+        raise DataError(
+            f"the labels run from {int(targets.min())} to {int(targets.max())}, expected targets from 0 to "
+            f"{logits.shape[1] - 1}, the target's classes; do data and target belong together?"
+        )
+    return scored

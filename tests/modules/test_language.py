@@ -1,0 +1,179 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lightning_ablate import CausalLM, MaskedLM
+from lightning_ablate.errors import ConfigError, TargetError
+from tests import tiny
+
+
+def built(module):
+    module.configure_model()
+    return module
+
+
+@pytest.fixture
+def causal(gpt2_folder):
+    return built(CausalLM(gpt2_folder))
+
+
+@pytest.fixture
+def masked(roberta_folder):
+    return built(MaskedLM(roberta_folder))
+
+
+def test_target_is_loaded_frozen_and_in_eval_mode_whatever_is_asked(causal):
+    assert not any(parameter.requires_grad for parameter in causal.target.parameters())
+    causal.train()
+    assert causal.training and not any(module.training for module in causal.target.modules())
+    reference = tiny.gpt2().state_dict()
+    assert all(torch.equal(value, reference[name]) for name, value in causal.target.state_dict().items())
+
+
+def test_target_is_built_once(causal):
+    target = causal.target
+    causal.configure_model()
+    assert causal.target is target
+
+
+def test_options_reach_the_model(gpt2_folder):
+    module = built(CausalLM(gpt2_folder, dtype="bfloat16", attn_implementation="eager"))
+    assert next(module.target.parameters()).dtype == torch.bfloat16
+    facts = module.describe()
+    assert (facts["dtype"], facts["attn_implementation"], facts["name"]) == ("bfloat16", "eager", gpt2_folder)
+
+
+def test_causal_scores_every_position_with_a_next_token(causal):
+    batch = tiny.tokens()
+    batch["index"] = torch.tensor([4, -1, 6])  # the second example only fills the batch
+    scored = causal.evaluate(batch)
+    counted = scored.example >= 0
+    # by hand: example 0 has 14 tokens and so 13 targets, example 2 has 16 and 15
+    assert scored.example[counted].tolist() == [4] * 13 + [6] * 15
+    with torch.no_grad():
+        logits = causal.target(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = F.cross_entropy(logits[0, :13], batch["input_ids"][0, 1:14], reduction="sum")
+    expected += F.cross_entropy(logits[2, :15], batch["input_ids"][2, 1:], reduction="sum")
+    found = F.cross_entropy(scored.logits[counted], scored.targets[counted], reduction="sum")
+    torch.testing.assert_close(found, expected)
+
+
+def test_valid_leaves_out_padding_and_filling_examples(causal):
+    batch = tiny.tokens()
+    batch["index"] = torch.tensor([0, 1, -1])
+    assert causal.valid(batch).sum(1).tolist() == [14, 16, 0]
+
+
+def test_masking_depends_on_seed_and_example_alone(masked):
+    batch = tiny.tokens(3)
+    whole = masked.on_before_batch_transfer(batch, 0)
+    for row in (2, 0, 1):
+        alone = {name: value[row : row + 1] for name, value in batch.items()}
+        again = masked.on_before_batch_transfer(alone, 0)
+        assert torch.equal(again["input_ids"][0], whole["input_ids"][row])
+        assert torch.equal(again["labels"][0], whole["labels"][row])
+    assert "labels" not in batch
+    masked.mask_seed = 1
+    assert not torch.equal(masked.on_before_batch_transfer(batch, 0)["labels"], whole["labels"])
+
+
+def test_masking_follows_the_protocol(roberta_folder):
+    module = built(MaskedLM(roberta_folder, rate=0.15))
+    tokenizer, examples, length = module.tokenizer, 400, 60
+    ids = torch.randint(5, len(tokenizer), (examples, length))
+    ids[:, 0], ids[:, -1] = tokenizer.bos_token_id, tokenizer.eos_token_id
+    attention = torch.ones_like(ids)
+    attention[:, 50:] = 0
+    made = module.on_before_batch_transfer(
+        {"input_ids": ids, "attention_mask": attention, "index": torch.arange(examples)}, 0
+    )
+    chosen = made["labels"] != -100
+    assert chosen.sum(1).tolist() == [round(0.15 * 49)] * examples  # 49 ordinary tokens before the padding
+    assert not bool(chosen[:, 0].any()) and not bool(chosen[:, 50:].any())
+    assert torch.equal(made["labels"][chosen], ids[chosen])
+    assert torch.equal(made["input_ids"][~chosen], ids[~chosen])
+    inputs, count = made["input_ids"][chosen], int(chosen.sum())
+    share_masked = (inputs == tokenizer.mask_token_id).sum().item() / count
+    share_kept = (inputs == ids[chosen]).sum().item() / count
+    # 2,800 draws: three standard errors are 2.3 and 1.7 points
+    assert share_masked == pytest.approx(0.8, abs=0.023) and share_kept == pytest.approx(0.1, abs=0.017)
+    assert not bool(torch.isin(inputs, torch.tensor([0, 1, 2, 3])).any())
+
+
+def test_masking_chooses_at_least_one_and_keeps_given_labels(masked):
+    short = {"input_ids": torch.tensor([[0, 9, 2]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
+    short["index"] = torch.tensor([0])
+    assert (masked.on_before_batch_transfer(short, 0)["labels"] != -100).tolist() == [[False, True, False]]
+    given = {**short, "labels": torch.tensor([[-100, 9, -100]])}
+    assert masked.on_before_batch_transfer(given, 0) is given
+
+
+def test_masked_scores_the_chosen_positions(masked):
+    batch = masked.on_before_batch_transfer(tiny.tokens(), 0)
+    scored = masked.evaluate(batch)
+    chosen = batch["labels"] != -100
+    assert scored.example.tolist() == chosen.nonzero()[:, 0].tolist()
+    with torch.no_grad():
+        loss = masked.target(batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
+    torch.testing.assert_close(F.cross_entropy(scored.logits, scored.targets), loss)
+
+
+@pytest.mark.parametrize("kind", ["characters", "ids", "generated"])
+@pytest.mark.parametrize("which", ["causal", "masked"])
+def test_unrelated_input_is_as_long_as_the_batch_and_fixed_by_the_seed(which, kind, request, monkeypatch):
+    module = request.getfixturevalue(which)
+    batch = tiny.tokens()
+    state = torch.random.get_rng_state()
+    made = module.unrelated(kind, 42, batch)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert made["input_ids"].shape == (1, tiny.LENGTH) and bool(made["attention_mask"].all())
+    module.__dict__.pop("_unrelated_ids")
+    assert torch.equal(module.unrelated(kind, 42, batch)["input_ids"], made["input_ids"])
+    assert not torch.equal(module.unrelated(kind, 123, batch)["input_ids"], made["input_ids"])
+    assert module.evaluate(made).logits.shape[-1] == tiny.VOCABULARY
+    ordinary = made["input_ids"][0] if which == "causal" else made["input_ids"][0, 1:-1]
+    special = torch.tensor(module.tokenizer.all_special_ids)
+    assert int(torch.isin(ordinary, special).sum()) <= (kind == "generated" and which == "causal") * tiny.LENGTH
+
+
+def test_random_characters_are_characters(causal):
+    text = causal.tokenizer.decode(causal.unrelated("characters", 42, tiny.tokens(length=60))["input_ids"][0])
+    assert len(set(text)) > 20 and text.isascii() and text.isprintable()
+
+
+def test_language_models_make_no_pixels(causal):
+    with pytest.raises(ConfigError, match="resample-pixels needs an unrelated input of the kind 'pixels'"):
+        causal.unrelated("pixels", 42, tiny.tokens())
+
+
+@pytest.mark.parametrize("name", ["some/typo", "demo:bert", "./nowhere"])
+def test_a_name_that_does_not_load_is_one_error(name):
+    with pytest.raises(TargetError, match=name.split(":")[0]):
+        CausalLM(name).configure_model()
+
+
+def test_remote_code_is_not_run(tmp_path, gpt2_folder):
+    import json
+    import shutil
+
+    folder = tmp_path / "remote"
+    shutil.copytree(gpt2_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "made-up", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(TargetError, match="could not load"):
+        CausalLM(str(folder)).configure_model()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("rate", [0, -0.1, 1.5])
+def test_rate_outside_its_range_is_refused(rate, roberta_folder):
+    with pytest.raises(ConfigError, match=f"rate is {rate}"):
+        MaskedLM(roberta_folder, rate=rate)
+
+
+def test_a_causal_tokenizer_has_no_mask(gpt2_folder):
+    module = MaskedLM(gpt2_folder)
+    with pytest.raises(ConfigError, match="has no mask token; a causal model is a CausalLM"):
+        module.on_before_batch_transfer(tiny.tokens(), 0)
