@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,8 @@ class AblationCLI(LightningCLI):
             seed_everything_default=0,
             trainer_defaults={"enable_checkpointing": False, "max_epochs": 1},
             auto_configure_optimizers=False,
-            args=_with_start(sys.argv[1:] if args is None else args),
+            load_from_checkpoint_support=False,  # the checkpoint holds the whole configuration
+            args=args,
         )
 
     @staticmethod
@@ -57,6 +57,14 @@ class AblationCLI(LightningCLI):
         """Adds ``--ablation``."""
         parser.add_lightning_class_args(AblationCallback, "ablation")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Puts the configuration to start from before the user's own options."""
+        words = sys.argv[1:] if args is None else args
+        if isinstance(words, list):
+            self.config = parser.parse_args(_with_start(words))
+        else:
+            super().parse_arguments(parser, words)
+
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """Adds the progress bar, unless there is another one or none is wanted."""
         options = self._get(self.config_init, "trainer")
@@ -67,17 +75,16 @@ class AblationCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def _with_start(args: Any) -> Any:
-    """Puts the configuration to start from before the user's own options."""
-    if not isinstance(args, Sequence) or not args or args[0] not in AblationCLI.subcommands():
+def _with_start(args: list[str]) -> list[str]:
+    if not args or args[0] not in AblationCLI.subcommands():
         return args
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     known.add_argument("-c", "--config")
     known.add_argument("--ckpt_path")
-    given, _ = known.parse_known_args(list(args[1:]))
+    given, _ = known.parse_known_args(args[1:])
     if args[0] == "validate" and given.ckpt_path:
         return [args[0], "--config", _config_of(given.ckpt_path), *args[1:]]
-    return list(args) if given.config else [args[0], "--config", str(DEFAULT_CONFIG), *args[1:]]
+    return args if given.config else [args[0], "--config", str(DEFAULT_CONFIG), *args[1:]]
 
 
 def _config_of(checkpoint: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pickle import UnpicklingError
 
 
 class AblationError(Exception):
@@ -39,6 +40,8 @@ def loading(name: str, kind: type[AblationError]) -> Iterator[None]:
         yield
     except AblationError:
         raise
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+    except UnpicklingError as error:
+        raise kind(f"could not load {name!r}: it is damaged, or holds more than tensors and plain values") from error
+    except (OSError, ValueError, ImportError, RuntimeError, LookupError, EOFError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise kind(f"could not load {name!r}: {lines[0]}") from error

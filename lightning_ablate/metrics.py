@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-_CHUNK_BYTES = 32 * 2**20
+# float32 logits scored at a time: what a core's cache holds, or enough to keep a GPU busy
+_CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**28}
 
 
 class Scored(NamedTuple):
@@ -48,7 +49,7 @@ def scores(logits: Tensor, targets: Tensor, clean: Tensor) -> Scores:
         >>> bool(score.top1), bool(score.top5), round(score.cross_entropy.item(), 4), score.kl.item()
         (False, True, 1.4076, 0.0)
     """
-    rows = max(1, _CHUNK_BYTES // (4 * logits.shape[1]))
+    rows = max(1, _CHUNK_BYTES.get(logits.device.type, 2**24) // (4 * logits.shape[1]))
     chunks = zip(*(torch.split(column, rows) for column in (logits, targets, clean)), strict=True)
     parts = [_scores(*chunk) for chunk in chunks]
     return Scores(*(torch.cat(column) for column in zip(*parts, strict=True)))

@@ -140,7 +140,8 @@ class Results:
             f"top-1 {100 * base.top1:.2f}%, cross-entropy {base.cross_entropy:.4f} nats"
         )
         notes = [f"PARTIAL: {reason}" for reason in self.partial]
-        return "\n".join([first, *notes, "", *text, "", f"mean ± standard deviation over {seeds} seed{'s' * (seeds != 1)}"])
+        spread = f"mean ± standard deviation over {seeds} seed{'s' * (seeds != 1)}"
+        return "\n".join([first, *notes, "", *text, "", spread])
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Nothing in the tests reaches a hub, and every test ends without a hook left anywhere."""
+"""Nothing in the tests reaches a hub."""
 
 import os
 
@@ -8,6 +8,10 @@ import pytest
 import torch
 
 from tests import tiny
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run the demo configs whole, not cut to a few conditions")
 
 
 @pytest.fixture(autouse=True)

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ def test_mask_takes_the_rounded_share(width):
 
 def test_masks_are_nested_in_the_fraction():
     masks = [RandomNeurons().mask(SITE, step / 20, 42) for step in range(21)]
-    for smaller, larger in zip(masks, masks[1:], strict=False):
+    for smaller, larger in pairwise(masks):
         assert bool((smaller <= larger).all())
     assert bool(masks[-1].all()) and not bool(masks[0].any())
 

@@ -137,7 +137,7 @@ def test_all_methods_share_the_masks_of_a_fraction_and_seed():
 
 def test_a_method_without_statistics_is_refused_by_name():
     model = tiny.gpt2()
-    with pytest.raises(StatisticsError, match=r"the method 'peak' needs the statistic RangeHistogram of the site trans"):
+    with pytest.raises(StatisticsError, match=r"the method 'peak' needs the statistic RangeHistogram of the site"):
         Sweep(calibrated(model, epochs=1), [Peak()], [0.5], [1]).prepare()
 
 

@@ -134,4 +134,3 @@ def fit(folder, module=None, train=None, val=None, callback=None, **options):
     callback = callback or AblationCallback(fractions=[0.5, 1.0], seeds=[1, 2])
     trainer(folder, callback, **options).fit(module, train or loader(seed=1), val or loader(seed=2))
     return module, callback
-
