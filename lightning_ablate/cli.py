@@ -32,7 +32,11 @@ class ConfigInCheckpoint(SaveConfigCallback):
 
 
 class AblationCLI(LightningCLI):
-    """Runs ``fit`` and ``validate``. Without a ``--config``, options start from the demo's, or the checkpoint's."""
+    """Runs ``fit`` and ``validate``.
+
+    Without a ``--config``, a ``--model`` or a ``--data``, options start from the demo's configuration; ``validate``
+    starts from its checkpoint's.
+    """
 
     def __init__(self, args: ArgsType = None) -> None:
         super().__init__(
@@ -81,10 +85,12 @@ def _with_start(args: list[str]) -> list[str]:
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     known.add_argument("-c", "--config")
     known.add_argument("--ckpt_path")
+    known.add_argument("--model")
+    known.add_argument("--data")
     given, _ = known.parse_known_args(args[1:])
     if args[0] == "validate" and given.ckpt_path:
         return [args[0], "--config", _config_of(given.ckpt_path), *args[1:]]
-    return args if given.config else [args[0], "--config", str(DEFAULT_CONFIG), *args[1:]]
+    return args if given.config or given.model or given.data else [args[0], "--config", str(DEFAULT_CONFIG), *args[1:]]
 
 
 def _config_of(checkpoint: str) -> str:

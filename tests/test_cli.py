@@ -15,6 +15,7 @@ from tests import tiny
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 # the embedded ViT on a few images
 SHORT = ["--data.calibration_images=60", "--data.evaluation_images=40", "--data.batch_size=20"]
+GPT2 = ["--model=CausalLM", "--model.name=demo:gpt2"]
 FEW = ["--ablation.fractions=[0.5,1.0]", "--ablation.seeds=[1,2]"]
 
 
@@ -101,7 +102,7 @@ def test_sites_by_pattern(run, tmp_path):
         (["fit", "--ablation.sites=*.o_proj"], "the site pattern '*.o_proj' matches no module"),
         (["fit", "--model.name=some/typo"], "could not load 'some/typo'"),
         (["fit", "--data.evaluation_images=5000"], "digits gives 449 evaluation images, expected 5,000"),
-        (["fit", "--data=TextData", "--data.name=none.parquet"], "the file 'none.parquet' does not exist"),
+        (["fit", *GPT2, "--data=TextData", "--data.name=none.parquet"], "the file 'none.parquet' does not exist"),
         (["fit", "--ablation.methods=[resample-ids]"], "resample-ids needs an unrelated input of the kind 'ids'"),
         (["validate"], "the method 'mean' needs the statistic Moments"),
         (["validate", "--ckpt_path=none.ckpt"], "the checkpoint 'none.ckpt' does not exist"),
@@ -123,6 +124,7 @@ def test_what_a_user_can_mend_is_one_line_and_a_non_zero_exit(run, tmp_path, arg
         (["fit", "--ablation.methds=[zero]"], "ablation.methds"),
         (["fit", "--config=none.yaml"], "none.yaml"),
         (["fit", "--model=NoSuchModel"], "NoSuchModel"),
+        (["fit", *GPT2], "data"),
     ],
 )
 def test_what_the_parser_refuses_ends_in_its_error(run, arguments, message):

@@ -134,3 +134,19 @@ def fit(folder, module=None, train=None, val=None, callback=None, **options):
     callback = callback or AblationCallback(fractions=[0.5, 1.0], seeds=[1, 2])
     trainer(folder, callback, **options).fit(module, train or loader(seed=1), val or loader(seed=2))
     return module, callback
+
+
+def opt():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(6)
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        ffn_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    return OPTForCausalLM(config).eval()

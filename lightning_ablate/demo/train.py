@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_ablate.data.demo import digits, python_texts
 
 LENGTH = 128
-VOCABULARY = 2048
 
 
 class Recipe(lightning.LightningModule):
@@ -74,7 +73,7 @@ def train_gpt2(folder: Path, steps: int = 1_500) -> None:
     """A GPT-2 of 4 layers and 128 features on Python's documentation and sources."""
     from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
-    tokenizer = GPT2TokenizerFast(**_bpe(["<|endoftext|>"]), model_max_length=LENGTH)
+    tokenizer = GPT2TokenizerFast(**_bpe(2_048, ["<|endoftext|>"]), model_max_length=LENGTH)
     ids = _token_rows(tokenizer.encode, tokenizer.eos_token_id, LENGTH)
     config = GPT2Config(
         vocab_size=len(tokenizer),
@@ -94,11 +93,13 @@ def train_gpt2(folder: Path, steps: int = 1_500) -> None:
     _save(model, tokenizer, folder)
 
 
-def train_roberta(folder: Path, steps: int = 2_400) -> None:
-    """A RoBERTa of 4 layers and 128 features on the same text, 25% of the positions masked."""
+def train_roberta(folder: Path, steps: int = 3_000) -> None:
+    """A RoBERTa of 4 layers and 128 features on the same text, 20% of the positions chosen."""
     from transformers import RobertaConfig, RobertaForMaskedLM, RobertaTokenizerFast
 
-    tokenizer = RobertaTokenizerFast(**_bpe(["<s>", "<pad>", "</s>", "<unk>", "<mask>"]), model_max_length=LENGTH)
+    tokenizer = RobertaTokenizerFast(
+        **_bpe(1_024, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]), model_max_length=LENGTH
+    )
     rows = _token_rows(lambda text: tokenizer.encode(text, add_special_tokens=False), None, LENGTH - 2)
     ends = torch.full((len(rows), 1), tokenizer.eos_token_id)
     ids = torch.cat([torch.full_like(ends, tokenizer.bos_token_id), rows, ends], dim=1)
@@ -120,7 +121,7 @@ def train_roberta(folder: Path, steps: int = 2_400) -> None:
 
     def loss(batch: list[Tensor]) -> Tensor:
         inputs = batch[0].clone()
-        chosen = torch.rand(inputs.shape) < 0.25
+        chosen = torch.rand(inputs.shape) < 0.2
         chosen[:, 0] = chosen[:, -1] = False
         fate = torch.rand(inputs.shape)
         inputs[chosen & (fate < 0.8)] = tokenizer.mask_token_id
@@ -129,7 +130,7 @@ def train_roberta(folder: Path, steps: int = 2_400) -> None:
         hidden = model.roberta(inputs).last_hidden_state
         return F.cross_entropy(model.lm_head(hidden[chosen]), batch[0][chosen])
 
-    Recipe(model, loss, 3e-3, steps).run(TensorDataset(ids), batch_size=32)
+    Recipe(model, loss, 2.5e-3, steps).run(TensorDataset(ids), batch_size=32)
     _save(model, tokenizer, folder)
 
 
@@ -167,10 +168,10 @@ def _jitter(images: Tensor) -> Tensor:
     return (moved * (0.8 + 0.4 * torch.rand(n, 1, 1, 1))).clamp(0, 1)
 
 
-def _bpe(special: list[str]) -> dict[str, Any]:
+def _bpe(size: int, special: list[str]) -> dict[str, Any]:
     trainer = ByteLevelBPETokenizer()
     trainer.train_from_iterator(
-        python_texts("train"), vocab_size=VOCABULARY, min_frequency=2, special_tokens=special, show_progress=False
+        python_texts("train"), vocab_size=size, min_frequency=2, special_tokens=special, show_progress=False
     )
     model = trainer._tokenizer.model
     vocabulary = trainer.get_vocab()

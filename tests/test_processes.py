@@ -1,0 +1,87 @@
+"""The same numbers on several processes (gloo on the CPU)."""
+
+import csv
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from lightning_ablate.metrics import Scored, SweepMetrics
+from lightning_ablate.statistics import Moments, Range, RangeHistogram, SiteStatistics
+from tests.statistics.test_statistics import NEURONS, activations, gathered
+
+SHARED = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
+SMALL = [
+    "--data.calibration_images=43",
+    "--data.batch_size=8",
+    "--ablation.fractions=[0.5,1.0]",
+    "--ablation.seeds=[1]",
+]
+
+
+def fit(folder, *arguments):
+    command = [sys.executable, "-m", "lightning_ablate", "fit", *SHARED, *SMALL, *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    (results,) = folder.glob("lightning_logs/digits/*/results.csv")
+    with results.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("images", [37, 1])
+def test_two_processes_give_the_figures_of_one(tmp_path, images):
+    """37 images don't divide by two; of one image the second process gets none."""
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        strategy = [f"--trainer.devices={processes}", "--trainer.strategy=ddp"] if processes > 1 else []
+        found.append(fit(folder, f"--data.evaluation_images={images}", *strategy))
+    one, two = found
+    assert len(one) == len(two) == 1 + 4 * 2
+    for row, other in zip(one, two, strict=True):
+        assert int(row["n"]) == int(other["n"]) == images
+        for name, value in row.items():
+            if name in ("top1", "top5", "cross_entropy", "kl"):
+                assert float(value) == pytest.approx(float(other[name]), abs=1e-6)
+            else:
+                assert value == other[name]
+
+
+def rank_of_two(rank, port, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    part = activations().flatten(0, 1).tensor_split([130])[rank].unsqueeze(0)
+    moments, bounds = Moments(NEURONS), Range(NEURONS)
+    for statistic in (moments, bounds):
+        statistic.update(part)
+        statistic.sync()
+    histogram = RangeHistogram(NEURONS, SiteStatistics("here", {Range: bounds}))
+    histogram.update(part)
+    histogram.sync()
+    metrics = SweepMetrics(2)
+    logits = torch.arange(12.0).view(3, 4) * (rank + 1)
+    scored = Scored(logits, torch.tensor([3, 0, 1]), torch.tensor([0, 1, -1 if rank else 2]))
+    metrics.update(1, scored, logits.flip(1))
+    states = [{k: v.clone() for k, v in s.state_dict().items()} for s in (moments, bounds, histogram)]
+    torch.save((states, metrics.compute()), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_statistics_and_metrics_merge_over_ranks_as_if_there_were_one(tmp_path):
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(rank_of_two, (port, tmp_path), nprocs=2)
+    (first, figures), (second, others) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    alone = gathered([activations()])
+    for state, other, statistic in zip(first, second, alone, strict=True):
+        for name, value in statistic.state_dict().items():
+            assert torch.equal(state[name], other[name])
+            torch.testing.assert_close(state[name], value, rtol=1e-12, atol=1e-30)
+    assert figures["n"].tolist() == others["n"].tolist() == [0, 5]
+    # by hand: rank 0 hits its first target, rank 1 its first and drops its third
+    assert figures["top1"][1].item() == others["top1"][1].item() == pytest.approx(2 / 5)

@@ -1,0 +1,124 @@
+"""Every command and example of the README, run as it stands there, with stand-ins for the hub and for long runs."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader
+
+from lightning_ablate import AblationCallback
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+SHORT_IMAGES = ["--data.calibration_images=60", "--data.evaluation_images=40", "--data.batch_size=20"]
+SHORT_TEXT = ["--data.calibration_tokens=1000", "--data.evaluation_tokens=1000"]
+FEW = ["--ablation.fractions=[0.5]", "--ablation.seeds=[42]", "--trainer.enable_progress_bar=false"]
+PIP = 'pip install -e ".[test]" && '
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
+COMMANDS = [
+    line.strip() for block in blocks("bash") for line in block.replace("\\\n", "").strip().split("\n") if line.strip()
+]
+
+
+def runnable():
+    return [command for command in COMMANDS if "lightning_ablate" in command]
+
+
+def test_the_first_command_installs_and_runs_and_the_second_tests():
+    assert COMMANDS[0] == PIP + "python -m lightning_ablate fit"
+    assert COMMANDS[1] == "python -m pytest"
+
+
+def test_every_command_is_known_here():
+    others = {command for command in COMMANDS if "lightning_ablate" not in command}
+    assert others == {"python -m pytest", "tensorboard --logdir lightning_logs"}
+    assert len(runnable()) == 7
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory):
+    """Local models and data for the names on the hub, in a folder with the files that commands name."""
+    folder = tmp_path_factory.mktemp("readme")
+    Dataset.from_dict({"text": tiny.TEXTS * 5}).to_parquet(folder / "texts.parquet")
+    opt = tiny.save_language_model(folder / "opt", tiny.opt())
+    (folder / "configs").symlink_to(ROOT / "configs")
+    return folder, {
+        "facebook/opt-125m": opt,
+        "facebook/opt-1.3b": opt,
+        "monology/pile-uncopyrighted": str(folder / "texts.parquet"),
+    }
+
+
+@pytest.mark.parametrize("command", runnable())
+def test_command_runs(command, stand_ins):
+    folder, names = stand_ins
+    words = [names.get(word, word) for word in shlex.split(command.removeprefix(PIP))]
+    if "--ckpt_path" in words:
+        words[words.index("--ckpt_path") + 1] = str(min(folder.glob("lightning_logs/digits/version_*/ablation.ckpt")))
+    elif "--data.name" in words:
+        words += [*SHORT_TEXT, "--data.length=32"]
+    else:
+        words += SHORT_TEXT if "--config" in words else SHORT_IMAGES
+    if "1.3b" in command:
+        words[words.index("float16")] = "float32"  # half precision is for GPUs
+    first = [sys.executable, *words[1:], *FEW]
+    done = subprocess.run(first, cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "results.csv" in done.stdout and "scored positions" in done.stdout
+
+
+def test_tensorboard_finds_the_runs(stand_ins):
+    from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
+
+    runs = EventMultiplexer().AddRunsFromDirectory(str(stand_ins[0] / "lightning_logs")).Reload().Runs()
+    assert any(name.endswith("curves/peak") for name in runs)
+
+
+def test_the_models_subclass_runs_as_it_stands(tmp_path):
+    from transformers import ASTConfig, ASTForAudioClassification
+
+    (own,) = [block for block in blocks("python") if "AblationModule" in block]
+    body = own[own.index("class ") :].strip().splitlines()
+    assert len([line for line in body if line.strip()]) <= 15
+    names = {}
+    exec(own, names)
+    patches = {"patch_size": 8, "frequency_stride": 8, "time_stride": 8, "max_length": 32, "num_mel_bins": 16}
+    config = ASTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, num_labels=5, **patches
+    )
+    target = ASTForAudioClassification(config).eval()
+    target.save_pretrained(tmp_path / "ast")
+    sounds = torch.randn(12, 32, 16, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(12) % 5
+    rows = [{"input_values": x, "label": labels[i], "index": torch.tensor(i)} for i, x in enumerate(sounds)]
+    loader = DataLoader(rows, batch_size=4)
+    callback = AblationCallback(["zero", "mean", "peak"], [0.5, 1.0], [1])
+    module = names["AudioClassifier"](str(tmp_path / "ast"))
+    tiny.trainer(tmp_path, callback).fit(module, loader, loader)
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(target(sounds).logits, labels)
+    base = callback.results.baseline
+    assert base.n == 12 and base.cross_entropy == pytest.approx(loss.item(), abs=1e-6)
+    assert len(module.calibration.sites) == 2 and len(callback.results.rows) == 1 + 3 * 2
+
+
+def test_the_python_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    (example,) = [block for block in blocks("python") if "AblationCallback(" in block]
+    monkeypatch.chdir(tmp_path)
+    make = lightning.Trainer
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    monkeypatch.setattr(lightning, "Trainer", lambda **options: make(**options, **quiet))
+    exec(example, {})
+    assert "demo:vit on digits: 449 scored positions" in capsys.readouterr().out
