@@ -34,11 +34,6 @@ class Calibration:
         self.statistics: dict[Site, dict[type[ActivationStatistic], ActivationStatistic]] = {s: {} for s in sites}
         self._current: dict[Site, list[ActivationStatistic]] = {}
 
-    @property
-    def epochs(self) -> int:
-        """The number of calibration epochs these statistics take, at least 1."""
-        return max((kind.epoch() + 1 for kind in self.kinds), default=1)
-
     def __getitem__(self, site: Site) -> SiteStatistics:
         """The statistics of one site."""
         return SiteStatistics(site.name, self.statistics[site])

@@ -1,17 +1,19 @@
 """The Lightning callback that calibrates and sweeps."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
+from torch.utils.data.distributed import DistributedSampler
 
 from lightning_ablate import report
 from lightning_ablate.calibration import Calibration
-from lightning_ablate.errors import ConfigError, StatisticsError, TargetError
+from lightning_ablate.data.base import ExactSampler
+from lightning_ablate.errors import ConfigError, DataError, StatisticsError, TargetError
 from lightning_ablate.masks import NeuronChoice, RandomNeurons
 from lightning_ablate.methods import AblationMethod, method_named
 from lightning_ablate.modules import AblationModule
@@ -43,6 +45,7 @@ class AblationCallback(lightning.Callback):
 
     Attributes:
         results: the figures, once the sweep has ended.
+        folder: where the run's files go, once it has begun; None in a ``fast_dev_run``.
     """
 
     def __init__(
@@ -59,7 +62,7 @@ class AblationCallback(lightning.Callback):
         self.choice = choice or RandomNeurons()
         self.conditions = distinct_conditions(self.methods, self.fractions, self.seeds)
         self.results: Results | None = None
-        self._folder: Path | None = None
+        self.folder: Path | None = None
         self._target = ""
         self._saved: dict[str, Any] = {}
         self._partial: list[str] = []
@@ -73,12 +76,19 @@ class AblationCallback(lightning.Callback):
         if not isinstance(pl_module, AblationModule):
             raise ConfigError(f"AblationCallback needs an AblationModule, got a {type(pl_module).__name__}")
         trainer.num_sanity_val_steps = 0
+        log_dir = None if _fast(trainer) else trainer.log_dir
+        folder = report.fresh_folder(Path(log_dir)) if log_dir is not None and trainer.is_global_zero else None
+        self.folder = trainer.strategy.broadcast(folder)
         if stage == TrainerFn.FITTING:
             _plan_epochs(trainer, max(kind.epoch() + 1 for kind in self._kinds()))
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
         """Finds the sites of the target, which is on its device by now."""
         self._begin(trainer, pl_module)
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Refuses a loader that repeats examples."""
+        _check_counts_once(trainer, trainer.train_dataloader)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
         """Makes the statistics of this epoch."""
@@ -100,29 +110,45 @@ class AblationCallback(lightning.Callback):
             self._note_partial("calibration", trainer.fit_loop.batch_idx + 1, trainer.train_dataloader)
             statistics = _calibration(pl_module).state_dict()
             self._saved = {"target": self._target, "name": pl_module.name, "statistics": statistics}
-            if self._folder is not None:
-                trainer.save_checkpoint(self._folder / CHECKPOINT, weights_only=False)
+            if self.folder is not None:
+                trainer.save_checkpoint(self.folder / CHECKPOINT, weights_only=False)
         else:
             self._begin(trainer, pl_module)
             self._restore(_calibration(pl_module))
-        pl_module.sweep = Sweep(_calibration(pl_module), self.methods, self.fractions, self.seeds, self.choice)
+        _check_counts_once(trainer, trainer.val_dataloaders)
+        pl_module.sweep = Sweep(_calibration(pl_module), self.methods, self.conditions, self.choice)
         pl_module.sweep.prepare()
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
         """Computes the results on every rank, and writes them on the first."""
         if pl_module.sweep is None:
             return
-        figures = pl_module.sweep.metrics.compute()
-        self._note_partial("evaluation", int(trainer.num_val_batches[0]), trainer.val_dataloaders)
+        # torchmetrics makes a scalar of what has one element
+        figures = {name: value.reshape(-1).cpu() for name, value in pl_module.sweep.metrics.compute().items()}
+        if not int(figures["n"][0]):
+            raise DataError("the evaluation data have no scored position; is everything padding, or too short?")
+        self._note_partial("evaluation", trainer.num_val_batches[0], trainer.val_dataloaders)
         self.results = Results.of(
             pl_module.sweep.conditions,
-            {name: value.cpu() for name, value in figures.items()},
+            figures,
             model=pl_module.name,
-            data=_data_facts(trainer)["name"],
+            data=_data_name(trainer),
             classes=pl_module.sweep.classes,
             partial=self._partial,
         )
         self._write(trainer, pl_module, self.results)
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Says so if there was no sweep.
+
+        Raises:
+            ConfigError: if limits, or missing data, kept ``fit`` from it.
+        """
+        if self.results is None:
+            raise ConfigError(
+                "fit ended before the sweep, so there are no results: is a limit on batches or time in the way, is "
+                "there no evaluation data, or was it given the checkpoint of a finished run?"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """What the methods need, and what it was gathered on."""
@@ -146,9 +172,6 @@ class AblationCallback(lightning.Callback):
         sites = find_sites(module.target, self.patterns)
         self._target = fingerprint(module.target)
         module.calibration = Calibration(module.target, sites, self._kinds(), module.device)
-        log_dir = None if _fast(trainer) else trainer.log_dir
-        folder = report.fresh_folder(Path(log_dir)) if log_dir is not None and trainer.is_global_zero else None
-        self._folder = trainer.strategy.broadcast(folder)
 
     def _restore(self, calibration: Calibration) -> None:
         if not self._saved:
@@ -160,7 +183,7 @@ class AblationCallback(lightning.Callback):
             )
         calibration.load_state_dict(self._saved["statistics"])
 
-    def _note_partial(self, what: str, seen: int, loader: Any) -> None:
+    def _note_partial(self, what: str, seen: float, loader: Any) -> None:
         try:
             whole = len(loader)
         except TypeError:  # a loader without a length
@@ -170,18 +193,17 @@ class AblationCallback(lightning.Callback):
 
     @rank_zero_only
     def _write(self, trainer: lightning.Trainer, module: AblationModule, results: Results) -> None:
-        lines = ["", results.table()]
-        if self._folder is not None:
-            paths = report.save(results, self._folder, self._facts(trainer, module))
+        paths, notes = [], []
+        if self.folder is not None:
+            paths = report.save(results, self.folder, self._facts(trainer, module))
             if trainer.state.fn == TrainerFn.FITTING:
-                paths.append(self._folder / CHECKPOINT)
+                paths.append(self.folder / CHECKPOINT)
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
-                    paths.append(report.tensorboard(results, self._folder))
+                    paths.append(report.tensorboard(results, self.folder))
                     logger.experiment.add_figure("degradation", report.degradation(results))
-                    lines += ["", f"TensorBoard: tensorboard --logdir {logger.root_dir}"]
-            lines[2:2] = ["", *(str(path) for path in paths)]
-        print("\n".join(lines), flush=True)
+                    notes = ["", f"TensorBoard: tensorboard --logdir {logger.root_dir}"]
+        print("\n".join(["", results.table(), "", *map(str, paths), *notes]), flush=True)
 
     def _facts(self, trainer: lightning.Trainer, module: AblationModule) -> dict[str, Any]:
         calibration = _calibration(module)
@@ -208,8 +230,10 @@ def _calibration(module: AblationModule) -> Calibration:
 def _plan_epochs(trainer: lightning.Trainer, epochs: int) -> None:
     if trainer.max_steps != -1 and not _fast(trainer):
         raise ConfigError(f"max_steps is {trainer.max_steps}; shorten the calibration with limit_train_batches instead")
-    if trainer.val_check_interval not in (None, 1.0):
-        raise ConfigError(f"val_check_interval is {trainer.val_check_interval}, expected 1.0: calibration comes first")
+    if type(trainer.val_check_interval) is int or trainer.val_check_interval not in (None, 1.0):
+        raise ConfigError(
+            f"val_check_interval is {trainer.val_check_interval!r}, expected 1.0: calibration comes first"
+        )
     trainer.fit_loop.epoch_loop.max_steps = -1
     trainer.fit_loop.max_epochs = epochs
     trainer.check_val_every_n_epoch = epochs
@@ -219,9 +243,23 @@ def _fast(trainer: lightning.Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
-def _data_facts(trainer: lightning.Trainer) -> dict[str, Any]:
+def _check_counts_once(trainer: lightning.Trainer, loader: Any) -> None:
+    sampler = getattr(loader, "sampler", None)
+    if trainer.world_size == 1 or not isinstance(sampler, DistributedSampler) or isinstance(sampler, ExactSampler):
+        return
+    examples = len(cast(Sized, sampler.dataset))
+    if sampler.total_size != examples:
+        raise ConfigError(
+            f"{examples} examples don't divide by {trainer.world_size} processes, so Lightning's sampler would repeat "
+            "some; use a lightning_ablate.data.AblationDataModule, or drop the remainder"
+        )
+
+
+def _data_name(trainer: lightning.Trainer) -> str:
     data = getattr(trainer, "datamodule", None)
-    if data is None:
-        return {"name": "data"}
-    describe = getattr(data, "describe", None)
-    return describe() if describe is not None else {"name": getattr(data, "name", type(data).__name__)}
+    return "data" if data is None else getattr(data, "name", None) or type(data).__name__
+
+
+def _data_facts(trainer: lightning.Trainer) -> dict[str, Any]:
+    describe = getattr(getattr(trainer, "datamodule", None), "describe", None)
+    return describe() if describe is not None else {"name": _data_name(trainer)}

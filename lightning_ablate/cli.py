@@ -26,6 +26,13 @@ DEFAULT_CONFIG = Path(__file__).parent / "demo" / "default.yaml"
 class ConfigInCheckpoint(SaveConfigCallback):
     """Saves the configuration beside the results, and in the checkpoint, so that ``validate`` needs nothing else."""
 
+    def save_config(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Writes config.yaml into the run's folder, which holds no earlier one."""
+        folder = next(c for c in trainer.callbacks if isinstance(c, AblationCallback)).folder  # type: ignore[attr-defined]
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, folder / self.config_filename, skip_none=False)
+
     def state_dict(self) -> dict[str, Any]:
         """The configuration as YAML."""
         return {"config": self.parser.dump(self.config, skip_none=False)}
@@ -45,6 +52,7 @@ class AblationCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_callback=ConfigInCheckpoint,
+            save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,
             trainer_defaults={"enable_checkpointing": False, "max_epochs": 1},
             auto_configure_optimizers=False,
@@ -73,6 +81,7 @@ class AblationCLI(LightningCLI):
         """Adds the progress bar, unless there is another one or none is wanted."""
         options = self._get(self.config_init, "trainer")
         callbacks = options.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         wanted = options.get("enable_progress_bar") is not False
         if wanted and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             kwargs["callbacks"] = [*callbacks, SweepProgressBar()]
@@ -88,18 +97,20 @@ def _with_start(args: list[str]) -> list[str]:
     known.add_argument("--model")
     known.add_argument("--data")
     given, _ = known.parse_known_args(args[1:])
-    if args[0] == "validate" and given.ckpt_path:
-        return [args[0], "--config", _config_of(given.ckpt_path), *args[1:]]
+    if args[0] == "validate" and given.ckpt_path and (config := _config_of(given.ckpt_path)):
+        return [args[0], "--config", config, *args[1:]]
     return args if given.config or given.model or given.data else [args[0], "--config", str(DEFAULT_CONFIG), *args[1:]]
 
 
-def _config_of(checkpoint: str) -> str:
-    """The configuration in a checkpoint, without what only ``fit`` knows."""
+def _config_of(checkpoint: str) -> str | None:
+    """The configuration in a checkpoint, without what only ``fit`` knows; None in one that Python code left."""
     import torch
 
     if not Path(checkpoint).is_file():
         raise TargetError(f"the checkpoint {checkpoint!r} does not exist; `fit` leaves one in its run's folder")
     with loading(checkpoint, TargetError):
         callbacks = torch.load(checkpoint, map_location="cpu", weights_only=True)["callbacks"]
+        if ConfigInCheckpoint.__qualname__ not in callbacks:
+            return None
         config = yaml.safe_load(callbacks[ConfigInCheckpoint.__qualname__]["config"])
     return yaml.safe_dump({key: config[key] for key in ("seed_everything", "trainer", "model", "data", "ablation")})

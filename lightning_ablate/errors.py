@@ -42,6 +42,6 @@ def loading(name: str, kind: type[AblationError]) -> Iterator[None]:
         raise
     except UnpicklingError as error:
         raise kind(f"could not load {name!r}: it is damaged, or holds more than tensors and plain values") from error
-    except (OSError, ValueError, ImportError, RuntimeError, LookupError, EOFError) as error:
+    except Exception as error:  # the libraries below raise dozens of kinds, some of them their own
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise kind(f"could not load {name!r}: {lines[0]}") from error

@@ -82,7 +82,7 @@ class SweepMetrics(Metric):
         >>> scored = Scored(logits, targets=torch.tensor([0, 0]), example=torch.tensor([0, 1]))
         >>> metrics.update(0, scored, clean=logits)
         >>> metrics.compute()["top1"].tolist()
-        [0.5]
+        0.5
     """
 
     full_state_update = False

@@ -4,7 +4,7 @@ import io
 import json
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,14 +42,14 @@ def save(results: Results, folder: Path, run: dict[str, Any]) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "partial": list(results.partial), **run}
-    files: dict[str, str | bytes] = {
-        "results.csv": results.csv(),
-        "run.json": json.dumps({**facts, "versions": _versions()}, indent=2, default=str) + "\n",
-        "degradation.png": png(degradation(results)),
+    makers: dict[str, Callable[[], str | bytes]] = {
+        "results.csv": results.csv,
+        "run.json": lambda: json.dumps({**facts, "versions": _versions()}, indent=2, default=str) + "\n",
+        "degradation.png": lambda: png(degradation(results)),
     }
-    for name, content in files.items():
-        write_whole(folder / name, content)
-    return [folder / name for name in files]
+    for name, make in makers.items():  # one by one: what is measured is safe before it is drawn
+        write_whole(folder / name, make())
+    return [folder / name for name in makers]
 
 
 def degradation(results: Results) -> "Figure":
@@ -125,7 +125,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def fresh_folder(folder: Path, names: Sequence[str] = ("results.csv", "ablation.ckpt")) -> Path:
+def fresh_folder(folder: Path, names: Sequence[str] = ("results.csv", "ablation.ckpt", "config.yaml")) -> Path:
     """The folder itself, or its first ``run-2``, ``run-3`` ... that holds no earlier run's files."""
     candidate, number = folder, 1
     while any((candidate / name).exists() for name in names):

@@ -123,6 +123,13 @@ class Results:
     def table(self) -> str:
         """Top-1 and cross-entropy at up to three fractions, mean ± standard deviation over the seeds."""
         base, shown = self.baseline, _shown(self.fractions)
+        first = (
+            f"{base.model} on {base.data}: {base.n:,} scored positions; nothing ablated: "
+            f"top-1 {100 * base.top1:.2f}%, cross-entropy {base.cross_entropy:.4f} nats"
+        )
+        first = "\n".join([first, *(f"PARTIAL: {reason}" for reason in self.partial)])
+        if not self.methods:
+            return first
         seeds = len({row.seed for row in self.rows} - {None})
         head = [f"{100 * fraction:g}%" for fraction in shown]
         lines = [["", "top-1 %", *[""] * (len(shown) - 1), "cross-entropy", *[""] * (len(shown) - 1)]]
@@ -132,16 +139,9 @@ class Results:
             loss = {p.fraction: _with_sd(p, 1, 4) for p in self.curve(method, "cross_entropy")}
             lines.append([method, *(top1[f] for f in shown), *(loss[f] for f in shown)])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-        ]
-        first = (
-            f"{base.model} on {base.data}: {base.n:,} scored positions; nothing ablated: "
-            f"top-1 {100 * base.top1:.2f}%, cross-entropy {base.cross_entropy:.4f} nats"
-        )
-        notes = [f"PARTIAL: {reason}" for reason in self.partial]
+        text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
         spread = f"mean ± standard deviation over {seeds} seed{'s' * (seeds != 1)}"
-        return "\n".join([first, *notes, "", *text, "", spread])
+        return "\n".join([first, "", *text, "", spread])
 
 
 def read_rows(path: Path) -> list[Row]:

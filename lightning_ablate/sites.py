@@ -65,11 +65,17 @@ def find_sites(target: nn.Module, patterns: Sequence[str] = ()) -> list[Site]:
 
 
 def fingerprint(target: nn.Module) -> str:
-    """SHA-256 of the names, shapes, dtypes and bytes of a target's parameters and buffers, in hexadecimal."""
+    """SHA-256, in hexadecimal, of what makes a target: its modules' classes and whole numbers, parameters and buffers.
+
+    The whole numbers are there because the same weights with another number of heads are another target.
+    """
     import torch
 
     digest = hashlib.sha256()
-    for name, tensor in sorted({**target.state_dict()}.items()):
+    for name, module in target.named_modules():
+        numbers = sorted((key, value) for key, value in vars(module).items() if type(value) is int)
+        digest.update(f"{name} {type(module).__name__} {numbers};".encode())
+    for name, tensor in sorted({**target.state_dict(), **dict(target.named_buffers())}.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
         digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()

@@ -68,7 +68,7 @@ def distinct_conditions(
         for fraction in sorted(map(float, fractions)):
             for seed in seeds:
                 if fraction > 0:
-                    matters = fraction < 1 or method.seeded
+                    matters = fraction < 1 or method.seeded or method.unrelated is not None
                     found[Condition(method.name, fraction, seed if matters else None)] = None
     return list(found)
 
@@ -79,23 +79,18 @@ class Sweep:
     Args:
         calibration: the target, its sites and their statistics.
         methods: what replaces a neuron.
-        fractions: shares of each site's neurons, 0 to 1.
-        seeds: of the choice of neurons and of what methods draw.
+        conditions: of these methods, the baseline first (see :func:`distinct_conditions`).
         choice: which neurons go.
-
-    Raises:
-        ConfigError: see :func:`distinct_conditions`.
     """
 
     def __init__(
         self,
         calibration: Calibration,
         methods: Sequence[AblationMethod],
-        fractions: Sequence[float],
-        seeds: Sequence[int],
+        conditions: Sequence[Condition],
         choice: NeuronChoice | None = None,
     ) -> None:
-        self.conditions = distinct_conditions(methods, fractions, seeds)
+        self.conditions = tuple(conditions)
         self.metrics = SweepMetrics(len(self.conditions)).to(calibration.device)
         self.classes = 0
         self.announce: Callable[[Condition], None] = lambda condition: None
@@ -136,18 +131,24 @@ class Sweep:
 
     @contextmanager
     def applied(self, condition: Condition) -> Iterator[None]:
-        """Ablates the target for the forward passes inside."""
+        """Ablates the target for the one forward pass inside.
+
+        Raises:
+            SiteError: if a site did not run, or ran more than once.
+        """
         self.announce(condition)
         if condition == BASELINE:
             yield
             return
-        prepared = self._prepared[condition]
+        prepared, runs = self._prepared[condition], dict.fromkeys(self._calibration.sites, 0)
 
         def replace(site: Site, activations: Tensor) -> Tensor:
+            runs[site] += 1
             return ablate(activations, *prepared[site])
 
         with hooked(self._calibration.target, self._calibration.sites, replace):
             yield
+        check_runs(runs)
 
     def score(self, index: int, scored: Scored, clean: Scored) -> None:
         """Adds what the condition of that index scored on a batch."""

@@ -1,4 +1,6 @@
 import json
+from functools import partial
+from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -7,8 +9,16 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_ablate import AblationCallback, CausalLM, ImageClassifier
-from lightning_ablate.errors import ConfigError, NonFiniteError, StatisticsError, TargetError
+from lightning_ablate import AblationCallback, AblationModule, CausalLM, ImageClassifier
+from lightning_ablate.callback import _check_counts_once
+from lightning_ablate.errors import (
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    SiteError,
+    StatisticsError,
+    TargetError,
+)
 from lightning_ablate.masks import RandomNeurons
 from lightning_ablate.methods import AblationMethod, constant
 from lightning_ablate.results import read_rows
@@ -245,7 +255,12 @@ def test_epochs_follow_from_the_methods(tmp_path, methods, epochs):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"max_steps": 5}, "max_steps is 5"), ({"val_check_interval": 0.5}, "val_check_interval")]
+    ("options", "message"),
+    [
+        ({"max_steps": 5}, "max_steps is 5"),
+        ({"val_check_interval": 0.5}, "val_check_interval"),
+        ({"val_check_interval": 1}, "val_check_interval"),
+    ],
 )
 def test_limits_that_would_cut_the_calibration_are_refused(tmp_path, options, message):
     with pytest.raises(ConfigError, match=message):
@@ -343,3 +358,63 @@ def test_timm_targets_resample_pixels(tmp_path):
     tiny.fit(tmp_path, Classifier("tiny", library="timm"), images, images, callback)
     assert [r.seed for r in callback.results.rows] == [None, 1, 2, None, 1, 2, 1, 2]
     assert all(r.n == 6 for r in callback.results.rows)
+
+
+def test_data_without_a_scored_position_are_refused(tmp_path):
+    rows = [{**tiny.tokens(1), "index": torch.tensor([-1])}]
+    nothing = torch.utils.data.DataLoader(rows, batch_size=None)
+    with pytest.raises(DataError, match="no scored position"):
+        tiny.fit(tmp_path, val=nothing)
+
+
+@pytest.mark.parametrize("limit", ["limit_val_batches", "limit_train_batches"])
+def test_a_fit_without_a_sweep_says_so(tmp_path, limit):
+    with pytest.raises(ConfigError, match="fit ended before the sweep"):
+        tiny.fit(tmp_path, **{limit: 0})
+
+
+def test_the_baseline_alone_is_a_sweep(tmp_path, capsys):
+    _, callback = tiny.fit(tmp_path, callback=AblationCallback(fractions=[0], seeds=[1]))
+    assert [row.method for row in callback.results.rows] == ["none"]
+    assert "nothing ablated: top-1" in capsys.readouterr().out and len(read_rows(tmp_path / "results.csv")) == 1
+
+
+def test_a_stream_without_a_length_is_evaluated_whole(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(tiny.loader(seed=2))
+
+    stream = torch.utils.data.DataLoader(Stream(), batch_size=None)
+    _, callback = tiny.fit(tmp_path / "stream", val=stream)
+    _, whole = tiny.fit(tmp_path / "whole")
+    assert callback.results == whole.results
+
+
+def test_a_site_that_never_runs_is_refused_in_the_sweep(tmp_path):
+    """A fused implementation computes with the projection's weight and never calls it."""
+    model = tiny.gpt2()
+    model.transformer.h[0].attn.out_proj = nn.Linear(16, 16)
+    module = tiny.Own(model)
+    with pytest.raises(SiteError, match=r"h.0.attn.out_proj ran 0 times"):
+        tiny.trainer(tmp_path, AblationCallback(["zero"], [0.5], [1])).validate(module, tiny.loader(seed=2))
+
+
+def test_filling_examples_enter_no_statistic_by_default():
+    class Plain(tiny.Own):
+        valid = AblationModule.valid
+
+    module = Plain(tiny.gpt2())
+    assert module.valid({"index": torch.tensor([3, -1])}).tolist() == [[True], [False]]
+    assert module.valid(torch.zeros(2)) is None
+
+
+@pytest.mark.parametrize(("examples", "refused"), [(7, True), (8, False)])
+def test_a_sampler_that_repeats_examples_is_refused(examples, refused):
+    sampler = torch.utils.data.DistributedSampler(range(examples), num_replicas=2, rank=0)
+    loader = torch.utils.data.DataLoader(range(examples), sampler=sampler)
+    check = partial(_check_counts_once, SimpleNamespace(world_size=2), loader)
+    if refused:
+        with pytest.raises(ConfigError, match="7 examples don't divide by 2 processes"):
+            check()
+    else:
+        check()

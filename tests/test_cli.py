@@ -100,6 +100,7 @@ def test_sites_by_pattern(run, tmp_path):
         (["fit", "--ablation.methods=[zero,maen]"], "unknown method 'maen'; expected one of mean"),
         (["fit", "--ablation.fractions=[0.5,1.5]"], "fractions holds 1.5, expected a share"),
         (["fit", "--ablation.sites=*.o_proj"], "the site pattern '*.o_proj' matches no module"),
+        (["fit", "--model.dtype=fp16"], "could not load 'demo:vit'"),
         (["fit", "--model.name=some/typo"], "could not load 'some/typo'"),
         (["fit", "--data.evaluation_images=5000"], "digits gives 449 evaluation images, expected 5,000"),
         (["fit", *GPT2, "--data=TextData", "--data.name=none.parquet"], "the file 'none.parquet' does not exist"),
@@ -143,3 +144,12 @@ def test_a_checkpoint_of_another_target_is_refused(run, tmp_path):
 def test_help_names_the_options(run):
     code, out, _ = run("fit", "--help")
     assert code == 0 and "--ablation.methods" in out and "--trainer.devices" in out
+
+
+def test_a_second_run_in_the_same_folder_keeps_the_first(run, tmp_path):
+    for _ in range(2):
+        code, _, err = run("fit", "--trainer.logger=false", *SHORT, *FEW, *QUIET)
+        assert code == 0, err
+    names = {"results.csv", "run.json", "degradation.png", "ablation.ckpt", "config.yaml"}
+    assert names <= {path.name for path in tmp_path.iterdir()}
+    assert names == {path.name for path in (tmp_path / "run-2").iterdir()}

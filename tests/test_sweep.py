@@ -36,7 +36,7 @@ def calibrated(model, epochs=2, methods=(Zero(), Mean(), Peak())):
 
 
 def sweep_of(model, methods=(Zero(), Mean(), Peak()), fractions=(0.5, 1.0), seeds=(1, 2)):
-    sweep = Sweep(calibrated(model), methods, fractions, seeds)
+    sweep = Sweep(calibrated(model), methods, distinct_conditions(methods, fractions, seeds))
     sweep.prepare()
     return sweep
 
@@ -138,11 +138,12 @@ def test_all_methods_share_the_masks_of_a_fraction_and_seed():
 def test_a_method_without_statistics_is_refused_by_name():
     model = tiny.gpt2()
     with pytest.raises(StatisticsError, match=r"the method 'peak' needs the statistic RangeHistogram of the site"):
-        Sweep(calibrated(model, epochs=1), [Peak()], [0.5], [1]).prepare()
+        Sweep(calibrated(model, epochs=1), [Peak()], [BASELINE, Condition("peak", 0.5, 1)]).prepare()
 
 
 def test_unrelated_inputs_are_one_for_each_kind_and_seed():
-    sweep = Sweep(calibrated(tiny.gpt2()), [Zero(), ResampleIds()], TENTHS, SEEDS)
+    methods = [Zero(), ResampleIds()]
+    sweep = Sweep(calibrated(tiny.gpt2()), methods, distinct_conditions(methods, TENTHS, SEEDS))
     assert sweep.unrelated == [("ids", seed) for seed in SEEDS]
 
 

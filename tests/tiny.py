@@ -132,7 +132,8 @@ def fit(folder, module=None, train=None, val=None, callback=None, **options):
     """Runs the whole of ``fit`` and returns the module and the callback."""
     module = module or Own(gpt2())
     callback = callback or AblationCallback(fractions=[0.5, 1.0], seeds=[1, 2])
-    trainer(folder, callback, **options).fit(module, train or loader(seed=1), val or loader(seed=2))
+    val = loader(seed=2) if val is None else val  # a stream has no length, and so no truth
+    trainer(folder, callback, **options).fit(module, train or loader(seed=1), val)
     return module, callback
 
 

@@ -2,11 +2,10 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
 
 import lightning
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
@@ -96,14 +95,33 @@ class AblationDataModule(lightning.LightningDataModule, ABC):
             raise ConfigError(f"batch_size is {batch_size}, expected at least 1")
         self.name, self.batch_size, self.num_workers = name, batch_size, num_workers
         self.examples: dict[Purpose, Examples] = {}
+        self.calibrated: set[str] | None = None
 
     @abstractmethod
     def load(self, purpose: Purpose) -> Examples:
         """Reads the examples for a purpose, the same ones on every rank.
 
+        What :meth:`may_use` refuses must be left out.
+
         Raises:
             DataError: if there are none, or fewer than asked.
         """
+
+    def may_use(self, content: bytes, purpose: Purpose) -> bool:
+        """Whether a text or image is free for a purpose: what calibrated is not evaluated.
+
+        The checkpoint remembers what calibrated, so that ``validate`` with other budgets or another order keeps to it.
+
+        Args:
+            content: of the text or image.
+            purpose: what it is wanted for.
+        """
+        key = hashlib.sha256(content).hexdigest()[:16]
+        if self.calibrated is None:
+            self.calibrated = set()
+        if purpose == "calibration":
+            self.calibrated.add(key)
+        return purpose == "calibration" or key not in self.calibrated
 
     def describe(self) -> dict[str, Any]:
         """What run.json says about the data."""
@@ -114,14 +132,21 @@ class AblationDataModule(lightning.LightningDataModule, ABC):
             **{purpose: {"examples": len(e), "sha256": e.fingerprint()} for purpose, e in self.examples.items()},
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """What calibrated, by hash."""
+        return {"calibrated": sorted(self.calibrated or ())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes it from a checkpoint."""
+        self.calibrated = set(state_dict["calibrated"])
+
     def setup(self, stage: str) -> None:
-        """Loads the evaluation examples, and for ``fit`` those for calibration."""
-        purposes: tuple[Purpose, ...] = ("evaluation", "calibration") if stage == "fit" else ("evaluation",)
-        for purpose in purposes:
-            if purpose not in self.examples:
-                self.examples[purpose] = self.load(purpose)
-            if not len(self.examples[purpose]):
-                raise DataError(f"{self.name} has no {purpose} examples")
+        """For ``fit``, loads the calibration and then the evaluation examples, so that what is amiss shows early."""
+        self.examples = {}
+        if stage == "fit":
+            self.calibrated = None
+            for purpose in get_args(Purpose):
+                self._examples(purpose)
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """The calibration data, in the same order every epoch."""
@@ -131,8 +156,17 @@ class AblationDataModule(lightning.LightningDataModule, ABC):
         """The evaluation data."""
         return self._loader("evaluation")
 
+    def _examples(self, purpose: Purpose) -> Examples:
+        if purpose == "evaluation" and self.calibrated is None:
+            self._examples("calibration")  # without a checkpoint, `validate` leaves out what `fit` would
+        if purpose not in self.examples:
+            self.examples[purpose] = self.load(purpose)
+        if not len(self.examples[purpose]):
+            raise DataError(f"{self.name} has no {purpose} examples")
+        return self.examples[purpose]
+
     def _loader(self, purpose: Purpose) -> DataLoader[dict[str, Any]]:
-        examples, trainer = self.examples[purpose], self.trainer
+        examples, trainer = self._examples(purpose), self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         sampler = ExactSampler(len(examples), self.batch_size, rank, world_size)
         return DataLoader(
@@ -142,8 +176,3 @@ class AblationDataModule(lightning.LightningDataModule, ABC):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
-
-
-def example_tensors(example: Mapping[str, Tensor]) -> bytes:
-    """The bytes of an example's tensors, for its fingerprint."""
-    return b"".join(name.encode() + tensor.contiguous().numpy().tobytes() for name, tensor in sorted(example.items()))

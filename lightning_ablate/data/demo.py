@@ -3,6 +3,7 @@
 import hashlib
 import sys
 import sysconfig
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,14 +25,35 @@ class PythonTexts(TextData):
     """CPython's documentation and sources, held out from the training of the embedded language models.
 
     Args:
-        name: what results call the data.
-        options: see :class:`~lightning_ablate.data.TextData`.
+        length: see :class:`~lightning_ablate.data.TextData`, as for what follows.
+        packing: ``pad`` or ``pack``.
+        calibration_tokens: budget.
+        evaluation_tokens: budget.
+        tokenizer: another one than the target's own.
+        batch_size: sequences per forward pass and process.
     """
 
-    def __init__(self, name: str = "python-texts", **options: Any) -> None:
-        super().__init__(name, **options)
+    def __init__(
+        self,
+        *,
+        length: int = 128,
+        packing: Literal["pad", "pack"] = "pad",
+        calibration_tokens: int = 50_000,
+        evaluation_tokens: int = 16_000,
+        tokenizer: str | None = None,
+        batch_size: int = 16,
+    ) -> None:
+        super().__init__(
+            "python-texts",
+            length=length,
+            packing=packing,
+            calibration_tokens=calibration_tokens,
+            evaluation_tokens=evaluation_tokens,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+        )
 
-    def documents(self, purpose: Purpose) -> list[str]:
+    def documents(self, purpose: Purpose) -> tuple[str, ...]:
         """The passages for a purpose."""
         return python_texts(purpose)
 
@@ -40,19 +62,18 @@ class Digits(ImageData):
     """scikit-learn's digits: evaluates on images held out from the training of the embedded ViT.
 
     Args:
-        name: what results call the data.
-        options: see :class:`~lightning_ablate.data.ImageData`.
+        calibration_images: budget, 1,348 at most.
+        evaluation_images: budget, 449 at most.
+        batch_size: images per forward pass and process.
     """
 
-    def __init__(
-        self,
-        name: str = "digits",
-        *,
-        calibration_images: int = 1_348,
-        evaluation_images: int = 449,
-        **options: Any,
-    ) -> None:
-        super().__init__(name, calibration_images=calibration_images, evaluation_images=evaluation_images, **options)
+    def __init__(self, *, calibration_images: int = 1_348, evaluation_images: int = 449, batch_size: int = 225) -> None:
+        super().__init__(
+            "digits",
+            calibration_images=calibration_images,
+            evaluation_images=evaluation_images,
+            batch_size=batch_size,
+        )
 
     def source(self, purpose: Purpose) -> Any:
         """The images for a purpose."""
@@ -65,7 +86,8 @@ def role_of(name: str) -> Role:
     return "calibration" if bucket == 8 else "evaluation" if bucket == 9 else "train"
 
 
-def python_texts(role: Role) -> list[str]:
+@cache
+def python_texts(role: Role) -> tuple[str, ...]:
     """Passages of CPython's documentation topics and standard-library sources, in an order fixed by their hash.
 
     The text is that of the running interpreter, so it differs a little between Python versions; names keep their role.
@@ -79,7 +101,7 @@ def python_texts(role: Role) -> list[str]:
     """
     texts = {r: set(_passages(r)) for r in ROLES[ROLES.index(role) :]}
     later = set().union(*(texts[r] for r in texts if r != role))
-    return sorted(texts[role] - later, key=_rank)
+    return tuple(sorted(texts[role] - later, key=_rank))
 
 
 def digits(role: Role) -> Any:

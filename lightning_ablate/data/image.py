@@ -1,17 +1,16 @@
 """Images from any source that `datasets` can read, preprocessed as the target wants them."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_ablate.data.base import AblationDataModule, Examples, Purpose
 from lightning_ablate.data.source import open_source, rows
-from lightning_ablate.errors import ConfigError, DataError
+from lightning_ablate.errors import ConfigError, DataError, loading
 
 
 class Images(Examples):
@@ -36,8 +35,9 @@ class Images(Examples):
         """``pixel_values`` ``(channels, height, width)`` float32 and ``label`` ``()`` int64."""
         from PIL import Image
 
-        image = Image.open(BytesIO(encoded(self.images[index])))
-        return {"pixel_values": self.transform()(image), "label": torch.tensor(self.labels[index])}
+        with loading(f"image {index}", DataError):
+            image = Image.open(BytesIO(encoded(self.images[index])))
+            return {"pixel_values": self.transform()(image), "label": torch.tensor(self.labels[index])}
 
     def content(self, index: int) -> bytes:
         """The encoded image and its label."""
@@ -45,7 +45,7 @@ class Images(Examples):
 
 
 class ImageData(AblationDataModule):
-    """Labelled images: the evaluation images first, then the calibration images from what is left.
+    """Labelled images: the calibration images first, then the evaluation images from what is left.
 
     Args:
         name: see :func:`~lightning_ablate.data.source.open_source`.
@@ -86,7 +86,6 @@ class ImageData(AblationDataModule):
         self.splits: dict[Purpose, str] = {"calibration": calibration_split, "evaluation": evaluation_split}
         self.subset, self.streaming, self.shuffle_seed = subset, streaming, shuffle_seed
         self.image_column, self.label_column = image_column, label_column
-        self._evaluated: set[bytes] = set()
 
     def source(self, purpose: Purpose) -> Any:
         """The rows for a purpose, in order. Override it to read from elsewhere."""
@@ -101,7 +100,8 @@ class ImageData(AblationDataModule):
     def prepare_data(self) -> None:
         """Downloads what the hub has, once a node."""
         if not self.streaming:
-            self.source("evaluation")
+            for purpose in get_args(Purpose):
+                self.source(purpose)
 
     def load(self, purpose: Purpose) -> Images:
         """Takes images until the budget is reached.
@@ -122,13 +122,9 @@ class ImageData(AblationDataModule):
             image, label = row[self.image_column], row[self.label_column]
             if not isinstance(label, int):
                 raise DataError(f"{self.name} holds {label!r} in {self.label_column!r}, expected a class index")
-            key = hashlib.sha256(encoded(image)).digest()
-            if purpose == "evaluation":
-                self._evaluated.add(key)
-            elif key in self._evaluated:
-                continue
-            images.append(image)
-            labels.append(label)
+            if self.may_use(encoded(image), purpose):
+                images.append(image)
+                labels.append(label)
         if len(images) < self.budgets[purpose]:
             raise DataError(
                 f"{self.name} gives {len(images):,} {purpose} images, expected {self.budgets[purpose]:,}; "

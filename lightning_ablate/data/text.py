@@ -1,15 +1,14 @@
 """Text from any source that `datasets` can read, cut into sequences of one length."""
 
-import hashlib
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_ablate.data.base import AblationDataModule, Examples, Purpose
 from lightning_ablate.data.source import open_source, rows
-from lightning_ablate.errors import ConfigError, DataError
+from lightning_ablate.errors import ConfigError, DataError, loading
 from lightning_ablate.tokens import padding_id, special_frame
 
 
@@ -34,7 +33,7 @@ class Sequences(Examples):
 
 
 class TextData(AblationDataModule):
-    """Text for a language model: the evaluation sequences first, then the calibration sequences from other documents.
+    """Text for a language model: the calibration sequences first, then the evaluation sequences from other documents.
 
     Documents longer than ``length`` give several sequences. The last sequence is used whole, so a budget is reached or
     passed by less than one sequence.
@@ -83,7 +82,6 @@ class TextData(AblationDataModule):
         self.splits: dict[Purpose, str] = {"calibration": calibration_split, "evaluation": evaluation_split}
         self.subset, self.text_column, self.streaming, self.shuffle_seed = subset, text_column, streaming, shuffle_seed
         self.length, self.packing, self.tokenizer_name = length, packing, tokenizer
-        self._evaluated: set[bytes] = set()
 
     def documents(self, purpose: Purpose) -> Iterable[str]:
         """The texts for a purpose, in order. Override it to read from elsewhere."""
@@ -103,7 +101,8 @@ class TextData(AblationDataModule):
     def prepare_data(self) -> None:
         """Downloads what the hub has, once a node."""
         if not self.streaming:
-            next(iter(self.documents("evaluation")), None)
+            for purpose in get_args(Purpose):
+                next(iter(self.documents(purpose)), None)
 
     def load(self, purpose: Purpose) -> Sequences:
         """Cuts documents into sequences until the budget is reached.
@@ -139,12 +138,9 @@ class TextData(AblationDataModule):
         return super().describe() | {"length": self.length, "packing": self.packing, **tokens}
 
     def _fresh(self, purpose: Purpose) -> Iterator[str]:
-        """The documents that are not blank, without those already evaluated."""
+        """The documents that are not blank and free for the purpose."""
         for text in self.documents(purpose):
-            key = hashlib.sha256(text.encode(errors="surrogatepass")).digest()
-            if text.strip() and (purpose == "evaluation" or key not in self._evaluated):
-                if purpose == "evaluation":
-                    self._evaluated.add(key)
+            if text.strip() and self.may_use(text.encode(errors="surrogatepass"), purpose):
                 yield text
 
     def _padded(self, tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
@@ -173,7 +169,8 @@ class TextData(AblationDataModule):
         if self.tokenizer_name is not None:
             from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name)
+            with loading(self.tokenizer_name, DataError):
+                tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name)
         else:
             tokenizer = getattr(module, "tokenizer", None)
         if tokenizer is None:

@@ -23,8 +23,6 @@ class Resample(AblationMethod):
         torch.Size([1, 2, 1])
     """
 
-    seeded = True
-
     def prepare(self, ablation: Ablation) -> Replacement:
         """Looks the unrelated activations up when replacing."""
         site, kind = ablation.site, (str(self.unrelated), ablation.seed)

@@ -1,6 +1,7 @@
 """The LightningModule that wraps a target."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import lightning
@@ -55,7 +56,12 @@ class AblationModule(lightning.LightningModule, ABC):
         """
 
     def valid(self, batch: Any) -> Tensor | None:
-        """Which positions enter the statistics: bool, broadcastable to ``(batch, seq)``; None for all of them."""
+        """Which positions enter the statistics: bool, broadcastable to ``(batch, seq)``; None for all of them.
+
+        By default those of the examples that don't only fill a batch, where the batch says so by an ``index`` below 0.
+        """
+        if isinstance(batch, Mapping) and "index" in batch:
+            return (batch["index"] >= 0).unsqueeze(1)
         return None
 
     def unrelated(self, kind: str, seed: int, batch: Any) -> Any:

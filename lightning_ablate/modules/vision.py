@@ -61,10 +61,6 @@ class ImageClassifier(AblationModule):
         logits = output if isinstance(output, Tensor) else output.logits
         return Scored(logits, batch["label"], batch["index"])
 
-    def valid(self, batch: ImageBatch) -> Tensor:
-        """Every patch of the images that aren't there only to fill a batch, ``(batch, 1)``."""
-        return (batch["index"] >= 0).unsqueeze(1)
-
     @cached_property
     def transform(self) -> Callable[[Any], Tensor]:
         """Maps a PIL image to what the target takes, ``(channels, height, width)`` float32."""

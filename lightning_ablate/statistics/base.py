@@ -33,10 +33,6 @@ class SiteStatistics:
             )
         return found
 
-    def values(self) -> list["ActivationStatistic"]:
-        """Every statistic of the site."""
-        return list(self._statistics.values())
-
 
 class ActivationStatistic(Metric, ABC):
     """A statistic of each neuron of one site, gathered batch by batch. Subclass it to gather another one.

@@ -22,13 +22,13 @@ class RangeHistogram(ActivationStatistic):
         earlier: holds the :class:`Range` over the same activations.
 
     Example:
-        >>> activations = torch.tensor([[[0.0], [0.2], [0.21], [1.0]]])
+        >>> activations = torch.tensor([[[0.0], [0.25], [0.75], [1.0]]])
         >>> bounds = Range(neurons=1)
         >>> bounds.update(activations)
         >>> histogram = RangeHistogram(neurons=1, earlier=SiteStatistics("site", {Range: bounds}))
         >>> histogram.update(activations)
         >>> histogram.compute()[0].nonzero().squeeze(1).tolist(), int(histogram.compute().sum())
-        ([0, 20, 21, 99], 4)
+        ([0, 25, 75, 99], 4)
         >>> round(histogram.peak().item(), 6)
         0.005
     """

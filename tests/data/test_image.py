@@ -40,8 +40,9 @@ def data(name, module=None, **options):
 def test_images_go_through_the_targets_preprocessing(parquet):
     made = data(parquet, shuffle_seed=None)
     batch = next(iter(made.val_dataloader()))
-    torch.testing.assert_close(batch["pixel_values"][:, 0], torch.from_numpy(PIXELS[:4]).float() / 255)
-    assert batch["label"].tolist() == [0, 1, 2, 0] and batch["index"].tolist() == [0, 1, 2, 3]
+    # the first ten calibrate
+    torch.testing.assert_close(batch["pixel_values"][:, 0], torch.from_numpy(PIXELS[10:14]).float() / 255)
+    assert batch["label"].tolist() == [1, 2, 0, 1] and batch["index"].tolist() == [0, 1, 2, 3]
 
 
 def test_no_image_is_used_for_both_and_all_budgets_are_met(parquet):
@@ -68,8 +69,8 @@ def test_other_forms_give_the_same_images(kind, tmp_path, parquet):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"evaluation_images": 31}, "gives 30 evaluation images, expected 31"),
-        ({"evaluation_images": 25}, "gives 5 calibration images, expected 10"),
+        ({"calibration_images": 31}, "gives 30 calibration images, expected 31"),
+        ({"evaluation_images": 25}, "gives 20 evaluation images, expected 25"),
         ({"image_column": "picture"}, "no column 'picture', it has image, label"),
         ({"label_column": "class"}, "no column 'class'"),
     ],
@@ -91,3 +92,12 @@ def test_images_without_a_preprocessing_are_refused(parquet):
     made = data(parquet, module=lightning.LightningModule())
     with pytest.raises(ConfigError, match="transform"):
         made.examples["evaluation"].example(0)
+
+
+def test_a_broken_image_is_one_error(tmp_path):
+    source = Dataset.from_dict(
+        {"image": [{"bytes": bytes([i]) * 20, "path": None} for i in range(30)], "label": [0] * 30}
+    )
+    source.to_parquet(tmp_path / "broken.parquet")
+    with pytest.raises(DataError, match="could not load"):
+        next(iter(data(tmp_path / "broken.parquet").val_dataloader()))

@@ -38,16 +38,22 @@ def rows(made, purpose):
     return [examples.ids[i, : examples.lengths[i]].tolist() for i in range(len(examples))]
 
 
-def test_sequences_hold_the_documents_tokens(parquet, tokenizers):
-    made, tokenizer = data(parquet, tokenizers, evaluation_tokens=200), tiny.tokenizer()
-    sequences = rows(made, "evaluation")
-    expected = []
+def test_sequences_hold_the_documents_tokens_calibration_first(parquet, tokenizers):
+    made, tokenizer = data(parquet, tokenizers, calibration_tokens=100, evaluation_tokens=200), tiny.tokenizer()
+    expected, used = [], {}
     for text in TEXTS:
         ids = tokenizer(text)["input_ids"]
-        expected += [ids[start : start + 16] for start in range(0, len(ids), 16)]
-    expected = [ids for ids in expected if len(ids) > 1]
-    assert sequences == expected[: len(sequences)]
-    assert 200 <= sum(map(len, sequences)) < 216
+        expected.append([ids[start : start + 16] for start in range(0, len(ids), 16)])
+    flat = [ids for document in expected for ids in document if len(ids) > 1]
+    used["calibration"] = rows(made, "calibration")
+    assert used["calibration"] == flat[: len(used["calibration"])]
+    assert 100 <= sum(map(len, used["calibration"])) < 116
+    # evaluation begins with the next document
+    begun = next(n for n in range(len(TEXTS)) if sum(map(len, expected[:n])) >= len(used["calibration"]))
+    rest = [ids for document in expected[begun:] for ids in document if len(ids) > 1]
+    used["evaluation"] = rows(made, "evaluation")
+    assert used["evaluation"] == rest[: len(used["evaluation"])]
+    assert 200 <= sum(map(len, used["evaluation"])) < 216
 
 
 def test_padding_is_masked(parquet, tokenizers):
@@ -72,7 +78,11 @@ def test_packing_fills_every_sequence_and_joins_with_the_end_token(parquet, toke
     sequences = rows(made, "evaluation")
     assert {len(sequence) for sequence in sequences} == {16}
     stream = [i for text in TEXTS for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
-    assert [i for sequence in sequences for i in sequence] == stream[: 16 * len(sequences)]
+    first = rows(made, "calibration")
+    assert [i for sequence in first for i in sequence] == stream[: 16 * len(first)]
+    evaluated = [i for sequence in sequences for i in sequence]
+    start = next(i for i in range(len(stream)) if stream[i : i + len(evaluated)] == evaluated)
+    assert start >= 16 * len(first)
 
 
 def test_no_text_is_used_for_both(tmp_path, tokenizers):
@@ -83,6 +93,31 @@ def test_no_text_is_used_for_both(tmp_path, tokenizers):
     evaluated, calibrated = ([tuple(ids) for ids in rows(made, purpose)] for purpose in ("evaluation", "calibration"))
     assert max(map(len, evaluated)) < 64  # so a sequence is a whole text
     assert calibrated and not set(evaluated) & set(calibrated)
+
+
+def test_validate_with_other_options_never_evaluates_what_calibrated(parquet, tokenizers):
+    fitted = data(parquet, tokenizers, length=64)
+    calibrated = {tuple(ids) for ids in rows(fitted, "calibration")}
+    for options in ({"evaluation_tokens": 1500}, {"shuffle_seed": 3, "evaluation_tokens": 1500}):
+        defaults = {"length": 64, "calibration_tokens": 100, "batch_size": 4}
+        later = TextData(parquet, tokenizer=str(tokenizers / "causal"), **(defaults | options))
+        later.setup("validate")
+        later.load_state_dict(fitted.state_dict())  # as Lightning does, from the checkpoint, after setup
+        later.val_dataloader()
+        assert not calibrated & {tuple(ids) for ids in rows(later, "evaluation")}
+    # without a checkpoint, the same options give the same evaluation data as `fit`
+    alone = TextData(parquet, tokenizer=str(tokenizers / "causal"), evaluation_tokens=200, **defaults)
+    alone.setup("validate")
+    alone.val_dataloader()
+    assert rows(alone, "evaluation") == rows(fitted, "evaluation")
+
+
+def test_setup_reads_anew(parquet, tokenizers):
+    made = data(parquet, tokenizers)
+    before = made.examples["evaluation"]
+    made.setup("fit")
+    assert made.examples["evaluation"] is not before
+    assert torch.equal(made.examples["evaluation"].ids, before.ids)
 
 
 @pytest.mark.parametrize("kind", ["json", "csv", "txt", "folder", "saved"])
@@ -150,8 +185,13 @@ def test_missing_and_empty_files_are_refused(tmp_path, tokenizers):
         data("nowhere.parquet", tokenizers)
     with pytest.raises(DataError, match="could not load 'no/such-data'"):
         data("no/such-data", tokenizers)
+    (tmp_path / "broken.jsonl").write_text('{"text": "one"\n{')
+    with pytest.raises(DataError, match="could not load"):
+        data(tmp_path / "broken.jsonl", tokenizers)
+    with pytest.raises(DataError, match="could not load 'no/such-tokenizer'"):
+        TextData("x.parquet", tokenizer="no/such-tokenizer").setup("fit")
     Dataset.from_dict({"text": [" ", "\n"]}).to_parquet(tmp_path / "blank.parquet")
-    with pytest.raises(DataError, match="gives 0 evaluation tokens, expected 200"):
+    with pytest.raises(DataError, match="gives 0 calibration tokens, expected 100"):
         data(tmp_path / "blank.parquet", tokenizers)
     Dataset.from_dict({"text": [1, 2]}).to_parquet(tmp_path / "numbers.parquet")
     with pytest.raises(DataError, match="holds a int in 'text', expected text"):

@@ -93,11 +93,6 @@ def test_dtype_is_an_option(timm_folder):
     assert module.describe()["dtype"] == "bfloat16"
 
 
-def test_filling_examples_are_not_valid():
-    module = ImageClassifier("vit_tiny_patch16_224")
-    assert module.valid({"index": torch.tensor([3, -1])}).tolist() == [[True], [False]]
-
-
 @pytest.mark.parametrize(
     ("name", "library"),
     [
