@@ -63,7 +63,7 @@ class AblationCallback(lightning.Callback):
         self.conditions = distinct_conditions(self.methods, self.fractions, self.seeds)
         self.results: Results | None = None
         self.folder: Path | None = None
-        self._target = ""
+        self._target = self._shown = ""
         self._saved: dict[str, Any] = {}
         self._partial: list[str] = []
 
@@ -159,7 +159,10 @@ class AblationCallback(lightning.Callback):
         self._saved = state_dict
 
     def teardown(self, trainer: lightning.Trainer, pl_module: AblationModule, stage: str) -> None:  # type: ignore[override]
-        """Lets the sweep go, which holds tensors on the device."""
+        """Shows the table behind everything else, and lets the sweep go, which holds tensors on the device."""
+        if self._shown:
+            print(self._shown, flush=True)
+        self._shown = ""
         pl_module.sweep = None
 
     def _kinds(self) -> list[type[ActivationStatistic]]:
@@ -203,7 +206,7 @@ class AblationCallback(lightning.Callback):
                     paths.append(report.tensorboard(results, self.folder))
                     logger.experiment.add_figure("degradation", report.degradation(results))
                     notes = ["", f"TensorBoard: tensorboard --logdir {logger.root_dir}"]
-        print("\n".join(["", results.table(), "", *map(str, paths), *notes]), flush=True)
+        self._shown = "\n".join(["", results.table(), "", *map(str, paths), *notes])
 
     def _facts(self, trainer: lightning.Trainer, module: AblationModule) -> dict[str, Any]:
         calibration = _calibration(module)

@@ -29,7 +29,7 @@ class SweepProgressBar(TQDMProgressBar):
             batches = trainer.num_val_batches[0]
             bar.reset(int(batches) * len(sweep.conditions) if batches < float("inf") else None)
             bar.set_description("Sweep")
-            bar.unit = " conditions"
+            bar.unit = " passes"
         done = batch_idx * len(sweep.conditions)
         index = {condition: number for number, condition in enumerate(sweep.conditions)}
 

@@ -1,53 +1,57 @@
 """The same numbers on several processes (gloo on the CPU)."""
 
-import csv
 import subprocess
 import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 
 from lightning_ablate.metrics import Scored, SweepMetrics
+from lightning_ablate.results import read_rows
 from lightning_ablate.statistics import Moments, Range, RangeHistogram, SiteStatistics
 from tests.statistics.test_statistics import NEURONS, activations, gathered
 
 SHARED = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
-SMALL = [
-    "--data.calibration_images=43",
-    "--data.batch_size=8",
-    "--ablation.fractions=[0.5,1.0]",
-    "--ablation.seeds=[1]",
-]
+FEW = ["--data.batch_size=8", "--ablation.fractions=[0.5,1.0]", "--ablation.seeds=[1]"]
+TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+ROBERTA = Path(__file__).parent.parent / "configs" / "demo_roberta.yaml"
 
 
-def fit(folder, *arguments):
-    command = [sys.executable, "-m", "lightning_ablate", "fit", *SHARED, *SMALL, *arguments]
+def figures(folder, *arguments):
+    """Runs the command and reads the results it leaves."""
+    command = [sys.executable, "-m", "lightning_ablate", *map(str, arguments), *SHARED]
+    before = set(folder.glob("lightning_logs/*/*/results.csv"))
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    (results,) = folder.glob("lightning_logs/digits/*/results.csv")
-    with results.open() as file:
-        return list(csv.DictReader(file))
+    (results,) = set(folder.glob("lightning_logs/*/*/results.csv")) - before
+    return read_rows(results)
+
+
+def assert_same(one, other):
+    for row, again in zip(one, other, strict=True):
+        for name, value in asdict(row).items():
+            exact = not isinstance(value, float)
+            assert getattr(again, name) == (value if exact else pytest.approx(value, abs=1e-6)), (row, again)
 
 
 @pytest.mark.parametrize("images", [37, 1])
 def test_two_processes_give_the_figures_of_one(tmp_path, images):
     """37 images don't divide by two; of one image the second process gets none."""
-    found = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        strategy = [f"--trainer.devices={processes}", "--trainer.strategy=ddp"] if processes > 1 else []
-        found.append(fit(folder, f"--data.evaluation_images={images}", *strategy))
-    one, two = found
-    assert len(one) == len(two) == 1 + 4 * 2
-    for row, other in zip(one, two, strict=True):
-        assert int(row["n"]) == int(other["n"]) == images
-        for name, value in row.items():
-            if name in ("top1", "top5", "cross_entropy", "kl"):
-                assert float(value) == pytest.approx(float(other[name]), abs=1e-6)
-            else:
-                assert value == other[name]
+    small = ["--data.calibration_images=43", f"--data.evaluation_images={images}", *FEW]
+    one, two = figures(tmp_path, "fit", *small), figures(tmp_path, "fit", *small, *TWO)
+    assert len(one) == 1 + 4 * 2 and one[0].n == images
+    assert_same(one, two)
+
+
+def test_two_processes_give_the_figures_of_one_on_padded_and_masked_text(tmp_path):
+    small = ["--config", ROBERTA, "--data.calibration_tokens=1500", "--data.evaluation_tokens=1300", *FEW]
+    one = figures(tmp_path, "fit", *small)
+    checkpoint = min(tmp_path.glob("lightning_logs/*/*/ablation.ckpt"))
+    assert_same(one, figures(tmp_path, "fit", *small, *TWO))
+    assert_same(one, figures(tmp_path, "validate", "--ckpt_path", checkpoint, *TWO))
 
 
 def rank_of_two(rank, port, folder):

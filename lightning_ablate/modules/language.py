@@ -1,5 +1,6 @@
 """Language models from the Hugging Face hub, or from a local folder of the same form."""
 
+import re
 import string
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ablate.demo import resolve
-from lightning_ablate.errors import ConfigError, TargetError, loading
+from lightning_ablate.errors import ConfigError, DataError, TargetError, loading
 from lightning_ablate.masks import seed_of
 from lightning_ablate.metrics import Scored
 from lightning_ablate.modules.base import AblationModule
 from lightning_ablate.tokens import padding_id, special_frame
 
 TextBatch = Mapping[str, Tensor]
+# names of tables of learned positions
+_POSITIONS = re.compile(r"(wpe|position_embeddings|embed_positions)$")
 _CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " "
 
 
@@ -85,6 +88,15 @@ class LanguageModel(AblationModule):
             "attn_implementation": config._attn_implementation,
         }
 
+    def on_train_batch_start(self, batch: TextBatch, batch_idx: int) -> None:
+        """Refuses token ids and lengths that the target has no embedding for, at the first batch."""
+        if batch_idx == 0:
+            self._check_fits(batch["input_ids"])
+
+    def on_validation_batch_start(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Refuses token ids and lengths that the target has no embedding for, at the first batch."""
+        self.on_train_batch_start(batch, batch_idx)
+
     @abstractmethod
     def _generated(self, seed: int, length: int) -> Tensor: ...
 
@@ -101,6 +113,22 @@ class LanguageModel(AblationModule):
                 attn_implementation=self.attn_implementation,
                 trust_remote_code=self.trust_remote_code,
             )
+
+    def _check_fits(self, ids: Tensor) -> None:
+        vocabulary = cast(Any, self.target).get_input_embeddings().num_embeddings
+        if int(ids.max()) >= vocabulary:
+            raise DataError(
+                f"the text has the token id {int(ids.max())}, expected ids below {vocabulary}, "
+                "the target's embeddings; use its own tokenizer"
+            )
+        for name, module in self.target.named_modules():
+            if isinstance(module, nn.Embedding) and _POSITIONS.search(name):
+                before = getattr(module, "offset", 0) if module.padding_idx is None else module.padding_idx + 1
+                if ids.shape[1] > module.num_embeddings - before:
+                    raise DataError(
+                        f"the sequences have {ids.shape[1]} tokens, expected at most {module.num_embeddings - before}, "
+                        f"the positions of {name}; lower --data.length"
+                    )
 
     def _ordinary_ids(self) -> Tensor:
         special = set(self.tokenizer.all_special_ids)

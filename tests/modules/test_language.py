@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from lightning_ablate import CausalLM, MaskedLM
-from lightning_ablate.errors import ConfigError, TargetError
+from lightning_ablate.errors import ConfigError, DataError, TargetError
 from tests import tiny
 
 
@@ -177,3 +177,18 @@ def test_a_causal_tokenizer_has_no_mask(gpt2_folder):
     module = MaskedLM(gpt2_folder)
     with pytest.raises(ConfigError, match="has no mask token; a causal model is a CausalLM"):
         module.on_before_batch_transfer(tiny.tokens(), 0)
+
+
+@pytest.mark.parametrize(("make", "longest"), [(tiny.gpt2, 64), (tiny.roberta, 64), (tiny.opt, 64)])
+def test_what_the_target_has_no_embedding_for_is_refused(make, longest, gpt2_folder):
+    module = CausalLM(gpt2_folder)
+    module.target = make()
+    fits = tiny.tokens(length=longest)
+    module.on_validation_batch_start(fits, 0)
+    with torch.no_grad():
+        module.logits(fits)
+    with pytest.raises(DataError, match=f"sequences have {longest + 1} tokens, expected at most {longest}"):
+        module.on_train_batch_start(tiny.tokens(length=longest + 1), 0)
+    fits["input_ids"][1, 3] = tiny.VOCABULARY
+    with pytest.raises(DataError, match="token id 300, expected ids below 300"):
+        module.on_train_batch_start(fits, 0)
