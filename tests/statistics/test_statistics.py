@@ -73,6 +73,22 @@ def test_values_on_the_edges_of_bins_fall_where_numpy_puts_them():
     assert np.array_equal(histogram.compute()[0].numpy(), counts)
 
 
+def test_edges_that_a_division_misses_fall_where_numpy_puts_them():
+    """On the edges themselves, (x - low) / step lands on either side of the whole number in about one case of ten."""
+    generator = np.random.default_rng(0)
+    missed = 0
+    for low, high in np.sort(generator.normal(size=(50, 2)), axis=1):
+        edges = np.linspace(low, high, 101)
+        missed += int((np.floor((edges - low) / ((high - low) / 100)) != np.arange(101)).sum())
+        x = torch.from_numpy(edges).view(1, -1, 1)
+        bounds = Range(1)
+        bounds.update(x)
+        histogram = RangeHistogram(1, SiteStatistics("here", {Range: bounds}))
+        histogram.update(x)
+        assert np.array_equal(histogram.compute()[0].numpy(), np.histogram(edges, bins=100)[0])
+    assert missed > 100
+
+
 def test_statistics_do_not_depend_on_the_split_or_the_order():
     x = activations().flatten(0, 1)
     whole = gathered([x.unsqueeze(0)])
