@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import torch
 from torch import Tensor, nn
 
 from lightning_ablate.errors import SiteError
@@ -69,8 +70,6 @@ def fingerprint(target: nn.Module) -> str:
 
     The whole numbers are there because the same weights with another number of heads are another target.
     """
-    import torch
-
     digest = hashlib.sha256()
     for name, module in target.named_modules():
         numbers = sorted((key, value) for key, value in vars(module).items() if type(value) is int)
