@@ -130,7 +130,9 @@ class LanguageModel(AblationModule):
                         f"the positions of {name}; lower --data.length"
                     )
 
-    def _ordinary_ids(self) -> Tensor:
+    @cached_property
+    def _ordinary(self) -> Tensor:
+        """The token ids that are not special, ``(ids,)`` int64."""
         special = set(self.tokenizer.all_special_ids)
         return torch.tensor([i for i in range(len(self.tokenizer)) if i not in special])
 
@@ -150,9 +152,8 @@ class LanguageModel(AblationModule):
         return self._framed(ids, length)
 
     def _random_ids(self, seed: int, length: int) -> Tensor:
-        ordinary = self._ordinary_ids()
-        drawn = torch.randint(len(ordinary), (length,), generator=torch.Generator().manual_seed(seed))
-        return self._framed(ordinary[drawn].tolist(), length)
+        drawn = torch.randint(len(self._ordinary), (length,), generator=torch.Generator().manual_seed(seed))
+        return self._framed(self._ordinary[drawn].tolist(), length)
 
 
 class CausalLM(LanguageModel):
@@ -258,10 +259,6 @@ class MaskedLM(LanguageModel):
             drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1) if len(some) else some
             ids[some] = self._ordinary[drawn]
         return ids
-
-    @cached_property
-    def _ordinary(self) -> Tensor:
-        return self._ordinary_ids()
 
     def _mask_token(self) -> int:
         if self.tokenizer.mask_token_id is None:
