@@ -2,7 +2,24 @@
 
 from lightning_ablate.callback import AblationCallback
 from lightning_ablate.metrics import Scored
-from lightning_ablate.modules import AblationModule, CausalLM, ImageClassifier, MaskedLM
+from lightning_ablate.modules import (
+    AblationModule,
+    CausalLM,
+    ImageClassifier,
+    MaskedLM,
+    Seq2SeqLM,
+    SequenceClassifier,
+)
 from lightning_ablate.results import Results
 
-__all__ = ["AblationCallback", "AblationModule", "CausalLM", "ImageClassifier", "MaskedLM", "Results", "Scored"]
+__all__ = [
+    "AblationCallback",
+    "AblationModule",
+    "CausalLM",
+    "ImageClassifier",
+    "MaskedLM",
+    "Results",
+    "Scored",
+    "Seq2SeqLM",
+    "SequenceClassifier",
+]

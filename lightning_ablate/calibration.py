@@ -1,14 +1,15 @@
 """Gathers the statistics of every site, epoch by epoch."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_ablate.errors import NonFiniteError, SiteError, StatisticsError
-from lightning_ablate.sites import Site, hooked
+from lightning_ablate.sites import Site, find_sites, hooked, is_asked, is_covered
 from lightning_ablate.statistics import ActivationStatistic, SiteStatistics
 
 
@@ -17,40 +18,61 @@ class Calibration:
 
     Args:
         target: the model under study.
-        sites: where its activations are read.
         kinds: the statistics asked for; those they need are added.
+        which: kinds of sites, and patterns of their paths (see :func:`~lightning_ablate.sites.find_sites`).
         device: where they are gathered.
+
+    Attributes:
+        sites: where activations are read, once :meth:`find` or :meth:`load_state_dict` has told.
     """
 
     def __init__(
         self,
         target: nn.Module,
-        sites: Sequence[Site],
         kinds: Iterable[type[ActivationStatistic]],
+        which: Sequence[str] = ("attention",),
         device: torch.device | str = "cpu",
     ) -> None:
-        self.target, self.sites, self.device = target, tuple(sites), torch.device(device)
+        self.target, self.which, self.device = target, tuple(which), torch.device(device)
         self.kinds = _with_needs(kinds)
-        self.statistics: dict[Site, dict[type[ActivationStatistic], ActivationStatistic]] = {s: {} for s in sites}
+        self.sites: tuple[Site, ...] = ()
+        self.statistics: dict[Site, dict[type[ActivationStatistic], ActivationStatistic]] = {}
         self._current: dict[Site, list[ActivationStatistic]] = {}
+        self._epoch = 0
 
     def __getitem__(self, site: Site) -> SiteStatistics:
         """The statistics of one site."""
         return SiteStatistics(site.name, self.statistics[site])
 
+    @property
+    def holds_all_attention(self) -> bool:
+        """Whether the sites were asked for as all attention of the target, not by patterns."""
+        return "attention" in self.which
+
+    def find(self, run: Callable[[], object]) -> None:
+        """Finds the sites by one forward pass.
+
+        Raises:
+            SiteError: if they can't be told.
+        """
+        self.sites = tuple(find_sites(self.target, run, self.which))
+        self.statistics = {site: {} for site in self.sites}
+        self.start(self._epoch)
+
     def start(self, epoch: int) -> None:
         """Makes the statistics that are gathered in this epoch, from 0."""
+        self._epoch = epoch
         for site in self.sites:
             new = [k(site.width, self[site]).to(self.device) for k in self.kinds if k.epoch() == epoch]
             self.statistics[site] |= {type(statistic): statistic for statistic in new}
             self._current[site] = new
 
     @contextmanager
-    def collecting(self, valid: Tensor | None) -> Iterator[None]:
+    def collecting(self, valid: Callable[[Site], Tensor | None]) -> Iterator[None]:
         """Reads every site during one forward pass.
 
         Args:
-            valid: bool, broadcastable to ``(batch, seq)``, False at padding; None where nothing is padded.
+            valid: of a site, bool, broadcastable to ``(batch, seq)``, False at padding; None where nothing is padded.
 
         Raises:
             SiteError: if a site did not run, or ran more than once.
@@ -60,8 +82,9 @@ class Calibration:
 
         def read(site: Site, activations: Tensor) -> None:
             runs[site] += 1
+            positions = valid(site)
             for statistic in self._current[site]:
-                statistic.update(activations, valid)
+                statistic.update(activations, positions)
 
         with hooked(self.target, self.sites, read):
             yield
@@ -83,29 +106,34 @@ class Calibration:
                     raise StatisticsError(f"site {site.name}: {error}") from error
         self._current = {}
 
-    def state_dict(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """The statistics as tensors on the CPU, by site name and class name."""
-        return {
-            site.name: {kind.__name__: _on_cpu(statistic) for kind, statistic in statistics.items()}
+    def state_dict(self) -> dict[str, Any]:
+        """What was asked for; and of each site what it is, and its statistics as tensors on the CPU by class name."""
+        sites = [
+            {"site": asdict(site), "statistics": {kind.__name__: _on_cpu(found) for kind, found in statistics.items()}}
             for site, statistics in self.statistics.items()
-        }
+        ]
+        return {"which": list(self.which), "sites": sites}
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-        """Takes the statistics asked for from a :meth:`state_dict`; those it lacks stay missing.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the sites asked for, and their statistics, from a :meth:`state_dict`; those it lacks stay missing.
 
         Raises:
             StatisticsError: if it lacks a site.
         """
-        for site in self.sites:
-            if site.name not in state:
+        saved = {Site(**entry["site"]): entry["statistics"] for entry in state["sites"]}
+        for word in self.which:
+            if not is_covered(self.target, word, tuple(saved), state["which"]):
                 raise StatisticsError(
-                    f"the checkpoint holds no statistics of the site {site.name}, it holds {', '.join(state)}; "
-                    "name these with --ablation.sites, or run `fit` again"
+                    f"the checkpoint doesn't hold the statistics of all sites {word!r}, it holds "
+                    f"{', '.join(site.name for site in saved)}; name these with --ablation.sites, or run `fit` again"
                 )
+        self.sites = tuple(site for site in saved if any(is_asked(site, word) for word in self.which))
+        self.statistics = {site: {} for site in self.sites}
+        for site in self.sites:
             for kind in self.kinds:
-                if kind.__name__ in state[site.name]:
+                if kind.__name__ in saved[site]:
                     statistic = kind(site.width)
-                    statistic.load_state_dict(dict(state[site.name][kind.__name__]))
+                    statistic.load_state_dict(dict(saved[site][kind.__name__]))
                     self.statistics[site][kind] = statistic.to(self.device)
 
     def _check_finite(self) -> None:
@@ -126,9 +154,8 @@ def check_runs(runs: Mapping[Site, int]) -> None:
     for site, count in runs.items():
         if count != 1:
             raise SiteError(
-                f"the site {site.name} ran {count} times in one forward pass, expected once: "
-                + ("a fused implementation goes past it" if count == 0 else "it is shared between layers")
-                + "; leave it out with a pattern (--ablation.sites)"
+                f"the site {site.name} ran {count} times in one forward pass, expected once, as when the sites were "
+                "found: `evaluate` must run the target once, and in the same way for every batch"
             )
 
 

@@ -1,6 +1,7 @@
 """The Lightning callback that calibrates and sweeps."""
 
 from collections.abc import Sequence, Sized
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,9 +19,9 @@ from lightning_ablate.masks import NeuronChoice, RandomNeurons
 from lightning_ablate.methods import AblationMethod, method_named
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.results import Results
-from lightning_ablate.sites import find_sites, fingerprint
+from lightning_ablate.sites import fingerprint
 from lightning_ablate.statistics import ActivationStatistic, Moments
-from lightning_ablate.sweep import Sweep, distinct_conditions
+from lightning_ablate.sweep import Sweep, check_conditions, distinct_conditions
 
 PAPER_FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 PAPER_SEEDS = (42, 123, 456)
@@ -40,8 +41,9 @@ class AblationCallback(lightning.Callback):
             :class:`~lightning_ablate.methods.AblationMethod`.
         fractions: shares of each site's neurons, 0 to 1.
         seeds: of the choice of neurons, and of what a method draws.
-        sites: shell-style patterns of module paths (``*.0.attn.c_proj``); None takes every attention layer.
-        choice: which neurons go; None takes them at random.
+        sites: ``attention`` (the default: of every layer), ``self-attention``, ``cross-attention``, ``mlp``, and
+            shell-style patterns of module paths (``*.0.attn.c_proj``).
+        choice: which neurons go, and in which portions; None takes single neurons at random.
 
     Attributes:
         results: the figures, once the sweep has ended.
@@ -53,14 +55,14 @@ class AblationCallback(lightning.Callback):
         methods: Sequence[AblationMethod | str] = ("zero", "mean", "peak"),
         fractions: Sequence[float] = PAPER_FRACTIONS,
         seeds: Sequence[int] = PAPER_SEEDS,
-        sites: Sequence[str] | str | None = None,
+        sites: Sequence[str] | str = "attention",
         choice: NeuronChoice | None = None,
     ) -> None:
         self.methods = [method_named(method) if isinstance(method, str) else method for method in methods]
         self.fractions, self.seeds = tuple(fractions), tuple(seeds)
-        self.patterns = (sites,) if isinstance(sites, str) else tuple(sites or ())
+        self.sites = (sites,) if isinstance(sites, str) else tuple(sites)
         self.choice = choice or RandomNeurons()
-        self.conditions = distinct_conditions(self.methods, self.fractions, self.seeds)
+        check_conditions(self.methods, self.fractions, self.seeds)
         self.results: Results | None = None
         self.folder: Path | None = None
         self._target = self._shown = ""
@@ -83,7 +85,7 @@ class AblationCallback(lightning.Callback):
             _plan_epochs(trainer, max(kind.epoch() + 1 for kind in self._kinds()))
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
-        """Finds the sites of the target, which is on its device by now."""
+        """Begins with the target, which is on its device by now; the first batch shows its sites."""
         self._begin(trainer, pl_module)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -116,7 +118,10 @@ class AblationCallback(lightning.Callback):
             self._begin(trainer, pl_module)
             self._restore(_calibration(pl_module))
         _check_counts_once(trainer, trainer.val_dataloaders)
-        pl_module.sweep = Sweep(_calibration(pl_module), self.methods, self.conditions, self.choice)
+        calibration = _calibration(pl_module)
+        selections = self.choice.selections(calibration.sites, sorted(map(float, self.fractions)), self.seeds)
+        conditions = distinct_conditions(self.methods, selections, self.seeds)
+        pl_module.sweep = Sweep(calibration, self.methods, conditions, self.choice)
         pl_module.sweep.prepare()
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
@@ -167,18 +172,20 @@ class AblationCallback(lightning.Callback):
 
     def _kinds(self) -> list[type[ActivationStatistic]]:
         # the mean is always gathered: it costs little, and it names the site of a non-finite activation
-        return [Moments, *(kind for method in self.methods for kind in method.statistics)]
+        return [Moments, *self.choice.statistics, *(kind for method in self.methods for kind in method.statistics)]
 
     def _begin(self, trainer: lightning.Trainer, module: AblationModule) -> None:
         self.results, self._partial = None, []
         module.configure_model()
-        sites = find_sites(module.target, self.patterns)
         self._target = fingerprint(module.target)
-        module.calibration = Calibration(module.target, sites, self._kinds(), module.device)
+        module.calibration = Calibration(module.target, self._kinds(), self.sites, module.device)
 
     def _restore(self, calibration: Calibration) -> None:
         if not self._saved:
-            return
+            raise StatisticsError(
+                "validate needs the statistics of a calibration: name the checkpoint that `fit` left "
+                "(--ckpt_path), or run `fit`"
+            )
         if self._saved["target"] != self._target:
             raise TargetError(
                 f"the checkpoint is of another target: {self._saved['name']} with the weights "
@@ -203,8 +210,8 @@ class AblationCallback(lightning.Callback):
                 paths.append(self.folder / CHECKPOINT)
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
-                    paths.append(report.tensorboard(results, self.folder))
-                    logger.experiment.add_figure("degradation", report.degradation(results))
+                    paths += report.tensorboard(results, self.folder)
+                    logger.experiment.add_figure(report.figure_name(results), report.figure(results))
                     notes = ["", f"TensorBoard: tensorboard --logdir {logger.root_dir}"]
         self._shown = "\n".join(["", results.table(), "", *map(str, paths), *notes])
 
@@ -216,8 +223,8 @@ class AblationCallback(lightning.Callback):
             "methods": [method.name for method in self.methods],
             "fractions": self.fractions,
             "seeds": self.seeds,
-            "choice": type(self.choice).__name__,
-            "sites": {site.name: site.width for site in calibration.sites},
+            "choice": {"class": type(self.choice).__name__, **vars(self.choice)},
+            "sites": [asdict(site) for site in calibration.sites],
             "precision": str(trainer.precision),
             "accelerator": type(trainer.accelerator).__name__,
             "processes": trainer.world_size,

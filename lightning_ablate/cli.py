@@ -11,15 +11,22 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_ablate.callback import AblationCallback
+from lightning_ablate.data import ImageData, LabelledTexts, TextData, TextPairs
 from lightning_ablate.data.demo import Digits, PythonTexts
-from lightning_ablate.data.image import ImageData
-from lightning_ablate.data.text import TextData
 from lightning_ablate.errors import TargetError, loading
-from lightning_ablate.modules import AblationModule, CausalLM, ImageClassifier, MaskedLM
+from lightning_ablate.modules import (
+    AblationModule,
+    CausalLM,
+    ImageClassifier,
+    MaskedLM,
+    Seq2SeqLM,
+    SequenceClassifier,
+)
 from lightning_ablate.progress import SweepProgressBar
 
 # importing these makes their bare names work as class paths
-NAMED = (CausalLM, MaskedLM, ImageClassifier, TextData, ImageData, PythonTexts, Digits)
+MODULES = (CausalLM, MaskedLM, Seq2SeqLM, SequenceClassifier, ImageClassifier)
+DATA = (TextData, TextPairs, LabelledTexts, ImageData, PythonTexts, Digits)
 DEFAULT_CONFIG = Path(__file__).parent / "demo" / "default.yaml"
 
 

@@ -2,50 +2,216 @@
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from lightning_ablate.errors import ConfigError, SiteError
 from lightning_ablate.sites import Site
+from lightning_ablate.statistics import ActivationStatistic, Magnitude, SiteStatistics, Spread
+
+Unit = Literal["neuron", "head"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What one condition ablates, whatever the method.
+
+    Attributes:
+        fraction: share of the units that go, 0 to 1, in each site or in the part it is confined to.
+        seed: of the choice; None where it can't matter.
+        part: name of the one site or layer it is confined to; empty for all sites.
+        head: the one head it is confined to; None for all.
+    """
+
+    fraction: float
+    seed: int | None = None
+    part: str = ""
+    head: int | None = None
 
 
 class NeuronChoice(ABC):
-    """Chooses which neurons of a site are ablated. Subclass it to choose in another way."""
+    """Chooses which neurons of a site are ablated. Subclass it to choose in another way.
+
+    Attributes:
+        statistics: what calibration must gather for it.
+    """
+
+    statistics: ClassVar[tuple[type[ActivationStatistic], ...]] = ()
 
     @abstractmethod
-    def order(self, site: Site, seed: int) -> Tensor:
-        """The neurons of a site, first to go first: a permutation ``(neurons,)`` int64 on the CPU."""
-
-    def mask(self, site: Site, fraction: float, seed: int) -> Tensor:
-        """True for the ablated neurons: the first ``round(fraction * neurons)`` of the order.
+    def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
+        """What is ablated in turn, each distinct selection once and none of them empty.
 
         Args:
+            sites: of the target.
+            fractions: those asked for, ascending, 0 to 1.
+            seeds: those asked for.
+        """
+
+    @abstractmethod
+    def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:
+        """The neurons of a site that a selection ablates.
+
+        Args:
+            selection: one of :meth:`selections`.
             site: whose neurons.
-            fraction: share of the site's neurons, 0 to 1.
-            seed: of the order.
+            statistics: of the site, those that the choice needs.
 
         Returns:
-            ``(neurons,)`` bool on the CPU.
+            ``(neurons,)`` bool on the CPU, True for the ablated ones.
         """
-        mask = torch.zeros(site.width, dtype=torch.bool)
-        mask[self.order(site, seed)[: round(fraction * site.width)]] = True
-        return mask
 
 
-class RandomNeurons(NeuronChoice):
+class OrderedChoice(NeuronChoice):
+    """Takes the units of a site in an order: a fraction f takes the first ``round(f * units)``.
+
+    Args:
+        unit: ``neuron``, or ``head`` for all neurons of an attention head together.
+
+    Attributes:
+        seeded: whether the order depends on the seed.
+    """
+
+    seeded: ClassVar[bool] = True
+
+    def __init__(self, unit: Unit = "neuron") -> None:
+        self.unit = unit
+
+    @abstractmethod
+    def order(self, site: Site, seed: int, statistics: SiteStatistics | None = None) -> Tensor:
+        """The units of a site, first to go first: a permutation ``(units,)`` int64 on the CPU."""
+
+    def units(self, site: Site) -> int:
+        """How many units a site has."""
+        return site.width if self.unit == "neuron" else heads_of(site)
+
+    def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
+        """Every fraction with every seed; at a fraction of 1 the seed can't matter."""
+        pairs = [(f, seed if self.seeded and f < 1 else None) for f in fractions if f > 0 for seed in seeds]
+        return [Selection(fraction, seed) for fraction, seed in dict.fromkeys(pairs)]
+
+    def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:
+        """The first units of the order, see :meth:`NeuronChoice.mask`."""
+        units = self.units(site)
+        mask = torch.zeros(units, dtype=torch.bool)
+        mask[self.order(site, selection.seed or 0, statistics)[: round(selection.fraction * units)]] = True
+        return mask.repeat_interleave(site.width // units)
+
+
+class RandomNeurons(OrderedChoice):
     """A random order of its own for every site and seed (the paper's choice).
+
+    Args:
+        unit: ``neuron``, or ``head`` for all neurons of an attention head together.
 
     Example:
         >>> site = Site("blocks.0.attn.proj", 10)
-        >>> half, most = (RandomNeurons().mask(site, fraction, seed=42) for fraction in (0.5, 0.9))
+        >>> half, most = (RandomNeurons().mask(Selection(fraction, 42), site) for fraction in (0.5, 0.9))
         >>> int(half.sum()), int(most.sum()), bool((half <= most).all())
         (5, 9, True)
     """
 
-    def order(self, site: Site, seed: int) -> Tensor:
-        """A permutation drawn from the hash of (seed, site name, width)."""
-        generator = torch.Generator().manual_seed(seed_of(seed, site.name, site.width))
-        return torch.randperm(site.width, generator=generator)
+    def order(self, site: Site, seed: int, statistics: SiteStatistics | None = None) -> Tensor:
+        """A permutation drawn from the hash of (seed, site name, units)."""
+        units = self.units(site)
+        return torch.randperm(units, generator=torch.Generator().manual_seed(seed_of(seed, site.name, units)))
+
+
+class ByImportance(OrderedChoice):
+    """The order of how much a unit does over the calibration data.
+
+    Args:
+        by: ``sd``, the standard deviation, or ``magnitude``, the mean absolute value; of a head the mean over its
+            neurons.
+        first: which end goes first.
+        unit: ``neuron``, or ``head`` for all neurons of an attention head together.
+
+    Example:
+        >>> site, magnitude = Site("blocks.0.attn.proj", 3), Magnitude(neurons=3)
+        >>> magnitude.update(torch.tensor([[[1.0, 0.1, -5.0]]]))
+        >>> statistics = SiteStatistics(site.name, {Magnitude: magnitude})
+        >>> ByImportance("magnitude", first="highest").order(site, 0, statistics).tolist()
+        [2, 0, 1]
+    """
+
+    statistics = (Spread, Magnitude)
+    seeded = False
+
+    def __init__(
+        self,
+        by: Literal["sd", "magnitude"] = "sd",
+        first: Literal["lowest", "highest"] = "lowest",
+        unit: Unit = "neuron",
+    ) -> None:
+        super().__init__(unit)
+        self.by, self.first = by, first
+
+    def order(self, site: Site, seed: int, statistics: SiteStatistics | None = None) -> Tensor:
+        """By importance; of equally important units the first in the site goes first."""
+        if statistics is None:
+            raise ConfigError("an order by importance needs the statistics of the site")
+        neurons = statistics[Spread].sd if self.by == "sd" else statistics[Magnitude].mean
+        importance = neurons.cpu().view(self.units(site), -1).mean(1)
+        return importance.argsort(stable=True, descending=self.first == "highest")
+
+
+class EachHead(NeuronChoice):
+    """Every attention head alone, one after the other: a map of their importance. Fractions play no part.
+
+    Example:
+        >>> site = Site("blocks.0.attn.proj", 4, heads=2)
+        >>> selections = EachHead().selections([site], [], [])
+        >>> [EachHead().mask(selection, site).tolist() for selection in selections]
+        [[True, True, False, False], [False, False, True, True]]
+    """
+
+    def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
+        """One for every head of every site."""
+        return [Selection(1.0, None, site.name, head) for site in sites for head in range(heads_of(site))]
+
+    def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:
+        """The neurons of the one head, see :meth:`NeuronChoice.mask`."""
+        mask = torch.zeros(heads_of(site), dtype=torch.bool)
+        if selection.part == site.name and selection.head is not None:
+            mask[selection.head] = True
+        return mask.repeat_interleave(site.width // heads_of(site))
+
+
+class EachLayer(NeuronChoice):
+    """All chosen sites of every layer, one layer after the other. Fractions play no part.
+
+    Example:
+        >>> sites = [Site("h.0.attn.proj", 2, layer="h.0"), Site("h.1.attn.proj", 2, layer="h.1")]
+        >>> first = EachLayer().selections(sites, [], [])[0]
+        >>> [EachLayer().mask(first, site).tolist() for site in sites]
+        [[True, True], [False, False]]
+    """
+
+    def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
+        """One for every layer; a site outside of any layer is one of its own."""
+        return [Selection(1.0, None, part) for part in dict.fromkeys(site.layer or site.name for site in sites)]
+
+    def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:
+        """All neurons of the layer's sites, see :meth:`NeuronChoice.mask`."""
+        return torch.full((site.width,), selection.part == (site.layer or site.name))
+
+
+def heads_of(site: Site) -> int:
+    """The number of heads of a site.
+
+    Raises:
+        SiteError: if it has none, or they don't lie side by side in its neurons.
+    """
+    if site.heads is None:
+        raise SiteError(
+            f"the site {site.name} ({site.kind}, {site.width} neurons) has no heads that lie side by side; choose "
+            "neurons (--ablation.choice.unit neuron), or leave the site out (--ablation.sites)"
+        )
+    return site.heads
 
 
 def seed_of(*parts: object) -> int:

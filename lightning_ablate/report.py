@@ -45,11 +45,21 @@ def save(results: Results, folder: Path, run: dict[str, Any]) -> list[Path]:
     makers: dict[str, Callable[[], str | bytes]] = {
         "results.csv": results.csv,
         "run.json": lambda: json.dumps({**facts, "versions": _versions()}, indent=2, default=str) + "\n",
-        "degradation.png": lambda: png(degradation(results)),
+        f"{figure_name(results)}.png": lambda: png(figure(results)),
     }
     for name, make in makers.items():  # one by one: what is measured is safe before it is drawn
         write_whole(folder / name, make())
     return [folder / name for name in makers]
+
+
+def figure_name(results: Results) -> str:
+    """``importance`` of single sites, layers or heads, or else ``degradation``."""
+    return "importance" if results.parts else "degradation"
+
+
+def figure(results: Results) -> "Figure":
+    """The figure of that name."""
+    return importance(results) if results.parts else degradation(results)
 
 
 def degradation(results: Results) -> "Figure":
@@ -70,6 +80,34 @@ def degradation(results: Results) -> "Figure":
     return figure
 
 
+def importance(results: Results) -> "Figure":
+    """What each head costs when it alone is ablated, as a map a method; or each site or layer, as a line a method."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    heads = 1 + max((row.head for row in results.rows if row.head is not None), default=-1)
+    methods, parts = results.methods, results.parts
+    panels = len(methods) if heads else 1
+    size = (1.4 + panels * max(1.6, 0.28 * heads), 1.5 + 0.26 * len(parts)) if heads else (5.0, 3.2)
+    drawn = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(drawn)
+    axes = list(drawn.subplots(1, panels, sharey=True, squeeze=False)[0])
+    if heads:
+        _maps(drawn, axes, results, heads)
+    else:
+        for number, method in enumerate(methods):
+            damage = [results.damage(method, part) for part in parts]
+            style = _STYLES[number % len(_STYLES)]
+            axes[0].plot(range(len(parts)), damage, label=method, markersize=3.5, linewidth=1.2, **style)
+        axes[0].axhline(0, color="0.35", linewidth=0.9, linestyle=(0, (5, 2)))
+        axes[0].set_xticks(range(len(parts)), _short(parts), fontsize=7, rotation=90 if len(parts) > 8 else 0)
+        axes[0].set_ylabel("added cross-entropy (nats)", fontsize=9)
+        axes[0].legend(fontsize=8, frameon=False)
+    part = " (partial run)" if results.partial else ""
+    drawn.suptitle(f"{results.baseline.model} on {results.baseline.data}{part}", fontsize=9)
+    return drawn
+
+
 def png(figure: "Figure") -> bytes:
     """A figure as a PNG of 300 dots per inch."""
     buffer = io.BytesIO()
@@ -77,21 +115,23 @@ def png(figure: "Figure") -> bytes:
     return buffer.getvalue()
 
 
-def tensorboard(results: Results, folder: Path) -> Path:
+def tensorboard(results: Results, folder: Path) -> list[Path]:
     """Writes a TensorBoard run for each method, so that their curves overlay; the step is the percentage ablated.
 
     Returns:
-        The folder of these runs.
+        The folder of these runs; none where single parts were ablated, which make no curve.
     """
     from torch.utils.tensorboard import SummaryWriter
 
     curves = folder / "curves"
+    if results.parts:
+        return []
     for method in results.methods:
         with SummaryWriter(str(curves / method)) as writer:
             for metric in METRICS:
                 for point in results.curve(method, metric):
                     writer.add_scalar(f"ablation/{metric}", point.mean, round(100 * point.fraction))
-    return curves
+    return [curves]
 
 
 def _panel(axes: "Axes", results: Results, metric: MetricName, scale: float, label: str, chance: float) -> None:
@@ -113,6 +153,36 @@ def _panel(axes: "Axes", results: Results, metric: MetricName, scale: float, lab
     axes.grid(alpha=0.25, linewidth=0.5)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def _maps(drawn: "Figure", axes: Sequence["Axes"], results: Results, heads: int) -> None:
+    rows = {(row.method, row.part, row.head) for row in results.rows}
+    values = {
+        method: [
+            [results.damage(method, part, h) if (method, part, h) in rows else math.nan for h in range(heads)]
+            for part in results.parts
+        ]
+        for method in results.methods
+    }
+    largest = max(abs(v) for lines in values.values() for line in lines for v in line if not math.isnan(v)) or 1.0
+    for panel, method in zip(axes, results.methods, strict=True):
+        image = panel.imshow(values[method], cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
+        panel.set_title(method, fontsize=9)
+        panel.set_xlabel("head", fontsize=9)
+        step = 1 + (heads - 1) // 16
+        panel.set_xticks(range(0, heads, step), [str(head) for head in range(0, heads, step)], fontsize=8)
+        panel.set_yticks(range(len(results.parts)), _short(results.parts), fontsize=8)
+    drawn.colorbar(image, ax=list(axes), label="added cross-entropy (nats)")
+
+
+def _short(parts: Sequence[str]) -> list[str]:
+    """The names without what all of them begin or end with, cut at the dots."""
+    names = [part.split(".") for part in parts]
+    while all(len(name) > 1 for name in names) and len({name[0] for name in names}) == 1:
+        names = [name[1:] for name in names]
+    while all(len(name) > 1 for name in names) and len({name[-1] for name in names}) == 1:
+        names = [name[:-1] for name in names]
+    return [".".join(name) for name in names]
 
 
 def _versions() -> dict[str, str]:

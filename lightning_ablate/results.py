@@ -13,6 +13,7 @@ from lightning_ablate.errors import DataError
 from lightning_ablate.sweep import BASELINE, Condition
 
 MetricName = Literal["top1", "top5", "cross_entropy", "kl"]
+_MOST = 5  # parts that the table shows for each method
 METRICS: tuple[MetricName, ...] = ("top1", "top5", "cross_entropy", "kl")
 
 
@@ -24,8 +25,10 @@ class Row:
         model: name of the target.
         data: name of the data.
         method: what replaced the neurons; ``none`` for the baseline.
-        fraction: share of each site's neurons that was ablated.
+        fraction: share of the neurons that was ablated, in each site or in the part the condition is confined to.
         seed: None where it doesn't matter.
+        part: name of the one site or layer that was ablated; empty where all of them were.
+        head: the one head that was ablated; None where all of them were.
         n: scored positions.
         top1: share of them whose target has the largest logit.
         top5: share of them whose target is among the five largest.
@@ -38,6 +41,8 @@ class Row:
     method: str
     fraction: float
     seed: int | None
+    part: str
+    head: int | None
     n: int
     top1: float
     top5: float
@@ -83,7 +88,7 @@ class Results:
         n = figures["n"].tolist()
         columns = [figures[name].tolist() for name in METRICS]
         rows = [
-            Row(model, data, c.method, c.fraction, c.seed, n[i], *(column[i] for column in columns))
+            Row(model, data, c.method, c.fraction, c.seed, c.part, c.head, n[i], *(column[i] for column in columns))
             for i, c in enumerate(conditions)
         ]
         return cls(rows, classes, tuple(partial))
@@ -103,6 +108,16 @@ class Results:
         """The fractions above 0, ascending."""
         return sorted({row.fraction for row in self.rows} - {0.0})
 
+    @property
+    def parts(self) -> list[str]:
+        """The sites or layers that were ablated alone, in the order of the sweep; empty where all of them were."""
+        return list(dict.fromkeys(row.part for row in self.rows if row.part))
+
+    def damage(self, method: str, part: str, head: int | None = None) -> float:
+        """What one site, layer or head costs: its cross-entropy above the baseline's, in nats, mean over the seeds."""
+        found = [row for row in self.rows if (row.method, row.part, row.head) == (method, part, head)]
+        return statistics.fmean(row.cross_entropy for row in found) - self.baseline.cross_entropy
+
     def curve(self, method: str, metric: MetricName) -> list[Point]:
         """A method's figures by fraction, ascending from the baseline at 0."""
         points = [Point(0.0, getattr(self.baseline, metric), None)]
@@ -121,8 +136,8 @@ class Results:
         return text.getvalue()
 
     def table(self) -> str:
-        """Top-1 and cross-entropy at up to three fractions, mean ± standard deviation over the seeds."""
-        base, shown = self.baseline, _shown(self.fractions)
+        """Top-1 and cross-entropy at up to three fractions, mean ± sd over the seeds; or the most important parts."""
+        base = self.baseline
         first = (
             f"{base.model} on {base.data}: {base.n:,} scored positions; nothing ablated: "
             f"top-1 {100 * base.top1:.2f}%, cross-entropy {base.cross_entropy:.4f} nats"
@@ -130,7 +145,11 @@ class Results:
         first = "\n".join([first, *(f"PARTIAL: {reason}" for reason in self.partial)])
         if not self.methods:
             return first
+        return f"{first}\n\n{self._parts_table() if self.parts else self._curves_table()}"
+
+    def _curves_table(self) -> str:
         seeds = len({row.seed for row in self.rows} - {None})
+        shown = _shown(self.fractions)
         head = [f"{100 * fraction:g}%" for fraction in shown]
         lines = [["", "top-1 %", *[""] * (len(shown) - 1), "cross-entropy", *[""] * (len(shown) - 1)]]
         lines.append(["ablated", *head, *head])
@@ -138,10 +157,19 @@ class Results:
             top1 = {p.fraction: _with_sd(p, 100, 2) for p in self.curve(method, "top1")}
             loss = {p.fraction: _with_sd(p, 1, 4) for p in self.curve(method, "cross_entropy")}
             lines.append([method, *(top1[f] for f in shown), *(loss[f] for f in shown)])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-        spread = f"mean ± standard deviation over {seeds} seed{'s' * (seeds != 1)}"
-        return "\n".join([first, "", *text, "", spread])
+        return "\n".join([*_aligned(lines), "", f"mean ± standard deviation over {seeds} seed{'s' * (seeds != 1)}"])
+
+    def _parts_table(self) -> str:
+        """The most important sites, layers or heads of each method."""
+        lines = [["ablated", "most important first: added cross-entropy, nats"]]
+        for method in self.methods:
+            parts = dict.fromkeys((row.part, row.head) for row in self.rows if row.method == method)
+            damage = {part: self.damage(method, *part) for part in parts}
+            for part, head in sorted(damage, key=lambda key: -damage[key])[:_MOST]:
+                name = part if head is None else f"{part} head {head}"
+                lines.append([method, name, f"{damage[part, head]:+.4f}"])
+        lines[0].append("")
+        return "\n".join(_aligned(lines))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -168,11 +196,16 @@ def write_whole(path: Path, content: str | bytes) -> None:
     temporary.replace(path)
 
 
+def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
 def _shown(fractions: Sequence[float]) -> list[float]:
+    if len(fractions) <= 3:
+        return list(fractions)
     usual = [fraction for fraction in (0.1, 0.5, 0.9) if fraction in fractions]
-    if usual or len(fractions) <= 3:
-        return usual or list(fractions)
-    return [fractions[0], fractions[len(fractions) // 2], fractions[-1]]
+    return usual or [fractions[0], fractions[len(fractions) // 2], fractions[-1]]
 
 
 def _with_sd(point: Point, scale: float, digits: int) -> str:
@@ -182,5 +215,6 @@ def _with_sd(point: Point, scale: float, digits: int) -> str:
 
 def _row(line: dict[str, str]) -> Row:
     seed = int(line["seed"]) if line["seed"] else None
-    scores = [float(line[name]) for name in METRICS]
-    return Row(line["model"], line["data"], line["method"], float(line["fraction"]), seed, int(line["n"]), *scores)
+    head = int(line["head"]) if line["head"] else None
+    what = line["model"], line["data"], line["method"], float(line["fraction"]), seed, line["part"], head
+    return Row(*what, int(line["n"]), *(float(line[name]) for name in METRICS))

@@ -1,7 +1,8 @@
-"""Where a target is read and changed: the inputs of its attention output projections."""
+"""Where a target is read and changed: the inputs of its attention output projections and MLP down projections."""
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,9 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ablate.errors import SiteError
+from lightning_ablate.trace import Trace, features, trace
 
-_ATTENTION = re.compile(r"(^|\.)[a-z_]*(attn|attention)[a-z_]*(\.|$)", re.IGNORECASE)
-_OUTPUT_PROJECTION = re.compile(r"\.(o_proj|out_proj|c_proj|proj|dense|out_lin|wo|o|output\.dense)$")
+_KINDS = {
+    "attention": ("self-attention", "cross-attention"),
+    "self-attention": ("self-attention",),
+    "cross-attention": ("cross-attention",),
+    "mlp": ("mlp",),
+}
+_CROSS_PATH = re.compile(r"(^|[._])(cross|encoder_att|encdecatt)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -21,48 +28,105 @@ class Site:
     """A place whose input is read and replaced.
 
     Attributes:
-        name: path of the projection module in the target.
+        name: path of the projection module in the target; behind a ``#`` the use, from 1, where one module is used
+            again by later layers.
         width: number of neurons, the features of the projection's input (n_heads x head_dim).
+        heads: number of attention heads, which lie side by side and are equally wide; None where there are none.
+        kind: ``self-attention``, ``cross-attention``, ``mlp`` or ``other``.
+        layer: path of the layer it belongs to, and the use like that of the name.
+        uses: how often the module runs in one forward pass.
     """
 
     name: str
     width: int
+    heads: int | None = None
+    kind: str = "self-attention"
+    layer: str = ""
+    uses: int = 1
+
+    @property
+    def path(self) -> str:
+        """The path of the module."""
+        return self.name.partition("#")[0]
+
+    @property
+    def use(self) -> int:
+        """Which use of the module it is, from 0."""
+        return int(self.name.partition("#")[2] or 0)
 
 
-def find_sites(target: nn.Module, patterns: Sequence[str] = ()) -> list[Site]:
-    """The sites of a target, in the order of its modules.
+def find_sites(target: nn.Module, run: Callable[[], object], which: Sequence[str] = ("attention",)) -> list[Site]:
+    """The sites of a target, in the order in which they run.
+
+    Nothing is known of any architecture: one forward pass shows which projections read what attention made, in how
+    many heads, and which read what an MLP made (see :func:`~lightning_ablate.trace.trace`).
 
     Args:
         target: the model under study.
-        patterns: shell-style patterns of module paths (``"*.0.attn.c_proj"``); empty means every attention output
-            projection that can be told by its path.
+        run: runs one forward pass, on any input.
+        which: ``attention``, or ``self-attention`` and ``cross-attention`` alone; ``mlp``; and shell-style patterns of
+            module paths (``*.0.attn.c_proj``) for projections of any other kind.
 
     Raises:
-        SiteError: if nothing matches, a pattern matches nothing, or what matches isn't a projection.
+        SiteError: if a kind or pattern isn't there, or can't be told from what runs.
 
     Example:
-        >>> from torch import nn
-        >>> target = nn.ModuleDict({"attn": nn.ModuleDict({"qkv": nn.Linear(4, 24), "out_proj": nn.Linear(8, 4)})})
-        >>> find_sites(target)
-        [Site(name='attn.out_proj', width=8)]
+        >>> from timm.models.vision_transformer import Block
+        >>> block = Block(dim=8, num_heads=2).eval()
+        >>> find_sites(block, lambda: block(torch.zeros(1, 3, 8)))
+        [Site(name='attn.proj', width=8, heads=2, kind='self-attention', layer='', uses=1)]
     """
-    names = [name for name, _ in target.named_modules()]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+    with torch.no_grad():
+        seen = trace(target, run)
+    found = _sites(target, seen)
+    for word in which:
+        if word in _KINDS:
+            _check_kind(target, seen, found, word)
+        else:
+            _check_pattern(target, found, word)
+    return [site for site in found if any(is_asked(site, word) for word in which)]
+
+
+def is_asked(site: Site, word: str) -> bool:
+    """Whether a word of ``which`` (see :func:`find_sites`) means this site."""
+    return site.kind in _KINDS[word] if word in _KINDS else fnmatchcase(site.path, word)
+
+
+def is_covered(target: nn.Module, word: str, sites: Sequence[Site], which: Sequence[str]) -> bool:
+    """Whether ``sites``, found in the target for ``which``, hold all that a word asks for."""
+    if word in _KINDS:
+        return any(set(_KINDS[word]) <= set(_KINDS.get(known, ())) for known in which)
+    asked = {n for n, module in target.named_modules() if fnmatchcase(n, word) and features(module) is not None}
+    return bool(asked) and asked <= {site.path for site in sites}
+
+
+def check_mixing(target: nn.Module, sites: Sequence[Site], hidden: Callable[[int], Sequence[Tensor]]) -> None:
+    """Refuses a target whose positions see one another by other ways than these sites.
+
+    With every site at 0, a token or pixel that changes may move the hidden state of its own position only.
+
+    Args:
+        target: the model.
+        sites: all its attention sites.
+        hidden: runs the target on input 0 or 1, which differ in one place, and gives its last hidden states, each
+            ``(1, ..., features)``.
+
+    Raises:
+        SiteError: if another position moved as well.
+    """
+    with torch.no_grad(), hooked(target, sites, lambda site, activations: torch.zeros_like(activations)):
+        pairs = zip(hidden(0), hidden(1), strict=True)
+    for before, after in pairs:
+        change = (after.double() - before.double()).abs().flatten(0, -2).amax(1)
+        tolerance = torch.finfo(before.dtype).eps ** 0.5 * before.double().abs().max()
+        moved = int((change > tolerance).sum())
+        if moved > 1:
             raise SiteError(
-                f"the site pattern {pattern!r} matches no module; the target's projections are {_candidates(target)}"
+                f"one changed place moves the last hidden state at {moved} of {len(change)} positions although every "
+                "attention site is constant: the target also mixes positions by other ways (convolution, pooling, "
+                "a state space, linear attention), which an ablation of attention would pass by; to study these "
+                "sites all the same, name them by a pattern (--ablation.sites)"
             )
-    chosen = (
-        [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
-        if patterns
-        else _attention_outputs(target)
-    )
-    if not chosen:
-        raise SiteError(
-            "found no attention output projection in the target; name the sites with a pattern (--ablation.sites); "
-            f"its projections are {_candidates(target)}"
-        )
-    return [Site(name, _width(name, target.get_submodule(name))) for name in chosen]
 
 
 def fingerprint(target: nn.Module) -> str:
@@ -90,46 +154,130 @@ def hooked(target: nn.Module, sites: Sequence[Site], hook: Callable[[Site, Tenso
         hook: gets the projection's input, ``(batch, ..., neurons)``; what it returns, unless None, is used instead.
     """
 
-    def before(site: Site) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]:
+    def before(uses: dict[int, Site], of: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...] | None]:
+        runs = 0
+
         def pre_hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-            changed = hook(site, inputs[0])
+            nonlocal runs
+            site = uses.get(runs % of)
+            runs += 1
+            changed = None if site is None else hook(site, inputs[0])
             return None if changed is None else (changed, *inputs[1:])
 
         return pre_hook
 
+    modules: dict[str, dict[int, Site]] = {}
+    for site in sites:
+        modules.setdefault(site.path, {})[site.use] = site
     with ExitStack() as stack:
-        for site in sites:
-            handle = target.get_submodule(site.name).register_forward_pre_hook(before(site))
-            stack.callback(handle.remove)
+        for path, uses in modules.items():
+            pre_hook = before(uses, next(iter(uses.values())).uses)
+            stack.callback(target.get_submodule(path).register_forward_pre_hook(pre_hook).remove)
         yield
 
 
-def _attention_outputs(target: nn.Module) -> list[str]:
-    def is_output(name: str) -> bool:
-        match = _OUTPUT_PROJECTION.search(name)
-        return match is not None and _ATTENTION.search(name[: match.start() + 1]) is not None
+def _sites(target: nn.Module, seen: Trace) -> list[Site]:
+    """A site for each projection that ran."""
+    uses, used = Counter(read.path for read in seen.reads), Counter[str]()
+    attention = [read.path for read in seen.reads if read.made_by == "attention"]
+    # an MLP within an attention module (a bias table, a low-rank query) is no MLP of the layer
+    modules = {path.rpartition(".")[0] for path in attention}
+    within = tuple(module + "." for module in modules if not module.rpartition(".")[2].isdigit())
+    mlps = [read.path for read in seen.reads if read.made_by == "mlp" and not read.path.startswith(within)]
+    layers = {path: _layer(path, mlps) for path in attention}
+    sites = []
+    for read in seen.reads:
+        number = used[read.path]
+        used[read.path] += 1
+        suffix = f"#{number}" if number else ""
+        layer, kind = layers.get(read.path), "other"
+        if layer is not None:
+            kind = "cross-attention" if _is_cross(target, read.path) else "self-attention"
+        elif read.path in mlps:
+            layer = next((name for name in layers.values() if name and read.path.startswith(name + ".")), None)
+            kind = "other" if layer is None else "mlp"
+        name = f"{layer}{suffix}" if layer else ""
+        sites.append(Site(read.path + suffix, read.width, read.heads, kind, name, uses[read.path]))
+    return sites
 
-    return [name for name, module in target.named_modules() if is_output(name) and _features(module) is not None]
+
+def _layer(path: str, mlps: Sequence[str]) -> str:
+    """The closest numbered module around an attention site that has an MLP as well; else the closest numbered one."""
+    parts = path.split(".")
+    numbered = [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1) if parts[end - 1].isdigit()]
+    whole = [name for name in numbered if any(mlp.startswith(name + ".") for mlp in mlps)]
+    return next(iter(whole or numbered), "")
 
 
-def _features(module: nn.Module) -> int | None:
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or isinstance(module, nn.Embedding):
-        return None
-    # transformers' Conv1D keeps its weight as (inputs, outputs), every other projection as (outputs, inputs)
-    return getattr(module, "in_features", None) or weight.shape[0 if hasattr(module, "nx") else 1]
+def _is_cross(target: nn.Module, path: str) -> bool:
+    parts = path.split(".")
+    around = [type(target.get_submodule(".".join(parts[:end]))).__name__ for end in range(1, len(parts) + 1)]
+    return bool(_CROSS_PATH.search(path)) or any("CrossAtt" in name for name in around)
 
 
-def _width(name: str, module: nn.Module) -> int:
-    width = _features(module)
-    if width is None:
+def _check_kind(target: nn.Module, seen: Trace, found: Sequence[Site], word: str) -> None:
+    if seen.lost:
         raise SiteError(
-            f"the site {name!r} is a {type(module).__name__}, which is no projection; a site is a linear module"
+            f"no projection module reads what attention makes in {seen.lost[0] or 'the target itself'} "
+            f"({len(seen.lost)} such places): it goes through a fused implementation or bare weights; name the sites "
+            f"by a pattern (--ablation.sites); the projections that ran are {_candidates(found)}"
         )
-    return width
+    if not any(is_asked(site, "attention") for site in found):
+        raise SiteError(
+            "found no attention in the target: neither scaled_dot_product_attention nor a softmax and a product ran "
+            "(with a fused kernel, choose --model.attn_implementation sdpa or eager); otherwise name the sites by a "
+            f"pattern (--ablation.sites); the projections that ran are {_candidates(found)}"
+        )
+    if word == "mlp":
+        _check_mlps(target, seen, found)
+    if not any(is_asked(site, word) for site in found):
+        kinds = ", ".join(sorted({site.kind for site in found} - {"other"}))
+        raise SiteError(f"the target has no site of the kind {word!r}, it has {kinds}")
 
 
-def _candidates(target: nn.Module) -> str:
-    found = [f"{name} ({width})" for name, module in target.named_modules() if (width := _features(module)) is not None]
-    shown = ", ".join(found[:12]) + (f" and {len(found) - 12} more" if len(found) > 12 else "")
-    return shown or "none"
+def _check_mlps(target: nn.Module, seen: Trace, found: Sequence[Site]) -> None:
+    positions = {read.path: read.positions for read in seen.reads}
+    layers: dict[str, list[Site]] = {}
+    for site in found:
+        layers.setdefault(site.layer.partition("#")[0], []).append(site)
+    for layer, sites in layers.items():
+        if not any(is_asked(site, "attention") for site in sites):
+            continue
+        for name, parameter in target.get_submodule(layer).named_parameters():
+            if parameter.ndim == 3 and min(parameter.shape) > 1:
+                raise SiteError(
+                    f"the experts of {layer} are one parameter {name} {tuple(parameter.shape)} without a module for "
+                    "the down projection, so its input can't be read or replaced; leave `mlp` out"
+                )
+        mlps = [site for site in sites if site.kind == "mlp"]
+        if not mlps:
+            raise SiteError(
+                f"found no MLP down projection in {layer or 'the target'}; name it by a pattern (--ablation.sites); "
+                f"the projections that ran are {_candidates(found)}"
+            )
+        whole = max(positions[site.path] for site in sites)
+        if part := [site.path for site in mlps if positions[site.path] < whole]:
+            raise SiteError(
+                f"{part[0]} reads {positions[part[0]]} of {whole} positions: it is one of several experts, whose "
+                "neurons don't run at every position; leave `mlp` out"
+            )
+
+
+def _check_pattern(target: nn.Module, found: Sequence[Site], pattern: str) -> None:
+    if any(is_asked(site, pattern) for site in found):
+        return
+    others = [name for name, _ in target.named_modules() if fnmatchcase(name, pattern)]
+    if not others:
+        raise SiteError(
+            f"the site pattern {pattern!r} matches no module; the projections that ran are {_candidates(found)}"
+        )
+    module = target.get_submodule(others[0])
+    reason = "which is no projection; a site is a linear module"
+    if features(module) is not None:
+        reason = "which didn't run by itself: a fused implementation goes past it"
+    raise SiteError(f"the site {others[0]!r} is a {type(module).__name__}, {reason}")
+
+
+def _candidates(found: Sequence[Site]) -> str:
+    named = [f"{site.name} ({site.width})" for site in found]
+    return ", ".join(named[:12]) + (f" and {len(named) - 12} more" if len(named) > 12 else "") or "none"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_ablate.calibration import Calibration, check_runs
 from lightning_ablate.errors import ConfigError, NonFiniteError, StatisticsError
-from lightning_ablate.masks import NeuronChoice, RandomNeurons
+from lightning_ablate.masks import NeuronChoice, RandomNeurons, Selection
 from lightning_ablate.methods import Ablation, AblationMethod, Replacement, ablate
 from lightning_ablate.metrics import Scored, SweepMetrics
 from lightning_ablate.sites import Site, hooked
@@ -21,39 +21,32 @@ class Condition:
 
     Attributes:
         method: its name; ``none`` for the baseline.
-        fraction: share of each site's neurons that is ablated, 0 to 1.
+        fraction: share of the units that is ablated, 0 to 1, in each site or in the part it is confined to.
         seed: of the choice of neurons and of what the method draws; None where it can't matter.
+        part: name of the one site or layer it is confined to; empty for all sites.
+        head: the one head it is confined to; None for all.
     """
 
     method: str
     fraction: float
     seed: int | None
+    part: str = ""
+    head: int | None = None
 
     def __str__(self) -> str:
         """As the progress bar shows it."""
-        seed = "" if self.seed is None else f" seed {self.seed}"
-        return "baseline" if self == BASELINE else f"{self.method} {100 * self.fraction:g}%{seed}"
+        if self == BASELINE:
+            return "baseline"
+        head = "" if self.head is None else f" head {self.head}"
+        where = f" {self.part}{head}" if self.part else f" {100 * self.fraction:g}%"
+        return f"{self.method}{where}" + ("" if self.seed is None else f" seed {self.seed}")
 
 
 BASELINE = Condition("none", 0.0, None)
 
 
-def distinct_conditions(
-    methods: Sequence[AblationMethod], fractions: Sequence[float], seeds: Sequence[int]
-) -> list[Condition]:
-    """Every condition once, the baseline first.
-
-    A fraction of 0 is the baseline; at a fraction of 1 every choice of neurons is the same, so only a method that
-    draws something else from the seed has one condition per seed there.
-
-    Raises:
-        ConfigError: if a fraction is outside 0 to 1, a name stands for two methods, or one of the lists is empty.
-
-    Example:
-        >>> from lightning_ablate.methods import Zero
-        >>> [str(c) for c in distinct_conditions([Zero()], [0, 0.5, 1], seeds=[1, 2])]
-        ['baseline', 'zero 50% seed 1', 'zero 50% seed 2', 'zero 100%']
-    """
+def check_conditions(methods: Sequence[AblationMethod], fractions: Sequence[float], seeds: Sequence[int]) -> None:
+    """Raises ConfigError if a fraction is outside 0 to 1, a name stands for two methods, or one of them is empty."""
     for name, values in (("methods", methods), ("fractions", fractions), ("seeds", seeds)):
         if not values:
             raise ConfigError(f"{name} is empty, expected at least one")
@@ -63,13 +56,29 @@ def distinct_conditions(
     names = [method.name for method in methods]
     if repeated := {name for name in names if names.count(name) > 1 or name == BASELINE.method}:
         raise ConfigError(f"methods holds {sorted(repeated)} more than once, or by a name that is taken")
+
+
+def distinct_conditions(
+    methods: Sequence[AblationMethod], selections: Sequence[Selection], seeds: Sequence[int]
+) -> list[Condition]:
+    """Every condition once, the baseline first.
+
+    Where a selection doesn't depend on the seed, only a method that draws something else from it has one condition per
+    seed.
+
+    Example:
+        >>> from lightning_ablate.masks import RandomNeurons
+        >>> from lightning_ablate.methods import Zero
+        >>> selections = RandomNeurons().selections([], [0, 0.5, 1], seeds=[1, 2])
+        >>> [str(condition) for condition in distinct_conditions([Zero()], selections, seeds=[1, 2])]
+        ['baseline', 'zero 50% seed 1', 'zero 50% seed 2', 'zero 100%']
+    """
     found = {BASELINE: None}
     for method in methods:
-        for fraction in sorted(map(float, fractions)):
-            for seed in seeds:
-                if fraction > 0:
-                    matters = fraction < 1 or method.seeded or method.unrelated is not None
-                    found[Condition(method.name, fraction, seed if matters else None)] = None
+        draws = method.seeded or method.unrelated is not None
+        for chosen in selections:
+            for seed in seeds if chosen.seed is None and draws else [chosen.seed]:
+                found[Condition(method.name, chosen.fraction, seed, chosen.part, chosen.head)] = None
     return list(found)
 
 
@@ -113,7 +122,8 @@ class Sweep:
             StatisticsError: if a method's statistics are missing.
         """
         for condition in self.conditions[1:]:
-            self._prepared[condition] = {site: self._replacement(condition, site) for site in self._calibration.sites}
+            replacements = ((site, self._replacement(condition, site)) for site in self._calibration.sites)
+            self._prepared[condition] = {site: made for site, made in replacements if made is not None}
 
     @contextmanager
     def reading(self, kind: str, seed: int) -> Iterator[None]:
@@ -140,13 +150,14 @@ class Sweep:
         if condition == BASELINE:
             yield
             return
-        prepared, runs = self._prepared[condition], dict.fromkeys(self._calibration.sites, 0)
+        prepared = self._prepared[condition]
+        runs = dict.fromkeys(prepared, 0)
 
         def replace(site: Site, activations: Tensor) -> Tensor:
             runs[site] += 1
             return ablate(activations, *prepared[site])
 
-        with hooked(self._calibration.target, self._calibration.sites, replace):
+        with hooked(self._calibration.target, tuple(prepared), replace):
             yield
         check_runs(runs)
 
@@ -165,11 +176,15 @@ class Sweep:
                 "try another precision (--trainer.precision, --model.dtype)"
             )
 
-    def _replacement(self, condition: Condition, site: Site) -> tuple[Tensor, Replacement]:
-        method, device = self._methods[condition.method], self._calibration.device
-        mask = self._choice.mask(site, condition.fraction, condition.seed or 0).to(device)
-        ablation = Ablation(site, mask, self._calibration[site], condition.seed, self._unrelated)
+    def _replacement(self, condition: Condition, site: Site) -> tuple[Tensor, Replacement] | None:
+        """The mask and what takes the masked neurons' place; None where a condition leaves the site alone."""
+        method, device, statistics = self._methods[condition.method], self._calibration.device, self._calibration[site]
+        chosen = Selection(condition.fraction, condition.seed, condition.part, condition.head)
         try:
-            return mask, method.prepare(ablation)
+            mask = self._choice.mask(chosen, site, statistics)
+            if not bool(mask.any()):
+                return None
+            mask = mask.to(device)
+            return mask, method.prepare(Ablation(site, mask, statistics, condition.seed, self._unrelated))
         except StatisticsError as error:
             raise StatisticsError(f"the method {method.name!r} {error}") from error

@@ -105,7 +105,7 @@ def test_sites_by_pattern(run, tmp_path):
         (["fit", "--data.evaluation_images=5000"], "digits gives 449 evaluation images, expected 5,000"),
         (["fit", *GPT2, "--data=TextData", "--data.name=none.parquet"], "the file 'none.parquet' does not exist"),
         (["fit", "--ablation.methods=[resample-ids]"], "resample-ids needs an unrelated input of the kind 'ids'"),
-        (["validate"], "the method 'mean' needs the statistic Moments"),
+        (["validate"], "validate needs the statistics of a calibration"),
         (["validate", "--ckpt_path=none.ckpt"], "the checkpoint 'none.ckpt' does not exist"),
         (["validate", "--ckpt_path=garbage.ckpt"], "could not load 'garbage.ckpt'"),
         (["validate", "--ckpt_path=pickle.ckpt"], "could not load 'pickle.ckpt'"),

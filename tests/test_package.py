@@ -10,9 +10,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lightning_ablate"
 # plain torch and torchmetrics: usable and testable without a Trainer
-PLAIN = ["sites.py", "masks.py", "metrics.py", "calibration.py", "sweep.py", "statistics/*.py", "methods/*.py"]
+PLAIN = [
+    "trace.py",
+    "sites.py",
+    "masks.py",
+    "metrics.py",
+    "calibration.py",
+    "sweep.py",
+    "statistics/*.py",
+    "methods/*.py",
+]
 RANKS = [
-    ["errors", "tokens", "sites", "masks", "statistics", "demo"],
+    ["errors", "tokens", "trace", "sites", "masks", "statistics", "demo"],
     ["methods", "calibration", "metrics"],
     ["sweep"],
     ["modules"],

@@ -10,7 +10,7 @@ from lightning_ablate.errors import DataError
 from lightning_ablate.results import Results, Row, read_rows, write_whole
 from lightning_ablate.sweep import BASELINE, Condition
 
-HEADER = "model,data,method,fraction,seed,n,top1,top5,cross_entropy,kl"
+HEADER = "model,data,method,fraction,seed,part,head,n,top1,top5,cross_entropy,kl"
 
 
 def results(partial=()):
@@ -64,8 +64,8 @@ def test_table_shows_ten_fifty_and_ninety_percent():
 
 
 def test_table_shows_other_fractions_where_those_are_not_there():
-    row = Row("m", "d", "none", 0.0, None, 5, 1.0, 1.0, 0.1, 0.0)
-    rows = [row] + [Row("m", "d", "zero", f, 1, 5, 0.5, 0.5, 1.0, 0.9) for f in (0.2, 0.3, 0.4, 0.6)]
+    row = Row("m", "d", "none", 0.0, None, "", None, 5, 1.0, 1.0, 0.1, 0.0)
+    rows = [row] + [Row("m", "d", "zero", f, 1, "", None, 5, 0.5, 0.5, 1.0, 0.9) for f in (0.2, 0.3, 0.4, 0.6)]
     table = Results(rows, 10).table()
     assert "20%" in table and "40%" in table and "60%" in table and "30%" not in table
 
@@ -94,7 +94,7 @@ def test_tensorboard_overlays_a_run_a_method(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     made = results()
-    curves = report.tensorboard(made, tmp_path)
+    (curves,) = report.tensorboard(made, tmp_path)
     assert sorted(path.name for path in curves.iterdir()) == ["peak", "zero"]
     events = EventAccumulator(str(curves / "peak"))
     events.Reload()

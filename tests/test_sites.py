@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from lightning_ablate.errors import SiteError
-from lightning_ablate.sites import Site, find_sites, fingerprint, hooked
+from lightning_ablate.masks import heads_of
+from lightning_ablate.sites import Site, check_mixing, find_sites, fingerprint, hooked
 from tests import tiny
 
 
@@ -11,51 +12,250 @@ def hooks(model):
     return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
 
 
+class Parts(nn.Module):
+    """A target of named parts, run by a function."""
+
+    def __init__(self, run, **parts):
+        super().__init__()
+        self.parts, self.run = nn.ModuleDict(parts), run
+
+    def forward(self, x):
+        return self.run(self.parts, x)
+
+
+def found(target, *which):
+    """The sites of a target that takes ``(batch, 5, 8)``."""
+    return find_sites(target, lambda: target(torch.randn(2, 5, 8)), which or ("attention",))
+
+
+def attention(parts, x, heads=2):
+    """By hand, with everything that may stand between attention and its projection."""
+    query, key, value = (parts[name](x).unflatten(-1, (heads, -1)).transpose(1, 2) for name in ("q", "k", "v"))
+    weights = (query @ key.transpose(2, 3)).softmax(-1).to(x.dtype)
+    mixed = nn.functional.dropout(weights, 0.0) @ value
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def three(width=8):
+    return {name: nn.Linear(8, width) for name in ("q", "k", "v")}
+
+
+@pytest.mark.parametrize(
+    ("make", "names", "width", "layers"),
+    [
+        (tiny.gpt2, "transformer.h.{}.attn.c_proj", 16, "transformer.h.{}"),
+        (tiny.mistral, "model.layers.{}.self_attn.o_proj", 32, "model.layers.{}"),
+        (tiny.roberta, "roberta.encoder.layer.{}.attention.output.dense", 16, "roberta.encoder.layer.{}"),
+        (tiny.opt, "model.decoder.layers.{}.self_attn.out_proj", 16, "model.decoder.layers.{}"),
+        (tiny.vit, "blocks.{}.attn.proj", 16, "blocks.{}"),
+    ],
+)
+def test_find_sites_takes_every_attention_output_projection(make, names, width, layers):
+    expected = [Site(names.format(i), width, 4, "self-attention", layers.format(i)) for i in (0, 1)]
+    assert tiny.sites(make()) == expected
+
+
 @pytest.mark.parametrize(
     ("make", "names", "width"),
     [
-        (tiny.gpt2, ["transformer.h.0.attn.c_proj", "transformer.h.1.attn.c_proj"], 16),
-        (tiny.mistral, ["model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj"], 32),
-        (
-            tiny.roberta,
-            ["roberta.encoder.layer.0.attention.output.dense", "roberta.encoder.layer.1.attention.output.dense"],
-            16,
-        ),
-        (tiny.vit, ["blocks.0.attn.proj", "blocks.1.attn.proj"], 16),
+        (tiny.gpt2, "transformer.h.{}.mlp.c_proj", 64),
+        (tiny.mistral, "model.layers.{}.mlp.down_proj", 32),
+        (tiny.roberta, "roberta.encoder.layer.{}.output.dense", 32),
+        (tiny.opt, "model.decoder.layers.{}.fc2", 32),
+        (tiny.vit, "blocks.{}.mlp.fc2", 64),
     ],
 )
-def test_find_sites_takes_every_attention_output_projection(make, names, width):
-    assert find_sites(make()) == [Site(name, width) for name in names]
+def test_find_sites_takes_every_mlp_down_projection_and_no_head_of_the_model(make, names, width):
+    model = make()
+    mlps = tiny.sites(model, "mlp")
+    assert [(site.name, site.width, site.kind, site.heads) for site in mlps] == [
+        (names.format(i), width, "mlp", None) for i in (0, 1)
+    ]
+    both = tiny.sites(model, "mlp", "attention")
+    assert [site.kind for site in both] == ["self-attention", "mlp"] * 2
+    assert [site.layer for site in both] == [layer for site in mlps for layer in [site.layer] * 2]
 
 
 def test_site_width_is_heads_times_head_dim_not_hidden_size():
     model = tiny.mistral()
     config = model.config
-    assert {site.width for site in find_sites(model)} == {config.num_attention_heads * config.head_dim}
+    assert {site.width for site in tiny.sites(model)} == {config.num_attention_heads * config.head_dim}
     assert config.num_attention_heads * config.head_dim != config.hidden_size
+    assert config.num_key_value_heads < config.num_attention_heads == tiny.sites(model)[0].heads
 
 
-def test_find_sites_pattern_chooses_layers():
-    assert [site.name for site in find_sites(tiny.gpt2(), ["*.1.attn.c_proj"])] == ["transformer.h.1.attn.c_proj"]
-    assert find_sites(tiny.gpt2(), ["*.0.mlp.c_proj"]) == [Site("transformer.h.0.mlp.c_proj", 64)]
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_both_implementations_of_attention_give_the_same_sites(implementation):
+    model = tiny.mistral()
+    model.set_attn_implementation(implementation)
+    assert tiny.sites(model) == tiny.sites(tiny.mistral())
+
+
+def test_a_module_used_by_every_layer_is_a_site_for_each_use():
+    model = tiny.albert()
+    path = "albert.encoder.albert_layer_groups.0.albert_layers.0"
+    sites = tiny.sites(model)
+    assert [site.name for site in sites] == [f"{path}.attention.dense{use}" for use in ("", "#1", "#2")]
+    assert [site.layer for site in sites] == [path, f"{path}#1", f"{path}#2"]
+    assert {(site.path, site.uses) for site in sites} == {(f"{path}.attention.dense", 3)}
+    seen = []
+    with hooked(model, [sites[2]], lambda site, x: seen.append((site, x))):
+        tiny.run(model)
+    by_hand = []
+    handle = model.get_submodule(sites[0].path).register_forward_pre_hook(lambda _, inputs: by_hand.append(inputs[0]))
+    tiny.run(model)
+    handle.remove()
+    assert len(by_hand) == 3 and [site for site, _ in seen] == [sites[2]] and torch.equal(seen[0][1], by_hand[2])
+
+
+def test_encoder_decoders_tell_self_from_cross_attention():
+    model = tiny.t5()
+    kinds = [(site.name.split(".")[0], site.kind) for site in tiny.sites(model)]
+    decoder = [("decoder", "self-attention"), ("decoder", "cross-attention")]
+    assert kinds == [("encoder", "self-attention")] * 2 + decoder * 2
+    crossed = tiny.sites(model, "cross-attention")
+    assert [site.layer for site in crossed] == ["decoder.block.0", "decoder.block.1"]
+    assert len(tiny.sites(model, "self-attention")) == 4 and len(tiny.sites(model, "mlp")) == 4
+
+
+def test_find_sites_pattern_chooses_modules_of_any_kind():
+    assert [site.name for site in tiny.sites(tiny.gpt2(), "*.1.attn.c_proj")] == ["transformer.h.1.attn.c_proj"]
+    model = tiny.gpt2()
+    assert tiny.sites(model, "*.0.mlp.c_proj") == tiny.sites(model, "mlp")[:1]
+    (fused,) = tiny.sites(model, "*.0.attn.c_attn")
+    assert (fused.kind, fused.width, fused.heads) == ("other", 16, None)
 
 
 @pytest.mark.parametrize(
-    ("model", "patterns", "message"),
+    "between",
     [
-        (tiny.gpt2(), ["*.7.attn.c_proj"], r"'\*.7.attn.c_proj' matches no module.*h.0.attn.c_attn \(16\)"),
-        (tiny.gpt2(), ["transformer.h.0.ln_1"], "LayerNorm, which is no projection"),
-        (nn.Sequential(nn.Linear(2, 3)), [], r"no attention output projection.*--ablation.sites.*0 \(2\)"),
+        lambda parts, x: attention(parts, x) * torch.sigmoid(parts["gate"](x)),
+        lambda parts, x: parts["norm"](attention(parts, x)),
+        lambda parts, x: torch.cat([attention(parts, x[:, :2]), attention(parts, x[:, 2:])], 1),
+        lambda parts, x: attention(parts, x[:, torch.tensor([3, 1])]).roll(1, 1).contiguous().to(torch.float64).float(),
+    ],
+    ids=["gate", "norm", "windows", "moved"],
+)
+def test_what_stands_between_attention_and_its_projection_doesnt_hide_it(between):
+    gate, norm = nn.Linear(8, 8), nn.LayerNorm(8)
+    target = Parts(lambda parts, x: parts["o"](between(parts, x)), **three(), gate=gate, norm=norm, o=nn.Linear(8, 4))
+    assert found(target) == [Site("parts.o", 8, 2)]
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda weights, value: weights @ value,
+        lambda weights, value: torch.einsum("bhqk,bhkd->bhqd", weights, value),
+        lambda weights, value: torch.einsum("bhqk,bhkd->bqhd", weights, value).transpose(1, 2),
+        lambda weights, value: (value.transpose(2, 3) @ weights.transpose(2, 3)).transpose(2, 3),
+        lambda weights, value: torch.bmm(weights.flatten(0, 1), value.flatten(0, 1)).view(2, 4, 5, 2),
+        lambda weights, value: nn.functional.scaled_dot_product_attention(value, value, value),
+    ],
+    ids=["matmul", "einsum", "einsum heads last", "values first", "flat heads", "fused"],
+)
+def test_heads_are_counted_however_weights_meet_values(product):
+    def run(parts, x):
+        heads = x.unflatten(-1, (4, 2)).transpose(1, 2)
+        mixed = product((heads @ heads.transpose(2, 3)).softmax(-1), heads)
+        return parts["o"](mixed.transpose(1, 2).flatten(2))
+
+    assert found(Parts(run, o=nn.Linear(8, 8))) == [Site("parts.o", 8, 4)]
+
+
+def test_heads_that_do_not_lie_side_by_side_are_not_counted():
+    def run(parts, x):
+        heads = x.unflatten(-1, (2, 4)).transpose(1, 2)
+        mixed = nn.functional.scaled_dot_product_attention(heads, heads, heads)
+        return parts["o"](mixed.permute(0, 2, 3, 1).flatten(2))  # neuron by neuron, head after head
+
+    (site,) = found(Parts(run, o=nn.Linear(8, 8)))
+    assert site == Site("parts.o", 8, None)
+    with pytest.raises(SiteError, match="parts.o .* has no heads that lie side by side"):
+        heads_of(site)
+
+
+def test_a_wrapped_projection_is_one_site():
+    class Adapted(nn.Module):
+        in_features = 8
+
+        def __init__(self):
+            super().__init__()
+            self.base, self.down, self.up = nn.Linear(8, 8), nn.Linear(8, 2), nn.Linear(2, 8)
+
+        def forward(self, x):
+            return self.base(x) + self.up(self.down(x))
+
+    target = Parts(lambda parts, x: parts["o"](attention(parts, x)), **three(), o=Adapted())
+    assert found(target) == [Site("parts.o", 8, 2)]
+
+
+def test_find_sites_says_why_there_are_none():
+    bare = Parts(lambda parts, x: attention(parts, x) @ parts["o"].weight, **three(), o=nn.Linear(8, 8))
+    with pytest.raises(SiteError, match=r"no projection module reads what attention makes in the target itself \(1"):
+        found(bare)
+    mixer = Parts(lambda parts, x: parts["o"](x.cumsum(1)), o=nn.Linear(8, 3))
+    with pytest.raises(SiteError, match=r"found no attention.*pattern.*the projections that ran are parts.o \(8\)"):
+        found(mixer)
+    with pytest.raises(SiteError, match="no site of the kind 'cross-attention', it has mlp, self-attention"):
+        tiny.sites(tiny.gpt2(), "cross-attention")
+
+
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        ("*.7.attn.c_proj", r"'\*.7.attn.c_proj' matches no module.*h.0.attn.c_attn \(16\)"),
+        ("transformer.h.0.ln_1", "LayerNorm, which is no projection"),
     ],
 )
-def test_find_sites_says_what_is_wrong(model, patterns, message):
+def test_a_pattern_that_means_no_projection_is_refused(which, message):
     with pytest.raises(SiteError, match=message):
-        find_sites(model, patterns)
+        tiny.sites(tiny.gpt2(), which)
+
+
+def test_experts_without_a_down_projection_of_their_own_are_refused():
+    with pytest.raises(
+        SiteError, match=r"experts of model.layers.0 are one parameter mlp.experts.\w+ \(4, .*leave `mlp`"
+    ):
+        tiny.sites(tiny.mixtral(), "mlp")
+    assert len(tiny.sites(tiny.mixtral())) == 2
+
+    def routed(parts, x):
+        mixed = parts["h"][0]["o"](attention(parts, x))
+        return parts["h"][0]["down"](parts["up"](mixed[:, :2]).relu())
+
+    layer = nn.ModuleList([nn.ModuleDict({"o": nn.Linear(8, 8), "down": nn.Linear(16, 8)})])
+    with pytest.raises(SiteError, match="h.0.down reads 4 of 10 positions: it is one of several experts"):
+        found(Parts(routed, **three(), h=layer, up=nn.Linear(8, 16)), "mlp")
+
+
+def test_finding_changes_nothing_and_leaves_no_hook():
+    model = tiny.gpt2()
+    clean = tiny.run(model)
+    read = []
+    find_sites(model, lambda: read.append(tiny.run(model)))
+    assert torch.equal(read[0], clean) and hooks(model) == 0
+
+
+def test_check_mixing_passes_attention_and_refuses_other_ways():
+    def last(parts, x):
+        return parts["o"](attention(parts, x))
+
+    conv = nn.Conv1d(8, 8, 3, padding=1)
+    pure = Parts(last, **three(), o=nn.Linear(8, 8))
+    mixed = Parts(lambda parts, x: last(parts, x) + parts["c"](x.mT).mT, **three(), o=nn.Linear(8, 8), c=conv)
+    first = torch.randn(1, 5, 8)
+    second = first.clone()
+    second[:, 2] += 1
+    inputs = (first, second)
+    check_mixing(pure, found(pure), lambda number: [pure(inputs[number])])
+    with pytest.raises(SiteError, match="moves the last hidden state at 3 of 5 positions although every attention"):
+        check_mixing(mixed, found(mixed), lambda number: [mixed(inputs[number])])
 
 
 def test_hooked_passes_the_projections_input_and_uses_what_is_returned():
     model = tiny.gpt2()
-    site = find_sites(model)[1]
+    site = tiny.sites(model)[1]
     seen = []
     by_hand = model.transformer.h[1].attn.c_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     batch = tiny.tokens()["input_ids"]
@@ -70,7 +270,7 @@ def test_hooked_passes_the_projections_input_and_uses_what_is_returned():
 
 def test_hooked_leaves_no_hook_behind_even_after_an_exception():
     model = tiny.gpt2()
-    sites = find_sites(model)
+    sites = tiny.sites(model)
     with hooked(model, sites, lambda *_: None):
         assert hooks(model) == 2
     assert hooks(model) == 0
@@ -94,75 +294,3 @@ def test_fingerprint_tells_targets_apart_by_one_bit():
         weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(torch.inf))
     assert fingerprint(model) != fingerprint(same)
     assert fingerprint(model) != fingerprint(tiny.gpt2().bfloat16())
-
-
-@pytest.mark.parametrize("make", [tiny.gpt2, tiny.mistral, tiny.roberta, tiny.vit])
-def test_sites_hold_all_mixing_between_positions(make):
-    assert mixing(make(), find_sites(make())) < 1e-5
-
-
-@pytest.mark.parametrize("make", [tiny.gpt2, tiny.mistral, tiny.roberta, tiny.vit])
-def test_one_site_left_out_mixes(make):
-    for left_out in range(2):
-        sites = find_sites(make())
-        del sites[left_out]
-        assert mixing(make(), sites) > 1e-3
-
-
-@pytest.mark.parametrize("place", ["input", "output"])
-def test_value_rows_of_a_head_reach_only_its_slice_of_the_site(place):
-    """Head 1's value columns of GPT-2's fused projection; the projection's output would show it everywhere."""
-    model = tiny.gpt2()
-    moved = head_change(model, "transformer.h.0.attn.c_proj", place, lambda: perturb_gpt2_value(model, head=1))
-    slices = moved.view(4, 4).amax(1)
-    only_its_own = bool(slices[1] > 1e-3) and bool((slices[[0, 2, 3]] == 0).all())
-    assert only_its_own == (place == "input")
-
-
-def perturb_gpt2_value(model, head, size=4):
-    weight = model.transformer.h[0].attn.c_attn.weight  # (inputs, 3 x 16): query, key, value
-    width = model.config.n_embd
-    with torch.no_grad():
-        value = weight[:, 2 * width + head * size : 2 * width + (head + 1) * size]
-        value += torch.randn_like(value)
-
-
-def head_change(model, name, place, perturb):
-    """The largest change of each neuron at a projection's input or output when ``perturb`` changes the weights."""
-
-    def read():
-        kept = []
-        module = model.get_submodule(name)
-        handle = (
-            module.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
-            if place == "input"
-            else module.register_forward_hook(lambda _, __, output: kept.append(output))
-        )
-        with torch.no_grad():
-            model(tiny.tokens()["input_ids"])
-        handle.remove()
-        return kept[0].flatten(0, -2)
-
-    before = read()
-    perturb()
-    return (read() - before).abs().amax(0)
-
-
-def mixing(model, sites):
-    """How far the last hidden state at one place moves when every other place changes and the sites are constant."""
-    if hasattr(model, "config"):
-        first, second = tiny.tokens(1, seed=0)["input_ids"], tiny.tokens(1, seed=1)["input_ids"]
-        second[:, 5] = first[:, 5]
-        place = 5
-    else:
-        first, second = torch.randn(1, 1, 8, 8), torch.randn(1, 1, 8, 8)
-        second[..., :4, 4:] = first[..., :4, 4:]
-        place = 2  # after the class token, the second patch
-    with torch.no_grad(), hooked(model, sites, lambda site, x: torch.full_like(x, 0.3)):
-        return (last_hidden(model, first) - last_hidden(model, second))[0, place].abs().max().item()
-
-
-def last_hidden(model, inputs):
-    if hasattr(model, "config"):
-        return model(inputs, output_hidden_states=True).hidden_states[-1]
-    return model.forward_features(inputs)

@@ -5,44 +5,47 @@ import torch
 
 from lightning_ablate.calibration import Calibration
 from lightning_ablate.errors import ConfigError, NonFiniteError, SiteError, StatisticsError
+from lightning_ablate.masks import RandomNeurons
 from lightning_ablate.methods import Mean, Peak, ResampleIds, Zero
 from lightning_ablate.metrics import Scored
-from lightning_ablate.sites import find_sites
-from lightning_ablate.sweep import BASELINE, Condition, Sweep, distinct_conditions
+from lightning_ablate.sweep import BASELINE, Condition, Sweep, check_conditions, distinct_conditions
 from tests import tiny
 from tests.test_sites import hooks
+from tests.tiny import run
 
 TENTHS = [step / 10 for step in range(1, 11)]
 SEEDS = [42, 123, 456]
 ALL = [tiny.gpt2, tiny.mistral, tiny.roberta, tiny.vit]
 
 
-def run(model):
-    with torch.no_grad():
-        if hasattr(model, "config"):
-            return model(tiny.tokens()["input_ids"]).logits
-        return model(torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+def everywhere(site):
+    return None
+
+
+def conditions_of(methods, fractions, seeds):
+    return distinct_conditions(methods, RandomNeurons().selections([], sorted(fractions), seeds), seeds)
 
 
 def calibrated(model, epochs=2, methods=(Zero(), Mean(), Peak())):
     kinds = [kind for method in methods for kind in method.statistics]
-    calibration = Calibration(model, find_sites(model), kinds)
+    calibration = Calibration(model, kinds)
+    calibration.find(lambda: run(model))
     for epoch in range(epochs):
         calibration.start(epoch)
-        with calibration.collecting(None):
+        with calibration.collecting(everywhere):
             run(model)
         calibration.finish()
     return calibration
 
 
 def sweep_of(model, methods=(Zero(), Mean(), Peak()), fractions=(0.5, 1.0), seeds=(1, 2)):
-    sweep = Sweep(calibrated(model), methods, distinct_conditions(methods, fractions, seeds))
+    sweep = Sweep(calibrated(model), methods, conditions_of(methods, fractions, seeds))
     sweep.prepare()
     return sweep
 
 
 def test_every_distinct_condition_comes_once():
-    found = distinct_conditions([Zero(), Mean(), Peak()], TENTHS, SEEDS)
+    found = conditions_of([Zero(), Mean(), Peak()], TENTHS, SEEDS)
     assert len(found) == len(set(found)) == 1 + 3 * 28
     assert Counter(condition.method for condition in found) == {"none": 1, "zero": 28, "mean": 28, "peak": 28}
     assert [c for c in found if c.fraction == 1.0] == [Condition(m, 1.0, None) for m in ("zero", "mean", "peak")]
@@ -50,12 +53,12 @@ def test_every_distinct_condition_comes_once():
 
 
 def test_a_seed_that_matters_at_fraction_one_is_kept():
-    found = distinct_conditions([ResampleIds()], [0.5, 1.0], SEEDS)
+    found = conditions_of([ResampleIds()], [0.5, 1.0], SEEDS)
     assert [c.seed for c in found if c.fraction == 1.0] == SEEDS
 
 
 def test_repeated_fractions_and_seeds_and_fraction_zero_add_nothing():
-    assert distinct_conditions([Zero()], [0, 0.5, 0.5, 0.0], [1, 1]) == [BASELINE, Condition("zero", 0.5, 1)]
+    assert conditions_of([Zero()], [0, 0.5, 0.5, 0.0], [1, 1]) == [BASELINE, Condition("zero", 0.5, 1)]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +75,7 @@ def test_repeated_fractions_and_seeds_and_fraction_zero_add_nothing():
 )
 def test_conditions_that_make_no_sense_are_refused(methods, fractions, seeds, message):
     with pytest.raises(ConfigError, match=message):
-        distinct_conditions(methods, fractions, seeds)
+        check_conditions(methods, fractions, seeds)
 
 
 @pytest.mark.parametrize("make", ALL)
@@ -100,7 +103,7 @@ def test_zero_at_fraction_one_equals_projections_without_weights(make):
     """A projection whose weight is 0 gives its bias alone, as it does for an input of 0."""
     model, other = make(), make()
     sweep = sweep_of(model)
-    for site in find_sites(other):
+    for site in tiny.sites(other):
         torch.nn.init.zeros_(other.get_submodule(site.name).weight)
     with sweep.applied(Condition("zero", 1.0, None)):
         ablated = run(model)
@@ -113,8 +116,8 @@ def test_half_of_the_neurons_equal_a_projection_without_those_columns():
     model, other = tiny.gpt2(), tiny.gpt2()
     sweep = sweep_of(model)
     condition = Condition("mean", 0.5, 2)
-    first = find_sites(model)[0]
-    for site in find_sites(other):
+    first = tiny.sites(model)[0]
+    for site in tiny.sites(other):
         mask, replace = sweep._prepared[condition][site]
         projection = other.get_submodule(site.name)  # Conv1D: weight (inputs, outputs)
         with torch.no_grad():
@@ -127,7 +130,7 @@ def test_half_of_the_neurons_equal_a_projection_without_those_columns():
 
 def test_all_methods_share_the_masks_of_a_fraction_and_seed():
     sweep = sweep_of(tiny.mistral(), fractions=TENTHS, seeds=SEEDS)
-    for site in find_sites(tiny.mistral()):
+    for site in tiny.sites(tiny.mistral()):
         for fraction in TENTHS[:-1]:
             for seed in SEEDS:
                 masks = [sweep._prepared[Condition(m, fraction, seed)][site][0] for m in ("zero", "mean", "peak")]
@@ -143,17 +146,23 @@ def test_a_method_without_statistics_is_refused_by_name():
 
 def test_unrelated_inputs_are_one_for_each_kind_and_seed():
     methods = [Zero(), ResampleIds()]
-    sweep = Sweep(calibrated(tiny.gpt2()), methods, distinct_conditions(methods, TENTHS, SEEDS))
+    sweep = Sweep(calibrated(tiny.gpt2()), methods, conditions_of(methods, TENTHS, SEEDS))
     assert sweep.unrelated == [("ids", seed) for seed in SEEDS]
 
 
 def test_a_site_that_runs_twice_or_never_is_refused():
     model = tiny.gpt2()
-    calibration = Calibration(model, find_sites(model), [])
-    calibration.start(0)
-    with pytest.raises(SiteError, match="ran 2 times in one forward pass.*shared"), calibration.collecting(None):
+    calibration = Calibration(model, [])
+    calibration.find(lambda: run(model))
+    with pytest.raises(SiteError, match="ran 2 times in one forward pass"), calibration.collecting(everywhere):
         run(model), run(model)
-    with pytest.raises(SiteError, match="ran 0 times in one forward pass.*fused"), calibration.collecting(None):
+    with pytest.raises(SiteError, match="ran 0 times in one forward pass"), calibration.collecting(everywhere):
+        pass
+
+
+def test_a_site_that_no_longer_runs_is_refused_in_the_sweep():
+    sweep = sweep_of(tiny.gpt2())
+    with pytest.raises(SiteError, match="h.0.attn.c_proj ran 0 times"), sweep.applied(Condition("mean", 0.5, 1)):
         pass
 
 
@@ -161,10 +170,10 @@ def test_a_non_finite_activation_names_its_site():
     model = tiny.gpt2()
     with torch.no_grad():
         model.transformer.h[1].attn.c_attn.bias[-1] = torch.inf
-    calibration = Calibration(model, find_sites(model), Mean.statistics)
-    calibration.start(0)
+    calibration = Calibration(model, Mean.statistics)
+    calibration.find(lambda: run(model))
     message = r"activations at transformer.h.1.attn.c_proj are NaN or infinite \(1 of 2 sites\)"
-    with pytest.raises(NonFiniteError, match=message), calibration.collecting(None):
+    with pytest.raises(NonFiniteError, match=message), calibration.collecting(everywhere):
         run(model)
 
 
@@ -182,7 +191,7 @@ def test_non_finite_logits_name_their_condition():
 def test_calibration_survives_its_state_dict():
     model = tiny.gpt2()
     calibration = calibrated(model)
-    copy = Calibration(model, find_sites(model), calibration.kinds)
+    copy = Calibration(model, calibration.kinds)
     copy.load_state_dict(calibration.state_dict())
     for site in calibration.sites:
         for kind, statistic in calibration.statistics[site].items():

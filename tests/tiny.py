@@ -5,6 +5,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lightning_ablate import AblationCallback, AblationModule, CausalLM
+from lightning_ablate.sites import find_sites
 
 VOCABULARY = 300
 LENGTH = 16
@@ -57,6 +58,52 @@ def roberta():
     return RobertaForMaskedLM(config).eval()
 
 
+def mixtral():
+    """Experts held as three-dimensional parameters."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(7)
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        max_position_embeddings=64,
+    )
+    return MixtralForCausalLM(config).eval()
+
+
+def albert():
+    """One layer used three times."""
+    from transformers import AlbertConfig, AlbertForMaskedLM
+
+    torch.manual_seed(8)
+    config = AlbertConfig(
+        vocab_size=VOCABULARY,
+        embedding_size=8,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    return AlbertForMaskedLM(config).eval()
+
+
+def t5():
+    """An encoder and a decoder of two layers each, whose heads together (4 x 8) are wider than the hidden state."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(9)
+    config = T5Config(
+        vocab_size=VOCABULARY, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    return T5ForConditionalGeneration(config).eval()
+
+
 def vit():
     import timm
 
@@ -94,6 +141,19 @@ def tokens(batch=3, length=LENGTH, seed=0):
     mask = torch.ones_like(ids)
     mask[0, -2:] = 0
     return {"input_ids": ids, "attention_mask": mask, "index": torch.arange(batch)}
+
+
+def run(model):
+    """The logits of one forward pass."""
+    with torch.no_grad():
+        if hasattr(model, "config"):
+            ids = tokens()["input_ids"]
+            return model(ids, **({"labels": ids[:, :9].clone()} if model.config.is_encoder_decoder else {})).logits
+        return model(torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+
+
+def sites(model, *which):
+    return find_sites(model, lambda: run(model), which or ("attention",))
 
 
 class Own(AblationModule):

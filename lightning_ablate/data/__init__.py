@@ -2,6 +2,7 @@
 
 from lightning_ablate.data.base import AblationDataModule, ExactSampler, Examples
 from lightning_ablate.data.image import ImageData
+from lightning_ablate.data.labelled import LabelledTexts, TextPairs
 from lightning_ablate.data.text import TextData
 
-__all__ = ["AblationDataModule", "ExactSampler", "Examples", "ImageData", "TextData"]
+__all__ = ["AblationDataModule", "ExactSampler", "Examples", "ImageData", "LabelledTexts", "TextData", "TextPairs"]

@@ -110,7 +110,7 @@ class TextData(AblationDataModule):
         Raises:
             DataError: if the documents end before.
         """
-        tokenizer = self._tokenizer()
+        tokenizer = tokenizer_of(self, self.tokenizer_name, self.length)
         cut = self._packed if self.packing == "pack" else self._padded
         sequences, reached = [], 0
         for sequence in cut(tokenizer, self._fresh(purpose)):
@@ -164,21 +164,26 @@ class TextData(AblationDataModule):
                 yield [*before, *stream[:room], *after]
                 stream = stream[room:]
 
-    def _tokenizer(self) -> Any:
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        if self.tokenizer_name is not None:
-            from transformers import AutoTokenizer
 
-            with loading(self.tokenizer_name, DataError):
-                tokenizer = AutoTokenizer.from_pretrained(self.tokenizer_name)
-        else:
-            tokenizer = getattr(module, "tokenizer", None)
-        if tokenizer is None:
-            raise ConfigError("text needs a tokenizer: name one (--data.tokenizer), as the target brings none")
-        before, after = special_frame(tokenizer)
-        if not len(before) + len(after) + 1 < self.length <= tokenizer.model_max_length:
-            raise ConfigError(
-                f"length is {self.length}, expected above {len(before) + len(after) + 1} and at most "
-                f"{tokenizer.model_max_length}, which the tokenizer gives as the target's longest (--data.length)"
-            )
-        return tokenizer
+def tokenizer_of(data: AblationDataModule, name: str | None, length: int) -> Any:
+    """The tokenizer of that name, or else the target's own.
+
+    Raises:
+        ConfigError: if there is none, or it doesn't allow sequences of this length.
+    """
+    if name is not None:
+        from transformers import AutoTokenizer
+
+        with loading(name, DataError):
+            tokenizer = AutoTokenizer.from_pretrained(name)
+    else:
+        tokenizer = getattr(data.trainer.lightning_module if data.trainer is not None else None, "tokenizer", None)
+    if tokenizer is None:
+        raise ConfigError("text needs a tokenizer: name one (--data.tokenizer), as the target brings none")
+    before, after = special_frame(tokenizer)
+    if not len(before) + len(after) + 1 < length <= tokenizer.model_max_length:
+        raise ConfigError(
+            f"length is {length}, expected above {len(before) + len(after) + 1} and at most "
+            f"{tokenizer.model_max_length}, which the tokenizer gives as the target's longest (--data.length)"
+        )
+    return tokenizer

@@ -1,7 +1,7 @@
 """The LightningModule that wraps a target."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_ablate.calibration import Calibration
 from lightning_ablate.errors import ConfigError, DataError
 from lightning_ablate.metrics import Scored
+from lightning_ablate.sites import Site, check_mixing, is_asked
 from lightning_ablate.sweep import Sweep
 
 
@@ -64,6 +65,10 @@ class AblationModule(lightning.LightningModule, ABC):
             return (batch["index"] >= 0).unsqueeze(1)
         return None
 
+    def valid_at(self, site: Site, batch: Any) -> Tensor | None:
+        """The same for one site, where a target's sites don't all see the same positions."""
+        return self.valid(batch)
+
     def unrelated(self, kind: str, seed: int, batch: Any) -> Any:
         """One unrelated input in the form of ``batch``, with its sequence length and a batch size of 1.
 
@@ -79,6 +84,20 @@ class AblationModule(lightning.LightningModule, ABC):
             f"the method resample-{kind} needs an unrelated input of the kind {kind!r}, which "
             f"{type(self).__name__} doesn't make; leave the method out, or override `unrelated`"
         )
+
+    def probes(self, batch: Any) -> tuple[Any, Any] | None:
+        """Two inputs of one example that differ in one token or pixel, for the check that sites hold all mixing.
+
+        None, the default, leaves the check out; a module that gives probes gives :meth:`hidden` as well.
+
+        Args:
+            batch: whose first example they are made from, on the device.
+        """
+        return None
+
+    def hidden(self, batch: Any) -> Sequence[Tensor]:
+        """The target's last hidden states (or per-position logits) on a batch, each ``(batch, ..., features)``."""
+        raise NotImplementedError(f"{type(self).__name__} gives probes, but not what becomes of them: add `hidden`")
 
     def describe(self) -> dict[str, Any]:
         """What run.json says about the target."""
@@ -107,8 +126,11 @@ class AblationModule(lightning.LightningModule, ABC):
         """Gathers statistics from one batch; the loss is 0."""
         if self.calibration is None:
             raise ConfigError("fit needs an AblationCallback: Trainer(callbacks=[AblationCallback()])")
-        with torch.no_grad(), self.calibration.collecting(self.valid(batch)):
-            self.evaluate(batch)
+        with torch.no_grad():
+            if not self.calibration.sites:
+                self._find_sites(self.calibration, batch)
+            with self.calibration.collecting(lambda site: self.valid_at(site, batch)):
+                self.evaluate(batch)
         return 0.0 * self.anchor.sum()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -126,6 +148,13 @@ class AblationModule(lightning.LightningModule, ABC):
             clean = clean or _checked(scored)
             self.sweep.score(index, scored, clean)
         self.sweep.check_finite()
+
+    def _find_sites(self, calibration: Calibration, batch: Any) -> None:
+        calibration.find(lambda: self.evaluate(batch))
+        probes = self.probes(batch) if calibration.holds_all_attention else None
+        if probes is not None:
+            attention = [site for site in calibration.sites if is_asked(site, "attention")]
+            check_mixing(self.target, attention, lambda number: self.hidden(probes[number]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Plain SGD, whose steps change nothing."""

@@ -2,8 +2,7 @@
 
 import re
 import string
-from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
 
@@ -80,6 +79,15 @@ class LanguageModel(AblationModule):
         ids = self._unrelated_ids[key].to(like.device).unsqueeze(0)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "index": ids.new_zeros(1), "labels": ids}
 
+    def probes(self, batch: TextBatch) -> tuple[TextBatch, TextBatch]:
+        """The first example, and the same with another first token."""
+        one = {name: tensor[:1] for name, tensor in batch.items()}
+        return one, {**one, "input_ids": self._with_another(one["input_ids"])}
+
+    def hidden(self, batch: TextBatch) -> Sequence[Tensor]:
+        """The logits of every position."""
+        return [self.logits(batch)]
+
     def describe(self) -> dict[str, Any]:
         """Adds the revision and the attention implementation."""
         config: Any = self.target.config
@@ -97,8 +105,11 @@ class LanguageModel(AblationModule):
         """Refuses token ids and lengths that the target has no embedding for, at the first batch."""
         self.on_train_batch_start(batch, batch_idx)
 
-    @abstractmethod
-    def _generated(self, seed: int, length: int) -> Tensor: ...
+    def _generated(self, seed: int, length: int) -> Tensor:
+        raise ConfigError(
+            f"the method resample-generated needs a text that the target generates, which a {type(self).__name__} "
+            "doesn't; leave the method out"
+        )
 
     @cached_property
     def _unrelated_ids(self) -> dict[tuple[str, int, int], Tensor]:
@@ -135,6 +146,13 @@ class LanguageModel(AblationModule):
         """The token ids that are not special, ``(ids,)`` int64."""
         special = set(self.tokenizer.all_special_ids)
         return torch.tensor([i for i in range(len(self.tokenizer)) if i not in special])
+
+    def _with_another(self, ids: Tensor) -> Tensor:
+        """The ids ``(1, seq)`` with an ordinary token in the first place that wasn't there."""
+        here = self._ordinary.to(ids.device)
+        changed = ids.clone()
+        changed[:, 0] = here[here != ids[0, 0]][0]
+        return changed
 
     def _framed(self, ids: list[int], length: int) -> Tensor:
         """As many of ``ids`` as fit into ``length``, between the tokenizer's special tokens."""

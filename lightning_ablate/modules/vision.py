@@ -1,10 +1,10 @@
 """Image classifiers from timm or the Hugging Face hub, or from a local folder of either form."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +60,21 @@ class ImageClassifier(AblationModule):
         output = self.target(batch["pixel_values"].to(next(self.target.parameters()).dtype))
         logits = output if isinstance(output, Tensor) else output.logits
         return Scored(logits, batch["label"], batch["index"])
+
+    def probes(self, batch: ImageBatch) -> tuple[ImageBatch, ImageBatch]:
+        """The first image, and the same with another pixel in the upper left corner."""
+        one = {name: tensor[:1] for name, tensor in batch.items()}
+        pixels = one["pixel_values"].clone()
+        pixels[:, :, 0, 0] += 10.0  # standard deviations of a pixel
+        return one, {**one, "pixel_values": pixels}
+
+    def hidden(self, batch: ImageBatch) -> Sequence[Tensor]:
+        """The last layer's tokens."""
+        pixels = batch["pixel_values"].to(next(self.target.parameters()).dtype)
+        if self.library == "timm":
+            tokens = cast(Any, self.target).forward_features(pixels)
+            return tokens if isinstance(tokens, list | tuple) else [tokens]
+        return [self.target(pixels, output_hidden_states=True).hidden_states[-1]]
 
     @cached_property
     def transform(self) -> Callable[[Any], Tensor]:

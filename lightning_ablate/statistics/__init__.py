@@ -2,7 +2,9 @@
 
 from lightning_ablate.statistics.base import ActivationStatistic, SiteStatistics
 from lightning_ablate.statistics.histogram import RangeHistogram
+from lightning_ablate.statistics.magnitude import Magnitude
 from lightning_ablate.statistics.moments import Moments
 from lightning_ablate.statistics.range import Range
+from lightning_ablate.statistics.spread import Spread
 
-__all__ = ["ActivationStatistic", "Moments", "Range", "RangeHistogram", "SiteStatistics"]
+__all__ = ["ActivationStatistic", "Magnitude", "Moments", "Range", "RangeHistogram", "SiteStatistics", "Spread"]

@@ -1,0 +1,45 @@
+"""Text classifiers from the Hugging Face hub, or from a local folder of the same form."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ablate.metrics import Scored
+from lightning_ablate.modules.language import LanguageModel, TextBatch
+from lightning_ablate.tokens import padding_id
+
+
+class SequenceClassifier(LanguageModel):
+    """A text classifier; every example is one scored position.
+
+    Batches hold ``label`` ``(batch,)`` int64 beside what :class:`LanguageModel` names.
+    """
+
+    def build_target(self) -> nn.Module:
+        """Loads it with AutoModelForSequenceClassification."""
+        from transformers import AutoModelForSequenceClassification
+
+        target: Any = self._load(AutoModelForSequenceClassification)
+        target.config.use_cache = False
+        if target.config.pad_token_id is None:  # decoders need it to find an example's last token
+            target.config.pad_token_id = padding_id(self.tokenizer)
+        return target
+
+    def logits(self, batch: TextBatch) -> Tensor:
+        """The target's logits, ``(batch, classes)``."""
+        return super().logits(batch)
+
+    def evaluate(self, batch: TextBatch) -> Scored:
+        """One scored position an example."""
+        return Scored(self.logits(batch), batch["label"], batch["index"])
+
+    def hidden(self, batch: TextBatch) -> Sequence[Tensor]:
+        """The last layer's tokens."""
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        return [self.target(**inputs, output_hidden_states=True).hidden_states[-1]]
+
+    def unrelated(self, kind: str, seed: int, batch: TextBatch) -> TextBatch:
+        """See :meth:`LanguageModel.unrelated`; there is no generated text."""
+        return {**super().unrelated(kind, seed, batch), "label": torch.zeros_like(batch["label"][:1])}

@@ -1,0 +1,72 @@
+"""Encoder-decoder language models from the Hugging Face hub, or from a local folder of the same form."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ablate.metrics import Scored
+from lightning_ablate.modules.language import LanguageModel, TextBatch
+from lightning_ablate.sites import Site
+
+
+class Seq2SeqLM(LanguageModel):
+    """An encoder-decoder that reads one text and predicts another; scored at every token of the second.
+
+    Batches hold ``labels`` ``(batch, target_seq)`` int64, -100 at padding, beside what :class:`LanguageModel` names.
+    """
+
+    def build_target(self) -> nn.Module:
+        """Loads it with AutoModelForSeq2SeqLM."""
+        from transformers import AutoModelForSeq2SeqLM
+
+        target: Any = self._load(AutoModelForSeq2SeqLM)
+        target.config.use_cache = False
+        return target
+
+    def logits(self, batch: TextBatch) -> Tensor:
+        """The target's logits at the positions of the labels, ``(batch, target_seq, vocabulary)``."""
+        return self._run(batch).logits
+
+    def evaluate(self, batch: TextBatch) -> Scored:
+        """Every position of the second text, padding marked as not scored."""
+        real = self._decoded(batch)
+        example = torch.where(real, batch["index"].unsqueeze(1), -1)
+        return Scored(self.logits(batch).flatten(0, 1), batch["labels"].clamp_min(0).flatten(), example.flatten())
+
+    def valid_at(self, site: Site, batch: TextBatch) -> Tensor:
+        """Everything but padding: of the first text within the encoder, of the second one anywhere else."""
+        return self.valid(batch) if self.target.get_submodule(site.path) in self._encoder else self._decoded(batch)
+
+    def probes(self, batch: TextBatch) -> tuple[TextBatch, TextBatch]:
+        """The first example, and the same with other first tokens in both texts."""
+        one, other = super().probes(batch)
+        return one, {**other, "labels": self._with_another(one["labels"])}
+
+    def hidden(self, batch: TextBatch) -> Sequence[Tensor]:
+        """The encoder's last tokens, and the logits of every position of the second text."""
+        output = self._run(batch)
+        return [output.encoder_last_hidden_state, output.logits]
+
+    def unrelated(self, kind: str, seed: int, batch: TextBatch) -> TextBatch:
+        """Two texts of random characters or token ids, as long as those of the batch; there is no generated text."""
+        second = super().unrelated(kind, seed + 1, {**batch, "input_ids": batch["labels"]})
+        return {**super().unrelated(kind, seed, batch), "labels": second["input_ids"]}
+
+    @cached_property
+    def _encoder(self) -> set[nn.Module]:
+        return set(cast(Any, self.target).get_encoder().modules())
+
+    def _decoded(self, batch: TextBatch) -> Tensor:
+        return (batch["labels"] >= 0) & (batch["index"] >= 0).unsqueeze(1)
+
+    def _run(self, batch: TextBatch) -> Any:
+        target: Any = self.target
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        if hasattr(target, "prepare_decoder_input_ids_from_labels"):
+            inputs["decoder_input_ids"] = target.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        else:
+            inputs["labels"] = batch["labels"]  # from these it makes them itself
+        return target(**inputs)
