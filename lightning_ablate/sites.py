@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -20,6 +20,7 @@ _KINDS = {
     "cross-attention": ("cross-attention",),
     "mlp": ("mlp",),
 }
+_DIGITS = re.compile(r"\d+")
 _CROSS_PATH = re.compile(r"(^|[._])(cross|encoder_att|encdecatt)", re.IGNORECASE)
 
 
@@ -181,8 +182,7 @@ def _sites(target: nn.Module, seen: Trace) -> list[Site]:
     uses, used = Counter(read.path for read in seen.reads), Counter[str]()
     attention = [read.path for read in seen.reads if read.made_by == "attention"]
     # an MLP within an attention module (a bias table, a low-rank query) is no MLP of the layer
-    modules = {path.rpartition(".")[0] for path in attention}
-    within = tuple(module + "." for module in modules if not module.rpartition(".")[2].isdigit())
+    within = _modules_around(attention)
     mlps = [read.path for read in seen.reads if read.made_by == "mlp" and not read.path.startswith(within)]
     layers = {path: _layer(path, mlps) for path in attention}
     sites = []
@@ -199,6 +199,12 @@ def _sites(target: nn.Module, seen: Trace) -> list[Site]:
         name = f"{layer}{suffix}" if layer else ""
         sites.append(Site(read.path + suffix, read.width, read.heads, kind, name, uses[read.path]))
     return sites
+
+
+def _modules_around(attention: Sequence[str]) -> tuple[str, ...]:
+    """The attention modules that hold these projections, as prefixes of paths; not a layer that holds one itself."""
+    modules = {path.rpartition(".")[0] for path in attention}
+    return tuple(module + "." for module in modules if not module.rpartition(".")[2].isdigit())
 
 
 def _layer(path: str, mlps: Sequence[str]) -> str:
@@ -241,26 +247,36 @@ def _check_mlps(target: nn.Module, seen: Trace, found: Sequence[Site]) -> None:
     for site in found:
         layers.setdefault(site.layer.partition("#")[0], []).append(site)
     for layer, sites in layers.items():
-        if not any(is_asked(site, "attention") for site in sites):
+        attention = [site.path for site in sites if is_asked(site, "attention")]
+        mlps = [site.path for site in sites if site.kind == "mlp"]
+        if not attention:
             continue
-        for name, parameter in target.get_submodule(layer).named_parameters():
-            if parameter.ndim == 3 and min(parameter.shape) > 1:
-                raise SiteError(
-                    f"the experts of {layer} are one parameter {name} {tuple(parameter.shape)} without a module for "
-                    "the down projection, so its input can't be read or replaced; leave `mlp` out"
-                )
-        mlps = [site for site in sites if site.kind == "mlp"]
+        _check_experts(target, layer, _modules_around(attention), mlps, positions)
         if not mlps:
             raise SiteError(
                 f"found no MLP down projection in {layer or 'the target'}; name it by a pattern (--ablation.sites); "
                 f"the projections that ran are {_candidates(found)}"
             )
-        whole = max(positions[site.path] for site in sites)
-        if part := [site.path for site in mlps if positions[site.path] < whole]:
+
+
+def _check_experts(
+    target: nn.Module, layer: str, attention: tuple[str, ...], mlps: Sequence[str], positions: Mapping[str, int]
+) -> None:
+    for name, parameter in target.get_submodule(layer).named_parameters(prefix=layer):
+        if parameter.ndim == 3 and min(parameter.shape) > 1 and not name.startswith(attention):
             raise SiteError(
-                f"{part[0]} reads {positions[part[0]]} of {whole} positions: it is one of several experts, whose "
-                "neurons don't run at every position; leave `mlp` out"
+                f"the experts of {layer} are one parameter {name} {tuple(parameter.shape)} without a module for the "
+                "down projection, so its input can't be read or replaced; leave `mlp` out"
             )
+    projections = [n for n, m in target.get_submodule(layer).named_modules(prefix=layer) if features(m) is not None]
+    for path in mlps:
+        alike = [name for name in projections if _DIGITS.sub("*", name) == _DIGITS.sub("*", path)]
+        for other in alike:
+            if positions.get(other, 0) != positions[path]:
+                raise SiteError(
+                    f"{path} reads {positions[path]} positions, {other} {positions.get(other, 0)}: they are experts, "
+                    "whose neurons don't run at every position; leave `mlp` out"
+                )
 
 
 def _check_pattern(target: nn.Module, found: Sequence[Site], pattern: str) -> None:

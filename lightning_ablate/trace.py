@@ -65,7 +65,8 @@ class Trace(NamedTuple):
 
 def features(module: nn.Module) -> int | None:
     """The number of features a projection reads; None for a module that is no projection."""
-    if isinstance(width := getattr(module, "in_features", None), int):
+    width = getattr(module, "in_features", None)
+    if isinstance(width, int) and isinstance(getattr(module, "out_features", None), int):
         return width
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or isinstance(module, nn.Embedding):

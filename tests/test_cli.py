@@ -91,7 +91,7 @@ def test_sites_by_pattern(run, tmp_path):
     code, _, _ = run("fit", "--ablation.sites=blocks.[01].attn.proj", *SHORT, *FEW, *QUIET)
     assert code == 0
     facts = yaml.safe_load((tmp_path / "lightning_logs/digits/version_0/run.json").read_text())
-    assert list(facts["sites"]) == ["blocks.0.attn.proj", "blocks.1.attn.proj"]
+    assert [site["name"] for site in facts["sites"]] == ["blocks.0.attn.proj", "blocks.1.attn.proj"]
 
 
 @pytest.mark.parametrize(

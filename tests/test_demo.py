@@ -13,7 +13,7 @@ from lightning_ablate.cli import AblationCLI
 from lightning_ablate.data.demo import ROLES, Digits, PythonTexts, digits, python_texts, role_of
 from lightning_ablate.demo import resolve
 from lightning_ablate.results import read_rows
-from lightning_ablate.sites import hooked
+from lightning_ablate.sites import find_sites, hooked
 from lightning_ablate.statistics import RangeHistogram
 from tests import tiny
 from tests.statistics.test_statistics import peak_by_numpy
@@ -28,6 +28,11 @@ def module_of(name):
     module = kind(f"demo:{name}")
     module.configure_model()
     return module
+
+
+def sites_of(name, target):
+    inputs = {"pixel_values": torch.randn(2, 1, 8, 8), "input_ids": torch.randint(5, 1000, (2, 20))}
+    return find_sites(target, lambda: last_hidden(name, target, inputs))
 
 
 def data_of(name, **options):
@@ -196,7 +201,7 @@ def mixing(name, module, sites, side="input"):
 @pytest.mark.parametrize("name", NAMES)
 def test_with_every_site_constant_nothing_mixes_and_with_one_left_out_it_does(name):
     module = module_of(name)
-    sites = module.calibration.sites
+    sites = sites_of(name, module.target)
     assert len(sites) == 4 and mixing(name, module, sites) < 1e-4
     for left_out in range(4):
         assert mixing(name, module, sites[:left_out] + sites[left_out + 1 :]) > 1e-2
@@ -207,7 +212,7 @@ def test_with_every_site_constant_nothing_mixes_and_with_one_left_out_it_does(na
 def test_a_heads_value_rows_change_only_its_slice_of_the_site(name, head):
     """The projection's input has a slice for each head; its output, taken for the site by mistake, has not."""
     module = module_of(name)
-    target, site = module.target, module.calibration.sites[1]
+    target, site = module.target, sites_of(name, module.target)[1]
     size = WIDTH[name] // 4
     rows = slice(head * size, (head + 1) * size)
     value = {

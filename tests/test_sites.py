@@ -177,7 +177,7 @@ def test_heads_that_do_not_lie_side_by_side_are_not_counted():
 
 def test_a_wrapped_projection_is_one_site():
     class Adapted(nn.Module):
-        in_features = 8
+        in_features = out_features = 8
 
         def __init__(self):
             super().__init__()
@@ -215,18 +215,23 @@ def test_a_pattern_that_means_no_projection_is_refused(which, message):
 
 def test_experts_without_a_down_projection_of_their_own_are_refused():
     with pytest.raises(
-        SiteError, match=r"experts of model.layers.0 are one parameter mlp.experts.\w+ \(4, .*leave `mlp`"
+        SiteError,
+        match=r"experts of model.layers.0 are one parameter model.layers.0.mlp.experts.\w+ \(4, .*leave `mlp`",
     ):
         tiny.sites(tiny.mixtral(), "mlp")
     assert len(tiny.sites(tiny.mixtral())) == 2
 
     def routed(parts, x):
-        mixed = parts["h"][0]["o"](attention(parts, x))
-        return parts["h"][0]["down"](parts["up"](mixed[:, :2]).relu())
+        mixed, layer = parts["h"][0]["o"](attention(parts, x)), parts["h"][0]
+        shares = zip(layer["experts"], (mixed[:, :3], mixed[:, 3:]), strict=True)
+        return torch.cat([expert["down"](expert["up"](share).relu()) for expert, share in shares], 1)
 
-    layer = nn.ModuleList([nn.ModuleDict({"o": nn.Linear(8, 8), "down": nn.Linear(16, 8)})])
-    with pytest.raises(SiteError, match="h.0.down reads 4 of 10 positions: it is one of several experts"):
-        found(Parts(routed, **three(), h=layer, up=nn.Linear(8, 16)), "mlp")
+    experts = [nn.ModuleDict({"up": nn.Linear(8, 16), "down": nn.Linear(16, 8)}) for _ in range(2)]
+    layer = nn.ModuleDict({"o": nn.Linear(8, 8), "experts": nn.ModuleList(experts)})
+    with pytest.raises(
+        SiteError, match=r"h.0.experts.0.down reads 6 positions, \S+h.0.experts.1.down 4: they are experts"
+    ):
+        found(Parts(routed, **three(), h=nn.ModuleList([layer])), "mlp")
 
 
 def test_finding_changes_nothing_and_leaves_no_hook():

@@ -65,15 +65,17 @@ class ImageClassifier(AblationModule):
         """The first image, and the same with another pixel in the upper left corner."""
         one = {name: tensor[:1] for name, tensor in batch.items()}
         pixels = one["pixel_values"].clone()
-        pixels[:, :, 0, 0] += 10.0  # standard deviations of a pixel
+        pixels[:, :, 0, 0] += 100.0  # so much that no mixing stays below the rounding of low precision
         return one, {**one, "pixel_values": pixels}
 
     def hidden(self, batch: ImageBatch) -> Sequence[Tensor]:
         """The last layer's tokens."""
         pixels = batch["pixel_values"].to(next(self.target.parameters()).dtype)
         if self.library == "timm":
-            tokens = cast(Any, self.target).forward_features(pixels)
-            return tokens if isinstance(tokens, list | tuple) else [tokens]
+            tokens, width = cast(Any, self.target).forward_features(pixels), cast(Any, self.target).num_features
+            if isinstance(tokens, Tensor) and tokens.ndim == 4 and tokens.shape[-1] != width:
+                tokens = tokens.movedim(1, -1)  # some give the features before height and width
+            return [tokens] if isinstance(tokens, Tensor) else tokens
         return [self.target(pixels, output_hidden_states=True).hidden_states[-1]]
 
     @cached_property

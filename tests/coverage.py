@@ -1,0 +1,349 @@
+"""Which architectures are covered: tiny random models of each, from the libraries' own classes.
+
+``python -m tests.coverage`` prints the table, ``--write`` also puts its short form into README.md.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_ablate.errors import SiteError
+from lightning_ablate.sites import Site, check_mixing, find_sites
+
+README = Path(__file__).parent.parent / "README.md"
+MARKS = ("<!-- coverage: python -m tests.coverage --write -->\n", "<!-- end of coverage -->\n")
+LARGEST = 3_000_000  # parameters of a tiny model
+
+# set where an architecture's configuration has such a field
+SMALL = {
+    **dict.fromkeys("hidden_size d_model n_embd dim embed_dim emb_dim embedding_size word_embed_proj_dim".split(), 32),
+    **dict.fromkeys("num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers".split(), 2),
+    **dict.fromkeys("num_decoder_layers num_encoder_layers".split(), 2),
+    **dict.fromkeys("num_attention_heads n_head n_heads num_heads encoder_attention_heads".split(), 4),
+    **dict.fromkeys("decoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads".split(), 4),
+    **dict.fromkeys("intermediate_size ffn_dim d_ff n_inner encoder_ffn_dim decoder_ffn_dim hidden_dim".split(), 48),
+    **dict.fromkeys("ffn_hidden_size d_kv head_dim kv_channels".split(), 8),
+    **dict.fromkeys("num_experts num_local_experts n_routed_experts moe_num_experts patch_size".split(), 4),
+    **dict.fromkeys("num_key_value_heads num_experts_per_tok moe_topk".split(), 2),
+    **dict.fromkeys("moe_intermediate_size shared_expert_intermediate_size image_size".split(), 16),
+    **{"vocab_size": 96, "max_position_embeddings": 64, "n_positions": 64, "num_shared_experts": 1, "n_group": 1},
+    **{"topk_group": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
+    **{"rotary_dim": 4, "num_channels": 3},
+}
+# multi-head latent attention: its heads are as wide as their values
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+LATENT |= {"num_key_value_heads": 4, "head_dim": 4}
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+EXPERTS = "experts"
+
+
+@dataclass(frozen=True)
+class Case:
+    """An architecture, what is expected of it, and how it is made small.
+
+    Attributes:
+        kind: ``decoder``, ``encoder``, ``encoder-decoder``, ``vision`` (all of transformers) or ``timm``.
+        name: its ``model_type``, or the name of one of timm's models.
+        sites: how many attention sites a model of two layers has.
+        width: neurons of each.
+        heads: of each; None where they don't lie side by side.
+        mlps: how many MLP sites; ``experts`` where these are refused.
+        options: of its configuration.
+    """
+
+    kind: str
+    name: str
+    sites: int = 2
+    width: int | tuple[int, ...] = 32
+    heads: int | tuple[int, ...] | None = 4
+    mlps: int | str | None = 2
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def cases(kind: str, names: str, **expected: Any) -> list[Case]:
+    return [Case(kind, name, **expected) for name in names.split()]
+
+
+COVERED = [
+    *cases(
+        "decoder",
+        "apertus arcee beam biogpt bitnet bloom codegen cohere cohere2 ctrl cwm doge ernie4_5 exaone4 falcon flint "
+        "gemma gemma2 gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neox gptj granite helium hunyuan_v1_dense hyperclovax "
+        "internlm3 jais2 llama ministral ministral3 mistral modernbert-decoder moshi mpt nanochat nemotron olmo olmo2 "
+        "olmo3 openai-gpt opt persimmon phi phi3 qwen2 qwen3 seed_oss smollm3 stablelm starcoder2 vaultgemma xglm",
+    ),
+    *cases(
+        "decoder",
+        "aria_text cohere2_moe flex_olmo gpt_oss granitemoe hunyuan_v1_moe llama4_text minimax_m2 mixtral olmoe phimoe "
+        "qwen2_moe qwen3_moe solar_open",
+        mlps=EXPERTS,
+    ),
+    *cases("decoder", "deepseek_v3 minicpm3 youtu", options=LATENT),
+    Case("decoder", "deepseek_v2", mlps=EXPERTS, options=LATENT),
+    Case("decoder", "gpt_neo", options={"attention_types": [[["global", "local"], 1]]}),
+    Case("decoder", "cpmant", options={"dim_head": 8, "dim_ff": 48}),
+    Case("decoder", "diffllama", heads=None),  # two attentions interleaved
+    *cases(
+        "encoder",
+        "bert camembert data2vec-text deberta deberta-v2 distilbert electra ernie esm eurobert gte layoutlm "
+        "megatron-bert modernbert mpnet nomic_bert rembert roberta roberta-prelayernorm roformer tapas xlm-roberta "
+        "xlm-roberta-xl",
+    ),
+    Case("encoder", "albert"),
+    Case("encoder", "convbert", heads=None),  # a convolution's output lies beside attention's, in the same site
+    Case("encoder", "ibert", mlps=None),
+    *cases("encoder", "flaubert xlm", mlps=None),
+    *cases(
+        "encoder-decoder",
+        "bart bigbird_pegasus blenderbot blenderbot-small m2m_100 marian mbart mvp pegasus plbart t5 mt5 umt5",
+        sites=6,
+        mlps=4,
+    ),
+    *cases("vision", "beit data2vec-vision deit dinov2 dinov2_with_registers ijepa vit vit_msn"),
+    Case(
+        "vision",
+        "swin",
+        sites=4,
+        width=(32, 64),
+        mlps=4,
+        options={"image_size": 64, "embed_dim": 32, "depths": [2, 2], "num_heads": [4, 4], "window_size": 8},
+    ),
+    *cases(
+        "timm",
+        "vit_tiny_patch16_224 vit_base_patch32_clip_224 vit_base_patch16_siglip_224 vit_small_patch14_reg4_dinov2 "
+        "vit_small_patch16_36x1_224 vit_base_patch16_rpn_224 vit_large_patch16_rope_224 vit_medium_patch16_gap_240 "
+        "vit_dwee_patch16_reg1_gap_256 vit_wee_patch16_reg1_gap_256 vit_pe_core_tiny_patch16_384 "
+        "vit_small_patch16_dinov3 vit_relpos_small_patch16_224 vit_srelpos_small_patch16_224 aimv2_large_patch14_224 "
+        "deit_tiny_distilled_patch16_224 deit3_small_patch16_224 beit_base_patch16_224 beitv2_base_patch16_224 "
+        "eva02_tiny_patch14_224 naflexvit_base_patch16_gap samvit_base_patch16_224",
+        options=VIT,
+    ),
+    Case("timm", "vit_small_patch16_18x2_224", sites=4, mlps=4, options=VIT),  # two attentions in each layer
+    Case("timm", "cait_xxs24_224", sites=4, mlps=4, options=VIT),  # and two layers of class attention
+    Case("timm", "convit_tiny", width=128, options=VIT),  # its embed_dim is that of a head
+    *cases(
+        "timm",
+        "swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 swinv2_cr_tiny_224",
+        sites=4,
+        width=(32, 64),
+        mlps=4,
+        options={"img_size": 64, "embed_dim": 32, "depths": (2, 2), "num_heads": (4, 4), "window_size": 8},
+    ),
+]
+_NONE, _BARE, _MIXES = "no attention in the target", "no projection module reads", "also mixes positions by other ways"
+REASONS = {
+    _NONE: "no attention that can be followed",
+    _BARE: "no projection module reads what attention makes",
+    _MIXES: "positions are also mixed by other ways than attention",
+}
+KINDS = {
+    "decoder": "decoders",
+    "encoder": "encoders",
+    "encoder-decoder": "encoder-decoders",
+    "vision": "image models of transformers",
+    "timm": "of timm, by one of each family's names",
+}
+REFUSED = [
+    *((case, _NONE) for case in cases("decoder", "mamba falcon_mamba rwkv")),
+    (Case("decoder", "mamba2", options={"num_heads": 8}), _NONE),
+    *((case, _NONE) for case in cases("encoder", "fnet yoso")),
+    *((case, _MIXES) for case in cases("decoder", "minimax olmo_hybrid")),
+    (Case("decoder", "jamba", options={"attn_layer_period": 2, "attn_layer_offset": 1}), _MIXES),
+    (Case("decoder", "lfm2", options={"layer_types": ["conv", "full_attention"]}), _MIXES),
+    (Case("decoder", "qwen3_next", options={"layer_types": ["linear_attention", "full_attention"]}), _MIXES),
+    (Case("decoder", "recurrent_gemma", options={"num_hidden_layers": 3}), _MIXES),
+    *((case, _MIXES) for case in cases("encoder", "mobilebert")),
+    (Case("decoder", "jetmoe"), _BARE),
+    (Case("encoder", "squeezebert"), _BARE),
+    *((case, _NONE) for case in cases("timm", "mixer_s32_224 convnext_atto poolformer_s12", options={})),
+    (Case("timm", "xcit_nano_12_p8_224", options={"depth": 2, "img_size": 64}), _MIXES),
+    (Case("timm", "pvt_v2_b0"), _MIXES),
+    (Case("timm", "volo_d1_224"), _BARE),
+]
+
+
+def small_options(name: str) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    default = AutoConfig.for_model(name)
+    known = {default.attribute_map.get(key, key): value for key, value in SMALL.items() if hasattr(default, key)}
+    return {key: value for key, value in known.items() if not isinstance(getattr(type(default), key, None), property)}
+
+
+@dataclass
+class Tiny:
+    """A tiny random target, and how it is run on two inputs that differ in one place.
+
+    Attributes:
+        run: runs it on input 0 or 1 and gives its last hidden states.
+    """
+
+    model: torch.nn.Module
+    run: Callable[[int], list[torch.Tensor]]
+
+
+def tiny(case: Case) -> Tiny:
+    torch.manual_seed(0)
+    model = timm_model(case) if case.kind == "timm" else transformers_model(case)
+    with torch.no_grad():  # no initialisation leaves a part without effect
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return Tiny(model.eval(), runner(case, model))
+
+
+def transformers_model(case: Case) -> torch.nn.Module:
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.for_model(case.name, **{**small_options(case.name), **case.options})
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in AutoModel.from_config(config).parameters())
+    if size > LARGEST:  # before it takes memory
+        raise ValueError(f"{case.name} has {size:,} parameters: its configuration has other fields, it stayed large")
+    return AutoModel.from_config(config)
+
+
+def timm_model(case: Case) -> torch.nn.Module:
+    import timm
+
+    return timm.create_model(case.name, **case.options)
+
+
+def runner(case: Case, model: torch.nn.Module) -> Callable[[int], list[torch.Tensor]]:
+    if case.kind in ("vision", "timm"):
+        size = model.pretrained_cfg["input_size"][1] if case.kind == "timm" else 16
+        size = case.options.get("img_size", case.options.get("image_size", size))
+        images = [torch.randn(1, 3, size, size)] * 2
+        images[1] = images[0].clone()
+        images[1][..., 0, 0] += 100
+
+        def see(number: int) -> list[torch.Tensor]:
+            with torch.no_grad():
+                if case.kind == "timm":
+                    tokens = model.forward_features(images[number])
+                    return [tokens.movedim(1, -1) if tokens.shape[-1] != model.num_features else tokens]
+                return [model(images[number]).last_hidden_state]
+
+        return see
+    ids = [torch.randint(5, 90, (1, 12))] * 2
+    ids[1] = ids[0].clone()
+    ids[1][:, 0] = (ids[1][:, 0] + 7) % 80 + 5
+    if case.kind == "encoder-decoder":
+
+        def translate(number: int) -> list[torch.Tensor]:
+            with torch.no_grad():
+                output = model(input_ids=ids[number], decoder_input_ids=ids[number][:, :7], use_cache=False)
+            return [output.encoder_last_hidden_state, output.last_hidden_state]
+
+        return translate
+
+    plain = {"use_cache": False} if case.kind == "decoder" else {}
+
+    def read(number: int) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [
+                model(input_ids=ids[number], attention_mask=torch.ones_like(ids[number]), **plain).last_hidden_state
+            ]
+
+    return read
+
+
+def moved(target: Tiny, paths: list[tuple[str, set[int]]]) -> int:
+    """At how many places the hidden states move, with the given uses of the given modules constant, by plain hooks."""
+
+    def constant(uses: set[int]) -> Callable[..., Any]:
+        count = 0
+
+        def pre_hook(module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            nonlocal count
+            count += 1
+            return (torch.full_like(inputs[0], 0.3), *inputs[1:]) if count - 1 in uses else None
+
+        return pre_hook
+
+    states = []
+    for number in (0, 1):
+        with ExitStack() as stack:
+            for path, uses in paths:
+                handle = target.model.get_submodule(path).register_forward_pre_hook(constant(uses))
+                stack.callback(handle.remove)
+            states.append(target.run(number))
+    places = 0
+    for before, after in zip(*states, strict=True):
+        change = (after - before).abs().flatten(0, -2).amax(1)
+        places = max(places, int((change > 1e-4 * before.abs().max()).sum()))
+    return places
+
+
+def uses(sites: Sequence[Site]) -> list[tuple[str, set[int]]]:
+    """The modules of sites, and which of their uses these are."""
+    found: dict[str, set[int]] = {}
+    for site in sites:
+        found.setdefault(site.path, set()).add(site.use)
+    return list(found.items())
+
+
+def line(case: Case) -> str:
+    """One covered architecture, measured."""
+    target = tiny(case)
+    sites = find_sites(target.model, lambda: target.run(0))
+    check_mixing(target.model, sites, target.run)
+    holds = moved(target, uses(sites)) == 1 and len(sites) == case.sites
+    width = ", ".join(map(str, sorted({site.width for site in sites})))
+    mlps = f"{case.mlps} MLPs" if isinstance(case.mlps, int) else "experts refused" if case.mlps else "MLPs not found"
+    heads = sites[0].heads or "?"
+    result = "holds" if holds else "FAILS"
+    return f"{case.kind:16}{case.name:36}{len(sites)} sites of {width} ({heads} heads), {mlps:16} {result}"
+
+
+def reason(case: Case) -> str:
+    """Why an architecture is refused, in the package's own words; empty if it isn't."""
+    target = tiny(case)
+    try:
+        check_mixing(target.model, find_sites(target.model, lambda: target.run(0)), target.run)
+    except SiteError as error:
+        return str(error)
+    return ""
+
+
+def table() -> str:
+    """The short form, as it stands in README.md."""
+    rows = ["| covered | architectures |", "| --- | --- |"]
+    for kind in dict.fromkeys(case.kind for case in COVERED):
+        names = sorted(case.name for case in COVERED if case.kind == kind)
+        rows.append(f"| {len(names)} {KINDS[kind]} | {', '.join(names)} |")
+    for why, words in REASONS.items():
+        names = sorted(case.name for case, expected in REFUSED if expected == why)
+        rows.append(f"| refused: {words} | {', '.join(names)} |")
+    return "\n".join(rows) + "\n"
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(description="Prints which architectures are covered, by running each of them.")
+    parser.add_argument("--write", action="store_true", help="also write the short form into README.md")
+    options = parser.parse_args(arguments)
+    lines = [line(case) for case in COVERED]
+    for text in lines:
+        print(text)
+    wrong = [text for text in lines if text.endswith("FAILS")]
+    for case, expected in REFUSED:
+        why = reason(case)
+        wrong += [case.name] * (expected not in why)
+        print(f"{case.kind:16}{case.name:36}refused: {REASONS[expected] if expected in why else why or 'NO'}")
+    print(f"{len(lines) - len(wrong)} architectures hold, {len(REFUSED)} are refused")
+    if options.write and not wrong:
+        text = README.read_text(encoding="utf-8")
+        before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
+        README.write_text(before + MARKS[0] + table() + MARKS[1] + after, encoding="utf-8")
+    return len(wrong)
+
+
+if __name__ == "__main__":
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    sys.exit(main(sys.argv[1:]))
