@@ -112,7 +112,7 @@ def vit():
     return timm.create_model("vit_tiny_patch16_224", pretrained_cfg=config, **VIT).eval()
 
 
-def tokenizer(masked=False):
+def tokenizer(masked=False, longest=64):
     """A byte-level tokenizer trained on a few sentences."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import GPT2Tokenizer, RobertaTokenizer
@@ -122,7 +122,7 @@ def tokenizer(masked=False):
     trained.train_from_iterator(TEXTS, vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
     vocabulary, merges = trained.get_vocab(), []
     kind = RobertaTokenizer if masked else GPT2Tokenizer
-    return kind(vocab=vocabulary, merges=merges, model_max_length=64)
+    return kind(vocab=vocabulary, merges=merges, model_max_length=longest)
 
 
 TEXTS = [f"The {word} of number {n} is {n * n}, as every {word} knows." for n in range(40) for word in ("cat", "dog")]

@@ -1,0 +1,131 @@
+"""The paper's four experiments, from config to results.csv, on stand-ins of the same classes: only names are changed.
+
+With ``--full`` nothing else is; otherwise the budgets and the conditions are cut.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from datasets import ClassLabel, Dataset, Features, Image
+
+from lightning_ablate.cli import AblationCLI
+from lightning_ablate.data.demo import python_texts
+from lightning_ablate.results import read_rows
+from tests import tiny
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+
+
+def opt():
+    from transformers import GPT2Tokenizer, OPTConfig, OPTForCausalLM
+
+    options = SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32, "vocab_size": tiny.VOCABULARY}
+    return OPTForCausalLM(OPTConfig(**options)), tiny.tokenizer(longest=2048), GPT2Tokenizer
+
+
+def mistral():
+    from transformers import LlamaTokenizer, MistralConfig, MistralForCausalLM
+
+    options = SMALL | {"num_key_value_heads": 2, "head_dim": 12, "intermediate_size": 48}
+    model = MistralForCausalLM(MistralConfig(**options, vocab_size=tiny.VOCABULARY))
+    texts = python_texts("train")[:200]
+    trained = LlamaTokenizer().train_new_from_iterator(texts, tiny.VOCABULARY, show_progress=False)
+    return model, trained, LlamaTokenizer
+
+
+def roberta():
+    from transformers import RobertaConfig, RobertaForMaskedLM, RobertaTokenizer
+
+    options = SMALL | {"intermediate_size": 48, "vocab_size": tiny.VOCABULARY, "max_position_embeddings": 514}
+    return (
+        RobertaForMaskedLM(RobertaConfig(**options, type_vocab_size=1)),
+        tiny.tokenizer(masked=True, longest=512),
+        RobertaTokenizer,
+    )
+
+
+def vit():
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    model = ViTForImageClassification(ViTConfig(**SMALL, intermediate_size=48, num_labels=10))
+    return model, ViTImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3), ViTImageProcessor
+
+
+STAND_INS = {"opt_1.3b": opt, "mistral_7b": mistral, "roberta_large": roberta, "vit_b16": vit}
+NAMES = {
+    "opt_1.3b": ("facebook/opt-1.3b", "monology/pile-uncopyrighted"),
+    "mistral_7b": ("mistralai/Mistral-7B-v0.1", "monology/pile-uncopyrighted"),
+    "roberta_large": ("FacebookAI/roberta-large", "monology/pile-uncopyrighted"),
+    "vit_b16": ("google/vit-base-patch16-224", "ILSVRC/imagenet-1k"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("paper")
+
+
+@pytest.fixture(scope="module")
+def stand_ins(folder):
+    """Local folders in place of the hub's models and data."""
+    for name, make in STAND_INS.items():
+        torch.manual_seed(0)
+        model, processor, kind = make()
+        assert type(processor) is kind
+        model.save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+    (folder / "pile").mkdir()
+    Dataset.from_dict({"text": python_texts("train")[:1000]}).to_parquet(folder / "pile" / "train.parquet")
+    (folder / "imagenet").mkdir()
+    images = torch.randint(256, (1600, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    columns = {"image": list(images.numpy()), "label": [i % 10 for i in range(1600)]}
+    features = Features({"image": Image(), "label": ClassLabel(num_classes=10)})
+    Dataset.from_dict(columns, features=features).to_parquet(folder / "imagenet" / "validation.parquet")
+    return folder
+
+
+def test_the_configs_name_what_the_paper_used():
+    assert {path.stem for path in CONFIGS.glob("paper_*.yaml")} == {f"paper_{name}" for name in NAMES}
+    for name, (model, data) in NAMES.items():
+        config = yaml.safe_load((CONFIGS / f"paper_{name}.yaml").read_text())
+        assert (config["model"]["init_args"]["name"], config["data"]["init_args"]["name"]) == (model, data)
+        assert config["ablation"]["seeds"] == [42, 123, 456]
+        assert config["ablation"]["fractions"] == [step / 10 for step in range(1, 11)]
+        budgets = config["data"]["init_args"]
+        if name == "vit_b16":
+            assert (budgets["evaluation_images"], 197 * budgets["calibration_images"] // 1000) == (1000, 100)
+        else:
+            assert (budgets["evaluation_tokens"], budgets["calibration_tokens"]) == (100_000, 10_000)
+            assert config["model"]["init_args"]["dtype"] == "float16"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_papers_experiment_runs_on_a_stand_in(name, stand_ins, tmp_path, monkeypatch, pytestconfig, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 s for each stream that is closed
+    data = "imagenet" if name == "vit_b16" else "pile"
+    arguments = ["fit", f"--config={CONFIGS / f'paper_{name}.yaml'}", f"--model.name={stand_ins / name}"]
+    arguments += [f"--data.name={stand_ins / data}"]
+    full = pytestconfig.getoption("--full")
+    if not full:
+        arguments += ["--ablation.fractions=[0.5,1.0]", "--ablation.seeds=[42]", "--trainer.enable_progress_bar=false"]
+        small = "images=24" if name == "vit_b16" else "tokens=1500"
+        arguments += [f"--data.calibration_{small}", f"--data.evaluation_{small}"]
+    AblationCLI(arguments)
+    (results,) = tmp_path.glob("lightning_logs/*/version_0/results.csv")
+    counts = Counter(row.method for row in read_rows(results))
+    methods = yaml.safe_load((CONFIGS / f"paper_{name}.yaml").read_text())["ablation"]["methods"]
+    constant, drawn = (28, 30) if full else (2, 2)
+    assert counts == {"none": 1} | {m: drawn if m.startswith("resample") else constant for m in methods}
+    facts = json.loads((results.parent / "run.json").read_text())
+    assert facts["target"]["dtype"] == ("float32" if name == "vit_b16" else "float16")
+    widths = {"mistral_7b": 48}
+    assert [site["width"] for site in facts["sites"]] == [widths.get(name, 32)] * 2
+    assert {site["heads"] for site in facts["sites"]} == {4}
+    assert "scored positions" in capsys.readouterr().out
