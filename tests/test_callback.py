@@ -16,22 +16,24 @@ from lightning_ablate.errors import (
     ConfigError,
     DataError,
     NonFiniteError,
+    SiteError,
     StatisticsError,
     TargetError,
 )
-from lightning_ablate.masks import RandomNeurons, Selection
-from lightning_ablate.methods import AblationMethod, constant
+from lightning_ablate.masks import ByImportance, EachHead, EachLayer, RandomNeurons, Selection
+from lightning_ablate.methods import AblationMethod, Zero, constant
 from lightning_ablate.results import read_rows
 from lightning_ablate.sites import fingerprint
 from lightning_ablate.statistics import RangeHistogram
+from lightning_ablate.sweep import BASELINE, Condition, Sweep
 from tests import tiny
 from tests.statistics.test_statistics import peak_by_numpy
 from tests.test_sites import hooks
 
 
-def raw_activations(model, loader):
+def raw_activations(model, loader, *which):
     """Every valid activation of every site, kept in memory, with hooks of its own."""
-    kept = {site.name: [] for site in tiny.sites(model)}
+    kept = {site.name: [] for site in tiny.sites(model, *which)}
     handles = [
         model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: kept[name].append(inputs[0]))
         for name in kept
@@ -411,3 +413,89 @@ def test_a_sampler_that_repeats_examples_is_refused(examples, refused):
             check()
     else:
         check()
+
+
+def test_one_head_of_grouped_query_attention_changes_only_its_slice(tmp_path):
+    """Against attention written by hand, with two key-value heads for four heads that are wider than the model."""
+    callback = AblationCallback(["zero"], choice=EachHead())
+    module, _ = tiny.fit(tmp_path, tiny.Own(tiny.mistral()), callback=callback)
+    site = module.calibration.sites[0]
+    assert (site.width, site.heads) == (32, 4) and len(callback.results.rows) == 1 + 2 * 4
+    attention, batch = module.target.model.layers[0].self_attn, tiny.tokens()
+    seen = {}
+    attention.register_forward_pre_hook(lambda _, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    attention.o_proj.register_forward_hook(lambda _, inputs, output: seen.update(out=output))
+    sweep = Sweep(module.calibration, [Zero()], [BASELINE, Condition("zero", 1.0, None, site.name, 2)], EachHead())
+    sweep.prepare()
+    with torch.no_grad(), sweep.applied(sweep.conditions[1]):
+        module.target(batch["input_ids"])
+    x, (cos, sin) = seen["hidden_states"], seen["position_embeddings"]
+
+    def heads(projection):
+        return projection(x).view(3, tiny.LENGTH, -1, 8).transpose(1, 2)
+
+    def rotated(y):
+        turned = torch.cat([-y[..., 4:], y[..., :4]], -1)
+        return y * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
+
+    with torch.no_grad():
+        query, key, value = rotated(heads(attention.q_proj)), rotated(heads(attention.k_proj)), heads(attention.v_proj)
+        made = []
+        for head in range(4):
+            scores = query[:, head] @ key[:, head // 2].mT / 8**0.5
+            scores = scores.masked_fill(torch.ones(tiny.LENGTH, tiny.LENGTH).triu(1).bool(), -torch.inf)
+            made.append(scores.softmax(-1) @ value[:, head // 2])
+        made[2] = torch.zeros_like(made[2])
+        expected = torch.cat(made, -1) @ attention.o_proj.weight.T
+    torch.testing.assert_close(seen["out"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_each_layer_ablates_its_attention_and_mlp_together(tmp_path):
+    callback = AblationCallback(["mean"], sites=["attention", "mlp"], choice=EachLayer())
+    tiny.fit(tmp_path, callback=callback)
+    assert [row.part for row in callback.results.rows] == ["", "transformer.h.0", "transformer.h.1"]
+    raw = raw_activations(tiny.gpt2(), tiny.loader(seed=1), "attention", "mlp")
+    values = {name: x.double().mean(0).float() for name, x in raw.items() if ".h.1." in name}
+    masks = {name: torch.ones(len(value), dtype=torch.bool) for name, value in values.items()}
+    loss, _, _ = plain_evaluation(tiny.gpt2(), tiny.loader(seed=2), values, masks)
+    assert callback.results.rows[2].cross_entropy == pytest.approx(loss, abs=2e-6)
+    assert (tmp_path / "importance.png").exists() and not (tmp_path / "curves").exists()
+
+
+def test_a_choice_by_importance_gathers_its_own_statistics_and_validates(tmp_path):
+    choice = ByImportance("magnitude", "highest", "head")
+    _, callback = tiny.fit(tmp_path, callback=AblationCallback(["zero"], [0.25, 1.0], [1, 2], choice=choice))
+    assert [(row.fraction, row.seed) for row in callback.results.rows[1:]] == [(0.25, None), (1.0, None)]
+    again = AblationCallback(["zero"], [0.25, 1.0], [1, 2], choice=choice)
+    module = tiny.Own(tiny.gpt2())
+    tiny.trainer(tmp_path / "again", again).validate(module, tiny.loader(seed=2), ckpt_path=tmp_path / "ablation.ckpt")
+    assert again.results.rows == callback.results.rows
+
+
+def test_a_target_that_mixes_by_other_ways_is_refused_before_anything_is_gathered(tmp_path):
+    class Convolved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model, self.config = tiny.gpt2(), tiny.gpt2().config
+            self.conv = nn.Conv1d(16, 16, 3, padding=1)
+            self.model.transformer.h[0].ln_2.register_forward_hook(lambda m, i, out: out + self.conv(out.mT).mT)
+
+        def forward(self, **inputs):
+            return self.model(**inputs)
+
+    class Probed(tiny.Own):
+        def probes(self, batch):
+            one = {name: value[:1] for name, value in batch.items()}
+            other = one["input_ids"].clone()
+            other[:, 3] += 1
+            return one, {**one, "input_ids": other}
+
+        def hidden(self, batch):
+            return [self.logits(batch)]
+
+    tiny.fit(tmp_path / "pure", Probed(tiny.gpt2()))
+    with pytest.raises(SiteError, match="also mixes positions by other ways"):
+        tiny.fit(tmp_path / "mixed", Probed(Convolved()))
+    tiny.fit(tmp_path / "all the same", Probed(Convolved()), callback=AblationCallback(sites="*.attn.c_proj"))
+    with pytest.raises(NotImplementedError, match="Own gives probes"):
+        tiny.Own(tiny.gpt2()).hidden({})

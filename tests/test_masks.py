@@ -2,11 +2,14 @@ import subprocess
 import sys
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
-from lightning_ablate.masks import RandomNeurons, Selection, seed_of
+from lightning_ablate.errors import ConfigError, SiteError, StatisticsError
+from lightning_ablate.masks import ByImportance, EachHead, EachLayer, RandomNeurons, Selection, seed_of
 from lightning_ablate.sites import Site
+from lightning_ablate.statistics import Magnitude, SiteStatistics, Spread
 
 
 def mask_of(site, fraction, seed):
@@ -65,3 +68,77 @@ def test_each_neuron_is_chosen_about_as_often():
 def test_seed_of_separates_its_parts():
     assert seed_of(1, "ab", "c") != seed_of(1, "a", "bc")
     assert 0 <= seed_of(42, "x") < 2**63
+
+
+HEADS = Site("h.0.attn.proj", 12, heads=3, layer="h.0")
+MLP = Site("h.0.mlp.down", 20, kind="mlp", layer="h.0")
+NEXT = Site("h.1.attn.proj", 12, heads=3, layer="h.1")
+
+
+def test_a_head_goes_whole():
+    choice = RandomNeurons(unit="head")
+    for seed in range(5):
+        mask = choice.mask(Selection(1 / 3, seed), HEADS).view(3, 4)
+        assert int(mask.sum()) == 4 and int(mask.all(1).sum()) == 1
+        larger = choice.mask(Selection(2 / 3, seed), HEADS).view(3, 4)
+        assert bool((mask <= larger).all()) and int(larger.all(1).sum()) == 2
+    chosen = {int(choice.mask(Selection(1 / 3, seed), HEADS).view(3, 4).all(1).nonzero()) for seed in range(20)}
+    assert chosen == {0, 1, 2}
+
+
+def test_heads_are_refused_where_there_are_none():
+    for choice in (RandomNeurons(unit="head"), EachHead()):
+        with pytest.raises(SiteError, match="h.0.mlp.down .mlp, 20 neurons. has no heads that lie side by side"):
+            choice.mask(Selection(0.5, 1, "h.0.mlp.down", 0), MLP)
+
+
+def test_each_head_is_taken_once_and_alone():
+    selections = EachHead().selections([HEADS, NEXT], [0.5], [1, 2])
+    assert [(s.part, s.head) for s in selections] == [(site.name, head) for site in (HEADS, NEXT) for head in range(3)]
+    assert {(s.fraction, s.seed) for s in selections} == {(1.0, None)}
+    masks = torch.stack([torch.cat([EachHead().mask(s, site) for site in (HEADS, NEXT)]) for s in selections])
+    assert torch.equal(masks, torch.eye(6, dtype=torch.bool).repeat_interleave(4, dim=1))
+
+
+def test_each_layer_is_taken_once_with_all_its_sites():
+    alone = Site("head.o", 4, kind="other")
+    sites = [HEADS, MLP, NEXT, alone]
+    selections = EachLayer().selections(sites, [0.5], [1, 2])
+    assert [s.part for s in selections] == ["h.0", "h.1", "head.o"]
+    taken = [[bool(EachLayer().mask(s, site).all()) for site in sites] for s in selections]
+    assert taken == [[True, True, False, False], [False, False, True, False], [False, False, False, True]]
+    assert not any(EachLayer().mask(selections[0], NEXT))
+
+
+def statistics_of(activations):
+    spread, magnitude = Spread(activations.shape[-1]), Magnitude(activations.shape[-1])
+    spread.update(activations)
+    magnitude.update(activations)
+    return SiteStatistics("here", {Spread: spread, Magnitude: magnitude})
+
+
+@pytest.mark.parametrize("first", ["lowest", "highest"])
+@pytest.mark.parametrize("by", ["sd", "magnitude"])
+def test_importance_orders_neurons_as_numpy_does(by, first):
+    x = torch.randn(4, 50, 12) * torch.rand(12) + 3 * torch.randn(12)
+    choice, statistics = ByImportance(by, first), statistics_of(x)
+    flat = x.flatten(0, 1).double().numpy()
+    importance = flat.std(0) if by == "sd" else np.abs(flat).mean(0)
+    expected = np.argsort(importance if first == "lowest" else -importance, kind="stable")
+    assert choice.order(HEADS, 0, statistics).tolist() == expected.tolist()
+    mask = choice.mask(Selection(0.25), HEADS, statistics)
+    assert mask.nonzero().flatten().tolist() == sorted(expected[:3].tolist())
+
+
+def test_importance_of_a_head_is_the_mean_over_its_neurons():
+    x = torch.tensor([1.0, 9.0, 1.0, 1.0, 2.0, 2.0, 2.0, 2.0, 4.0, 4.0, 4.0, 4.0]).view(1, 1, 12)
+    choice = ByImportance("magnitude", unit="head")  # means 3, 2 and 4
+    assert choice.order(HEADS, 0, statistics_of(x)).tolist() == [1, 0, 2]
+
+
+def test_importance_depends_on_no_seed_and_on_statistics():
+    assert ByImportance().selections([HEADS], [0.0, 0.5, 1.0], [1, 2]) == [Selection(0.5), Selection(1.0)]
+    with pytest.raises(StatisticsError, match="needs the statistic Spread of the site here"):
+        ByImportance().mask(Selection(0.5), HEADS, SiteStatistics("here", {}))
+    with pytest.raises(ConfigError, match="needs the statistics"):
+        ByImportance().mask(Selection(0.5), HEADS)

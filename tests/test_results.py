@@ -1,6 +1,7 @@
 import csv
 import json
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,3 +112,54 @@ def test_fresh_folder_never_takes_one_that_holds_a_run(tmp_path):
     (tmp_path / "run-2").mkdir()
     (tmp_path / "run-2" / "ablation.ckpt").touch()
     assert report.fresh_folder(tmp_path) == tmp_path / "run-3"
+
+
+def parts(heads=True):
+    """Two methods, two sites of three heads each (or two layers); the damage is told by hand."""
+    places = (
+        [(f"h.{i}.attn.proj", head) for i in (0, 1) for head in range(3)] if heads else [("h.0", None), ("h.1", None)]
+    )
+    rows = [Row("m", "d", "none", 0.0, None, "", None, 9, 0.5, 0.9, 2.0, 0.0)]
+    for offset, method in enumerate(("zero", "mean")):
+        for number, (part, head) in enumerate(places):
+            rows.append(Row("m", "d", method, 1.0, None, part, head, 9, 0.4, 0.8, 2.0 + 0.1 * number - offset, 0.1))
+    return Results(rows, 10)
+
+
+def test_damage_is_the_cross_entropy_above_the_baseline():
+    made = parts()
+    assert made.parts == ["h.0.attn.proj", "h.1.attn.proj"] and not results().parts
+    assert made.damage("zero", "h.1.attn.proj", 2) == pytest.approx(0.5)
+    assert made.damage("mean", "h.0.attn.proj", 1) == pytest.approx(-0.9)
+    assert parts(heads=False).damage("zero", "h.1") == pytest.approx(0.1)
+
+
+def test_table_of_parts_shows_the_most_important_first():
+    lines = parts().table().splitlines()
+    zero = [line.split() for line in lines if line.startswith("zero")]
+    assert [line[1:] for line in zero] == [
+        [f"h.{i}.attn.proj", "head", str(head), f"{damage:+.4f}"]
+        for i, head, damage in ((1, 2, 0.5), (1, 1, 0.4), (1, 0, 0.3), (0, 2, 0.2), (0, 1, 0.1))
+    ]
+    assert "h.1  " in parts(heads=False).table()
+
+
+def test_rows_of_parts_read_back(tmp_path):
+    write_whole(tmp_path / "results.csv", parts().csv())
+    assert read_rows(tmp_path / "results.csv") == [
+        replace(row, cross_entropy=pytest.approx(row.cross_entropy)) for row in parts().rows
+    ]
+
+
+def test_importance_draws_each_heads_damage_where_it_belongs(tmp_path):
+    figure = report.figure(parts())
+    maps = [axes for axes in figure.axes if axes.images]
+    assert [axes.get_title() for axes in maps] == ["zero", "mean"]
+    drawn = maps[0].images[0]
+    assert drawn.get_array().tolist() == [pytest.approx([0, 0.1, 0.2]), pytest.approx([0.3, 0.4, 0.5])]
+    assert drawn.norm.vmin == -drawn.norm.vmax == pytest.approx(-1.0)
+    assert [label.get_text() for label in maps[0].get_yticklabels()] == ["0", "1"]
+    assert (tmp_path / "importance.png") in report.save(parts(), tmp_path, {})
+    assert report.tensorboard(parts(), tmp_path) == []
+    lines = report.figure(parts(heads=False)).axes[0].lines
+    assert list(lines[0].get_ydata()) == pytest.approx([0, 0.1]) and lines[1].get_label() == "mean"

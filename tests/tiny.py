@@ -104,6 +104,16 @@ def t5():
     return T5ForConditionalGeneration(config).eval()
 
 
+def m2m():
+    """An encoder-decoder that only makes its decoder's inputs from labels itself."""
+    from transformers import M2M100Config, M2M100ForConditionalGeneration
+
+    torch.manual_seed(10)
+    layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    wide = {"d_model": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 64}
+    return M2M100ForConditionalGeneration(M2M100Config(vocab_size=VOCABULARY, init_std=0.4, **layers, **wide)).eval()
+
+
 def vit():
     import timm
 

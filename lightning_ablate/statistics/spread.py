@@ -52,7 +52,6 @@ class Spread(ActivationStatistic):
 def _merged(parts: Tensor) -> Tensor:
     """Merges ``(parts, 3, neurons)``, the count, mean and sum of squared deviations of each, into one of them."""
     count, mean, squares = parts.unbind(1)
-    total = count.sum(0)
-    weight = count / total.clamp_min(1)
-    center = (weight * mean).sum(0)
+    total, reference = count.sum(0), mean[count[:, 0].argmax()]  # of equal means the merged one is exactly that
+    center = reference + (count / total.clamp_min(1) * (mean - reference)).sum(0)
     return torch.stack([total, center, (squares + count * (mean - center).square()).sum(0)])

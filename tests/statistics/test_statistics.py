@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from lightning_ablate.errors import StatisticsError
-from lightning_ablate.statistics import Moments, Range, RangeHistogram, SiteStatistics
+from lightning_ablate.statistics import Magnitude, Moments, Range, RangeHistogram, SiteStatistics, Spread
 
 NEURONS = 6
 
@@ -135,7 +135,7 @@ def test_valid_broadcasts_over_patches_and_windows():
 def test_finite_is_false_after_a_value_that_is_not(value):
     x = activations()
     x[3, 7, 2] = value
-    for statistic in (Moments(NEURONS), Range(NEURONS)):
+    for statistic in (Moments(NEURONS), Range(NEURONS), Spread(NEURONS), Magnitude(NEURONS)):
         assert bool(statistic.finite())
         statistic.update(x)
         assert not bool(statistic.finite())
@@ -175,3 +175,24 @@ def test_missing_statistic_says_what_to_do():
 
 def test_epoch_follows_from_what_a_statistic_needs():
     assert (Moments.epoch(), Range.epoch(), RangeHistogram.epoch()) == (0, 0, 1)
+
+
+def test_spread_and_magnitude_equal_numpy_however_the_activations_are_split():
+    x = activations().flatten(0, 1)
+    columns = x.double().numpy()
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        shuffled = x[torch.randperm(200, generator=generator)]
+        cuts = torch.randint(1, 199, (4,), generator=generator).unique().tolist()
+        parts = shuffled.tensor_split(cuts)
+        spread, magnitude, ranks = Spread(NEURONS), Magnitude(NEURONS), [Spread(NEURONS), Spread(NEURONS)]
+        for number, part in enumerate(parts):
+            for statistic in (spread, magnitude, ranks[number % 2]):
+                statistic.update(part.unsqueeze(0))
+        size = np.abs(columns).max(0)
+        np.testing.assert_allclose(spread.sd.numpy() / size, columns.std(0) / size, rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(magnitude.mean.numpy(), np.abs(columns).mean(0), rtol=1e-12)
+        # ranks are merged by the reduction that the state declares
+        merged = Spread(NEURONS)
+        merged.parts = merged._reductions["parts"](torch.stack([rank.parts for rank in ranks]))
+        np.testing.assert_allclose(merged.sd.numpy(), spread.sd.numpy(), rtol=1e-12, atol=1e-300)
