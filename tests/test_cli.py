@@ -119,6 +119,27 @@ def test_what_a_user_can_mend_is_one_line_and_a_non_zero_exit(run, tmp_path, arg
     assert "Traceback" not in err
 
 
+def test_a_target_without_attention_is_refused_in_one_line(run, tmp_path):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=tiny.VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4)
+    folder = tiny.save_language_model(tmp_path / "mamba", MambaForCausalLM(config))
+    short = ["--data=PythonTexts", "--data.calibration_tokens=500", "--data.evaluation_tokens=500", "--data.length=32"]
+    code, _, err = run("fit", "--model=CausalLM", f"--model.name={folder}", *short, *QUIET)
+    assert code.startswith("error: found no attention in the target") and "\n" not in code and "Traceback" not in err
+
+
+@pytest.mark.parametrize("choice", ["EachHead", "EachLayer", "ByImportance", "RandomNeurons"])
+def test_choices_have_short_names(run, tmp_path, choice):
+    code, out, _ = run("fit", f"--ablation.choice={choice}", "--ablation.methods=[zero]", *SHORT, *FEW, *QUIET)
+    assert (code == 0 and "most important first" in out) or choice in ("ByImportance", "RandomNeurons")
+    facts = yaml.safe_load((tmp_path / "lightning_logs/digits/version_0/run.json").read_text())
+    assert facts["choice"]["class"] == choice
+    code, out, _ = run("validate", f"--ckpt_path={tmp_path}/lightning_logs/digits/version_0/ablation.ckpt", *QUIET)
+    first, second = (tmp_path / f"lightning_logs/digits/version_{i}/results.csv" for i in (0, 1))
+    assert code == 0 and first.read_bytes() == second.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -12,6 +12,7 @@ from lightning_ablate import AblationCallback, CausalLM, ImageClassifier, Masked
 from lightning_ablate.cli import AblationCLI
 from lightning_ablate.data.demo import ROLES, Digits, PythonTexts, digits, python_texts, role_of
 from lightning_ablate.demo import resolve
+from lightning_ablate.masks import EachHead
 from lightning_ablate.results import read_rows
 from lightning_ablate.sites import find_sites, hooked
 from lightning_ablate.statistics import RangeHistogram
@@ -123,16 +124,22 @@ def test_language_models_know_more_than_token_frequencies(runs, name, gain):
     assert results.baseline.n == n and results.baseline.cross_entropy <= unigram - gain
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_baseline_equals_plain_pytorch(runs, name):
-    module, data, results = runs(name)
+def evaluated(name, module, target, data):
+    """Summed cross-entropy, hits and number of scored positions, in plain PyTorch."""
     loss, hits, n = 0.0, 0, 0
     for batch in batches(name, module, data.val_dataloader()):
         with torch.no_grad():
-            logits, targets = plainly(name, module.target, batch)
+            logits, targets = plainly(name, target, batch)
         loss += F.cross_entropy(logits.double(), targets, reduction="sum").item()
         hits += int((logits.argmax(1) == targets).sum())
         n += len(targets)
+    return loss, hits, n
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_baseline_equals_plain_pytorch(runs, name):
+    module, data, results = runs(name)
+    loss, hits, n = evaluated(name, module, module.target, data)
     base = results.baseline
     assert base.n == n and base.top1 == hits / n and base.cross_entropy == pytest.approx(loss / n, abs=1e-6)
 
@@ -243,6 +250,40 @@ def test_a_heads_value_rows_change_only_its_slice_of_the_site(name, head):
     others = [h for h in range(4) if h != head]
     assert moved["input"][head] > 1e-2 and bool((moved["input"][others] == 0).all())
     assert bool((moved["output"] > 1e-3).all())
+
+
+@pytest.mark.parametrize("name", ["vit", "gpt2"])
+def test_the_map_of_heads_equals_a_loop_of_plain_hooks(name, tmp_path):
+    budgets = {} if name == "vit" else {"calibration_tokens": 2000, "evaluation_tokens": 2000}
+    module, data, callback = module_of(name), data_of(name, **budgets), AblationCallback(["mean"], choice=EachHead())
+    tiny.trainer(tmp_path, callback).fit(module, datamodule=data)
+    found = {(row.part, row.head): row for row in callback.results.rows}
+    assert len(found) == 1 + 4 * 4
+    target, size = module_of(name).target, WIDTH[name] // 4
+    places = {"vit": "blocks.{}.attn.proj", "gpt2": "transformer.h.{}.attn.c_proj"}[name]
+    for layer in range(4):
+        path = places.format(layer)
+        projection, kept = target.get_submodule(path), []
+        handle = projection.register_forward_pre_hook(lambda _, inputs, kept=kept: kept.append(inputs[0]))
+        for batch in batches(name, module, data.train_dataloader()):
+            with torch.no_grad():
+                last_hidden(name, target, batch)
+            kept[-1] = kept[-1][batch["attention_mask"].bool()] if name == "gpt2" else kept[-1].flatten(0, 1)
+        handle.remove()
+        mean = torch.cat(kept).double().mean(0).float()
+        for head in range(4):
+
+            def replace(_, inputs, here=slice(head * size, (head + 1) * size), mean=mean):
+                changed = inputs[0].clone()
+                changed[..., here] = mean[here]
+                return (changed,)
+
+            handle = projection.register_forward_pre_hook(replace)
+            loss, hits, n = evaluated(name, module, target, data)
+            handle.remove()
+            row = found[path, head]
+            assert row.n == n and row.top1 == pytest.approx(hits / n, abs=1 / n)
+            assert row.cross_entropy == pytest.approx(loss / n, abs=2e-6)
 
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("demo_*.yaml")))
