@@ -101,7 +101,9 @@ def importance(results: Results) -> "Figure":
             axes[0].plot(range(len(parts)), damage, label=method, markersize=3.5, linewidth=1.2, **style)
         axes[0].axhline(0, color="0.35", linewidth=0.9, linestyle=(0, (5, 2)))
         axes[0].set_xticks(range(len(parts)), _short(parts), fontsize=7, rotation=90 if len(parts) > 8 else 0)
+        axes[0].set_xlabel("layer", fontsize=9)
         axes[0].set_ylabel("added cross-entropy (nats)", fontsize=9)
+        axes[0].tick_params(axis="y", labelsize=8)
         axes[0].legend(fontsize=8, frameon=False)
     part = " (partial run)" if results.partial else ""
     drawn.suptitle(f"{results.baseline.model} on {results.baseline.data}{part}", fontsize=9)
@@ -172,7 +174,10 @@ def _maps(drawn: "Figure", axes: Sequence["Axes"], results: Results, heads: int)
         step = 1 + (heads - 1) // 16
         panel.set_xticks(range(0, heads, step), [str(head) for head in range(0, heads, step)], fontsize=8)
         panel.set_yticks(range(len(results.parts)), _short(results.parts), fontsize=8)
-    drawn.colorbar(image, ax=list(axes), label="added cross-entropy (nats)")
+    axes[0].set_ylabel("layer" if all(name.isdigit() for name in _short(results.parts)) else "site", fontsize=9)
+    scale = drawn.colorbar(image, ax=list(axes))
+    scale.set_label("added cross-entropy (nats)", fontsize=9)
+    scale.ax.tick_params(labelsize=8)
 
 
 def _short(parts: Sequence[str]) -> list[str]:
