@@ -163,11 +163,19 @@ def test_heads_are_counted_however_weights_meet_values(product):
     assert found(Parts(run, o=nn.Linear(8, 8))) == [Site("parts.o", 8, 4)]
 
 
-def test_heads_that_do_not_lie_side_by_side_are_not_counted():
+@pytest.mark.parametrize(
+    "order",
+    [
+        lambda mixed: mixed.permute(0, 2, 3, 1),  # neuron by neuron, head after head
+        lambda mixed: mixed.flip(1).transpose(1, 2),  # the last head first
+    ],
+    ids=["interleaved", "permuted"],
+)
+def test_heads_that_do_not_lie_side_by_side_in_order_are_not_counted(order):
     def run(parts, x):
         heads = x.unflatten(-1, (2, 4)).transpose(1, 2)
         mixed = nn.functional.scaled_dot_product_attention(heads, heads, heads)
-        return parts["o"](mixed.permute(0, 2, 3, 1).flatten(2))  # neuron by neuron, head after head
+        return parts["o"](order(mixed).flatten(2))
 
     (site,) = found(Parts(run, o=nn.Linear(8, 8)))
     assert site == Site("parts.o", 8, None)
