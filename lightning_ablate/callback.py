@@ -36,8 +36,9 @@ class AblationCallback(lightning.Callback):
     it sweeps; ``validate`` with it sweeps again.
 
     Args:
-        methods: what replaces a neuron: names (``zero``, ``mean``, ``peak``, ``resample-characters``,
-            ``resample-ids``, ``resample-generated``, ``resample-pixels``), instances, or class paths of subclasses of
+        methods: what replaces a neuron: names (``zero``, ``mean``, ``peak``, ``mode``, ``half-sample-mode``,
+            ``median``, ``resample-characters``, ``resample-ids``, ``resample-generated``, ``resample-pixels``),
+            instances, or class paths of subclasses of
             :class:`~lightning_ablate.methods.AblationMethod`.
         fractions: shares of each site's neurons, 0 to 1.
         seeds: of the choice of neurons, and of what a method draws.

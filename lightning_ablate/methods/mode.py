@@ -1,0 +1,56 @@
+"""Ablation to other centres of a neuron's distribution than its mean, each from one pass over the calibration data."""
+
+from typing import ClassVar
+
+from lightning_ablate.methods.base import Ablation, AblationMethod, Replacement, constant
+from lightning_ablate.statistics import HalfSampleMode as HalfSampleModeEstimator
+from lightning_ablate.statistics import LatticeHistogram, PeakEstimator, SmoothedMode
+from lightning_ablate.statistics import Median as MedianEstimator
+
+
+class Estimated(AblationMethod):
+    """An ablated neuron is what an estimator makes of its histogram over the calibration data.
+
+    Attributes:
+        estimator: which one.
+    """
+
+    statistics = (LatticeHistogram,)
+    estimator: ClassVar[PeakEstimator]
+
+    def prepare(self, ablation: Ablation) -> Replacement:
+        """The estimates."""
+        return constant(self.estimator(ablation.statistics[LatticeHistogram].histogram))
+
+
+class Mode(Estimated):
+    """An ablated neuron is its most frequent value, from a smoothed histogram (see ``statistics.SmoothedMode``).
+
+    Example:
+        >>> import torch
+        >>> from lightning_ablate.sites import Site
+        >>> from lightning_ablate.statistics import SiteStatistics
+        >>> statistic = LatticeHistogram(neurons=1)
+        >>> statistic.update(torch.tensor([[[1.0], [2.0], [2.0], [2.0], [9.0]]]))
+        >>> statistics = SiteStatistics("attn.proj", {LatticeHistogram: statistic})
+        >>> here = Ablation(Site("attn.proj", 1), torch.ones(1, dtype=torch.bool), statistics, None, {})
+        >>> round(Mode().prepare(here)(torch.zeros(1, 1, 1)).item())
+        2
+    """
+
+    name = "mode"
+    estimator = SmoothedMode()
+
+
+class HalfSampleMode(Estimated):
+    """An ablated neuron is its half-sample mode (see ``statistics.HalfSampleMode``)."""
+
+    name = "half-sample-mode"
+    estimator = HalfSampleModeEstimator()
+
+
+class Median(Estimated):
+    """An ablated neuron is its median (see ``statistics.Median``)."""
+
+    name = "median"
+    estimator = MedianEstimator()

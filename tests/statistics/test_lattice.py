@@ -1,0 +1,170 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_ablate.methods import HalfSampleMode as HalfSampleModeMethod
+from lightning_ablate.methods import Median as MedianMethod
+from lightning_ablate.methods import method_named
+from lightning_ablate.statistics import HalfSampleMode, LatticeHistogram, Median, SmoothedMode
+from tests.benchmarks import peaks
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+LARGEST = {torch.float16: 6e4, torch.bfloat16: 1e38, torch.float32: 1e38, torch.float64: 1e300}
+SMALLEST = {torch.float16: 1e-6, torch.bfloat16: 1e-37, torch.float32: 1e-37, torch.float64: 1e-300}
+NEURONS = 10
+
+
+def adversarial(dtype, seed):
+    """Normal, far from zero, tiny, skewed, constant, half of it zeros, all zeros, one outlier, huge, both signs."""
+    generator = torch.Generator().manual_seed(seed)
+    n = int(torch.randint(2, 500, (), generator=generator))
+    x = torch.randn(n, NEURONS, generator=generator, dtype=torch.float64)
+    x[:, 1] += 1000
+    x[:, 2] *= SMALLEST[dtype]
+    x[:, 3] = x[:, 3].exp().pow(3)
+    x[:, 4] = -2.5
+    x[:, 5] = x[:, 5].relu()
+    x[:, 6] = 0
+    x[n // 2, 7] = 3e4
+    x[:, 8] *= LARGEST[dtype] / 10
+    x[:, 9] = x[:, 9].sign() * (5 + x[:, 9].abs() / 1000)
+    return x.clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype)
+
+
+def gathered(parts):
+    statistic = LatticeHistogram(NEURONS)
+    for part in parts:
+        statistic.update(part.unsqueeze(0))
+    return statistic
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", range(25))
+def test_the_histogram_is_identical_for_every_split_into_batches_and_ranks(dtype, seed):
+    x = adversarial(dtype, seed)
+    whole = gathered([x])
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = x[torch.randperm(len(x), generator=generator)]
+    cuts = torch.randint(1, len(x), (5,), generator=generator).unique().tolist()
+    parts = shuffled.tensor_split(cuts)
+    assert torch.equal(gathered(parts).lattice, whole.lattice)
+    ranks = torch.stack([gathered(parts[rank::3]).lattice for rank in range(3)])  # a rank may get nothing
+    assert torch.equal(LatticeHistogram(NEURONS)._reductions["lattice"](ranks), whole.lattice)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", range(5))
+def test_counts_equal_numpys_on_the_least_lattice_that_holds_them(dtype, seed):
+    x = adversarial(dtype, seed)
+    statistic = gathered(x.split(50))
+    found = statistic.histogram
+    digits = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23, torch.float64: 28}[dtype]
+    for neuron in range(NEURONS):
+        column = x[:, neuron].double().numpy()
+        nonzero = column[column != 0]
+        assert int(found.zeros[neuron]) == int((column == 0).sum())
+        if not len(nonzero):
+            assert int(found.counts[neuron].sum()) == 0
+            continue
+        exponent = math.frexp(np.abs(nonzero).max())[1] - 1 - digits
+        while np.floor(np.ldexp(nonzero.max(), -exponent)) - np.floor(np.ldexp(nonzero.min(), -exponent)) >= 1024:
+            exponent += 1
+        places = np.floor(np.ldexp(nonzero, -exponent))
+        assert found.width[neuron] == np.ldexp(1.0, exponent)
+        assert found.start[neuron] == np.ldexp(places.min(), exponent)
+        counts = np.bincount((places - places.min()).astype(int), minlength=1024)
+        assert np.array_equal(found.counts[neuron].numpy(), counts)
+
+
+def test_padding_and_empty_batches_add_nothing():
+    x = adversarial(torch.float32, 0)[:40].view(4, -1, NEURONS)
+    valid = torch.rand(x.shape[:2]) < 0.6
+    padded, statistic = x.masked_fill(~valid.unsqueeze(2), torch.nan), LatticeHistogram(NEURONS)
+    statistic.update(padded, valid)
+    statistic.update(padded, torch.zeros_like(valid))
+    assert torch.equal(statistic.lattice, gathered([x[valid]]).lattice) and bool(statistic.finite())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_values_that_are_not_finite_are_told(bad):
+    x = adversarial(torch.float32, 1)
+    x[1, 3] = bad
+    assert not bool(gathered([x]).finite())
+
+
+def test_memory_does_not_grow_with_the_positions():
+    statistic = LatticeHistogram(NEURONS)
+    sizes = set()
+    for seed in range(4):
+        statistic.update(adversarial(torch.float32, seed).repeat(50, 1).unsqueeze(0))
+        sizes.add(sum(state.numel() * state.element_size() for state in statistic.state_dict().values()))
+    assert sizes == {NEURONS * (1024 + 6) * 4 + 8}
+
+
+def test_low_precision_does_not_comb():
+    """Rounded to bfloat16, a smooth density keeps its mode; no bin between is empty."""
+    x = (1.5 + 0.1 * torch.randn(200_000, 1)).bfloat16()
+    statistic = LatticeHistogram(1)
+    statistic.update(x.unsqueeze(0))
+    histogram = statistic.histogram
+    middle = (histogram.values[0] > 1.4) & (histogram.values[0] < 1.6)
+    assert int(histogram.counts[0, middle].min()) > 0
+    assert SmoothedMode()(histogram).item() == pytest.approx(1.5, abs=0.01)
+    total = (histogram.counts[0] * histogram.values[0]).sum() / histogram.counts.sum()
+    assert total.item() == pytest.approx(x.double().mean().item(), abs=2e-3)
+
+
+def estimate(estimator, *columns):
+    x = torch.tensor(columns, dtype=torch.float64).T
+    statistic = LatticeHistogram(x.shape[1])
+    statistic.update(x.unsqueeze(0))
+    return estimator(statistic.histogram).tolist()
+
+
+@pytest.mark.parametrize("estimator", [SmoothedMode(), HalfSampleMode(), Median()])
+def test_a_constant_neuron_and_one_that_is_mostly_zero_have_defined_values(estimator):
+    constant, zero, mostly, rarely = estimate(
+        estimator, [7.0] * 4, [0.0] * 4, [0.0, 0.0, 3.0, 5.0], [0.0, 5.0, 5.0, 5.0]
+    )
+    assert constant == pytest.approx(7.0, rel=1e-6) and zero == mostly == 0.0
+    assert rarely == pytest.approx(5.0, abs=0.02)
+
+
+def test_median_equals_numpys_to_a_bin():
+    x = torch.randn(20_001, 6) * torch.tensor([1.0, 5.0, 0.1, 1.0, 1.0, 1.0]) + torch.tensor([0, 3, -9, 100, 0, 0])
+    x[:, 4] = x[:, 4].exp()
+    statistic = LatticeHistogram(6)
+    statistic.update(x.unsqueeze(0))
+    found, width = Median()(statistic.histogram), statistic.histogram.width
+    assert bool(((found - x.double().median(0).values).abs() <= width).all())
+
+
+@pytest.mark.parametrize("name", peaks.DISTRIBUTIONS)
+def test_the_smoothed_mode_beats_the_papers_peak(name):
+    found = peaks.errors(name, 10_000, neurons=60)
+    assert found["mode"] < found["peak"] / 2
+
+
+def test_methods_take_the_estimates(tmp_path):
+    from lightning_ablate import AblationCallback
+    from tests import tiny
+
+    module, callback = tiny.fit(tmp_path, callback=AblationCallback(["mode", "half-sample-mode", "median"], [0.5], [1]))
+    assert module.trainer.current_epoch <= 1 and len(callback.results.rows) == 4
+    assert isinstance(method_named("median"), MedianMethod)
+    assert isinstance(method_named("half-sample-mode"), HalfSampleModeMethod)
+    site = module.calibration.sites[0]
+    raw = []
+    model = tiny.gpt2()
+    model.get_submodule(site.path).register_forward_pre_hook(lambda _, inputs: raw.append(inputs[0]))
+    valid = []
+    with torch.no_grad():
+        for batch in tiny.loader(seed=1):
+            model(batch["input_ids"], attention_mask=batch["attention_mask"])
+            valid.append(batch["attention_mask"].bool())
+    values = torch.cat([x[v] for x, v in zip(raw, valid, strict=True)]).double().numpy()
+    histogram = module.calibration[site][LatticeHistogram].histogram
+    found = Median()(histogram).numpy()
+    assert (np.abs(found - np.quantile(values, 0.5, axis=0)) <= np.ptp(values, axis=0) / 20).all()
