@@ -44,11 +44,6 @@ class Calibration:
         """The statistics of one site."""
         return SiteStatistics(site.name, self.statistics[site])
 
-    @property
-    def holds_all_attention(self) -> bool:
-        """Whether the sites were asked for as all attention of the target, not by patterns."""
-        return "attention" in self.which
-
     def find(self, run: Callable[[], object]) -> None:
         """Finds the sites by one forward pass.
 
@@ -120,6 +115,8 @@ class Calibration:
         Raises:
             StatisticsError: if it lacks a site.
         """
+        if "sites" not in state:
+            raise StatisticsError("the checkpoint is of an older version of this package; run `fit` again")
         saved = {Site(**entry["site"]): entry["statistics"] for entry in state["sites"]}
         for word in self.which:
             if not is_covered(self.target, word, tuple(saved), state["which"]):
@@ -155,7 +152,8 @@ def check_runs(runs: Mapping[Site, int]) -> None:
         if count != 1:
             raise SiteError(
                 f"the site {site.name} ran {count} times in one forward pass, expected once, as when the sites were "
-                "found: `evaluate` must run the target once, and in the same way for every batch"
+                "found: `evaluate` must run the target once, in the same way for every batch, and not compiled by "
+                "torch.compile before"
             )
 
 

@@ -15,7 +15,7 @@ from lightning_ablate import report
 from lightning_ablate.calibration import Calibration
 from lightning_ablate.data.base import ExactSampler
 from lightning_ablate.errors import ConfigError, DataError, StatisticsError, TargetError
-from lightning_ablate.masks import NeuronChoice, RandomNeurons
+from lightning_ablate.masks import NeuronChoice, RandomNeurons, Selection
 from lightning_ablate.methods import AblationMethod, method_named
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.results import Results
@@ -97,6 +97,11 @@ class AblationCallback(lightning.Callback):
         """Makes the statistics of this epoch."""
         _calibration(pl_module).start(trainer.current_epoch)
 
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: AblationModule, *_: Any) -> None:  # type: ignore[override]
+        """Refuses a choice that the sites don't allow, at the first batch, which showed them."""
+        if trainer.fit_loop.batch_idx == 0:
+            self._selections(_calibration(pl_module))
+
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
         """Merges the ranks; the last epoch's are merged by the validation epoch, which runs before this."""
         _calibration(pl_module).finish()
@@ -120,8 +125,7 @@ class AblationCallback(lightning.Callback):
             self._restore(_calibration(pl_module))
         _check_counts_once(trainer, trainer.val_dataloaders)
         calibration = _calibration(pl_module)
-        selections = self.choice.selections(calibration.sites, sorted(map(float, self.fractions)), self.seeds)
-        conditions = distinct_conditions(self.methods, selections, self.seeds)
+        conditions = distinct_conditions(self.methods, self._selections(calibration), self.seeds)
         pl_module.sweep = Sweep(calibration, self.methods, conditions, self.choice)
         pl_module.sweep.prepare()
 
@@ -170,6 +174,9 @@ class AblationCallback(lightning.Callback):
             print(self._shown, flush=True)
         self._shown = ""
         pl_module.sweep = None
+
+    def _selections(self, calibration: Calibration) -> list[Selection]:
+        return self.choice.selections(calibration.sites, sorted(map(float, self.fractions)), self.seeds)
 
     def _kinds(self) -> list[type[ActivationStatistic]]:
         # the mean is always gathered: it costs little, and it names the site of a non-finite activation

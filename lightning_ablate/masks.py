@@ -90,8 +90,16 @@ class OrderedChoice(NeuronChoice):
         return site.width if self.unit == "neuron" else heads_of(site)
 
     def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
-        """Every fraction with every seed; at a fraction of 1 the seed can't matter."""
-        pairs = [(f, seed if self.seeded and f < 1 else None) for f in fractions if f > 0 for seed in seeds]
+        """Every fraction with every seed; at a fraction of 1 the seed can't matter.
+
+        Of fractions that come to the same number of units in every site the first one, and none that comes to no unit.
+        """
+        taken: dict[object, float] = {}
+        for fraction in fractions:
+            units = tuple(round(fraction * self.units(site)) for site in sites) or (fraction,)
+            if any(units):
+                taken.setdefault(units, fraction)
+        pairs = [(f, seed if self.seeded and f < 1 else None) for f in taken.values() for seed in seeds]
         return [Selection(fraction, seed) for fraction, seed in dict.fromkeys(pairs)]
 
     def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:
@@ -209,7 +217,7 @@ def heads_of(site: Site) -> int:
     if site.heads is None:
         raise SiteError(
             f"the site {site.name} ({site.kind}, {site.width} neurons) has no heads that lie side by side; choose "
-            "neurons (--ablation.choice.unit neuron), or leave the site out (--ablation.sites)"
+            "neurons, or leave the site out (--ablation.sites)"
         )
     return site.heads
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from lightning_ablate.errors import SiteError
 from lightning_ablate.trace import Trace, features, trace
 
-_KINDS = {
+KINDS = {
     "attention": ("self-attention", "cross-attention"),
     "self-attention": ("self-attention",),
     "cross-attention": ("cross-attention",),
     "mlp": ("mlp",),
 }
-_DIGITS = re.compile(r"\d+")
+_DIGITS = re.compile(r"(?<=[._])\d+")
 _CROSS_PATH = re.compile(r"(^|[._])(cross|encoder_att|encdecatt)", re.IGNORECASE)
 
 
@@ -29,11 +29,10 @@ class Site:
     """A place whose input is read and replaced.
 
     Attributes:
-        name: path of the projection module in the target; behind a ``#`` the use, from 1, where one module is used
-            again by later layers.
+        name: path of the projection module in the target; behind a ``#`` the use, from 1, where a module runs again.
         width: number of neurons, the features of the projection's input (n_heads x head_dim).
         heads: number of attention heads, which lie side by side and are equally wide; None where there are none.
-        kind: ``self-attention``, ``cross-attention``, ``mlp`` or ``other``.
+        kind: ``self-attention``, ``cross-attention`` (told by the names of its modules), ``mlp`` or ``other``.
         layer: path of the layer it belongs to, and the use like that of the name.
         uses: how often the module runs in one forward pass.
     """
@@ -79,9 +78,11 @@ def find_sites(target: nn.Module, run: Callable[[], object], which: Sequence[str
     """
     with torch.no_grad():
         seen = trace(target, run)
+    if seen.runs > 1:
+        raise SiteError(f"the target ran {seen.runs} times for one batch, expected once: `evaluate` must run it once")
     found = _sites(target, seen)
     for word in which:
-        if word in _KINDS:
+        if word in KINDS:
             _check_kind(target, seen, found, word)
         else:
             _check_pattern(target, found, word)
@@ -90,13 +91,15 @@ def find_sites(target: nn.Module, run: Callable[[], object], which: Sequence[str
 
 def is_asked(site: Site, word: str) -> bool:
     """Whether a word of ``which`` (see :func:`find_sites`) means this site."""
-    return site.kind in _KINDS[word] if word in _KINDS else fnmatchcase(site.path, word)
+    return site.kind in KINDS[word] if word in KINDS else fnmatchcase(site.path, word)
 
 
 def is_covered(target: nn.Module, word: str, sites: Sequence[Site], which: Sequence[str]) -> bool:
     """Whether ``sites``, found in the target for ``which``, hold all that a word asks for."""
-    if word in _KINDS:
-        return any(set(_KINDS[word]) <= set(_KINDS.get(known, ())) for known in which)
+    if word in which:
+        return True
+    if word in KINDS:
+        return set(KINDS[word]) <= {kind for known in which for kind in KINDS.get(known, ())}
     asked = {n for n, module in target.named_modules() if fnmatchcase(n, word) and features(module) is not None}
     return bool(asked) and asked <= {site.path for site in sites}
 
@@ -116,11 +119,20 @@ def check_mixing(target: nn.Module, sites: Sequence[Site], hidden: Callable[[int
         SiteError: if another position moved as well.
     """
     with torch.no_grad(), hooked(target, sites, lambda site, activations: torch.zeros_like(activations)):
-        pairs = zip(hidden(0), hidden(1), strict=True)
-    for before, after in pairs:
-        change = (after.double() - before.double()).abs().flatten(0, -2).amax(1)
-        tolerance = torch.finfo(before.dtype).eps ** 0.5 * before.double().abs().max()
-        moved = int((change > tolerance).sum())
+        states = hidden(0), hidden(1)
+    tolerance = torch.finfo(states[0][0].dtype).eps ** 0.5
+    for before, after in zip(*states, strict=True):
+        limit = torch.finfo(before.dtype).max / 2  # masked features, at -inf or the least number, say nothing
+        before, after = (
+            torch.where(state.abs() < limit, state, 0).double().flatten(0, -2) for state in (before, after)
+        )
+        change = (after - before).abs().amax(1)
+        if len(change) < 2:
+            raise SiteError(
+                "the last hidden state has a single position, so it can't show whether the target mixes positions by "
+                "other ways than attention; name the sites by a pattern (--ablation.sites)"
+            )
+        moved = int((change > tolerance * before.abs().max()).sum())
         if moved > 1:
             raise SiteError(
                 f"one changed place moves the last hidden state at {moved} of {len(change)} positions although every "
@@ -185,17 +197,22 @@ def _sites(target: nn.Module, seen: Trace) -> list[Site]:
     within = _modules_around(attention)
     mlps = [read.path for read in seen.reads if read.made_by == "mlp" and not read.path.startswith(within)]
     layers = {path: _layer(path, mlps) for path in attention}
+    for mlp in mlps:  # those of the layers with attention, and those shaped like them in layers without
+        around = [layers[path] for path in attention if layers[path] and mlp.startswith(layers[path] + ".")]
+        if around:
+            layers[mlp] = around[0]
+    shapes = {_DIGITS.sub("*", path) for path in layers if path in mlps}
+    layers |= {mlp: _layer(mlp, mlps) for mlp in mlps if mlp not in layers and _DIGITS.sub("*", mlp) in shapes}
     sites = []
     for read in seen.reads:
         number = used[read.path]
         used[read.path] += 1
         suffix = f"#{number}" if number else ""
         layer, kind = layers.get(read.path), "other"
-        if layer is not None:
+        if read.path in attention:
             kind = "cross-attention" if _is_cross(target, read.path) else "self-attention"
-        elif read.path in mlps:
-            layer = next((name for name in layers.values() if name and read.path.startswith(name + ".")), None)
-            kind = "other" if layer is None else "mlp"
+        elif layer is not None:
+            kind = "mlp"
         name = f"{layer}{suffix}" if layer else ""
         sites.append(Site(read.path + suffix, read.width, read.heads, kind, name, uses[read.path]))
     return sites
@@ -225,8 +242,15 @@ def _check_kind(target: nn.Module, seen: Trace, found: Sequence[Site], word: str
     if seen.lost:
         raise SiteError(
             f"no projection module reads what attention makes in {seen.lost[0] or 'the target itself'} "
-            f"({len(seen.lost)} such places): it goes through a fused implementation or bare weights; name the sites "
-            f"by a pattern (--ablation.sites); the projections that ran are {_candidates(found)}"
+            f"({len(seen.lost)} such places): it goes through a fused implementation, bare weights, a keyword or a "
+            f"sum; name the sites by a pattern (--ablation.sites); the projections that ran are {_candidates(found)}"
+        )
+    if seen.shared:
+        readers = [site.name for site in found if is_asked(site, "attention")]
+        raise SiteError(
+            f"what attention makes in {seen.shared[0] or 'the target itself'} is read by several projections, among "
+            f"{', '.join(readers[:12])}, or isn't attention at all (a softmax that weighs experts); name the sites by "
+            "a pattern (--ablation.sites)"
         )
     if not any(is_asked(site, "attention") for site in found):
         raise SiteError(
@@ -251,7 +275,7 @@ def _check_mlps(target: nn.Module, seen: Trace, found: Sequence[Site]) -> None:
         mlps = [site.path for site in sites if site.kind == "mlp"]
         if not attention:
             continue
-        _check_experts(target, layer, _modules_around(attention), mlps, positions)
+        _check_experts(target, layer, attention, mlps, positions)
         if not mlps:
             raise SiteError(
                 f"found no MLP down projection in {layer or 'the target'}; name it by a pattern (--ablation.sites); "
@@ -260,10 +284,11 @@ def _check_mlps(target: nn.Module, seen: Trace, found: Sequence[Site]) -> None:
 
 
 def _check_experts(
-    target: nn.Module, layer: str, attention: tuple[str, ...], mlps: Sequence[str], positions: Mapping[str, int]
+    target: nn.Module, layer: str, attention: Sequence[str], mlps: Sequence[str], positions: Mapping[str, int]
 ) -> None:
+    within = _modules_around(attention)
     for name, parameter in target.get_submodule(layer).named_parameters(prefix=layer):
-        if parameter.ndim == 3 and min(parameter.shape) > 1 and not name.startswith(attention):
+        if parameter.ndim == 3 and min(parameter.shape) > 1 and not name.startswith(within):
             raise SiteError(
                 f"the experts of {layer} are one parameter {name} {tuple(parameter.shape)} without a module for the "
                 "down projection, so its input can't be read or replaced; leave `mlp` out"
@@ -271,12 +296,12 @@ def _check_experts(
     projections = [n for n, m in target.get_submodule(layer).named_modules(prefix=layer) if features(m) is not None]
     for path in mlps:
         alike = [name for name in projections if _DIGITS.sub("*", name) == _DIGITS.sub("*", path)]
-        for other in alike:
-            if positions.get(other, 0) != positions[path]:
-                raise SiteError(
-                    f"{path} reads {positions[path]} positions, {other} {positions.get(other, 0)}: they are experts, "
-                    "whose neurons don't run at every position; leave `mlp` out"
-                )
+        if len(alike) > 1 and min(positions.get(other, 0) for other in alike) < max(positions[a] for a in attention):
+            reads = ", ".join(f"{other} {positions.get(other, 0)}" for other in alike)
+            raise SiteError(
+                f"not every position is read by {path} ({reads} positions): they are experts, whose neurons don't run "
+                "at every position; leave `mlp` out"
+            )
 
 
 def _check_pattern(target: nn.Module, found: Sequence[Site], pattern: str) -> None:

@@ -180,11 +180,11 @@ class Sweep:
         """The mask and what takes the masked neurons' place; None where a condition leaves the site alone."""
         method, device, statistics = self._methods[condition.method], self._calibration.device, self._calibration[site]
         chosen = Selection(condition.fraction, condition.seed, condition.part, condition.head)
+        mask = self._choice.mask(chosen, site, statistics)
+        if not bool(mask.any()):
+            return None
+        mask = mask.to(device)
         try:
-            mask = self._choice.mask(chosen, site, statistics)
-            if not bool(mask.any()):
-                return None
-            mask = mask.to(device)
             return mask, method.prepare(Ablation(site, mask, statistics, condition.seed, self._unrelated))
         except StatisticsError as error:
             raise StatisticsError(f"the method {method.name!r} {error}") from error

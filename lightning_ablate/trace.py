@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -18,10 +18,10 @@ _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum"}
 _PROJECTIONS = {"linear", "addmm", "mm", "conv1d", "conv2d", "conv3d", "embedding", "bilinear"}
 # move numbers without changing them: what they do to the activations, they do to the labels
 _MOVES = set(
-    "__getitem__ T cat chunk clone concat contiguous expand flatten flip hstack index_select mT movedim "
-    "moveaxis narrow permute repeat repeat_interleave reshape reshape_as roll select split "
-    "split_with_sizes squeeze stack swapaxes swapdims t tensor_split transpose unbind unflatten unfold "
-    "unsqueeze view view_as vstack".split()
+    "T __get__ __getitem__ broadcast_to cat chunk clone concat concatenate contiguous expand expand_as "
+    "flatten flip hsplit hstack index_select mT moveaxis movedim narrow permute ravel repeat "
+    "repeat_interleave reshape reshape_as roll select split split_with_sizes squeeze stack swapaxes "
+    "swapdims t tensor_split tile transpose unbind unflatten unfold unsqueeze view view_as vsplit vstack".split()
 )
 _NONLINEAR = set(
     "__pow__ celu clamp clamp_min elu erf exp expm1 gelu glu hardsigmoid hardswish hardtanh leaky_relu "
@@ -29,6 +29,8 @@ _NONLINEAR = set(
     "softsign square swiglu tanh tanh_ threshold".split()
 )
 _SUMS = {"add", "__add__", "__radd__", "add_", "__iadd__", "sub", "__sub__"}
+# attention and its projection in one piece, without a module in between
+_FUSED = {"multi_head_attention_forward", "_transformer_encoder_layer_fwd", "_native_multi_head_attention"}
 _ROWS = 1024
 
 
@@ -57,10 +59,14 @@ class Trace(NamedTuple):
     Attributes:
         reads: every projection that ran, in order.
         lost: the modules in which attention ran whose output no projection read.
+        shared: the modules in which attention ran whose output several projections read.
+        runs: how often the target itself ran.
     """
 
     reads: list[Read]
     lost: list[str]
+    shared: list[str]
+    runs: int
 
 
 def features(module: nn.Module) -> int | None:
@@ -93,7 +99,13 @@ def trace(target: nn.Module, run: Callable[[], object]) -> Trace:
             stack.callback(module.register_forward_hook(tracer.leaving, always_call=True).remove)
         stack.enter_context(tracer)
         run()
-    return Trace(tracer.reads, [path for call, path in enumerate(tracer.made) if call not in tracer.read])
+    lost = [path for call, path in enumerate(tracer.made) if not tracer.readers.get(call)]
+    shared = [path for call, path in enumerate(tracer.made) if len(tracer.readers.get(call, ())) > 1]
+    reads = [
+        replace(read, made_by="") if read.made_by == "mlp" and number in tracer.asked else read
+        for number, read in enumerate(tracer.reads, 1)
+    ]
+    return Trace(reads, lost, shared, tracer.runs)
 
 
 class _Attended(NamedTuple):
@@ -101,24 +113,32 @@ class _Attended(NamedTuple):
     calls: frozenset[int]  # the attention calls it came from
 
 
+class _Projected(NamedTuple):
+    read: int  # the projection's run that made it
+    activated: bool  # whether behind a nonlinearity
+
+
 class _Tracer(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.reads: list[Read] = []
         self.made: list[str] = []  # where each attention call ran
-        self.read: set[int] = set()  # which of them a projection read
+        self.readers: dict[int, set[str]] = {}  # which projections read what each of them made
+        self.asked: set[int] = set()  # the projections, by the number of their run, that made queries, keys and values
+        self.runs = 0
         self._stack: list[tuple[str, bool]] = []  # the modules that are running, and whether they are projections
         self._labels = 0
         # keyed by tensor, and forgotten with it
         self._weights: _ByTensor[bool] = WeakTensorKeyDictionary()  # attention weights
         self._attended: _ByTensor[_Attended] = WeakTensorKeyDictionary()
-        self._projected: _ByTensor[bool] = WeakTensorKeyDictionary()  # projections' outputs: behind a nonlinearity?
+        self._projected: _ByTensor[_Projected] = WeakTensorKeyDictionary()
 
     def entering(self, path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             projection = features(module) is not None
             outermost = not any(is_projection for _, is_projection in self._stack)
             self._stack.append((path, projection))
+            self.runs += path == ""
             if projection and outermost and inputs and isinstance(inputs[0], Tensor):
                 self._read(path, inputs[0])
 
@@ -127,21 +147,26 @@ class _Tracer(TorchFunctionMode):
     def leaving(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         _, projection = self._stack.pop()
         if projection and isinstance(output, Tensor) and output not in self._weights:
-            self._projected[output] = False
+            self._attended.pop(output, None)
+            self._projected[output] = _Projected(len(self.reads), False)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
         name, given = getattr(func, "__name__", ""), list(_tensors([args, kwargs]))
-        attended = [entry for tensor in given if (entry := self._attended.get(tensor)) is not None]
+        attended = any(tensor in self._attended for tensor in given)
         weights = [tensor for tensor in given if tensor in self._weights]
         output = func(*args, **kwargs)
         made = list(_tensors(output))
+        if name in _PRODUCTS or name == "scaled_dot_product_attention":
+            self.asked |= {entry.read for tensor in given if (entry := self._projected.get(tensor)) is not None}
         if name == "__setitem__":
             self._set(*args)
-        elif not made or not given or name == "__get__":
+        elif not made or not given:
             pass
+        elif name in _FUSED:
+            self._note_call()
         elif name == "scaled_dot_product_attention":
             self._label(output, -1)
         elif name in _PRODUCTS and weights:
@@ -150,12 +175,12 @@ class _Tracer(TorchFunctionMode):
             self._weights[output] = True
         elif weights:
             for tensor in made:
-                if len(given) == 1 or any(tensor.shape == w.shape for w in weights):
+                if len(given) == 1 or name in _MOVES or any(tensor.shape == w.shape for w in weights):
                     self._weights[tensor] = True
         elif name in _PRODUCTS or name in _PROJECTIONS:
             pass
         elif attended:
-            self._follow(func, name, args, kwargs, attended, made)
+            self._follow(func, name, args, kwargs, given, made)
         else:
             self._follow_projected(name, given, made)
         return output
@@ -163,9 +188,11 @@ class _Tracer(TorchFunctionMode):
     def _read(self, path: str, activations: Tensor) -> None:
         width = activations.shape[-1]
         entry = self._attended.get(activations)
-        made_by = "attention" if entry is not None else "mlp" if self._projected.get(activations) else ""
+        projected = self._projected.get(activations)
+        made_by = "attention" if entry is not None else "mlp" if projected is not None and projected.activated else ""
         heads = None if entry is None else _side_by_side(entry.labels)
-        self.read |= frozenset() if entry is None else entry.calls
+        for call in () if entry is None else entry.calls:
+            self.readers.setdefault(call, set()).add(path)
         self.reads.append(Read(path, width, activations.numel() // max(1, width), made_by, heads))
 
     def _label(self, output: Tensor, axis: int | None) -> None:
@@ -180,20 +207,27 @@ class _Tracer(TorchFunctionMode):
             labels = labels.view(shape).expand(output.shape)
             self._labels += count
         self._attended[output] = _Attended(labels, frozenset([len(self.made)]))
+        self._note_call()
+
+    def _note_call(self) -> None:
+        """Notes where attention runs."""
         self.made.append(self._stack[-1][0] if self._stack else "")
 
-    def _follow(
-        self, func: Any, name: str, args: Any, kwargs: Any, attended: list[_Attended], made: list[Tensor]
-    ) -> None:
+    def _follow(self, func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor], made: list[Tensor]) -> None:
+        attended = [entry for tensor in given if (entry := self._attended.get(tensor)) is not None]
+        others = [tensor for tensor in given if tensor not in self._attended and not isinstance(tensor, nn.Parameter)]
         calls = frozenset[int]().union(*(entry.calls for entry in attended))
         if name in _MOVES:
-            moved = func(*_mapped(self._labels_of, args), **_mapped(self._labels_of, kwargs))
-            labels = list(_tensors(moved))
+            labels = list(_tensors(func(*_mapped(self._labels_of, args), **_mapped(self._labels_of, kwargs))))
+        elif name in _SUMS and any(tensor.ndim for tensor in others):
+            return  # a residual stream is no longer what attention made
         else:
             same = {entry.labels.shape: entry.labels for entry in reversed(attended)}
             labels = [same.get(tensor.shape, tensor) for tensor in made]
+            if any(not (tensor.is_floating_point() or tensor.dtype == torch.bool) for tensor in others):
+                labels = [torch.full_like(label, -1, dtype=torch.int64) for label in labels]  # moved by an index
         for tensor, label in zip(made, labels, strict=True):
-            if label is not tensor and tensor.is_floating_point():
+            if label is not tensor and tensor.is_floating_point() and label.shape == tensor.shape:
                 self._attended[tensor] = _Attended(label, calls)
 
     def _labels_of(self, tensor: Tensor) -> Tensor:
@@ -211,14 +245,14 @@ class _Tracer(TorchFunctionMode):
             self._attended[whole] = _Attended(labels, entry.calls | (before.calls if before else frozenset()))
 
     def _follow_projected(self, name: str, given: list[Tensor], made: list[Tensor]) -> None:
-        known = [tensor for tensor in given if tensor in self._projected]
+        known = [entry for tensor in given if (entry := self._projected.get(tensor)) is not None]
         others = [t for t in given if t not in self._projected and not isinstance(t, nn.Parameter) and t.ndim]
-        if not known or (name in _SUMS and others):  # a residual stream is no longer what a projection made
-            return
-        activated = name in _NONLINEAR or any(self._projected[tensor] for tensor in known)
+        if not known or (name in _SUMS and (others or len({entry.read for entry in known}) > 1)):
+            return  # a residual stream is no longer what a projection made
+        activated = name in _NONLINEAR or any(entry.activated for entry in known)
         for tensor in made:
             if tensor.is_floating_point():
-                self._projected[tensor] = activated
+                self._projected[tensor] = _Projected(known[0].read, activated)
 
 
 def _side_by_side(labels: Tensor) -> int | None:
@@ -234,7 +268,7 @@ def _side_by_side(labels: Tensor) -> int | None:
 
 def _value_axis(args: tuple[Any, ...], given: list[Tensor], weights: Tensor, ndim: int) -> int | None:
     """The axis of a product of weights and values along which one head's values lie; None where that can't be told."""
-    if isinstance(args[0], str):
+    if args and isinstance(args[0], str):
         match = re.fullmatch(r"([\w.]+),([\w.]+)->([\w.]+)", args[0].replace(" ", ""))
         if match is None:
             return None
@@ -242,7 +276,7 @@ def _value_axis(args: tuple[Any, ...], given: list[Tensor], weights: Tensor, ndi
         values, others = (second, first) if given[0] is weights else (first, second)
         own = [letter for letter in made if letter in values and letter not in others]
         return made.index(own[0]) - len(made) if len(own) == 1 else None
-    if not args or not isinstance(args[0], Tensor) or ndim < 2:
+    if ndim < 2 or (args and not isinstance(args[0], Tensor)):
         return None
     return -2 if given[-1] is weights else -1
 

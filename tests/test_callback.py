@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_ablate import AblationCallback, AblationModule, CausalLM, ImageClassifier
+from lightning_ablate.calibration import Calibration
 from lightning_ablate.callback import _check_counts_once
 from lightning_ablate.errors import (
     ConfigError,
@@ -496,6 +497,28 @@ def test_a_target_that_mixes_by_other_ways_is_refused_before_anything_is_gathere
     tiny.fit(tmp_path / "pure", Probed(tiny.gpt2()))
     with pytest.raises(SiteError, match="also mixes positions by other ways"):
         tiny.fit(tmp_path / "mixed", Probed(Convolved()))
+    with pytest.raises(SiteError, match="also mixes positions by other ways"):
+        tiny.fit(tmp_path / "self", Probed(Convolved()), callback=AblationCallback(sites="self-attention"))
     tiny.fit(tmp_path / "all the same", Probed(Convolved()), callback=AblationCallback(sites="*.attn.c_proj"))
     with pytest.raises(NotImplementedError, match="Own gives probes"):
         tiny.Own(tiny.gpt2()).hidden({})
+
+
+def test_a_choice_that_the_sites_do_not_allow_is_refused_at_the_first_batch(tmp_path):
+    class Counting(tiny.Own):
+        steps = 0
+
+        def training_step(self, batch, batch_idx):
+            Counting.steps += 1
+            return super().training_step(batch, batch_idx)
+
+    callback = AblationCallback(sites="mlp", choice=EachHead())
+    with pytest.raises(SiteError, match="h.0.mlp.c_proj .mlp, 64 neurons. has no heads"):
+        tiny.fit(tmp_path, Counting(tiny.gpt2()), callback=callback)
+    assert Counting.steps == 1
+
+
+def test_a_checkpoint_of_an_older_version_is_refused():
+    calibration = Calibration(tiny.gpt2(), [])
+    with pytest.raises(StatisticsError, match="older version of this package; run `fit` again"):
+        calibration.load_state_dict({"transformer.h.0.attn.c_proj": {}})

@@ -142,3 +142,10 @@ def test_importance_depends_on_no_seed_and_on_statistics():
         ByImportance().mask(Selection(0.5), HEADS, SiteStatistics("here", {}))
     with pytest.raises(ConfigError, match="needs the statistics"):
         ByImportance().mask(Selection(0.5), HEADS)
+
+
+def test_fractions_that_take_the_same_heads_are_taken_once_and_none_that_takes_nothing():
+    fractions = [0.1, 0.2, 0.3, 0.4, 1.0]
+    taken = RandomNeurons("head").selections([HEADS, NEXT], fractions, [1])  # 0, 1, 1, 1 and 3 of 3 heads
+    assert taken == [Selection(0.2, 1), Selection(1.0)]
+    assert len(RandomNeurons().selections([HEADS, NEXT], fractions, [1])) == 5

@@ -237,9 +237,96 @@ def test_experts_without_a_down_projection_of_their_own_are_refused():
     experts = [nn.ModuleDict({"up": nn.Linear(8, 16), "down": nn.Linear(16, 8)}) for _ in range(2)]
     layer = nn.ModuleDict({"o": nn.Linear(8, 8), "experts": nn.ModuleList(experts)})
     with pytest.raises(
-        SiteError, match=r"h.0.experts.0.down reads 6 positions, \S+h.0.experts.1.down 4: they are experts"
+        SiteError,
+        match=r"not every position is read by .*h.0.experts.0.down 6, \S+h.0.experts.1.down 4 .*they are experts",
     ):
         found(Parts(routed, **three(), h=nn.ModuleList([layer])), "mlp")
+
+
+def blocks(parts, x, attend):
+    """Two layers of attention and an MLP with residual streams."""
+    for layer in parts["h"]:
+        x = x + attend(layer, x)
+        x = x + layer["down"](layer["up"](x).relu())
+    return x
+
+
+def layers(**extra):
+    made = [
+        nn.ModuleDict({**three(), "o": nn.Linear(8, 8), "up": nn.Linear(8, 16), "down": nn.Linear(16, 8)})
+        for _ in range(2)
+    ]
+    for layer in made:
+        layer.update({name: make() for name, make in extra.items()})
+    return nn.ModuleList(made)
+
+
+def plain_attention(layer, x):
+    return layer["o"](attention(layer, x))
+
+
+def test_a_stem_with_a_nonlinearity_makes_no_mlp_of_what_follows():
+    target = Parts(
+        lambda parts, x: blocks(parts, parts["stem"](x).relu(), plain_attention), stem=nn.Linear(8, 8), h=layers()
+    )
+    assert [site.name for site in found(target)] == ["parts.h.0.o", "parts.h.1.o"]
+    assert [site.name for site in found(target, "mlp")] == ["parts.h.0.down", "parts.h.1.down"]
+
+
+def test_mlps_of_layers_without_attention_are_sites_too():
+    def run(parts, x):
+        first, second = parts["h"]
+        x = x + first["down"](first["up"](x).relu())
+        return blocks({"h": [second]}, x, plain_attention)
+
+    assert [site.name for site in found(Parts(run, h=layers()), "mlp")] == ["parts.h.0.down", "parts.h.1.down"]
+
+
+def test_a_softmax_that_weighs_experts_is_no_attention():
+    def run(parts, x):
+        x = x + parts["o"](attention(parts, x))
+        weights = parts["router"](x).softmax(-1)
+        made = torch.stack([parts["first"](x), parts["second"](x)], -2)
+        return parts["head"](x + torch.einsum("bse,bsed->bsd", weights, made))
+
+    experts = {"first": nn.Linear(8, 8), "second": nn.Linear(8, 8), "head": nn.Linear(8, 3)}
+    with pytest.raises(SiteError, match="no projection module reads what attention makes"):
+        found(Parts(run, **three(), o=nn.Linear(8, 8), router=nn.Linear(8, 2), **experts))
+
+
+def test_attention_without_a_projection_of_its_own_is_refused():
+    into_a_sum = Parts(lambda parts, x: parts["up"](x + attention(parts, x)), **three(), up=nn.Linear(8, 16))
+    with pytest.raises(SiteError, match="no projection module reads what attention makes"):
+        found(into_a_sum)
+    fused = nn.TransformerEncoderLayer(8, nhead=2, dim_feedforward=16, batch_first=True).eval()
+    whole = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    for target in (fused, Parts(lambda parts, x: parts["a"](x, x, x)[0], a=whole)):
+        with pytest.raises(SiteError, match="no projection module reads what attention makes"):
+            found(target)
+
+
+def test_an_output_that_two_projections_read_is_refused():
+    def run(parts, x):
+        made = attention(parts, x)
+        return parts["base"](made) + parts["up"](parts["down"](made))
+
+    adapted = {"base": nn.Linear(8, 8), "down": nn.Linear(8, 2), "up": nn.Linear(2, 8)}
+    with pytest.raises(SiteError, match="read by several projections, among parts.base, parts.down"):
+        found(Parts(run, **three(), **adapted))
+
+
+def test_a_target_that_runs_twice_is_refused():
+    model = tiny.gpt2()
+    with pytest.raises(SiteError, match="the target ran 2 times for one batch, expected once"):
+        find_sites(model, lambda: (tiny.run(model), tiny.run(model)))
+
+
+def test_heads_moved_by_an_index_are_not_counted():
+    order = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
+    target = Parts(
+        lambda parts, x: parts["o"](attention(parts, x).gather(2, order.expand(2, 5, 8))), **three(), o=nn.Linear(8, 8)
+    )
+    assert found(target) == [Site("parts.o", 8, None)]
 
 
 def test_finding_changes_nothing_and_leaves_no_hook():
@@ -307,3 +394,21 @@ def test_fingerprint_tells_targets_apart_by_one_bit():
         weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(torch.inf))
     assert fingerprint(model) != fingerprint(same)
     assert fingerprint(model) != fingerprint(tiny.gpt2().bfloat16())
+
+
+def test_check_mixing_needs_two_positions_and_looks_past_masked_features():
+    target = Parts(lambda parts, x: parts["o"](attention(parts, x)), **three(), o=nn.Linear(8, 8))
+    inputs = torch.randn(1, 5, 8), torch.randn(1, 5, 8)
+    with pytest.raises(SiteError, match="the last hidden state has a single position"):
+        check_mixing(target, found(target), lambda number: [target(inputs[number])[:, :1]])
+    first = torch.randn(1, 5, 8)
+    second = first.clone()
+    second[:, 2] += 1
+
+    def masked(number):
+        logits = target((first, second)[number]) + (first, second)[number].roll(1, 1)
+        logits[..., 0] = torch.finfo(torch.float32).min
+        return [logits + (first, second)[number]]
+
+    with pytest.raises(SiteError, match="moves the last hidden state at 2 of 5 positions"):
+        check_mixing(target, found(target), masked)

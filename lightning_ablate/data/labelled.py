@@ -128,15 +128,21 @@ class TextRows(AblationDataModule):
         budgets = {f"{purpose}_examples": self.budgets[purpose] for purpose in self.examples}
         return super().describe() | {"length": self.length, **budgets}
 
-    def tokens(self, tokenizer: Any, *texts: Any) -> dict[str, Tensor]:
-        """``input_ids`` and ``attention_mask`` ``(length,)`` int64 of one text or a pair, cut and padded."""
-        for text in texts:
-            if not isinstance(text, str):
-                raise DataError(f"{self.name} holds {text!r}, expected text in the columns {', '.join(self.columns)}")
-        ids = tokenizer(*texts, truncation=True, max_length=self.length)["input_ids"]
-        padded = torch.full((self.length,), padding_id(tokenizer))
-        padded[: len(ids)] = torch.tensor(ids)
-        return {"input_ids": padded, "attention_mask": (torch.arange(self.length) < len(ids)).long()}
+    def text(self, row: dict[str, Any], column: str) -> str:
+        """The text of a column."""
+        if not isinstance(row[column], str):
+            raise DataError(f"{self.name} holds {row[column]!r} in {column!r}, expected text")
+        return row[column]
+
+    def tokens(self, tokenizer: Any, *texts: str) -> dict[str, Tensor]:
+        """What the target takes of one text or a pair, cut and padded: each ``(length,)`` int64."""
+        made = tokenizer(*texts, truncation=True, max_length=self.length)
+        padding = {"input_ids": padding_id(tokenizer), "attention_mask": 0, "token_type_ids": 0}
+        return {name: self.padded(made[name], filler) for name, filler in padding.items() if name in made}
+
+    def padded(self, numbers: list[int], filler: int) -> Tensor:
+        """The numbers, filled up to ``(length,)`` int64."""
+        return torch.tensor(numbers + [filler] * (self.length - len(numbers)))
 
 
 class LabelledTexts(TextRows):
@@ -168,7 +174,8 @@ class LabelledTexts(TextRows):
         label = row[self.label_column]
         if not isinstance(label, int):
             raise DataError(f"{self.name} holds {label!r} in {self.label_column!r}, expected a class index")
-        return {**self.tokens(tokenizer, *(row[column] for column in self.texts)), "label": torch.tensor(label)}
+        texts = [self.text(row, column) for column in self.texts]
+        return {**self.tokens(tokenizer, *texts), "label": torch.tensor(label)}
 
 
 class TextPairs(TextRows):
@@ -196,8 +203,6 @@ class TextPairs(TextRows):
 
     def example(self, row: dict[str, Any], tokenizer: Any) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask`` and ``labels`` ``(length,)`` int64, the labels -100 at padding."""
-        read = self.tokens(tokenizer, f"{self.prefix}{row[self.source_column]}")
-        target = tokenizer(text_target=row[self.target_column], truncation=True, max_length=self.length)["input_ids"]
-        labels = torch.full((self.length,), _IGNORED)
-        labels[: len(target)] = torch.tensor(target)
-        return {**read, "labels": labels}
+        read = self.tokens(tokenizer, self.prefix + self.text(row, self.source_column))
+        target = tokenizer(text_target=self.text(row, self.target_column), truncation=True, max_length=self.length)
+        return {**read, "labels": self.padded(target["input_ids"], _IGNORED)}

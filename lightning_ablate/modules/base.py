@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_ablate.calibration import Calibration
 from lightning_ablate.errors import ConfigError, DataError
 from lightning_ablate.metrics import Scored
-from lightning_ablate.sites import Site, check_mixing, is_asked
+from lightning_ablate.sites import KINDS, Site, check_mixing, find_sites
 from lightning_ablate.sweep import Sweep
 
 
@@ -151,9 +151,9 @@ class AblationModule(lightning.LightningModule, ABC):
 
     def _find_sites(self, calibration: Calibration, batch: Any) -> None:
         calibration.find(lambda: self.evaluate(batch))
-        probes = self.probes(batch) if calibration.holds_all_attention else None
-        if probes is not None:
-            attention = [site for site in calibration.sites if is_asked(site, "attention")]
+        probes = self.probes(batch)
+        if probes is not None and any("attention" in word for word in calibration.which if word in KINDS):
+            attention = find_sites(self.target, lambda: self.evaluate(batch))  # all of it, whatever was chosen
             check_mixing(self.target, attention, lambda number: self.hidden(probes[number]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -23,8 +23,8 @@ class SequenceClassifier(LanguageModel):
 
         target: Any = self._load(AutoModelForSequenceClassification)
         target.config.use_cache = False
-        if target.config.pad_token_id is None:  # decoders need it to find an example's last token
-            target.config.pad_token_id = padding_id(self.tokenizer)
+        # by it decoders find an example's last token, so it must be what the data are padded with
+        target.config.pad_token_id = padding_id(self.tokenizer)
         return target
 
     def logits(self, batch: TextBatch) -> Tensor:
@@ -37,8 +37,7 @@ class SequenceClassifier(LanguageModel):
 
     def hidden(self, batch: TextBatch) -> Sequence[Tensor]:
         """The last layer's tokens."""
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        return [self.target(**inputs, output_hidden_states=True).hidden_states[-1]]
+        return [self.target(**self.inputs(batch), output_hidden_states=True).hidden_states[-1]]
 
     def unrelated(self, kind: str, seed: int, batch: TextBatch) -> TextBatch:
         """See :meth:`LanguageModel.unrelated`; there is no generated text."""

@@ -65,7 +65,11 @@ class LanguageModel(AblationModule):
 
     def logits(self, batch: TextBatch) -> Tensor:
         """The target's logits, ``(batch, seq, vocabulary)``."""
-        return self.target(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return self.target(**self.inputs(batch)).logits
+
+    def inputs(self, batch: TextBatch) -> dict[str, Tensor]:
+        """What of a batch the target takes."""
+        return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
 
     def unrelated(self, kind: str, seed: int, batch: TextBatch) -> TextBatch:
         """One sequence of random characters, random token ids, or generated text, as long as those of the batch."""

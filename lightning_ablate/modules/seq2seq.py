@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_ablate.masks import seed_of
 from lightning_ablate.metrics import Scored
 from lightning_ablate.modules.language import LanguageModel, TextBatch
 from lightning_ablate.sites import Site
@@ -52,7 +53,7 @@ class Seq2SeqLM(LanguageModel):
 
     def unrelated(self, kind: str, seed: int, batch: TextBatch) -> TextBatch:
         """Two texts of random characters or token ids, as long as those of the batch; there is no generated text."""
-        second = super().unrelated(kind, seed + 1, {**batch, "input_ids": batch["labels"]})
+        second = super().unrelated(kind, seed_of(seed, "second"), {**batch, "input_ids": batch["labels"]})
         return {**super().unrelated(kind, seed, batch), "labels": second["input_ids"]}
 
     @cached_property
@@ -64,7 +65,7 @@ class Seq2SeqLM(LanguageModel):
 
     def _run(self, batch: TextBatch) -> Any:
         target: Any = self.target
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        inputs = self.inputs(batch)
         if hasattr(target, "prepare_decoder_input_ids_from_labels"):
             inputs["decoder_input_ids"] = target.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
         else:

@@ -62,10 +62,12 @@ class ImageClassifier(AblationModule):
         return Scored(logits, batch["label"], batch["index"])
 
     def probes(self, batch: ImageBatch) -> tuple[ImageBatch, ImageBatch]:
-        """The first image, and the same with another pixel in the upper left corner."""
+        """The first image, and the same with another pixel near its middle, where overlapping windows share it."""
         one = {name: tensor[:1] for name, tensor in batch.items()}
         pixels = one["pixel_values"].clone()
-        pixels[:, :, 0, 0] += 100.0  # so much that no mixing stays below the rounding of low precision
+        pixels[:, :, pixels.shape[2] // 2 | 1, pixels.shape[3] // 2 | 1] += (
+            100.0  # so much that no mixing stays below the rounding of low precision
+        )
         return one, {**one, "pixel_values": pixels}
 
     def hidden(self, batch: ImageBatch) -> Sequence[Tensor]:

@@ -80,9 +80,22 @@ class ActivationStatistic(Metric, ABC):
 
 
 def positions(activations: Tensor, valid: Tensor | None) -> Tensor:
-    """The activations of the valid positions, ``(positions, neurons)``, in their own dtype."""
+    """The activations of the valid positions, ``(positions, neurons)``, in their own dtype.
+
+    Raises:
+        StatisticsError: if the activations don't have the shape that ``valid`` tells.
+    """
     neurons = activations.shape[-1]
     if valid is None:
         return activations.reshape(-1, neurons)
-    rows = activations.reshape(valid.shape[0], -1, neurons)
+    if activations.ndim == 2 and len(activations) == len(valid):  # one position an example
+        return activations[valid.any(1)]
+    examples, length = valid.shape
+    if len(activations) % examples if length == 1 else activations.shape[:2] != valid.shape:
+        raise StatisticsError(
+            f"gets activations {tuple(activations.shape)} where {examples} examples of {length} positions are expected "
+            "(batch first): which of them are padding can't be told; leave the site out (--ablation.sites), or "
+            "override `valid_at`"
+        )
+    rows = activations.reshape(examples, -1, neurons)
     return rows[valid.expand(rows.shape[:2])]

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from lightning_ablate import AblationCallback, Seq2SeqLM, SequenceClassifier
 from lightning_ablate.data import LabelledTexts, TextPairs
-from lightning_ablate.errors import ConfigError
+from lightning_ablate.errors import ConfigError, DataError
 from lightning_ablate.statistics import Moments
 from tests import tiny
 
@@ -163,6 +163,43 @@ def test_every_row_calibrates_or_is_evaluated_once(folder):
     assert len(contents["calibration"]) == 20 and len(contents["evaluation"]) == 21
     assert not contents["calibration"] & contents["evaluation"]
     assert data.describe()["evaluation_examples"] == 21
+
+
+def test_pairs_tell_a_bert_which_text_is_which(folder, tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"the cat dog of number is as every knows".split()]
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)}, model_max_length=64)
+    config = BertConfig(
+        vocab_size=len(words),
+        num_labels=3,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=32,
+    )
+    tokenizer.save_pretrained(tmp_path / "bert")
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    module, data = SequenceClassifier(str(tmp_path / "bert")), texts(folder, second_text_column="second")
+    base = fitted(tmp_path, module, data).baseline
+    loss = 0.0
+    with torch.no_grad():
+        for index in range(21):
+            first, second, label = (
+                data.examples["evaluation"].contents[index].decode().split("\0")[i] for i in (0, 1, 2)
+            )
+            inputs = module.tokenizer(first, second, return_tensors="pt")
+            assert bool(inputs["token_type_ids"].any())
+            loss += F.cross_entropy(module.target(**inputs).logits, torch.tensor([int(label)])).item()
+    assert base.cross_entropy == pytest.approx(loss / 21, abs=1e-5)
+
+
+def test_a_missing_text_is_refused(tmp_path):
+    for column in ("source", "target"):
+        row = {"source": "the cat", "target": "the dog"} | {column: None}
+        data = TextPairs("pairs", length=8)
+        with pytest.raises(DataError, match=f"pairs holds None in '{column}', expected text"):
+            data.example(row, tiny.tokenizer())
 
 
 @pytest.mark.parametrize(

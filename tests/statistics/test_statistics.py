@@ -196,3 +196,17 @@ def test_spread_and_magnitude_equal_numpy_however_the_activations_are_split():
         merged = Spread(NEURONS)
         merged.parts = merged._reductions["parts"](torch.stack([rank.parts for rank in ranks]))
         np.testing.assert_allclose(merged.sd.numpy(), spread.sd.numpy(), rtol=1e-12, atol=1e-300)
+
+
+def test_activations_of_another_form_than_the_mask_tells_are_refused():
+    valid = torch.ones(3, 12, dtype=torch.bool)
+    for shape in ((12, 3, NEURONS), (3, 11, NEURONS), (5, 12, NEURONS)):  # positions first, too few, other examples
+        with pytest.raises(StatisticsError, match="3 examples of 12 positions are expected"):
+            Moments(NEURONS).update(torch.randn(shape), valid)
+    pooled = Moments(NEURONS)
+    x = torch.randn(3, NEURONS)
+    pooled.update(x, torch.tensor([[True, False], [True, True], [False, False]]))
+    torch.testing.assert_close(pooled.mean, x[:2].double().mean(0))
+    windows = Moments(NEURONS)
+    windows.update(torch.randn(6, 4, NEURONS), torch.tensor([[True], [True], [False]]))
+    assert int(windows.count) == 16
