@@ -97,7 +97,7 @@ def test_sites_by_pattern(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fit", "--ablation.methods=[zero,maen]"], "unknown method 'maen'; expected one of mean"),
+        (["fit", "--ablation.methods=[zero,maen]"], "unknown method 'maen'; expected one of half-sample-mode, mean"),
         (["fit", "--ablation.fractions=[0.5,1.5]"], "fractions holds 1.5, expected a share"),
         (["fit", "--ablation.sites=*.o_proj"], "the site pattern '*.o_proj' matches no module"),
         (["fit", "--model.dtype=fp16"], "could not load 'demo:vit'"),

@@ -9,6 +9,7 @@ import lightning
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
+from lightning_ablate.data.source import open_source
 from lightning_ablate.errors import ConfigError, DataError
 
 Purpose = Literal["calibration", "evaluation"]
@@ -176,3 +177,68 @@ class AblationDataModule(lightning.LightningDataModule, ABC):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
+
+
+class SourceData(AblationDataModule):
+    """Examples from a source that `datasets` reads.
+
+    Args:
+        name: see :func:`~lightning_ablate.data.source.open_source`.
+        subset: which configuration of a hub data set.
+        calibration_split: the split that calibrates.
+        evaluation_split: the split that is evaluated; it may be the same one, as nothing is used for both.
+        streaming: reads only as far as the budgets need, without downloading the rest.
+        shuffle_seed: shuffles with this seed; None keeps the order.
+        batch_size: examples per forward pass and process.
+        num_workers: processes that load batches ahead; 0 loads them in the main one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        subset: str | None,
+        calibration_split: str,
+        evaluation_split: str,
+        streaming: bool,
+        shuffle_seed: int | None,
+        batch_size: int,
+        num_workers: int,
+    ) -> None:
+        super().__init__(name, batch_size=batch_size, num_workers=num_workers)
+        self.splits: dict[Purpose, str] = {"calibration": calibration_split, "evaluation": evaluation_split}
+        self.subset, self.streaming, self.shuffle_seed = subset, streaming, shuffle_seed
+
+    def source(self, purpose: Purpose) -> Any:
+        """The rows for a purpose, in order. Override it to read from elsewhere."""
+        return open_source(
+            self.name,
+            subset=self.subset,
+            split=self.splits[purpose],
+            streaming=self.streaming,
+            shuffle_seed=self.shuffle_seed,
+        )
+
+    def prepare_data(self) -> None:
+        """Downloads what the hub has, once a node."""
+        if not self.streaming:
+            for purpose in get_args(Purpose):
+                self.source(purpose)
+
+
+def budgets_of(unit: str, calibration: int, evaluation: int) -> dict[Purpose, int]:
+    """How much of the data each purpose takes.
+
+    Args:
+        unit: what is counted, as the options call it: ``tokens``, ``images`` or ``examples``.
+        calibration: how many calibrate.
+        evaluation: how many are evaluated.
+
+    Raises:
+        ConfigError: if one of them is below 1.
+    """
+    budgets: dict[Purpose, int] = {"calibration": calibration, "evaluation": evaluation}
+    for purpose, budget in budgets.items():
+        if budget < 1:
+            raise ConfigError(f"{purpose}_{unit} is {budget}, expected at least 1")
+    return budgets

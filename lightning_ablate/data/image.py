@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_ablate.data.base import AblationDataModule, Examples, Purpose
-from lightning_ablate.data.source import open_source, rows
+from lightning_ablate.data.base import Examples, Purpose, SourceData, budgets_of
+from lightning_ablate.data.source import rows
 from lightning_ablate.errors import ConfigError, DataError, loading
 
 
@@ -44,7 +44,7 @@ class Images(Examples):
         return encoded(self.images[index]) + f" {self.labels[index]}".encode()
 
 
-class ImageData(AblationDataModule):
+class ImageData(SourceData):
     """Labelled images: the calibration images first, then the evaluation images from what is left.
 
     Args:
@@ -78,30 +78,18 @@ class ImageData(AblationDataModule):
         batch_size: int = 64,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(name, batch_size=batch_size, num_workers=num_workers)
-        self.budgets: dict[Purpose, int] = {"calibration": calibration_images, "evaluation": evaluation_images}
-        for purpose, budget in self.budgets.items():
-            if budget < 1:
-                raise ConfigError(f"{purpose}_images is {budget}, expected at least 1")
-        self.splits: dict[Purpose, str] = {"calibration": calibration_split, "evaluation": evaluation_split}
-        self.subset, self.streaming, self.shuffle_seed = subset, streaming, shuffle_seed
-        self.image_column, self.label_column = image_column, label_column
-
-    def source(self, purpose: Purpose) -> Any:
-        """The rows for a purpose, in order. Override it to read from elsewhere."""
-        return open_source(
-            self.name,
-            subset=self.subset,
-            split=self.splits[purpose],
-            streaming=self.streaming,
-            shuffle_seed=self.shuffle_seed,
+        super().__init__(
+            name,
+            subset=subset,
+            calibration_split=calibration_split,
+            evaluation_split=evaluation_split,
+            streaming=streaming,
+            shuffle_seed=shuffle_seed,
+            batch_size=batch_size,
+            num_workers=num_workers,
         )
-
-    def prepare_data(self) -> None:
-        """Downloads what the hub has, once a node."""
-        if not self.streaming:
-            for purpose in get_args(Purpose):
-                self.source(purpose)
+        self.budgets = budgets_of("images", calibration_images, evaluation_images)
+        self.image_column, self.label_column = image_column, label_column
 
     def load(self, purpose: Purpose) -> Images:
         """Takes images until the budget is reached.

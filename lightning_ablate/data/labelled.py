@@ -2,15 +2,15 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_ablate.data.base import AblationDataModule, Examples, Purpose
-from lightning_ablate.data.source import open_source, rows
+from lightning_ablate.data.base import Examples, Purpose, SourceData, budgets_of
+from lightning_ablate.data.source import rows
 from lightning_ablate.data.text import tokenizer_of
-from lightning_ablate.errors import ConfigError, DataError
+from lightning_ablate.errors import DataError
 from lightning_ablate.tokens import padding_id
 
 _IGNORED = -100
@@ -35,7 +35,7 @@ class Rows(Examples):
         return self.contents[index]
 
 
-class TextRows(AblationDataModule):
+class TextRows(SourceData):
     """Rows of a source, each one example: the calibration examples first, then the evaluation examples.
 
     Args:
@@ -71,34 +71,22 @@ class TextRows(AblationDataModule):
         batch_size: int = 16,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(name, batch_size=batch_size, num_workers=num_workers)
-        self.budgets: dict[Purpose, int] = {"calibration": calibration_examples, "evaluation": evaluation_examples}
-        for purpose, budget in self.budgets.items():
-            if budget < 1:
-                raise ConfigError(f"{purpose}_examples is {budget}, expected at least 1")
-        self.splits: dict[Purpose, str] = {"calibration": calibration_split, "evaluation": evaluation_split}
-        self.columns, self.subset, self.streaming, self.shuffle_seed = tuple(columns), subset, streaming, shuffle_seed
-        self.length, self.tokenizer_name = length, tokenizer
+        super().__init__(
+            name,
+            subset=subset,
+            calibration_split=calibration_split,
+            evaluation_split=evaluation_split,
+            streaming=streaming,
+            shuffle_seed=shuffle_seed,
+            batch_size=batch_size,
+            num_workers=num_workers,
+        )
+        self.budgets = budgets_of("examples", calibration_examples, evaluation_examples)
+        self.columns, self.length, self.tokenizer_name = tuple(columns), length, tokenizer
 
     @abstractmethod
     def example(self, row: dict[str, Any], tokenizer: Any) -> dict[str, Tensor]:
         """The tensors of one row."""
-
-    def source(self, purpose: Purpose) -> Any:
-        """The rows for a purpose, in order. Override it to read from elsewhere."""
-        return open_source(
-            self.name,
-            subset=self.subset,
-            split=self.splits[purpose],
-            streaming=self.streaming,
-            shuffle_seed=self.shuffle_seed,
-        )
-
-    def prepare_data(self) -> None:
-        """Downloads what the hub has, once a node."""
-        if not self.streaming:
-            for purpose in get_args(Purpose):
-                self.source(purpose)
 
     def load(self, purpose: Purpose) -> Rows:
         """Takes rows until the budget is reached.

@@ -6,8 +6,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_ablate.data.base import AblationDataModule, Examples, Purpose
-from lightning_ablate.data.source import open_source, rows
+from lightning_ablate.data.base import AblationDataModule, Examples, Purpose, SourceData, budgets_of
+from lightning_ablate.data.source import rows
 from lightning_ablate.errors import ConfigError, DataError, loading
 from lightning_ablate.tokens import padding_id, special_frame
 
@@ -32,7 +32,7 @@ class Sequences(Examples):
         return self.ids[index, : int(self.lengths[index])].numpy().tobytes()
 
 
-class TextData(AblationDataModule):
+class TextData(SourceData):
     """Text for a language model: the calibration sequences first, then the evaluation sequences from other documents.
 
     Documents longer than ``length`` give several sequences. The last sequence is used whole, so a budget is reached or
@@ -74,25 +74,22 @@ class TextData(AblationDataModule):
         batch_size: int = 8,
         num_workers: int = 0,
     ) -> None:
-        super().__init__(name, batch_size=batch_size, num_workers=num_workers)
-        self.budgets: dict[Purpose, int] = {"calibration": calibration_tokens, "evaluation": evaluation_tokens}
-        for purpose, budget in self.budgets.items():
-            if budget < 1:
-                raise ConfigError(f"{purpose}_tokens is {budget}, expected at least 1")
-        self.splits: dict[Purpose, str] = {"calibration": calibration_split, "evaluation": evaluation_split}
-        self.subset, self.text_column, self.streaming, self.shuffle_seed = subset, text_column, streaming, shuffle_seed
-        self.length, self.packing, self.tokenizer_name = length, packing, tokenizer
+        super().__init__(
+            name,
+            subset=subset,
+            calibration_split=calibration_split,
+            evaluation_split=evaluation_split,
+            streaming=streaming,
+            shuffle_seed=shuffle_seed,
+            batch_size=batch_size,
+            num_workers=num_workers,
+        )
+        self.budgets = budgets_of("tokens", calibration_tokens, evaluation_tokens)
+        self.text_column, self.length, self.packing, self.tokenizer_name = text_column, length, packing, tokenizer
 
     def documents(self, purpose: Purpose) -> Iterable[str]:
         """The texts for a purpose, in order. Override it to read from elsewhere."""
-        source = open_source(
-            self.name,
-            subset=self.subset,
-            split=self.splits[purpose],
-            streaming=self.streaming,
-            shuffle_seed=self.shuffle_seed,
-        )
-        for row in rows(source, self.name, self.text_column):
+        for row in rows(self.source(purpose), self.name, self.text_column):
             text = row[self.text_column]
             if not isinstance(text, str):
                 raise DataError(f"{self.name} holds a {type(text).__name__} in {self.text_column!r}, expected text")

@@ -192,3 +192,13 @@ def test_what_the_target_has_no_embedding_for_is_refused(make, longest, gpt2_fol
     fits["input_ids"][1, 3] = tiny.VOCABULARY
     with pytest.raises(DataError, match="token id 300, expected ids below 300"):
         module.on_train_batch_start(fits, 0)
+
+
+def test_probes_differ_in_the_first_token_of_one_example(causal, masked):
+    for module in (causal, masked):
+        batch = tiny.tokens()
+        batch["input_ids"][0, 0] = module._ordinary[0]
+        first, second = module.probes(batch)
+        assert (first["input_ids"] != second["input_ids"]).nonzero().tolist() == [[0, 0]]
+        assert second["input_ids"][0, 0] in module._ordinary and torch.equal(first["index"], batch["index"][:1])
+        assert torch.equal(module.hidden(first)[0], module.logits(first))

@@ -110,3 +110,18 @@ def test_the_name_tells_the_library(name, library):
 def test_a_name_that_does_not_load_is_one_error(name):
     with pytest.raises(TargetError, match=f"could not load '{name}'"):
         ImageClassifier(name).configure_model()
+
+
+def test_probes_differ_in_one_pixel_inside_one_patch_and_hidden_gives_the_tokens_last():
+    import timm
+
+    module = ImageClassifier("swinv2_cr_tiny_224")
+    options = {"img_size": 64, "embed_dim": 32, "depths": (2, 2), "num_heads": (4, 4), "window_size": 8}
+    module.target = timm.create_model("swinv2_cr_tiny_224", **options).eval()  # gives features before height and width
+    first, second = module.probes({"pixel_values": torch.zeros(2, 3, 64, 64), "index": torch.arange(2)})
+    changed = (first["pixel_values"] != second["pixel_values"]).any(1).nonzero().tolist()
+    assert changed == [[0, 33, 33]] and first["pixel_values"].shape[0] == 1
+    with torch.no_grad():
+        (tokens,) = module.hidden(first)
+        assert tokens.shape == (1, 8, 8, 64) and module.target.num_features == 64
+        torch.testing.assert_close(tokens.movedim(-1, 1), module.target.forward_features(first["pixel_values"]))
