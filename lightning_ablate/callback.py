@@ -20,12 +20,14 @@ from lightning_ablate.methods import AblationMethod, method_named
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.results import Results
 from lightning_ablate.sites import fingerprint
-from lightning_ablate.statistics import ActivationStatistic, Moments
+from lightning_ablate.statistics import ActivationStatistic, LatticeHistogram, Moments
 from lightning_ablate.sweep import Sweep, check_conditions, distinct_conditions
 
 PAPER_FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 PAPER_SEEDS = (42, 123, 456)
 CHECKPOINT = "ablation.ckpt"
+# gathered whatever the methods need: they describe the neurons, and name the site of a non-finite activation
+ALWAYS: tuple[type[ActivationStatistic], ...] = (Moments, LatticeHistogram)
 
 
 class AblationCallback(lightning.Callback):
@@ -36,9 +38,9 @@ class AblationCallback(lightning.Callback):
     it sweeps; ``validate`` with it sweeps again.
 
     Args:
-        methods: what replaces a neuron: names (``zero``, ``mean``, ``peak``, ``mode``, ``half-sample-mode``,
-            ``median``, ``resample-characters``, ``resample-ids``, ``resample-generated``, ``resample-pixels``),
-            instances, or class paths of subclasses of
+        methods: what replaces a neuron: names (``zero``, ``mean``, ``peak``, ``one-pass-peak``, ``mode``,
+            ``half-sample-mode``, ``median``, ``resample-characters``, ``resample-ids``, ``resample-generated``,
+            ``resample-pixels``), instances, or class paths of subclasses of
             :class:`~lightning_ablate.methods.AblationMethod`.
         fractions: shares of each site's neurons, 0 to 1.
         seeds: of the choice of neurons, and of what a method draws.
@@ -179,8 +181,7 @@ class AblationCallback(lightning.Callback):
         return self.choice.selections(calibration.sites, sorted(map(float, self.fractions)), self.seeds)
 
     def _kinds(self) -> list[type[ActivationStatistic]]:
-        # the mean is always gathered: it costs little, and it names the site of a non-finite activation
-        return [Moments, *self.choice.statistics, *(kind for method in self.methods for kind in method.statistics)]
+        return [*ALWAYS, *self.choice.statistics, *(kind for method in self.methods for kind in method.statistics)]
 
     def _begin(self, trainer: lightning.Trainer, module: AblationModule) -> None:
         self.results, self._partial = None, []

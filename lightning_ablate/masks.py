@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_ablate.errors import ConfigError, SiteError
 from lightning_ablate.sites import Site
-from lightning_ablate.statistics import ActivationStatistic, Magnitude, SiteStatistics, Spread
+from lightning_ablate.statistics import ActivationStatistic, Magnitude, Moments, SiteStatistics
 
 Unit = Literal["neuron", "head"]
 
@@ -146,7 +146,7 @@ class ByImportance(OrderedChoice):
         [2, 0, 1]
     """
 
-    statistics = (Spread, Magnitude)
+    statistics = (Moments, Magnitude)
     seeded = False
 
     def __init__(
@@ -162,7 +162,7 @@ class ByImportance(OrderedChoice):
         """By importance; of equally important units the first in the site goes first."""
         if statistics is None:
             raise ConfigError("an order by importance needs the statistics of the site")
-        neurons = statistics[Spread].sd if self.by == "sd" else statistics[Magnitude].mean
+        neurons = statistics[Moments].sd if self.by == "sd" else statistics[Magnitude].mean
         importance = neurons.cpu().view(self.units(site), -1).mean(1)
         return importance.argsort(stable=True, descending=self.first == "highest")
 

@@ -9,7 +9,7 @@ import torch
 from lightning_ablate.errors import ConfigError, SiteError, StatisticsError
 from lightning_ablate.masks import ByImportance, EachHead, EachLayer, RandomNeurons, Selection, seed_of
 from lightning_ablate.sites import Site
-from lightning_ablate.statistics import Magnitude, SiteStatistics, Spread
+from lightning_ablate.statistics import Magnitude, Moments, SiteStatistics
 
 
 def mask_of(site, fraction, seed):
@@ -111,10 +111,10 @@ def test_each_layer_is_taken_once_with_all_its_sites():
 
 
 def statistics_of(activations):
-    spread, magnitude = Spread(activations.shape[-1]), Magnitude(activations.shape[-1])
+    spread, magnitude = Moments(activations.shape[-1]), Magnitude(activations.shape[-1])
     spread.update(activations)
     magnitude.update(activations)
-    return SiteStatistics("here", {Spread: spread, Magnitude: magnitude})
+    return SiteStatistics("here", {Moments: spread, Magnitude: magnitude})
 
 
 @pytest.mark.parametrize("first", ["lowest", "highest"])
@@ -138,7 +138,7 @@ def test_importance_of_a_head_is_the_mean_over_its_neurons():
 
 def test_importance_depends_on_no_seed_and_on_statistics():
     assert ByImportance().selections([HEADS], [0.0, 0.5, 1.0], [1, 2]) == [Selection(0.5), Selection(1.0)]
-    with pytest.raises(StatisticsError, match="needs the statistic Spread of the site here"):
+    with pytest.raises(StatisticsError, match="needs the statistic Moments of the site here"):
         ByImportance().mask(Selection(0.5), HEADS, SiteStatistics("here", {}))
     with pytest.raises(ConfigError, match="needs the statistics"):
         ByImportance().mask(Selection(0.5), HEADS)

@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 
 from lightning_ablate.metrics import Scored, SweepMetrics
 from lightning_ablate.results import read_rows
-from lightning_ablate.statistics import Moments, Range, RangeHistogram, SiteStatistics
+from lightning_ablate.statistics import LatticeHistogram, Moments, RangeHistogram, SiteStatistics
 from tests.statistics.test_statistics import NEURONS, activations, gathered
 
 SHARED = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
@@ -57,11 +57,11 @@ def test_two_processes_give_the_figures_of_one_on_padded_and_masked_text(tmp_pat
 def rank_of_two(rank, port, folder):
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     part = activations().flatten(0, 1).tensor_split([130])[rank].unsqueeze(0)
-    moments, bounds = Moments(NEURONS), Range(NEURONS)
+    moments, bounds = Moments(NEURONS), LatticeHistogram(NEURONS)
     for statistic in (moments, bounds):
         statistic.update(part)
         statistic.sync()
-    histogram = RangeHistogram(NEURONS, SiteStatistics("here", {Range: bounds}))
+    histogram = RangeHistogram(NEURONS, SiteStatistics("here", {LatticeHistogram: bounds}))
     histogram.update(part)
     histogram.sync()
     metrics = SweepMetrics(2)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.methods.base import Ablation, AblationMethod, Replacement, ablate, constant
 from lightning_ablate.methods.mean import Mean
-from lightning_ablate.methods.mode import HalfSampleMode, Median, Mode
+from lightning_ablate.methods.mode import HalfSampleMode, Median, Mode, OnePassPeak
 from lightning_ablate.methods.peak import Peak
 from lightning_ablate.methods.resample import ResampleCharacters, ResampleGenerated, ResampleIds, ResamplePixels
 from lightning_ablate.methods.zero import Zero
@@ -18,6 +18,7 @@ __all__ = [
     "Mean",
     "Median",
     "Mode",
+    "OnePassPeak",
     "Peak",
     "Replacement",
     "ResampleCharacters",

@@ -6,6 +6,7 @@ from lightning_ablate.methods.base import Ablation, AblationMethod, Replacement,
 from lightning_ablate.statistics import HalfSampleMode as HalfSampleModeEstimator
 from lightning_ablate.statistics import LatticeHistogram, PeakEstimator, SmoothedMode
 from lightning_ablate.statistics import Median as MedianEstimator
+from lightning_ablate.statistics import OnePassPeak as OnePassPeakEstimator
 
 
 class Estimated(AblationMethod):
@@ -40,6 +41,13 @@ class Mode(Estimated):
 
     name = "mode"
     estimator = SmoothedMode()
+
+
+class OnePassPeak(Estimated):
+    """An ablated neuron is its peak without a second calibration epoch (see ``statistics.OnePassPeak``)."""
+
+    name = "one-pass-peak"
+    estimator = OnePassPeakEstimator()
 
 
 class HalfSampleMode(Estimated):

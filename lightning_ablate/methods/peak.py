@@ -13,11 +13,11 @@ class Peak(AblationMethod):
     Example:
         >>> import torch
         >>> from lightning_ablate.sites import Site
-        >>> from lightning_ablate.statistics import Range, SiteStatistics
+        >>> from lightning_ablate.statistics import LatticeHistogram, SiteStatistics
         >>> activations = torch.tensor([[[0.0], [0.501], [0.502], [1.0]]])
-        >>> bounds = Range(neurons=1)
-        >>> bounds.update(activations)
-        >>> histogram = RangeHistogram(neurons=1, earlier=SiteStatistics("attn.proj", {Range: bounds}))
+        >>> first = LatticeHistogram(neurons=1)
+        >>> first.update(activations)
+        >>> histogram = RangeHistogram(neurons=1, earlier=SiteStatistics("attn.proj", {LatticeHistogram: first}))
         >>> histogram.update(activations)
         >>> statistics = SiteStatistics("attn.proj", {RangeHistogram: histogram})
         >>> here = Ablation(Site("attn.proj", 1), torch.ones(1, dtype=torch.bool), statistics, None, {})

@@ -1,13 +1,18 @@
 """Statistics of neurons, gathered batch by batch and merged over ranks; one torchmetrics.Metric a file."""
 
 from lightning_ablate.statistics.base import ActivationStatistic, SiteStatistics
-from lightning_ablate.statistics.estimators import HalfSampleMode, Median, PeakEstimator, SmoothedMode
+from lightning_ablate.statistics.estimators import (
+    HalfSampleMode,
+    Median,
+    OnePassPeak,
+    PeakEstimator,
+    SmoothedMode,
+    count_modes,
+)
 from lightning_ablate.statistics.histogram import RangeHistogram
 from lightning_ablate.statistics.lattice import Histogram, LatticeHistogram
 from lightning_ablate.statistics.magnitude import Magnitude
 from lightning_ablate.statistics.moments import Moments
-from lightning_ablate.statistics.range import Range
-from lightning_ablate.statistics.spread import Spread
 
 __all__ = [
     "ActivationStatistic",
@@ -17,10 +22,10 @@ __all__ = [
     "Magnitude",
     "Median",
     "Moments",
+    "OnePassPeak",
     "PeakEstimator",
-    "Range",
     "RangeHistogram",
     "SiteStatistics",
     "SmoothedMode",
-    "Spread",
+    "count_modes",
 ]

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lightning_ablate.errors import StatisticsError
 from lightning_ablate.statistics.base import ActivationStatistic, SiteStatistics, positions
-from lightning_ablate.statistics.range import Range
+from lightning_ablate.statistics.lattice import LatticeHistogram
 
 # Another batch composition moves an activation by about 6e-7 of its size; a change of the data moves it by far more.
 _TOLERANCE = 1e-4
@@ -19,13 +19,13 @@ class RangeHistogram(ActivationStatistic):
 
     Args:
         neurons: width of the site.
-        earlier: holds the :class:`Range` over the same activations.
+        earlier: holds the :class:`LatticeHistogram` of the same activations.
 
     Example:
         >>> activations = torch.tensor([[[0.0], [0.25], [0.75], [1.0]]])
-        >>> bounds = Range(neurons=1)
-        >>> bounds.update(activations)
-        >>> histogram = RangeHistogram(neurons=1, earlier=SiteStatistics("site", {Range: bounds}))
+        >>> first = LatticeHistogram(neurons=1)
+        >>> first.update(activations)
+        >>> histogram = RangeHistogram(neurons=1, earlier=SiteStatistics("site", {LatticeHistogram: first}))
         >>> histogram.update(activations)
         >>> histogram.compute()[0].nonzero().squeeze(1).tolist(), int(histogram.compute().sum())
         ([0, 25, 75, 99], 4)
@@ -34,7 +34,7 @@ class RangeHistogram(ActivationStatistic):
     """
 
     bins = 100
-    needs = (Range,)
+    needs = (LatticeHistogram,)
     low: Tensor
     high: Tensor
     counts: Tensor
@@ -43,8 +43,8 @@ class RangeHistogram(ActivationStatistic):
     def __init__(self, neurons: int, earlier: SiteStatistics | None = None) -> None:
         super().__init__(neurons, earlier)
         zeros = torch.zeros(neurons, dtype=torch.float64)
-        self.register_buffer("low", zeros if earlier is None else earlier[Range].low.clone())
-        self.register_buffer("high", zeros.clone() if earlier is None else earlier[Range].high.clone())
+        self.register_buffer("low", zeros if earlier is None else earlier[LatticeHistogram].low.clone())
+        self.register_buffer("high", zeros.clone() if earlier is None else earlier[LatticeHistogram].high.clone())
         counts = torch.zeros(neurons, self.bins, dtype=torch.int64, device=self.low.device)
         self.add_state("counts", counts, dist_reduce_fx="sum", persistent=True)
         self.add_state("outside", counts.new_zeros(()), dist_reduce_fx="sum", persistent=True)
@@ -75,7 +75,7 @@ class RangeHistogram(ActivationStatistic):
         return self.low + (lowest + 0.5) * ((self.high - self.low) / self.bins) * (self.high > self.low)
 
     def finite(self) -> Tensor:
-        """Always true: :class:`Range`, one epoch earlier, saw the same activations."""
+        """Always true: :class:`LatticeHistogram`, one epoch earlier, saw the same activations."""
         return torch.ones((), dtype=torch.bool, device=self.counts.device)
 
     def check(self) -> None:

@@ -9,9 +9,9 @@ from lightning_ablate.statistics.base import ActivationStatistic, SiteStatistics
 
 # Binary digits behind the first one. Values of these types lie on a lattice of their own, and finer bins would comb.
 _DIGITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23, torch.float64: 28}
-_NEVER = -(2**20)  # the exponent of a neuron that has seen no value but 0
-# the columns before the counts: see _merged_heads
-_EXPONENT, _FIRST, _LAST, _LARGEST, _PRECISION, _ZEROS, _HEAD = range(7)
+_FINEST = -126  # a bin is no narrower than 2^-126, so that its inverse is a float32
+_HEAD = 6  # columns of the state before the counts, see _Head
+_BLOCK = 128  # neurons counted at a time, whose bins a core's cache holds
 
 
 class Histogram(NamedTuple):
@@ -23,6 +23,8 @@ class Histogram(NamedTuple):
         start: ``(neurons,)`` float64, where the first bin begins.
         width: ``(neurons,)`` float64, of a bin, a power of two.
         precision: ``(neurons,)`` int64, binary digits behind the first one of the values' own type.
+        low: ``(neurons,)`` float64, the minimum, which lies in the first bin.
+        high: ``(neurons,)`` float64, the maximum.
     """
 
     counts: Tensor
@@ -30,6 +32,8 @@ class Histogram(NamedTuple):
     start: Tensor
     width: Tensor
     precision: Tensor
+    low: Tensor
+    high: Tensor
 
     @property
     def values(self) -> Tensor:
@@ -42,14 +46,20 @@ class Histogram(NamedTuple):
         octave = torch.frexp(middle).exponent - 1 - self.precision.unsqueeze(1)
         return middle - 0.5 * torch.ldexp(torch.ones_like(middle), octave)
 
+    @property
+    def all_counts(self) -> Tensor:
+        """The counts with the zeros in the bin where 0 lies, ``(neurons, bins)`` float64."""
+        place = (-self.start / self.width).long().clamp(0, self.counts.shape[1] - 1)  # without zeros it may be outside
+        return self.counts.double().scatter_add_(1, place.unsqueeze(1), self.zeros.double().unsqueeze(1))
+
 
 class LatticeHistogram(ActivationStatistic):
     """Counts in bins ``[k 2^e, (k + 1) 2^e)``, k a whole number, with an exponent e of each neuron's own.
 
-    It is the smallest with which the bins from the neuron's minimum to its maximum are at most :attr:`bins`, and not
-    below the spacing of the values' own type at their largest. When a value falls outside, the window moves, or pairs
-    of bins merge. Exponent, window and counts are functions of the values alone: any order of batches and any split
-    into ranks gives the identical histogram. Exact zeros are counted by themselves, and take no part in the window.
+    e is the smallest with which the bins from the neuron's minimum to its maximum are at most :attr:`bins`, and a bin
+    not below the spacing of the values' own type at their largest. When a value falls outside, the window moves, or
+    pairs of bins merge. Exponent and window are functions of minimum, maximum and type alone, so any order of batches
+    and any split into ranks gives the identical histogram. Exact zeros are counted by themselves.
 
     The state is int32, 4 bytes a bin, so a neuron can be counted 2^31 times.
 
@@ -67,35 +77,36 @@ class LatticeHistogram(ActivationStatistic):
 
     bins = 1024
     lattice: Tensor
-    outliers: Tensor
 
     def __init__(self, neurons: int, earlier: SiteStatistics | None = None) -> None:
         super().__init__(neurons, earlier)
-        empty = torch.zeros(neurons, _HEAD + self.bins, dtype=torch.int32)
-        empty[:, :_HEAD] = torch.tensor([_NEVER, 0, 0, _NEVER, max(_DIGITS.values()), 0], dtype=torch.int32)
-        self.add_state("lattice", empty, dist_reduce_fx=_merged, persistent=True)
-        self.add_state("outliers", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum", persistent=True)
+        nothing = torch.full((neurons,), torch.inf, dtype=torch.float64)
+        empty = _Head(nothing, -nothing, torch.full((neurons,), max(_DIGITS.values())), torch.zeros(neurons))
+        counts = torch.zeros(neurons, self.bins, dtype=torch.int32)
+        self.add_state("lattice", torch.cat([empty.packed(), counts], 1), dist_reduce_fx=_merged, persistent=True)
 
     def update(self, activations: Tensor, valid: Tensor | None = None) -> None:
         """Adds a batch, see :meth:`ActivationStatistic.update`."""
         rows = positions(activations, valid)
         if not len(rows):
             return
-        precision = _DIGITS[rows.dtype]
-        rows = rows.double()
-        self.outliers += (~rows.isfinite()).sum()
-        rows = rows.nan_to_num(0.0, 0.0, 0.0)
-        head = _merged_heads(
-            torch.stack([self.lattice[:, :_HEAD].long(), _head_of(rows, precision, self.bins)]), self.bins
-        )
-        if not torch.equal(head[:, :_LAST], self.lattice[:, :_LAST].long()):
-            self.lattice = _moved(self.lattice, head)
-        cells = _scaled(rows, -head[:, _EXPONENT]).floor().long() - head[:, _FIRST]
-        cells = cells.clamp(0, self.bins - 1) + torch.arange(self.neurons, device=rows.device) * self.bins
-        size = self.neurons * self.bins
-        counts = torch.bincount(torch.where(rows == 0, size, cells).flatten(), minlength=size + 1)[:size]
-        self.lattice[:, :_HEAD] = head.int()
-        self.lattice[:, _HEAD:] += counts.view(self.neurons, self.bins).int()
+        low, high = (bound.double() + 0.0 for bound in (rows.amin(0), rows.amax(0)))  # -0.0 is 0.0
+        zeros = low.new_zeros(self.neurons, dtype=torch.int64)
+        if int(torch.count_nonzero(rows)) < rows.numel():
+            zeros = len(rows) - torch.count_nonzero(rows, dim=0)
+        old = self._head
+        head = old.merged(_Head(low, high, torch.full_like(zeros, _DIGITS[rows.dtype]), zeros))
+        if not bool((head.low.isfinite() & head.high.isfinite()).all()):
+            self.lattice = torch.cat([head.packed(), self._counts], 1)  # nothing can be counted any more
+            return
+        window = head.window(self.bins)
+        if not torch.equal(window, old.window(self.bins)):
+            self.lattice = torch.cat([head.packed(), _moved(self._counts, old.window(self.bins), window)], 1)
+        self.lattice[:, :_HEAD] = head.packed()
+        self._counts.add_(_counted(rows, window, self.bins))
+        # the zeros were counted where 0 lies
+        place = (-window[1]).clamp(0, self.bins - 1).unsqueeze(1)
+        self._counts.scatter_add_(1, place, -zeros.int().unsqueeze(1))
 
     def compute(self) -> Histogram:
         """See :attr:`histogram`."""
@@ -104,74 +115,132 @@ class LatticeHistogram(ActivationStatistic):
     @property
     def histogram(self) -> Histogram:
         """The histogram of every neuron."""
-        head = self.lattice[:, :_HEAD].long()
-        exponent = torch.where(head[:, _LARGEST] > _NEVER, head[:, _EXPONENT], 0)
-        width = _scaled(torch.ones_like(exponent, dtype=torch.float64), exponent)
-        start = head[:, _FIRST] * width
-        return Histogram(self.lattice[:, _HEAD:].long(), head[:, _ZEROS], start, width, head[:, _PRECISION])
+        head = self._head
+        exponent, first = head.window(self.bins)
+        width = _power(exponent)
+        return Histogram(self._counts.long(), head.zeros, first * width, width, head.precision, head.low, head.high)
+
+    @property
+    def low(self) -> Tensor:
+        """The minima, ``(neurons,)`` float64."""
+        return self._head.low
+
+    @property
+    def high(self) -> Tensor:
+        """The maxima, ``(neurons,)`` float64."""
+        return self._head.high
 
     def finite(self) -> Tensor:
-        """Whether all activations were finite."""
-        return self.outliers == 0
+        """Whether no activation was NaN or infinite; still true before the first one."""
+        low, high = self.low, self.high
+        return ((low.isfinite() & high.isfinite()) | ((low == torch.inf) & (high == -torch.inf))).all()
+
+    @property
+    def _head(self) -> "_Head":
+        return _Head.unpacked(self.lattice[:, :_HEAD])
+
+    @property
+    def _counts(self) -> Tensor:
+        return self.lattice[:, _HEAD:]
 
 
-def _head_of(rows: Tensor, precision: int, bins: int) -> Tensor:
-    """What a batch ``(positions, neurons)`` float64 asks of the lattice, ``(neurons, 6)`` int64."""
-    zero = rows == 0
-    low = torch.where(zero, torch.inf, rows).amin(0)
-    high = torch.where(zero, -torch.inf, rows).amax(0)
-    seen = low <= high
-    low, high = torch.where(seen, low, 1.0), torch.where(seen, high, 1.0)
-    largest = torch.frexp(torch.maximum(low.abs(), high.abs())).exponent.long() - 1
-    exponent = torch.frexp((high - low) / bins).exponent.long() - 1
-    exponent = torch.where(high > low, torch.maximum(exponent, largest - precision), largest - precision)
-    first, last = (_scaled(bound, -exponent).floor().long() for bound in (low, high))
-    head = torch.stack([exponent, first, last, largest, torch.full_like(first, precision), zero.sum(0)], 1)
-    never = head.new_tensor([_NEVER, 0, 0, _NEVER, precision, 0])
-    never = never.expand_as(head).clone()
-    never[:, _ZEROS] = head[:, _ZEROS]
-    return torch.where(seen.unsqueeze(1), head, never)
+class _Head(NamedTuple):
+    """What tells the lattice of each neuron, ``(..., neurons)``, beside its zeros.
+
+    It is kept in columns of int32 before the counts, the bounds bit by bit in two each, since torchmetrics reduces
+    every state by itself, and counts can't be merged without it.
+    """
+
+    low: Tensor
+    high: Tensor
+    precision: Tensor
+    zeros: Tensor
+
+    def packed(self) -> Tensor:
+        """As ``(..., neurons, 6)`` int32."""
+        bounds = torch.stack([self.low, self.high], -1).view(torch.int32)
+        return torch.cat([bounds, torch.stack([self.precision, self.zeros], -1).int()], -1)
+
+    @classmethod
+    def unpacked(cls, columns: Tensor) -> "_Head":
+        """From ``(..., neurons, 6)`` int32."""
+        low, high = columns[..., :4].contiguous().view(torch.float64).unbind(-1)
+        precision, zeros = columns[..., 4:6].long().unbind(-1)
+        return cls(low, high, precision, zeros)
+
+    def merged(self, other: "_Head") -> "_Head":
+        """Of both."""
+        return _Head(
+            torch.minimum(self.low, other.low),
+            torch.maximum(self.high, other.high),
+            torch.minimum(self.precision, other.precision),
+            self.zeros + other.zeros,
+        )
+
+    def window(self, bins: int) -> Tensor:
+        """The exponent of a bin's width, and the number of the first bin, counted from 0: ``(2, ..., neurons)`` int64.
+
+        Both are 0 for a neuron without values.
+        """
+        seen = self.low <= self.high
+        low, high = torch.where(seen, self.low, 0.0), torch.where(seen, self.high, 0.0)
+        largest = torch.maximum(low.abs(), high.abs())
+        share = high / bins - low / bins
+        # 0 has no exponent of its own; 2^(e - 1) <= share < 2^e, so that e or e + 1 is enough
+        spacing = torch.where(largest > 0, torch.frexp(largest).exponent - 1 - self.precision, _FINEST)
+        exponent = torch.where(share > 0, torch.frexp(share).exponent.long(), _FINEST)
+        exponent = torch.maximum(exponent, spacing).clamp_min(_FINEST)
+        first, last = ((bound * _power(-exponent)).floor() for bound in (low, high))
+        exponent = torch.where(last - first < bins, exponent, exponent + 1)
+        first = (low * _power(-exponent)).floor().long()
+        return torch.stack([torch.where(seen, exponent, 0), torch.where(seen, first, 0)])
 
 
-def _merged_heads(heads: Tensor, bins: int) -> Tensor:
-    """The least coarse lattice that holds those of all parts.
+def _counted(rows: Tensor, window: Tensor, bins: int) -> Tensor:
+    """The counts of a batch, zeros among them.
 
     Args:
-        heads: ``(parts, neurons, 6)`` int64: the exponent; the first and the last bin that is taken, counted from 0 on
-            the number line; the exponent of the largest absolute value; the digits of the coarsest type; exact zeros.
-        bins: how many there may be from the first to the last.
+        rows: ``(positions, neurons)``, floating; all of them in the window.
+        window: ``(2, neurons)``, see :meth:`_Head.window`.
+        bins: how many.
+
+    Returns:
+        ``(neurons, bins)`` int32 or int64.
     """
-    seen = heads[..., _LARGEST] > _NEVER
-    largest, precision = heads[..., _LARGEST].amax(0), heads[..., _PRECISION].amin(0)
-    exponent = torch.maximum(heads[..., _EXPONENT].amax(0), torch.where(seen.any(0), largest - precision, _NEVER))
-    shift = (exponent - heads[..., _EXPONENT]).clamp(0, 62)
-    far = 2**40
-    first = torch.where(seen, heads[..., _FIRST] >> shift, far).amin(0)
-    last = torch.where(seen, heads[..., _LAST] >> shift, -far).amax(0)
-    while bool((wide := (last - first >= bins)).any()):
-        exponent, first, last = exponent + wide, first >> wide.long(), last >> wide.long()
-    none = ~seen.any(0)
-    first, last = first.masked_fill(none, 0), last.masked_fill(none, 0)
-    return torch.stack([exponent, first, last, largest, precision, heads[..., _ZEROS].sum(0)], 1)
+    exponent, first = window
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    # both the scaling and the floor are exact; a bin's number is below 2^24 in float32 and 2^29 in float64
+    scale = _power(-exponent).to(rows.dtype)
+    counts = []
+    for columns, by, begin in zip(*(x.split(_BLOCK, -1) for x in (rows, scale, first)), strict=True):
+        cells = (torch.arange(len(begin), device=rows.device) * bins - begin).int()
+        cells = (columns * by).floor_().int().add_(cells)
+        counts.append(torch.bincount(cells.flatten(), minlength=len(begin) * bins).view(-1, bins))
+    return torch.cat(counts)
 
 
-def _moved(lattice: Tensor, head: Tensor) -> Tensor:
-    """The counts of a lattice on a coarser or wider one, ``(neurons, 6 + bins)``; its head is left as it was."""
-    old, counts = lattice[:, :_HEAD].long(), lattice[:, _HEAD:]
-    shift = (head[:, _EXPONENT] - old[:, _EXPONENT]).clamp(0, 62).unsqueeze(1)
-    places = old[:, _FIRST, None] + torch.arange(counts.shape[1], device=lattice.device)
-    places = ((places >> shift) - head[:, _FIRST, None]).clamp(0, counts.shape[1] - 1)  # beyond, there are no counts
-    return torch.cat([lattice[:, :_HEAD], torch.zeros_like(counts).scatter_add_(1, places, counts)], 1)
+def _moved(counts: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """The counts ``(neurons, bins)`` of a window in a wider or coarser one."""
+    (exponent, first), (coarser, start) = old, new
+    shift = (coarser - exponent).clamp(0, 62).unsqueeze(1)
+    places = first.unsqueeze(1) + torch.arange(counts.shape[1], device=counts.device)
+    places = ((places >> shift) - start.unsqueeze(1)).clamp(0, counts.shape[1] - 1)  # beyond, there are no counts
+    return torch.zeros_like(counts).scatter_add_(1, places, counts)
 
 
 def _merged(parts: Tensor) -> Tensor:
     """Merges lattices ``(parts, neurons, 6 + bins)``."""
-    head = _merged_heads(parts[..., :_HEAD].long(), parts.shape[2] - _HEAD)
-    counts = torch.stack([_moved(part, head)[:, _HEAD:] for part in parts]).sum(0, dtype=torch.int32)
-    return torch.cat([head.int(), counts], 1)
+    bins = parts.shape[2] - _HEAD
+    heads = [_Head.unpacked(part[:, :_HEAD]) for part in parts]
+    head = heads[0]
+    for other in heads[1:]:
+        head = head.merged(other)
+    moved = [
+        _moved(part[:, _HEAD:], own.window(bins), head.window(bins)) for part, own in zip(parts, heads, strict=True)
+    ]
+    return torch.cat([head.packed(), torch.stack(moved).sum(0, dtype=torch.int32)], 1)
 
 
-def _scaled(values: Tensor, exponent: Tensor) -> Tensor:
-    """``values * 2^exponent``, exact; in two steps, as the power alone may be out of range."""
-    half = exponent.clamp(-2000, 2000) // 2
-    return torch.ldexp(torch.ldexp(values, half), exponent.clamp(-2000, 2000) - half)
+def _power(exponent: Tensor) -> Tensor:
+    """2 to the power of whole numbers from -1022 to 1023, exact, float64."""
+    return ((exponent + 1023) << 52).view(torch.float64)

@@ -6,39 +6,65 @@ from torch import Tensor
 from lightning_ablate.errors import StatisticsError
 from lightning_ablate.statistics.base import ActivationStatistic, SiteStatistics, positions
 
+_BLOCK = 256  # positions at a time, which a core's cache holds
+
 
 class Moments(ActivationStatistic):
-    """The mean of each neuron over the valid positions, summed in float64.
+    """Mean, standard deviation, skewness and kurtosis of each neuron over the valid positions, in float64.
+
+    Every batch gives its own mean and sums of powers of the deviations from it; such parts merge by the formulas of
+    Pébay (2008, "Formulas for robust, one-pass parallel computation of covariances and arbitrary-order statistical
+    moments"), so that neurons far from zero keep their digits.
 
     Example:
         >>> statistic = Moments(neurons=2)
         >>> statistic.update(torch.tensor([[[1.0, 2.0], [3.0, 6.0]]]))
-        >>> statistic.compute().tolist()
-        [2.0, 4.0]
+        >>> statistic.mean.tolist(), statistic.sd.tolist()
+        ([2.0, 4.0], [1.0, 2.0])
     """
 
-    total: Tensor
-    count: Tensor
+    parts: Tensor
 
     def __init__(self, neurons: int, earlier: SiteStatistics | None = None) -> None:
         super().__init__(neurons, earlier)
-        self.add_state("total", torch.zeros(neurons, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
-        self.add_state("count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum", persistent=True)
+        zeros = torch.zeros(5, neurons, dtype=torch.float64)
+        self.add_state("parts", zeros, dist_reduce_fx=_merged, persistent=True)
 
     def update(self, activations: Tensor, valid: Tensor | None = None) -> None:
         """Adds a batch, see :meth:`ActivationStatistic.update`."""
         rows = positions(activations, valid)
-        self.total += rows.sum(0, dtype=torch.float64)
-        self.count += len(rows)
+        if len(rows):
+            reference = torch.where(self.parts[0] > 0, self.parts[1], rows[0].double())
+            self.parts = _merged(torch.stack([self.parts, _part(rows, reference)]))
 
     def compute(self) -> Tensor:
-        """The means, see :attr:`mean`."""
-        return self.mean
+        """Mean, standard deviation, skewness and excess kurtosis, ``(4, neurons)`` float64."""
+        return torch.stack([self.mean, self.sd, self.skewness, self.kurtosis])
+
+    @property
+    def count(self) -> Tensor:
+        """The positions seen, ``()`` int64."""
+        return self.parts[0, 0].long()
 
     @property
     def mean(self) -> Tensor:
         """The means, ``(neurons,)`` float64."""
-        return self.total / self.count
+        return self.parts[1] / (self.parts[0] > 0)
+
+    @property
+    def sd(self) -> Tensor:
+        """The standard deviations of the positions seen (divided by their number), ``(neurons,)`` float64."""
+        return (self.parts[2] / self.parts[0]).sqrt()
+
+    @property
+    def skewness(self) -> Tensor:
+        """The third standardised moments, ``(neurons,)`` float64; 0 for a constant neuron."""
+        return torch.where(self.sd == 0, 0.0, self.parts[3] / self.parts[0] / self.sd.pow(3))
+
+    @property
+    def kurtosis(self) -> Tensor:
+        """The fourth standardised moments less the 3 of a normal density, ``(neurons,)``; 0 for a constant neuron."""
+        return torch.where(self.sd == 0, 0.0, self.parts[4] / self.parts[0] / self.sd.pow(4) - 3)
 
     def check(self) -> None:
         """Raises StatisticsError if there was no valid position."""
@@ -46,5 +72,51 @@ class Moments(ActivationStatistic):
             raise StatisticsError("saw no position that isn't padding; the calibration data are empty")
 
     def finite(self) -> Tensor:
-        """Whether the sums are finite, which they are if every activation was."""
-        return self.total.isfinite().all()
+        """Whether the means are finite, which they are if every activation was."""
+        return self.parts[1].isfinite().all()
+
+
+def _part(rows: Tensor, reference: Tensor) -> Tensor:
+    """Count, mean, and sums of the second to fourth powers of the deviations from it, ``(5, neurons)`` float64.
+
+    Args:
+        rows: ``(positions, neurons)``, floating.
+        reference: ``(neurons,)`` float64, near the mean; powers are summed of the deviations from it.
+    """
+    sums = reference.new_zeros(4, len(reference))
+    for block in torch.split(rows, _BLOCK):
+        deviation = block.double().sub_(reference)
+        square = deviation.square()
+        sums[0] += deviation.sum(0)
+        sums[1] += square.sum(0)
+        sums[2] += deviation.mul_(square).sum(0)
+        sums[3] += square.square_().sum(0)
+    n = float(len(rows))
+    first, second, third, fourth = sums
+    mean = first / n
+    return torch.stack(
+        [
+            torch.full_like(mean, n),
+            reference + mean,
+            (second - n * mean.square()).clamp_min(0),
+            third - 3 * mean * second + 2 * n * mean.pow(3),
+            (fourth - 4 * mean * third + 6 * mean.square() * second - 3 * n * mean.pow(4)).clamp_min(0),
+        ]
+    )
+
+
+def _merged(parts: Tensor) -> Tensor:
+    """Merges ``(parts, 5, neurons)``, see :func:`_part`, into one of them."""
+    count, mean, second, third, fourth = parts.unbind(1)
+    total, reference = count.sum(0), mean[count[:, 0].argmax()]  # of equal means the merged one is exactly that
+    center = reference + (count / total.clamp_min(1) * (mean - reference)).sum(0)
+    shift = mean - center
+    return torch.stack(
+        [
+            total,
+            center,
+            (second + count * shift.square()).sum(0),
+            (third + 3 * shift * second + count * shift.pow(3)).sum(0),
+            (fourth + 4 * shift * third + 6 * shift.square() * second + count * shift.pow(4)).sum(0),
+        ]
+    )

@@ -13,7 +13,6 @@ from lightning_ablate.statistics import (
     HalfSampleMode,
     LatticeHistogram,
     Median,
-    Range,
     RangeHistogram,
     SiteStatistics,
     SmoothedMode,
@@ -64,11 +63,11 @@ def errors(name: str, size: int, neurons: int, batch: int = 5_000) -> dict[str, 
     draw, mode = DISTRIBUTIONS[name]
     torch.manual_seed(size)
     batches = [draw((batch, neurons)).unsqueeze(0) for _ in range(size // batch)]
-    bounds, lattice = Range(neurons), LatticeHistogram(neurons)
+    bounds, lattice = LatticeHistogram(neurons), LatticeHistogram(neurons)
     for x in batches:
         bounds.update(x)
         lattice.update(x)
-    histogram = RangeHistogram(neurons, SiteStatistics(name, {Range: bounds}))
+    histogram = RangeHistogram(neurons, SiteStatistics(name, {LatticeHistogram: bounds}))
     for x in batches:
         histogram.update(x)
     found = {"peak": histogram.peak()}

@@ -14,19 +14,19 @@ from lightning_ablate.methods import (
     method_named,
 )
 from lightning_ablate.sites import Site
-from lightning_ablate.statistics import Moments, Range, RangeHistogram, SiteStatistics
+from lightning_ablate.statistics import LatticeHistogram, Moments, RangeHistogram, SiteStatistics
 
 SITE = Site("attn.proj", 4)
 MASK = torch.tensor([True, False, True, False])
 
 
 def statistics(activations):
-    bounds, moments = Range(4), Moments(4)
+    bounds, moments = LatticeHistogram(4), Moments(4)
     bounds.update(activations)
     moments.update(activations)
-    histogram = RangeHistogram(4, SiteStatistics("attn.proj", {Range: bounds}))
+    histogram = RangeHistogram(4, SiteStatistics("attn.proj", {LatticeHistogram: bounds}))
     histogram.update(activations)
-    return SiteStatistics("attn.proj", {Range: bounds, Moments: moments, RangeHistogram: histogram})
+    return SiteStatistics("attn.proj", {LatticeHistogram: bounds, Moments: moments, RangeHistogram: histogram})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -87,6 +87,6 @@ def test_method_named_finds_every_subclass_and_refuses_other_names():
             return constant(torch.full((4,), 7.0))
 
     assert isinstance(method_named("seven-of-the-tests"), Seven)
-    listed = "mean, median, mode, peak, resample-characters"
+    listed = "mean, median, mode, one-pass-peak, peak, resample-characters"
     with pytest.raises(ConfigError, match=f"unknown method 'maen'; expected one of .*{listed}"):
         method_named("maen")

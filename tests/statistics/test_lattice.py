@@ -7,13 +7,23 @@ import torch
 from lightning_ablate.methods import HalfSampleMode as HalfSampleModeMethod
 from lightning_ablate.methods import Median as MedianMethod
 from lightning_ablate.methods import method_named
-from lightning_ablate.statistics import HalfSampleMode, LatticeHistogram, Median, SmoothedMode
+from lightning_ablate.statistics import (
+    HalfSampleMode,
+    LatticeHistogram,
+    Median,
+    OnePassPeak,
+    RangeHistogram,
+    SiteStatistics,
+    SmoothedMode,
+    count_modes,
+)
 from tests.benchmarks import peaks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 LARGEST = {torch.float16: 6e4, torch.bfloat16: 1e38, torch.float32: 1e38, torch.float64: 1e300}
 SMALLEST = {torch.float16: 1e-6, torch.bfloat16: 1e-37, torch.float32: 1e-37, torch.float64: 1e-300}
 NEURONS = 10
+NAMES = ["mode", "half-sample-mode", "median", "one-pass-peak"]
 
 
 def adversarial(dtype, seed):
@@ -63,18 +73,19 @@ def test_counts_equal_numpys_on_the_least_lattice_that_holds_them(dtype, seed):
     digits = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23, torch.float64: 28}[dtype]
     for neuron in range(NEURONS):
         column = x[:, neuron].double().numpy()
-        nonzero = column[column != 0]
+        low, high = column.min(), column.max()
+        assert (found.low[neuron], found.high[neuron]) == (low, high)
         assert int(found.zeros[neuron]) == int((column == 0).sum())
-        if not len(nonzero):
+        if not column.any():
             assert int(found.counts[neuron].sum()) == 0
             continue
-        exponent = math.frexp(np.abs(nonzero).max())[1] - 1 - digits
-        while np.floor(np.ldexp(nonzero.max(), -exponent)) - np.floor(np.ldexp(nonzero.min(), -exponent)) >= 1024:
+        exponent = max(math.frexp(np.abs(column).max())[1] - 1 - digits, -126)
+        while np.floor(np.ldexp(high, -exponent)) - np.floor(np.ldexp(low, -exponent)) >= 1024:
             exponent += 1
-        places = np.floor(np.ldexp(nonzero, -exponent))
+        first, places = np.floor(np.ldexp(low, -exponent)), np.floor(np.ldexp(column[column != 0], -exponent))
         assert found.width[neuron] == np.ldexp(1.0, exponent)
-        assert found.start[neuron] == np.ldexp(places.min(), exponent)
-        counts = np.bincount((places - places.min()).astype(int), minlength=1024)
+        assert found.start[neuron] == np.ldexp(first, exponent)
+        counts = np.bincount((places - first).astype(int), minlength=1024)
         assert np.array_equal(found.counts[neuron].numpy(), counts)
 
 
@@ -100,7 +111,7 @@ def test_memory_does_not_grow_with_the_positions():
     for seed in range(4):
         statistic.update(adversarial(torch.float32, seed).repeat(50, 1).unsqueeze(0))
         sizes.add(sum(state.numel() * state.element_size() for state in statistic.state_dict().values()))
-    assert sizes == {NEURONS * (1024 + 6) * 4 + 8}
+    assert sizes == {NEURONS * (1024 + 6) * 4}
 
 
 def test_low_precision_does_not_comb():
@@ -147,12 +158,63 @@ def test_the_smoothed_mode_beats_the_papers_peak(name):
     assert found["mode"] < found["peak"] / 2
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", range(10))
+def test_the_one_pass_peak_is_within_its_stated_bound_of_the_exact_one(dtype, seed):
+    x = adversarial(dtype, seed)
+    first = gathered([x])
+    second = RangeHistogram(NEURONS, SiteStatistics("here", {LatticeHistogram: first}))
+    second.update(x.unsqueeze(0))
+    histogram, peak = first.histogram, OnePassPeak()
+    off = (peak(histogram) - second.peak()).abs()
+    size = torch.maximum(histogram.low.abs(), histogram.high.abs())
+    assert bool((off <= peak.error(histogram) + 1e-12 * size).all())
+
+
+@pytest.mark.parametrize("name", peaks.DISTRIBUTIONS)
+def test_the_one_pass_peak_is_mostly_the_exact_one_and_its_bound_of_use(name):
+    x = peaks.DISTRIBUTIONS[name][0]((20_000, 100))
+    first = LatticeHistogram(100)
+    first.update(x)
+    second = RangeHistogram(100, SiteStatistics("here", {LatticeHistogram: first}))
+    second.update(x)
+    histogram, peak = first.histogram, OnePassPeak()
+    error, off = peak.error(histogram), (peak(histogram) - second.peak()).abs()
+    assert bool((off <= error + 1e-9).all())
+    assert (off < 1e-9).double().mean() > 0.6
+    assert bool((error <= 0.15 * (histogram.high - histogram.low)).all())
+
+
+@pytest.mark.parametrize(
+    ("modes", "draw"),
+    [
+        (1, torch.randn),
+        (1, torch.rand),
+        (1, lambda *shape: torch.randn(*shape).exp()),
+        (1, lambda *shape: torch.randn(*shape).relu()),
+        (2, lambda *shape: torch.randn(*shape) + 4 * (torch.rand(shape) < 0.3)),
+        (2, lambda *shape: torch.where(torch.rand(shape) < 0.3, 0.0, torch.randn(*shape) + 5)),
+        (3, lambda *shape: torch.randn(*shape) + 5 * torch.randint(3, shape)),
+    ],
+)
+def test_modes_are_those_of_the_density_drawn_from(modes, draw):
+    statistic = LatticeHistogram(100)
+    statistic.update(draw(10_000, 100))
+    assert int((count_modes(statistic.histogram) == modes).sum()) >= 98
+
+
+def test_a_constant_neuron_has_one_mode():
+    statistic = LatticeHistogram(2)
+    statistic.update(torch.tensor([[0.0, 7.0], [0.0, 7.0]]))
+    assert count_modes(statistic.histogram).tolist() == [1, 1]
+
+
 def test_methods_take_the_estimates(tmp_path):
     from lightning_ablate import AblationCallback
     from tests import tiny
 
-    module, callback = tiny.fit(tmp_path, callback=AblationCallback(["mode", "half-sample-mode", "median"], [0.5], [1]))
-    assert module.trainer.current_epoch <= 1 and len(callback.results.rows) == 4
+    module, callback = tiny.fit(tmp_path, callback=AblationCallback(NAMES, [0.5], [1]))
+    assert module.trainer.current_epoch <= 1 and len(callback.results.rows) == 5
     assert isinstance(method_named("median"), MedianMethod)
     assert isinstance(method_named("half-sample-mode"), HalfSampleModeMethod)
     site = module.calibration.sites[0]
