@@ -11,13 +11,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_ablate import report
+from lightning_ablate import neurons, report
 from lightning_ablate.calibration import Calibration
 from lightning_ablate.data.base import ExactSampler
 from lightning_ablate.errors import ConfigError, DataError, StatisticsError, TargetError
 from lightning_ablate.masks import NeuronChoice, RandomNeurons, Selection
 from lightning_ablate.methods import AblationMethod, method_named
 from lightning_ablate.modules import AblationModule
+from lightning_ablate.neurons import Neurons
 from lightning_ablate.results import Results
 from lightning_ablate.sites import fingerprint
 from lightning_ablate.statistics import ActivationStatistic, LatticeHistogram, Moments
@@ -71,6 +72,7 @@ class AblationCallback(lightning.Callback):
         self._target = self._shown = ""
         self._saved: dict[str, Any] = {}
         self._partial: list[str] = []
+        self._paths: list[Path] = []
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Sets the number of epochs, before anything is loaded.
@@ -122,6 +124,7 @@ class AblationCallback(lightning.Callback):
             self._saved = {"target": self._target, "name": pl_module.name, "statistics": statistics}
             if self.folder is not None:
                 trainer.save_checkpoint(self.folder / CHECKPOINT, weights_only=False)
+                self._write_neurons(trainer, pl_module)
         else:
             self._begin(trainer, pl_module)
             self._restore(_calibration(pl_module))
@@ -211,17 +214,24 @@ class AblationCallback(lightning.Callback):
             self._partial.append(f"{what} was cut to {seen} of {whole} batches")
 
     @rank_zero_only
+    def _write_neurons(self, trainer: lightning.Trainer, module: AblationModule) -> None:
+        found = Neurons.of(_calibration(module))
+        about = {"model": module.name, "target": self._target, "data": _data_name(trainer)}
+        self._paths = neurons.save(found, cast(Path, self.folder), about)
+        for logger in _tensorboards(trainer):
+            neurons.tensorboard(found, logger.experiment)
+
+    @rank_zero_only
     def _write(self, trainer: lightning.Trainer, module: AblationModule, results: Results) -> None:
         paths, notes = [], []
         if self.folder is not None:
             paths = report.save(results, self.folder, self._facts(trainer, module))
             if trainer.state.fn == TrainerFn.FITTING:
-                paths.append(self.folder / CHECKPOINT)
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    paths += report.tensorboard(results, self.folder)
-                    logger.experiment.add_figure(report.figure_name(results), report.figure(results))
-                    notes = ["", f"TensorBoard: tensorboard --logdir {logger.root_dir}"]
+                paths += [*self._paths, self.folder / CHECKPOINT]
+            for logger in _tensorboards(trainer):
+                paths += report.tensorboard(results, self.folder)
+                logger.experiment.add_figure(report.figure_name(results), report.figure(results))
+                notes = ["", f"TensorBoard: tensorboard --logdir {logger.root_dir}"]
         self._shown = "\n".join(["", results.table(), "", *map(str, paths), *notes])
 
     def _facts(self, trainer: lightning.Trainer, module: AblationModule) -> dict[str, Any]:
@@ -256,6 +266,10 @@ def _plan_epochs(trainer: lightning.Trainer, epochs: int) -> None:
     trainer.fit_loop.epoch_loop.max_steps = -1
     trainer.fit_loop.max_epochs = epochs
     trainer.check_val_every_n_epoch = epochs
+
+
+def _tensorboards(trainer: lightning.Trainer) -> list[TensorBoardLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def _fast(trainer: lightning.Trainer) -> bool:

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from lightning_ablate.errors import ConfigError, SiteError
 from lightning_ablate.sites import Site
-from lightning_ablate.statistics import ActivationStatistic, Magnitude, Moments, SiteStatistics
+from lightning_ablate.statistics import (
+    ActivationStatistic,
+    LatticeHistogram,
+    Magnitude,
+    Moments,
+    SiteStatistics,
+    SmoothedMode,
+)
 
 Unit = Literal["neuron", "head"]
 
@@ -129,7 +136,29 @@ class RandomNeurons(OrderedChoice):
         return torch.randperm(units, generator=torch.Generator().manual_seed(seed_of(seed, site.name, units)))
 
 
-class ByImportance(OrderedChoice):
+class Sorted(OrderedChoice):
+    """The order of what the calibration measured of each unit, the same for every seed.
+
+    Attributes:
+        descending: whether the highest values go first.
+    """
+
+    seeded = False
+    descending = False
+
+    def order(self, site: Site, seed: int, statistics: SiteStatistics | None = None) -> Tensor:
+        """From the lowest, or the highest, value on; of equal units the first in the site goes first."""
+        if statistics is None:
+            raise ConfigError(f"{type(self).__name__} needs the statistics of the site")
+        values = self.values(statistics).cpu().view(self.units(site), -1).mean(1)
+        return values.argsort(stable=True, descending=self.descending)
+
+    @abstractmethod
+    def values(self, statistics: SiteStatistics) -> Tensor:
+        """What the order goes by, ``(neurons,)``; of a head the mean over its neurons."""
+
+
+class ByImportance(Sorted):
     """The order of how much a unit does over the calibration data.
 
     Args:
@@ -147,7 +176,6 @@ class ByImportance(OrderedChoice):
     """
 
     statistics = (Moments, Magnitude)
-    seeded = False
 
     def __init__(
         self,
@@ -156,15 +184,50 @@ class ByImportance(OrderedChoice):
         unit: Unit = "neuron",
     ) -> None:
         super().__init__(unit)
-        self.by, self.first = by, first
+        self.by, self.first, self.descending = by, first, first == "highest"
 
-    def order(self, site: Site, seed: int, statistics: SiteStatistics | None = None) -> Tensor:
-        """By importance; of equally important units the first in the site goes first."""
-        if statistics is None:
-            raise ConfigError("an order by importance needs the statistics of the site")
-        neurons = statistics[Moments].sd if self.by == "sd" else statistics[Magnitude].mean
-        importance = neurons.cpu().view(self.units(site), -1).mean(1)
-        return importance.argsort(stable=True, descending=self.first == "highest")
+    def values(self, statistics: SiteStatistics) -> Tensor:
+        """The importance, see :meth:`Sorted.values`."""
+        return statistics[Moments].sd if self.by == "sd" else statistics[Magnitude].mean
+
+
+class ByShape(Sorted):
+    """The order of how far a unit's distribution is from a well-behaved one, symmetric around one value.
+
+    With a fraction of 0.25, say, only the quarter of typical, or of atypical, neurons goes.
+
+    Args:
+        by: ``skewness``, ``kurtosis`` (the excess), both without their sign, or ``gap``, the distance of mean and
+            mode in standard deviations; of a head the mean over its neurons.
+        first: which end goes first.
+        unit: ``neuron``, or ``head`` for all neurons of an attention head together.
+
+    Example:
+        >>> site, moments = Site("blocks.0.attn.proj", 2), Moments(neurons=2)
+        >>> moments.update(torch.tensor([[[1.0, 1.0], [2.0, 1.1], [3.0, 5.0]]]))
+        >>> statistics = SiteStatistics(site.name, {Moments: moments})
+        >>> ByShape("skewness", first="atypical").order(site, 0, statistics).tolist()
+        [1, 0]
+    """
+
+    statistics = (Moments, LatticeHistogram)
+
+    def __init__(
+        self,
+        by: Literal["skewness", "kurtosis", "gap"] = "skewness",
+        first: Literal["typical", "atypical"] = "typical",
+        unit: Unit = "neuron",
+    ) -> None:
+        super().__init__(unit)
+        self.by, self.first, self.descending = by, first, first == "atypical"
+
+    def values(self, statistics: SiteStatistics) -> Tensor:
+        """The deviation from the typical shape, see :meth:`Sorted.values`."""
+        moments = statistics[Moments]
+        if self.by == "gap":
+            gap = moments.mean - SmoothedMode()(statistics[LatticeHistogram].histogram)
+            return torch.where(moments.sd > 0, gap / moments.sd, 0.0).abs()
+        return (moments.skewness if self.by == "skewness" else moments.kurtosis).abs()
 
 
 class EachHead(NeuronChoice):

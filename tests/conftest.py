@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
+from lightning_ablate import neurons, report
 from tests import tiny
 
 
@@ -17,6 +18,19 @@ def pytest_addoption(parser):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def drawn():
+    """For tests that look at figures."""
+
+
+@pytest.fixture(autouse=True)
+def _not_drawn(request, monkeypatch):
+    """Drawing takes as long as a tiny run, so tests that don't look at a figure get an empty file."""
+    if "drawn" not in request.fixturenames:
+        for module in (neurons, report):
+            monkeypatch.setattr(module, "png", lambda figure: b"")
 
 
 @pytest.fixture(scope="session")

@@ -118,6 +118,8 @@ def test_files_table_and_checkpoint_are_left(tmp_path, capsys):
         "results.csv",
         "run.json",
         "degradation.png",
+        "neurons.parquet",
+        "neurons.png",
         "ablation.ckpt",
     }
     assert len(read_rows(tmp_path / "results.csv")) == 1 + 3 * 3

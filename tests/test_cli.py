@@ -47,7 +47,15 @@ def test_fit_without_a_config_runs_the_embedded_default(run, tmp_path):
     folder = tmp_path / "lightning_logs" / "digits" / "version_0"
     assert code == 0 and "demo:vit on digits: 40 scored positions" in out
     assert {row["method"] for row in rows(folder)} == {"none", "zero", "mean", "peak", "resample-pixels"}
-    for name in ("results.csv", "run.json", "degradation.png", "ablation.ckpt", "curves"):
+    for name in (
+        "results.csv",
+        "run.json",
+        "degradation.png",
+        "neurons.parquet",
+        "neurons.png",
+        "ablation.ckpt",
+        "curves",
+    ):
         assert str(folder.relative_to(tmp_path) / name) in out and (folder / name).exists()
     assert (folder / "config.yaml").is_file() and (folder / "ablation.ckpt").stat().st_size < 5 * 2**20
 
@@ -129,10 +137,10 @@ def test_a_target_without_attention_is_refused_in_one_line(run, tmp_path):
     assert code.startswith("error: found no attention in the target") and "\n" not in code and "Traceback" not in err
 
 
-@pytest.mark.parametrize("choice", ["EachHead", "EachLayer", "ByImportance", "RandomNeurons"])
+@pytest.mark.parametrize("choice", ["EachHead", "EachLayer", "ByImportance", "ByShape", "RandomNeurons"])
 def test_choices_have_short_names(run, tmp_path, choice):
     code, out, _ = run("fit", f"--ablation.choice={choice}", "--ablation.methods=[zero]", *SHORT, *FEW, *QUIET)
-    assert (code == 0 and "most important first" in out) or choice in ("ByImportance", "RandomNeurons")
+    assert (code == 0 and "most important first" in out) or choice in ("ByImportance", "ByShape", "RandomNeurons")
     facts = yaml.safe_load((tmp_path / "lightning_logs/digits/version_0/run.json").read_text())
     assert facts["choice"]["class"] == choice
     code, out, _ = run("validate", f"--ckpt_path={tmp_path}/lightning_logs/digits/version_0/ablation.ckpt", *QUIET)
@@ -171,6 +179,14 @@ def test_a_second_run_in_the_same_folder_keeps_the_first(run, tmp_path):
     for _ in range(2):
         code, _, err = run("fit", "--trainer.logger=false", *SHORT, *FEW, *QUIET)
         assert code == 0, err
-    names = {"results.csv", "run.json", "degradation.png", "ablation.ckpt", "config.yaml"}
+    names = {
+        "results.csv",
+        "run.json",
+        "degradation.png",
+        "neurons.parquet",
+        "neurons.png",
+        "ablation.ckpt",
+        "config.yaml",
+    }
     assert names <= {path.name for path in tmp_path.iterdir()}
     assert names == {path.name for path in (tmp_path / "run-2").iterdir()}

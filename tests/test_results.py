@@ -71,7 +71,7 @@ def test_table_shows_other_fractions_where_those_are_not_there():
     assert "20%" in table and "40%" in table and "60%" in table and "30%" not in table
 
 
-def test_save_writes_csv_json_and_figure(tmp_path):
+def test_save_writes_csv_json_and_figure(tmp_path, drawn):
     paths = report.save(results(["cut"]), tmp_path / "run", {"seeds": (1, 2)})
     assert [path.name for path in paths] == ["results.csv", "run.json", "degradation.png"]
     assert all(path.stat().st_size > 0 for path in paths) and not list(tmp_path.glob("**/*.part"))
@@ -151,7 +151,7 @@ def test_rows_of_parts_read_back(tmp_path):
     ]
 
 
-def test_importance_draws_each_heads_damage_where_it_belongs(tmp_path):
+def test_importance_draws_each_heads_damage_where_it_belongs(tmp_path, drawn):
     figure = report.figure(parts())
     maps = [axes for axes in figure.axes if axes.images]
     assert [axes.get_title() for axes in maps] == ["zero", "mean"]

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import ClassVar, TypeVar
 
 from torch import Tensor
@@ -32,6 +33,10 @@ class SiteStatistics:
                 "run `fit` with this method, or name a checkpoint of such a run with --ckpt_path"
             )
         return found
+
+    def __contains__(self, kind: type["ActivationStatistic"]) -> bool:
+        """Whether the statistic of that class was gathered."""
+        return kind in self._statistics
 
 
 class ActivationStatistic(Metric, ABC):
@@ -99,3 +104,8 @@ def positions(activations: Tensor, valid: Tensor | None) -> Tensor:
         )
     rows = activations.reshape(examples, -1, neurons)
     return rows[valid.expand(rows.shape[:2])]
+
+
+def has_kernels(rows: Tensor) -> bool:
+    """Whether the Triton kernels can take these activations: on a GPU, where Triton is installed."""
+    return rows.is_cuda and find_spec("triton") is not None

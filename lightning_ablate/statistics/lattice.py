@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_ablate.statistics.base import ActivationStatistic, SiteStatistics, positions
+from lightning_ablate.statistics.base import ActivationStatistic, SiteStatistics, has_kernels, positions
 
 # Binary digits behind the first one. Values of these types lie on a lattice of their own, and finer bins would comb.
 _DIGITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23, torch.float64: 28}
@@ -90,23 +90,45 @@ class LatticeHistogram(ActivationStatistic):
         rows = positions(activations, valid)
         if not len(rows):
             return
-        low, high = (bound.double() + 0.0 for bound in (rows.amin(0), rows.amax(0)))  # -0.0 is 0.0
-        zeros = low.new_zeros(self.neurons, dtype=torch.int64)
+        old = self._head
+        if has_kernels(rows):
+            self._count_by_kernels(rows, old)
+            return
+        low, high = rows.amin(0), rows.amax(0)
+        zeros = old.zeros.new_zeros(self.neurons)
         if int(torch.count_nonzero(rows)) < rows.numel():
             zeros = len(rows) - torch.count_nonzero(rows, dim=0)
-        old = self._head
-        head = old.merged(_Head(low, high, torch.full_like(zeros, _DIGITS[rows.dtype]), zeros))
-        if not bool((head.low.isfinite() & head.high.isfinite()).all()):
-            self.lattice = torch.cat([head.packed(), self._counts], 1)  # nothing can be counted any more
-            return
-        window = head.window(self.bins)
-        if not torch.equal(window, old.window(self.bins)):
-            self.lattice = torch.cat([head.packed(), _moved(self._counts, old.window(self.bins), window)], 1)
-        self.lattice[:, :_HEAD] = head.packed()
-        self._counts.add_(_counted(rows, window, self.bins))
-        # the zeros were counted where 0 lies
-        place = (-window[1]).clamp(0, self.bins - 1).unsqueeze(1)
-        self._counts.scatter_add_(1, place, -zeros.int().unsqueeze(1))
+        head = old.merged(_Head.of(low, high, rows.dtype, zeros))
+        counts = self._counts
+        if bool((head.low.isfinite() & head.high.isfinite()).all()):  # or else nothing can be counted any more
+            before, window = old.window(self.bins), head.window(self.bins)
+            counts = counts if torch.equal(before, window) else _moved(counts, before, window)
+            counts += _counted(rows, window, self.bins)
+            place = (-window[1]).clamp(0, self.bins - 1).unsqueeze(1)
+            counts.scatter_add_(1, place, -zeros.int().unsqueeze(1))  # they were counted where 0 lies
+        self._replace(head, counts)
+
+    def _count_by_kernels(self, rows: Tensor, old: "_Head") -> None:
+        """The same without a host synchronisation, and reading the rows once unless a value falls out of its window."""
+        from lightning_ablate.statistics import kernels
+
+        def scaled(head: _Head) -> tuple[Tensor, Tensor, Tensor]:
+            exponent, first = head.window(self.bins)
+            span = self.bins * (head.low <= head.high)
+            return _power(-exponent).to(kind), first.to(kind), span.to(kind)
+
+        kind = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        before = scaled(old)
+        low, high, zeros, outside = kernels.count_inside(rows, *before, self._counts)
+        head = old.merged(_Head.of(low, high, rows.dtype, zeros.long()))
+        self._replace(head, _moved(self._counts, old.window(self.bins), head.window(self.bins)))
+        kernels.count_outside(rows, before, scaled(head), outside == 0, self._counts)
+
+    def _replace(self, head: "_Head", counts: Tensor) -> None:
+        if counts.data_ptr() == self._counts.data_ptr():
+            self.lattice[:, :_HEAD] = head.packed()
+        else:
+            self.lattice = torch.cat([head.packed(), counts], 1)
 
     def compute(self) -> Histogram:
         """See :attr:`histogram`."""
@@ -155,6 +177,12 @@ class _Head(NamedTuple):
     high: Tensor
     precision: Tensor
     zeros: Tensor
+
+    @classmethod
+    def of(cls, low: Tensor, high: Tensor, dtype: torch.dtype, zeros: Tensor) -> "_Head":
+        """Of a batch of values of that dtype."""
+        digits = torch.full_like(zeros, _DIGITS[dtype])
+        return cls(low.double() + 0.0, high.double() + 0.0, digits, zeros)  # -0.0 is 0.0
 
     def packed(self) -> Tensor:
         """As ``(..., neurons, 6)`` int32."""

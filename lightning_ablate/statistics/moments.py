@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_ablate.errors import StatisticsError
-from lightning_ablate.statistics.base import ActivationStatistic, SiteStatistics, positions
+from lightning_ablate.statistics.base import ActivationStatistic, SiteStatistics, has_kernels, positions
 
 _BLOCK = 256  # positions at a time, which a core's cache holds
 
@@ -83,14 +83,7 @@ def _part(rows: Tensor, reference: Tensor) -> Tensor:
         rows: ``(positions, neurons)``, floating.
         reference: ``(neurons,)`` float64, near the mean; powers are summed of the deviations from it.
     """
-    sums = reference.new_zeros(4, len(reference))
-    for block in torch.split(rows, _BLOCK):
-        deviation = block.double().sub_(reference)
-        square = deviation.square()
-        sums[0] += deviation.sum(0)
-        sums[1] += square.sum(0)
-        sums[2] += deviation.mul_(square).sum(0)
-        sums[3] += square.square_().sum(0)
+    sums = _power_sums(rows, reference)
     n = float(len(rows))
     first, second, third, fourth = sums
     mean = first / n
@@ -103,6 +96,23 @@ def _part(rows: Tensor, reference: Tensor) -> Tensor:
             (fourth - 4 * mean * third + 6 * mean.square() * second - 3 * n * mean.pow(4)).clamp_min(0),
         ]
     )
+
+
+def _power_sums(rows: Tensor, reference: Tensor) -> Tensor:
+    """Sums of the first to fourth powers of the deviations from the reference, ``(4, neurons)`` float64."""
+    if has_kernels(rows):
+        from lightning_ablate.statistics import kernels
+
+        return kernels.power_sums(rows, reference)
+    sums = reference.new_zeros(4, len(reference))
+    for block in torch.split(rows, _BLOCK):
+        deviation = block.double().sub_(reference)
+        square = deviation.square()
+        sums[0] += deviation.sum(0)
+        sums[1] += square.sum(0)
+        sums[2] += deviation.mul_(square).sum(0)
+        sums[3] += square.square_().sum(0)
+    return sums
 
 
 def _merged(parts: Tensor) -> Tensor:

@@ -7,13 +7,16 @@ memory that the statistics add at two numbers of tokens.
 """
 
 import argparse
-import resource
+import os
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -80,15 +83,29 @@ def times(rig: Rig, rounds: int) -> Iterator[tuple[float, float, float]]:
         yield bare, first, rig.run(lambda: kinds.collecting(lambda site: None))
 
 
+def largest_memory(rig: Rig, run: Callable[[], object]) -> int:
+    """The most memory in use during a run, in KiB; on a CPU that of the process (Linux)."""
+    if rig.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() // 1024
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the high-water mark
+    run()
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
 def extra_memory(shape: str, tokens: int, batch: int, length: int) -> float:
-    """MiB that calibration adds to the largest resident memory of the bare passes."""
+    """MiB that calibration adds to the largest memory of the bare passes, each in a process of its own."""
 
     def largest(what: str) -> int:
         options = ["--shape", shape, "--tokens", tokens, "--batch", batch, "--length", length, "--only", what]
         command = [sys.executable, __file__, *map(str, options)]
-        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+        # large tensors in memory of their own, which is given back at once: the largest is then what was in use
+        environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+        run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        return int(run.stdout.split()[-1])
 
-    return statistics.median(largest("calibration") - largest("bare") for _ in range(3)) / 1024
+    return (largest("calibration") - largest("bare")) / 1024
 
 
 def main() -> None:
@@ -99,14 +116,16 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory", action="store_true", help="measures memory at --tokens and twice as many")
-    parser.add_argument("--only", choices=("bare", "calibration"), help="runs once and prints the peak memory in KiB")
+    parser.add_argument("--only", choices=("bare", "calibration"), help="prints the peak memory in KiB")
     given = parser.parse_args()
     sizes = given.shape, given.tokens, given.batch, given.length
     if given.only:
         rig = Rig(*sizes)
-        calibration = rig.calibration(*ALWAYS)
-        rig.run(nullcontext if given.only == "bare" else lambda: calibration.collecting(lambda site: None))
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        around = nullcontext
+        if given.only == "calibration":
+            calibration = rig.calibration(*ALWAYS)
+            around = partial(calibration.collecting, lambda site: None)
+        print(largest_memory(rig, lambda: rig.run(around)))
         return
     if given.memory:
         for tokens in (given.tokens, 2 * given.tokens):
