@@ -1,5 +1,6 @@
 """``python -m lightning_ablate fit`` and ``validate``."""
 
+import signal
 import sys
 import warnings
 
@@ -16,6 +17,8 @@ def main() -> None:
     """Runs the command line; what the user can mend ends in one line."""
     for message in EXPECTED:
         warnings.filterwarnings("ignore", message)
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
     from lightning_ablate.cli import AblationCLI
     from lightning_ablate.errors import AblationError
 
@@ -23,6 +26,9 @@ def main() -> None:
         AblationCLI()
     except AblationError as error:
         sys.exit(f"error: {error}")
+    except SIGTERMException:  # Lightning's, with which Python would exit as if all were well
+        print("stopped by SIGTERM; the same command with the same --ablation.folder goes on", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -54,13 +54,13 @@ class Calibration:
         self.statistics = {site: {} for site in self.sites}
         self.start(self._epoch)
 
-    def start(self, epoch: int) -> None:
-        """Makes the statistics that are gathered in this epoch, from 0."""
-        self._epoch = epoch
+    def start(self, epoch: int, anew: bool = True) -> None:
+        """Makes the statistics that are gathered in this epoch, from 0; or goes on with those that are there."""
+        self._epoch, kinds = epoch, [kind for kind in self.kinds if kind.epoch() == epoch]
         for site in self.sites:
-            new = [k(site.width, self[site]).to(self.device) for k in self.kinds if k.epoch() == epoch]
-            self.statistics[site] |= {type(statistic): statistic for statistic in new}
-            self._current[site] = new
+            if anew:
+                self.statistics[site] |= {kind: kind(site.width, self[site]).to(self.device) for kind in kinds}
+            self._current[site] = [self.statistics[site][kind] for kind in kinds]
 
     @contextmanager
     def collecting(self, valid: Callable[[Site], Tensor | None]) -> Iterator[None]:

@@ -1,11 +1,13 @@
 """The Lightning callback that calibrates and sweeps."""
 
-from collections.abc import Sequence, Sized
+import sys
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import lightning
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
@@ -14,7 +16,8 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_ablate import neurons, report
 from lightning_ablate.calibration import Calibration
 from lightning_ablate.data.base import ExactSampler
-from lightning_ablate.errors import ConfigError, DataError, StatisticsError, TargetError
+from lightning_ablate.errors import ConfigError, DataError, StatisticsError, TargetError, loading
+from lightning_ablate.journal import SWEEP, Journal, Place, is_unfinished
 from lightning_ablate.masks import NeuronChoice, RandomNeurons, Selection
 from lightning_ablate.methods import AblationMethod, method_named
 from lightning_ablate.modules import AblationModule
@@ -48,6 +51,9 @@ class AblationCallback(lightning.Callback):
         sites: ``attention`` (the default: of every layer), ``self-attention``, ``cross-attention``, ``mlp``, and
             shell-style patterns of module paths (``*.0.attn.c_proj``).
         choice: which neurons go, and in which portions; None takes single neurons at random.
+        folder: where the run's files go; None takes the logger's folder. If a run with the same configuration died
+            there, this one goes on from where it was.
+        note_every: seconds from one note of the progress to the next.
 
     Attributes:
         results: the figures, once the sweep has ended.
@@ -61,6 +67,8 @@ class AblationCallback(lightning.Callback):
         seeds: Sequence[int] = PAPER_SEEDS,
         sites: Sequence[str] | str = "attention",
         choice: NeuronChoice | None = None,
+        folder: str | Path | None = None,
+        note_every: float = 60.0,
     ) -> None:
         self.methods = [method_named(method) if isinstance(method, str) else method for method in methods]
         self.fractions, self.seeds = tuple(fractions), tuple(seeds)
@@ -69,6 +77,10 @@ class AblationCallback(lightning.Callback):
         check_conditions(self.methods, self.fractions, self.seeds)
         self.results: Results | None = None
         self.folder: Path | None = None
+        self._wanted, self._note_every = folder, note_every
+        self._journal: Journal | None = None
+        self._place: Place | None = None
+        self._noted: dict[str, Any] = {}
         self._target = self._shown = ""
         self._saved: dict[str, Any] = {}
         self._partial: list[str] = []
@@ -83,8 +95,10 @@ class AblationCallback(lightning.Callback):
         if not isinstance(pl_module, AblationModule):
             raise ConfigError(f"AblationCallback needs an AblationModule, got a {type(pl_module).__name__}")
         trainer.num_sanity_val_steps = 0
-        log_dir = None if _fast(trainer) else trainer.log_dir
-        folder = report.fresh_folder(Path(log_dir)) if log_dir is not None and trainer.is_global_zero else None
+        given = None if _fast(trainer) else self._wanted or trainer.log_dir
+        folder = None
+        if given is not None and trainer.is_global_zero:
+            folder = Path(given) if is_unfinished(Path(given)) else report.fresh_folder(Path(given))
         self.folder = trainer.strategy.broadcast(folder)
         if stage == TrainerFn.FITTING:
             _plan_epochs(trainer, max(kind.epoch() + 1 for kind in self._kinds()))
@@ -92,19 +106,27 @@ class AblationCallback(lightning.Callback):
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
         """Begins with the target, which is on its device by now; the first batch shows its sites."""
         self._begin(trainer, pl_module)
+        self._go_on(trainer, pl_module)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Refuses a loader that repeats examples."""
         _check_counts_once(trainer, trainer.train_dataloader)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
-        """Makes the statistics of this epoch."""
-        _calibration(pl_module).start(trainer.current_epoch)
+        """Makes the statistics of this epoch, unless an earlier run did."""
+        epoch, calibration = trainer.current_epoch, _calibration(pl_module)
+        pl_module.done = self._done(epoch)
+        if self._place is None or epoch >= self._place.part:
+            calibration.start(epoch, anew=not pl_module.done)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: AblationModule, *_: Any) -> None:  # type: ignore[override]
-        """Refuses a choice that the sites don't allow, at the first batch, which showed them."""
-        if trainer.fit_loop.batch_idx == 0:
-            self._selections(_calibration(pl_module))
+        """Refuses a choice that the sites don't allow, at the first batch, which showed them; notes the progress."""
+        calibration, batch = _calibration(pl_module), trainer.fit_loop.batch_idx
+        if batch == 0 and calibration.sites:
+            self._selections(calibration)
+        if batch >= pl_module.done:
+            place = Place(trainer.current_epoch, batch + 1)
+            self._note(trainer, place, lambda: {"statistics": calibration.state_dict()})
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
         """Merges the ranks; the last epoch's are merged by the validation epoch, which runs before this."""
@@ -117,29 +139,43 @@ class AblationCallback(lightning.Callback):
             TargetError: if the checkpoint is of another target.
             StatisticsError: if a method's statistics are missing.
         """
-        if trainer.state.fn == TrainerFn.FITTING:
-            _calibration(pl_module).finish()
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
             self._note_partial("calibration", trainer.fit_loop.batch_idx + 1, trainer.train_dataloader)
+        if fitting and not self._sweeps_on:
+            _calibration(pl_module).finish()
             statistics = _calibration(pl_module).state_dict()
             self._saved = {"target": self._target, "name": pl_module.name, "statistics": statistics}
             if self.folder is not None:
                 trainer.save_checkpoint(self.folder / CHECKPOINT, weights_only=False)
                 self._write_neurons(trainer, pl_module)
-        else:
+        elif not fitting:
             self._begin(trainer, pl_module)
             self._restore(_calibration(pl_module))
+            self._go_on(trainer, pl_module)
         _check_counts_once(trainer, trainer.val_dataloaders)
         calibration = _calibration(pl_module)
         conditions = distinct_conditions(self.methods, self._selections(calibration), self.seeds)
         pl_module.sweep = Sweep(calibration, self.methods, conditions, self.choice)
         pl_module.sweep.prepare()
+        pl_module.done = self._done(SWEEP)
+        if self._sweeps_on:
+            pl_module.sweep.load_state_dict(self._noted["sweep"])
+            self._noted = {}
+
+    def on_validation_batch_end(  # type: ignore[override]
+        self, trainer: lightning.Trainer, pl_module: AblationModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Notes the progress."""
+        sweep = pl_module.sweep
+        if sweep is not None and batch_idx >= pl_module.done:
+            self._note(trainer, Place(SWEEP, batch_idx + 1), lambda: {"sweep": sweep.state_dict()})
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
         """Computes the results on every rank, and writes them on the first."""
         if pl_module.sweep is None:
             return
-        # torchmetrics makes a scalar of what has one element
-        figures = {name: value.reshape(-1).cpu() for name, value in pl_module.sweep.metrics.compute().items()}
+        figures = pl_module.sweep.figures()
         if not int(figures["n"][0]):
             raise DataError("the evaluation data have no scored position; is everything padding, or too short?")
         self._note_partial("evaluation", trainer.num_val_batches[0], trainer.val_dataloaders)
@@ -152,6 +188,8 @@ class AblationCallback(lightning.Callback):
             partial=self._partial,
         )
         self._write(trainer, pl_module, self.results)
+        if self._journal is not None and trainer.is_global_zero:
+            self._journal.close()
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Says so if there was no sweep.
@@ -191,6 +229,73 @@ class AblationCallback(lightning.Callback):
         module.configure_model()
         self._target = fingerprint(module.target)
         module.calibration = Calibration(module.target, self._kinds(), self.sites, module.device)
+
+    def _go_on(self, trainer: lightning.Trainer, module: AblationModule) -> None:
+        """Takes up what an earlier run in this folder noted.
+
+        Raises:
+            ConfigError: if that run had another configuration.
+        """
+        self._journal, self._place, self._noted = None, None, {}
+        if self.folder is None:
+            return
+        self._journal = Journal(self.folder, trainer.global_rank, trainer.world_size, self._note_every)
+        problem = ""
+        if trainer.is_global_zero:
+            problem = self._journal.check(self._plan(trainer, module))
+            self._place = None if problem else self._journal.latest()
+        problem, self._place = trainer.strategy.broadcast((problem, self._place))
+        if problem:
+            raise ConfigError(problem)
+        if self._place is None:
+            return
+        self._noted = self._journal.read(self._place)
+        calibration = _calibration(module)
+        if self._place.part < SWEEP:
+            calibration.load_state_dict(self._noted.pop("statistics"))
+        elif trainer.state.fn == TrainerFn.FITTING:
+            with loading(str(self.folder / CHECKPOINT), StatisticsError):
+                checkpoint = torch.load(self.folder / CHECKPOINT, map_location="cpu", weights_only=True)
+                self._saved = checkpoint["callbacks"][self.state_key]
+            self._restore(calibration)
+            self._paths = [self.folder / name for name in neurons.FILES]
+
+    @property
+    def _sweeps_on(self) -> bool:
+        """Whether the calibration was complete in an earlier run."""
+        return self._place is not None and self._place.part == SWEEP
+
+    def _done(self, part: int) -> int:
+        """The batches of a part that an earlier run has done."""
+        if self._place is None or part > self._place.part:
+            return 0
+        return self._place.batches if part == self._place.part else sys.maxsize
+
+    def _note(self, trainer: lightning.Trainer, place: Place, state: Callable[[], dict[str, Any]]) -> None:
+        if self._journal is None:
+            return
+        due = self._journal.due or trainer.received_sigterm
+        if trainer.world_size > 1:  # all of them, or none
+            due = trainer.strategy.broadcast(due)
+        if due:
+            self._journal.note(place, state())
+
+    def _plan(self, trainer: lightning.Trainer, module: AblationModule) -> dict[str, Any]:
+        """What a run must have in common with an earlier one to go on with it."""
+        return {
+            "command": str(trainer.state.fn),
+            "target": {**module.describe(), "sha256": self._target},
+            "data": _data_facts(trainer),
+            "batch_size": getattr(getattr(trainer, "datamodule", None), "batch_size", None),
+            "methods": [[method.name, {**vars(method)}] for method in self.methods],
+            "fractions": self.fractions,
+            "seeds": self.seeds,
+            "sites": self.sites,
+            "choice": {"class": type(self.choice).__name__, **vars(self.choice)},
+            "precision": str(trainer.precision),
+            "processes": trainer.world_size,
+            "limits": [trainer.limit_train_batches, trainer.limit_val_batches],
+        }
 
     def _restore(self, calibration: Calibration) -> None:
         if not self._saved:

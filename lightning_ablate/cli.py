@@ -38,7 +38,7 @@ class ConfigInCheckpoint(SaveConfigCallback):
         folder = next(c for c in trainer.callbacks if isinstance(c, AblationCallback)).folder  # type: ignore[attr-defined]
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, folder / self.config_filename, skip_none=False)
+            self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=True)
 
     def state_dict(self) -> dict[str, Any]:
         """The configuration as YAML."""

@@ -95,9 +95,9 @@ class SweepMetrics(Metric):
     def __init__(self, conditions: int) -> None:
         super().__init__()
         for name in ("n", "top1", "top5"):
-            self.add_state(name, torch.zeros(conditions, dtype=torch.int64), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros(conditions, dtype=torch.int64), dist_reduce_fx="sum", persistent=True)
         for name in ("cross_entropy", "kl"):
-            self.add_state(name, torch.zeros(conditions, dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros(conditions, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
 
     def update(self, condition: int, scored: Scored, clean: Tensor) -> None:
         """Adds what one condition scored on one batch.
@@ -116,6 +116,11 @@ class SweepMetrics(Metric):
         self.kl[condition] += torch.where(counts, score.kl, 0.0).sum(dtype=torch.float64)
 
     def compute(self) -> dict[str, Tensor]:
+        """See :attr:`figures`."""
+        return self.figures
+
+    @property
+    def figures(self) -> dict[str, Tensor]:
         """``n`` ``(conditions,)`` int64, and the means over n: top1, top5 (fractions), cross_entropy, kl (nats)."""
         means = {name: getattr(self, name).double() / self.n for name in ("top1", "top5", "cross_entropy", "kl")}
         return {"n": self.n, **means}

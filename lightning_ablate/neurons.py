@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+FILES = ("neurons.parquet", "neurons.png")
 _PANELS = {
     "skewness": "skewness",
     "excess_kurtosis": "excess kurtosis",
@@ -99,9 +100,9 @@ def save(neurons: Neurons, folder: Path, about: Mapping[str, str]) -> list[Path]
         The paths written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "neurons.parquet", parquet(neurons, about))
-    write_whole(folder / "neurons.png", png(figure(neurons)))
-    return [folder / "neurons.parquet", folder / "neurons.png"]
+    write_whole(folder / FILES[0], parquet(neurons, about))
+    write_whole(folder / FILES[1], png(figure(neurons)))
+    return [folder / name for name in FILES]
 
 
 def parquet(neurons: Neurons, about: Mapping[str, str]) -> bytes:

@@ -1,9 +1,10 @@
 """All conditions of a run, and how each is applied."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
+from typing import Any
 
 from torch import Tensor
 
@@ -165,6 +166,20 @@ class Sweep:
         """Adds what the condition of that index scored on a batch."""
         self.classes = scored.logits.shape[1]
         self.metrics.update(index, scored, clean.logits)
+
+    def figures(self) -> dict[str, Tensor]:
+        """Merges the ranks, once and for all; and gives what each condition scored (see :class:`SweepMetrics`)."""
+        self.metrics.sync()
+        return {name: values.cpu() for name, values in self.metrics.figures.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scores so far."""
+        return {"classes": self.classes, "metrics": self.metrics.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a :meth:`state_dict`."""
+        self.classes = state["classes"]
+        self.metrics.load_state_dict(dict(state["metrics"]))
 
     def check_finite(self) -> None:
         """Raises NonFiniteError if a condition's logits gave a score that is NaN or infinite."""

@@ -26,11 +26,13 @@ class AblationModule(lightning.LightningModule, ABC):
 
     Attributes:
         target: the model under study, once it is built.
+        done: batches at the beginning of this epoch that an earlier run has done.
     """
 
     target: nn.Module
     calibration: Calibration | None = None
     sweep: Sweep | None = None
+    done: int = 0
 
     def __init__(self, name: str | None = None) -> None:
         super().__init__()
@@ -126,6 +128,8 @@ class AblationModule(lightning.LightningModule, ABC):
         """Gathers statistics from one batch; the loss is 0."""
         if self.calibration is None:
             raise ConfigError("fit needs an AblationCallback: Trainer(callbacks=[AblationCallback()])")
+        if batch_idx < self.done:
+            return 0.0 * self.anchor.sum()
         with torch.no_grad():
             if not self.calibration.sites:
                 self._find_sites(self.calibration, batch)
@@ -137,6 +141,8 @@ class AblationModule(lightning.LightningModule, ABC):
         """Evaluates every condition on one batch."""
         if self.sweep is None:
             raise ConfigError("validate needs an AblationCallback: Trainer(callbacks=[AblationCallback()])")
+        if batch_idx < self.done:
+            return
         for kind, seed in self.sweep.unrelated:
             unrelated = self.unrelated(kind, seed, batch)  # outside, as it may run the target to generate it
             with self.sweep.reading(kind, seed):
