@@ -1,5 +1,6 @@
 """``python -m lightning_ablate fit`` and ``validate``."""
 
+import errno
 import signal
 import sys
 import warnings
@@ -26,6 +27,10 @@ def main() -> None:
         AblationCLI()
     except AblationError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:  # a full disk, a folder that can't be written
+        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EFBIG):
+            raise
+        sys.exit(f"error: could not write {error.filename or 'a file'}: {error.strerror}; what was written stays")
     except SIGTERMException:  # Lightning's, with which Python would exit as if all were well
         print("stopped by SIGTERM; the same command with the same --ablation.folder goes on", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)

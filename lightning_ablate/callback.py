@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning
-import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_ablate import neurons, report
+from lightning_ablate import files, neurons, report
 from lightning_ablate.calibration import Calibration
 from lightning_ablate.data.base import ExactSampler
-from lightning_ablate.errors import ConfigError, DataError, StatisticsError, TargetError, loading
+from lightning_ablate.errors import ConfigError, DataError, StatisticsError, TargetError
 from lightning_ablate.journal import SWEEP, Journal, Place, is_unfinished
 from lightning_ablate.masks import NeuronChoice, RandomNeurons, Selection
 from lightning_ablate.methods import AblationMethod, method_named
@@ -136,7 +135,7 @@ class AblationCallback(lightning.Callback):
         """Completes the statistics, or takes them from the checkpoint, and prepares the sweep.
 
         Raises:
-            TargetError: if the checkpoint is of another target.
+            TargetError: if the checkpoint is of another target, or damaged.
             StatisticsError: if a method's statistics are missing.
         """
         fitting = trainer.state.fn == TrainerFn.FITTING
@@ -148,8 +147,12 @@ class AblationCallback(lightning.Callback):
             self._saved = {"target": self._target, "name": pl_module.name, "statistics": statistics}
             if self.folder is not None:
                 trainer.save_checkpoint(self.folder / CHECKPOINT, weights_only=False)
+                if trainer.is_global_zero:
+                    files.seal(self.folder / CHECKPOINT)
                 self._write_neurons(trainer, pl_module)
         elif not fitting:
+            if trainer.ckpt_path:
+                files.check(Path(trainer.ckpt_path), TargetError)
             self._begin(trainer, pl_module)
             self._restore(_calibration(pl_module))
             self._go_on(trainer, pl_module)
@@ -254,9 +257,7 @@ class AblationCallback(lightning.Callback):
         if self._place.part < SWEEP:
             calibration.load_state_dict(self._noted.pop("statistics"))
         elif trainer.state.fn == TrainerFn.FITTING:
-            with loading(str(self.folder / CHECKPOINT), StatisticsError):
-                checkpoint = torch.load(self.folder / CHECKPOINT, map_location="cpu", weights_only=True)
-                self._saved = checkpoint["callbacks"][self.state_key]
+            self._saved = files.load(self.folder / CHECKPOINT, StatisticsError)["callbacks"][self.state_key]
             self._restore(calibration)
             self._paths = [self.folder / name for name in neurons.FILES]
 

@@ -14,6 +14,7 @@ from lightning_ablate.callback import AblationCallback
 from lightning_ablate.data import ImageData, LabelledTexts, TextData, TextPairs
 from lightning_ablate.data.demo import Digits, PythonTexts
 from lightning_ablate.errors import TargetError, loading
+from lightning_ablate.files import load
 from lightning_ablate.modules import (
     AblationModule,
     CausalLM,
@@ -111,12 +112,11 @@ def _with_start(args: list[str]) -> list[str]:
 
 def _config_of(checkpoint: str) -> str | None:
     """The configuration in a checkpoint, without what only ``fit`` knows; None in one that Python code left."""
-    import torch
-
     if not Path(checkpoint).is_file():
         raise TargetError(f"the checkpoint {checkpoint!r} does not exist; `fit` leaves one in its run's folder")
+    saved = load(Path(checkpoint), TargetError)
     with loading(checkpoint, TargetError):
-        callbacks = torch.load(checkpoint, map_location="cpu", weights_only=True)["callbacks"]
+        callbacks = saved["callbacks"]
         if ConfigInCheckpoint.__qualname__ not in callbacks:
             return None
         config = yaml.safe_load(callbacks[ConfigInCheckpoint.__qualname__]["config"])

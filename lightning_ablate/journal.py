@@ -1,6 +1,5 @@
 """What an unfinished run has done so far, kept in its folder, so that the same command goes on from there."""
 
-import io
 import json
 import shutil
 import time
@@ -8,10 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from lightning_ablate.errors import ConfigError, StatisticsError, loading
-from lightning_ablate.results import write_whole
+from lightning_ablate.files import load, save, write_whole
 
 FOLDER, PLAN = "unfinished", "plan.json"
 SWEEP = 1_000_000  # the part that comes after all calibration epochs
@@ -71,9 +68,7 @@ class Journal:
         Raises:
             StatisticsError: if the file is damaged.
         """
-        path = self._path(place)
-        with loading(str(path), StatisticsError):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        return load(self._path(place), StatisticsError)
 
     @property
     def due(self) -> bool:
@@ -86,9 +81,7 @@ class Journal:
         if self._plan is not None:
             write_whole(self.folder / PLAN, json.dumps(self._plan, indent=2) + "\n")
             self._plan = None
-        buffer = io.BytesIO()
-        torch.save(dict(state), buffer)
-        write_whole(self._path(place), buffer.getvalue())
+        save(dict(state), self._path(place))
         for path in sorted(self.folder.glob(f"*.{self._rank}.pt"), key=_place)[:-2]:
             path.unlink()
         self._last = time.monotonic()

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_ablate.calibration import Calibration
+from lightning_ablate.files import write_whole
 from lightning_ablate.report import png
-from lightning_ablate.results import write_whole
 from lightning_ablate.statistics import (
     Histogram,
     LatticeHistogram,

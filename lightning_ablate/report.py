@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_ablate.results import METRICS, MetricName, Results, write_whole
+from lightning_ablate.files import write_whole
+from lightning_ablate.results import METRICS, MetricName, Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
@@ -184,16 +183,6 @@ def read_rows(path: Path) -> list[Row]:
         if reader.fieldnames is None or not set(names) <= set(reader.fieldnames):
             raise DataError(f"{path} has the columns {reader.fieldnames}, expected {names}")
         return [_row(line) for line in reader]
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file so that it is there whole or not at all."""
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:

@@ -5,10 +5,10 @@ import shutil
 import sys
 
 import pytest
-import torch
 import yaml
 from datasets import Dataset
 
+from lightning_ablate import files
 from lightning_ablate.__main__ import main
 from tests import tiny
 
@@ -121,7 +121,7 @@ def test_sites_by_pattern(run, tmp_path):
 )
 def test_what_a_user_can_mend_is_one_line_and_a_non_zero_exit(run, tmp_path, arguments, message):
     (tmp_path / "garbage.ckpt").write_bytes(b"no checkpoint")
-    torch.save({"callbacks": tiny.Own}, tmp_path / "pickle.ckpt")  # loading it would import a class
+    files.save({"callbacks": tiny.Own}, tmp_path / "pickle.ckpt")  # loading it would import a class
     code, _, err = run(*arguments, *QUIET)
     assert isinstance(code, str) and code.startswith("error: ") and message in code and "\n" not in code
     assert "Traceback" not in err

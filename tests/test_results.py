@@ -8,7 +8,8 @@ import torch
 
 from lightning_ablate import report
 from lightning_ablate.errors import DataError
-from lightning_ablate.results import Results, Row, read_rows, write_whole
+from lightning_ablate.files import write_whole
+from lightning_ablate.results import Results, Row, read_rows
 from lightning_ablate.sweep import BASELINE, Condition
 
 HEADER = "model,data,method,fraction,seed,part,head,n,top1,top5,cross_entropy,kl"
