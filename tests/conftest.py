@@ -12,12 +12,19 @@ from tests import tiny
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="run the demo configs whole, not cut to a few conditions")
+    parser.addoption("--full", action="store_true", help="run long tests too, and others in full")
 
 
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def full(request):
+    """For tests that take too long for every day."""
+    if not request.config.getoption("--full"):
+        pytest.skip("runs with --full")
 
 
 @pytest.fixture

@@ -1,7 +1,11 @@
 """The same numbers on several processes (gloo on the CPU)."""
 
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -52,6 +56,42 @@ def test_two_processes_give_the_figures_of_one_on_padded_and_masked_text(tmp_pat
     checkpoint = min(tmp_path.glob("lightning_logs/*/*/ablation.ckpt"))
     assert_same(one, figures(tmp_path, "fit", *small, *TWO))
     assert_same(one, figures(tmp_path, "validate", "--ckpt_path", checkpoint, *TWO))
+
+
+def test_two_nodes_of_torchrun_give_the_figures_of_one_process(tmp_path, full):
+    small = ["--data.calibration_images=43", "--data.evaluation_images=37", *FEW]
+    one = figures(tmp_path, "fit", *small)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = []
+    for node in (0, 1):
+        launcher = ["--nnodes=2", f"--node-rank={node}", "--nproc-per-node=1", "--master-addr=127.0.0.1"]
+        ours = ["fit", *small, *SHARED, "--trainer.num_nodes=2", "--trainer.devices=1", "--trainer.strategy=ddp"]
+        command = ["-m", "torch.distributed.run", *launcher, f"--master-port={port}", "-m", "lightning_ablate", *ours]
+        with (tmp_path / f"said-{node}").open("w") as said:
+            folder = [f"--ablation.folder={tmp_path / 'two'}"]
+            nodes.append(subprocess.Popen([sys.executable, *command, *folder], cwd=tmp_path, stdout=said, stderr=said))
+    for node, process in enumerate(nodes):
+        assert process.wait(timeout=300) == 0, (tmp_path / f"said-{node}").read_text()
+    assert_same(one, read_rows(tmp_path / "two" / "results.csv"))
+
+
+def test_two_processes_that_were_killed_go_on(tmp_path, full):
+    small = ["--data.calibration_images=200", "--data.evaluation_images=200", *FEW[1:], "--data.batch_size=4", *TWO]
+    ours = ["fit", *small, *SHARED, "--ablation.note_every=0", "--trainer.logger=false"]
+    command = [sys.executable, "-m", "lightning_ablate", *ours]
+    subprocess.run([*command, "--ablation.folder=whole"], cwd=tmp_path, check=True, capture_output=True)
+    for part in ("0.*.pt", "1.*.pt", "1000000.*.pt"):
+        process = subprocess.Popen([*command, "--ablation.folder=died"], cwd=tmp_path, start_new_session=True)
+        while len(list(tmp_path.glob(f"died/unfinished/{part}"))) < 4:
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run([*command, "--ablation.folder=died"], cwd=tmp_path, check=True, capture_output=True)
+    whole = (tmp_path / "whole" / "results.csv").read_bytes()
+    assert (tmp_path / "died" / "results.csv").read_bytes() == whole
 
 
 def rank_of_two(rank, port, folder):
