@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_ablate.calibration import Calibration, check_runs
 from lightning_ablate.errors import ConfigError, NonFiniteError, StatisticsError
 from lightning_ablate.masks import NeuronChoice, RandomNeurons, Selection
-from lightning_ablate.methods import Ablation, AblationMethod, Replacement, ablate
+from lightning_ablate.methods import Ablation, AblationMethod, ConstantMethod, Replacement, ablate, constant
 from lightning_ablate.metrics import Scored, SweepMetrics
 from lightning_ablate.sites import Site, hooked
 
@@ -108,6 +108,7 @@ class Sweep:
         self._methods = {method.name: method for method in methods}
         self._choice = choice or RandomNeurons()
         self._prepared: dict[Condition, dict[Site, tuple[Tensor, Replacement]]] = {}
+        self._constants: dict[tuple[str, Site], Replacement] = {}
         self._unrelated: dict[tuple[str, int | None], dict[Site, Tensor]] = {}
 
     @property
@@ -200,6 +201,10 @@ class Sweep:
             return None
         mask = mask.to(device)
         try:
-            return mask, method.prepare(Ablation(site, mask, statistics, condition.seed, self._unrelated))
+            if not isinstance(method, ConstantMethod):
+                return mask, method.prepare(Ablation(site, mask, statistics, condition.seed, self._unrelated))
+            if (method.name, site) not in self._constants:
+                self._constants[method.name, site] = constant(method.values(site, statistics).to(device))
+            return mask, self._constants[method.name, site]
         except StatisticsError as error:
             raise StatisticsError(f"the method {method.name!r} {error}") from error

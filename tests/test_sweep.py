@@ -197,3 +197,17 @@ def test_calibration_survives_its_state_dict():
         for kind, statistic in calibration.statistics[site].items():
             for name, value in statistic.state_dict().items():
                 assert torch.equal(copy[site][kind].state_dict()[name], value)
+
+
+def test_constants_are_computed_once_a_site_not_once_a_condition():
+    class Counted(Mean):
+        name, calls = "counted-mean", 0
+
+        def values(self, site, statistics):
+            Counted.calls += 1
+            return super().values(site, statistics)
+
+    model = tiny.gpt2()
+    conditions = [BASELINE, *(Condition("counted-mean", 0.5, seed) for seed in range(4))]
+    Sweep(calibrated(model, epochs=1), [Counted()], conditions).prepare()
+    assert Counted.calls == 2

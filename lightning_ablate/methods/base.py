@@ -55,6 +55,21 @@ class AblationMethod(ABC):
         """The replacement at one site under one condition, computed once and then applied to every batch."""
 
 
+class ConstantMethod(AblationMethod):
+    """A method that puts one value in each neuron's place, whatever else is ablated and whatever the seed.
+
+    The sweep computes these values once for each site, not once for each condition.
+    """
+
+    @abstractmethod
+    def values(self, site: Site, statistics: SiteStatistics) -> Tensor:
+        """The values, ``(neurons,)`` floating, on any device."""
+
+    def prepare(self, ablation: Ablation) -> Replacement:
+        """The values as a replacement."""
+        return constant(self.values(ablation.site, ablation.statistics).to(ablation.mask.device))
+
+
 def constant(value: Tensor) -> Replacement:
     """Replaces by one value per neuron, ``(neurons,)`` of any floating dtype, cast to that of the activations."""
 

@@ -2,14 +2,17 @@
 
 from typing import ClassVar
 
-from lightning_ablate.methods.base import Ablation, AblationMethod, Replacement, constant
+from torch import Tensor
+
+from lightning_ablate.methods.base import ConstantMethod
+from lightning_ablate.sites import Site
 from lightning_ablate.statistics import HalfSampleMode as HalfSampleModeEstimator
-from lightning_ablate.statistics import LatticeHistogram, PeakEstimator, SmoothedMode
+from lightning_ablate.statistics import LatticeHistogram, PeakEstimator, SiteStatistics, SmoothedMode
 from lightning_ablate.statistics import Median as MedianEstimator
 from lightning_ablate.statistics import OnePassPeak as OnePassPeakEstimator
 
 
-class Estimated(AblationMethod):
+class Estimated(ConstantMethod):
     """An ablated neuron is what an estimator makes of its histogram over the calibration data.
 
     Attributes:
@@ -19,9 +22,9 @@ class Estimated(AblationMethod):
     statistics = (LatticeHistogram,)
     estimator: ClassVar[PeakEstimator]
 
-    def prepare(self, ablation: Ablation) -> Replacement:
+    def values(self, site: Site, statistics: SiteStatistics) -> Tensor:
         """The estimates."""
-        return constant(self.estimator(ablation.statistics[LatticeHistogram].histogram))
+        return self.estimator(statistics[LatticeHistogram].histogram)
 
 
 class Mode(Estimated):
@@ -29,13 +32,10 @@ class Mode(Estimated):
 
     Example:
         >>> import torch
-        >>> from lightning_ablate.sites import Site
-        >>> from lightning_ablate.statistics import SiteStatistics
         >>> statistic = LatticeHistogram(neurons=1)
         >>> statistic.update(torch.tensor([[[1.0], [2.0], [2.0], [2.0], [9.0]]]))
         >>> statistics = SiteStatistics("attn.proj", {LatticeHistogram: statistic})
-        >>> here = Ablation(Site("attn.proj", 1), torch.ones(1, dtype=torch.bool), statistics, None, {})
-        >>> round(Mode().prepare(here)(torch.zeros(1, 1, 1)).item())
+        >>> round(Mode().values(Site("attn.proj", 1), statistics).item())
         2
     """
 

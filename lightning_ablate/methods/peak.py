@@ -1,10 +1,13 @@
 """Peak ablation, the paper's proposal."""
 
-from lightning_ablate.methods.base import Ablation, AblationMethod, Replacement, constant
-from lightning_ablate.statistics import RangeHistogram
+from torch import Tensor
+
+from lightning_ablate.methods.base import ConstantMethod
+from lightning_ablate.sites import Site
+from lightning_ablate.statistics import RangeHistogram, SiteStatistics
 
 
-class Peak(AblationMethod):
+class Peak(ConstantMethod):
     """An ablated neuron is its most frequent value over the calibration data.
 
     That is the centre of the fullest of 100 equal bins between the neuron's own minimum and maximum (Pochinkov et al.
@@ -12,22 +15,20 @@ class Peak(AblationMethod):
 
     Example:
         >>> import torch
-        >>> from lightning_ablate.sites import Site
-        >>> from lightning_ablate.statistics import LatticeHistogram, SiteStatistics
+        >>> from lightning_ablate.statistics import LatticeHistogram
         >>> activations = torch.tensor([[[0.0], [0.501], [0.502], [1.0]]])
         >>> first = LatticeHistogram(neurons=1)
         >>> first.update(activations)
         >>> histogram = RangeHistogram(neurons=1, earlier=SiteStatistics("attn.proj", {LatticeHistogram: first}))
         >>> histogram.update(activations)
         >>> statistics = SiteStatistics("attn.proj", {RangeHistogram: histogram})
-        >>> here = Ablation(Site("attn.proj", 1), torch.ones(1, dtype=torch.bool), statistics, None, {})
-        >>> Peak().prepare(here)(activations)
-        tensor([0.5050])
+        >>> Peak().values(Site("attn.proj", 1), statistics)
+        tensor([0.5050], dtype=torch.float64)
     """
 
     name = "peak"
     statistics = (RangeHistogram,)
 
-    def prepare(self, ablation: Ablation) -> Replacement:
+    def values(self, site: Site, statistics: SiteStatistics) -> Tensor:
         """The peaks."""
-        return constant(ablation.statistics[RangeHistogram].peak())
+        return statistics[RangeHistogram].peak()

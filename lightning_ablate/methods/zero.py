@@ -1,24 +1,23 @@
 """Zero ablation."""
 
 import torch
+from torch import Tensor
 
-from lightning_ablate.methods.base import Ablation, AblationMethod, Replacement, constant
+from lightning_ablate.methods.base import ConstantMethod
+from lightning_ablate.sites import Site
+from lightning_ablate.statistics import SiteStatistics
 
 
-class Zero(AblationMethod):
+class Zero(ConstantMethod):
     """An ablated neuron is 0.
 
     Example:
-        >>> from lightning_ablate.sites import Site
-        >>> from lightning_ablate.statistics import SiteStatistics
-        >>> mask = torch.tensor([True, False])
-        >>> here = Ablation(Site("attn.proj", 2), mask, SiteStatistics("attn.proj", {}), seed=None, unrelated={})
-        >>> Zero().prepare(here)(torch.ones(1, 1, 2))
+        >>> Zero().values(Site("attn.proj", 2), SiteStatistics("attn.proj", {}))
         tensor([0., 0.])
     """
 
     name = "zero"
 
-    def prepare(self, ablation: Ablation) -> Replacement:
+    def values(self, site: Site, statistics: SiteStatistics) -> Tensor:
         """Zeros."""
-        return constant(torch.zeros(ablation.site.width, device=ablation.mask.device))
+        return torch.zeros(site.width)
