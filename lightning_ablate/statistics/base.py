@@ -107,5 +107,5 @@ def positions(activations: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def has_kernels(rows: Tensor) -> bool:
-    """Whether the Triton kernels can take these activations: on a GPU, where Triton is installed."""
-    return rows.is_cuda and find_spec("triton") is not None
+    """Whether the Triton kernels can take these activations: on a GPU, neurons side by side, where Triton is there."""
+    return rows.is_cuda and rows.stride(-1) == 1 and find_spec("triton") is not None
