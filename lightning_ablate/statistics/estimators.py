@@ -25,8 +25,7 @@ class PeakEstimator(ABC):
         Args:
             histogram: of the neurons; every neuron has a count.
         """
-        parts = [Histogram(*columns) for columns in zip(*(torch.split(c, _CHUNK) for c in histogram), strict=True)]
-        return torch.cat([self._of(part) for part in parts])
+        return torch.cat([self._of(part) for part in _chunks(histogram)])
 
     @abstractmethod
     def estimate(self, counts: Tensor, values: Tensor) -> Tensor:
@@ -68,8 +67,7 @@ class OnePassPeak(PeakEstimator):
         A bin can be the fullest one if all that may lie in it is no less than what surely lies in some bin. The bound
         is the distance to the farthest such bin.
         """
-        parts = [Histogram(*columns) for columns in zip(*(torch.split(c, _CHUNK) for c in histogram), strict=True)]
-        return torch.cat([self._found(part)[1] for part in parts])
+        return torch.cat([self._found(part)[1] for part in _chunks(histogram)])
 
     def estimate(self, counts: Tensor, values: Tensor) -> Tensor:
         """Not enough for this one, which needs the minima and maxima."""
@@ -198,8 +196,11 @@ def count_modes(histogram: Histogram) -> Tensor:
     everywhere (the root of a Poisson count, doubled), the histogram rises by at least :data:`_HILL` to it, and falls by
     as much behind it.
     """
-    parts = [Histogram(*columns) for columns in zip(*(torch.split(c, _CHUNK) for c in histogram), strict=True)]
-    return torch.cat([_hills(part.all_counts) for part in parts])
+    return torch.cat([_hills(part.all_counts) for part in _chunks(histogram)])
+
+
+def _chunks(histogram: Histogram) -> list[Histogram]:
+    return [Histogram(*columns) for columns in zip(*(torch.split(c, _CHUNK) for c in histogram), strict=True)]
 
 
 def _hills(counts: Tensor) -> Tensor:
