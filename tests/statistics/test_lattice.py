@@ -105,6 +105,13 @@ def test_values_that_are_not_finite_are_told(bad):
     assert not bool(gathered([x]).finite())
 
 
+def test_zeros_of_both_signs_are_the_same():
+    x = torch.tensor([0.0, -0.0, 1.0]).repeat(NEURONS, 1).T
+    for order in ([0, 1, 2], [1, 0, 2], [2, 1, 0]):
+        found = gathered(x[order].split(1))
+        assert torch.equal(found.lattice, gathered([x]).lattice) and found.histogram.zeros.tolist() == [2] * NEURONS
+
+
 def test_memory_does_not_grow_with_the_positions():
     statistic = LatticeHistogram(NEURONS)
     sizes = set()
