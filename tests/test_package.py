@@ -21,11 +21,11 @@ PLAIN = [
     "methods/*.py",
 ]
 RANKS = [
-    ["errors", "tokens", "trace", "sites", "masks", "statistics", "demo"],
+    ["errors", "files", "tokens", "trace", "sites", "masks", "statistics", "demo"],
     ["methods", "calibration", "metrics"],
     ["sweep"],
     ["modules"],
-    ["results", "report", "progress", "data"],
+    ["results", "report", "progress", "data", "journal", "neurons"],
     ["callback"],
     ["cli"],
 ]
