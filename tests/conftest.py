@@ -20,7 +20,7 @@ def _seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def full(request):
     """For tests that take too long for every day."""
     if not request.config.getoption("--full"):

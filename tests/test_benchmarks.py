@@ -12,7 +12,7 @@ TINY = ["--shape", "tiny", "--tokens", "64", "--batch", "2", "--length", "16", "
 @pytest.mark.parametrize(
     ("name", "options", "last"),
     [
-        ("calibration", [*TINY, "--memory"], r"one-pass calibration / bare forward: \d+\.\d+"),
+        ("calibration", TINY, r"one-pass calibration / bare forward: \d+\.\d+"),
         ("kernel", [], r"histogram / copy: \d+\.\d+"),
         ("peaks", ["--neurons", "2"], r"smallest ratio \d+\.\d+"),
     ],

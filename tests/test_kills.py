@@ -1,6 +1,6 @@
 """The real command, killed at random moments and started again until it ends.
 
-``python -m pytest tests/test_kills.py --full`` kills it 56 times; in short form, twice.
+``python -m pytest tests/test_kills.py --full`` kills it 56 times; test_resume.py is the short form, in one process.
 """
 
 import os
@@ -38,7 +38,7 @@ def finish(process, folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(full, tmp_path_factory):
     """The results of a run that lives, and its seconds before and behind the first note."""
     folder = tmp_path_factory.mktemp("whole")
     process, began = start(folder), time.monotonic()
@@ -49,9 +49,9 @@ def whole(tmp_path_factory):
     return finish(process, folder), noted - began, time.monotonic() - noted
 
 
-def test_killed_runs_go_on_to_the_results_of_a_whole_one(whole, tmp_path, request):
+def test_killed_runs_go_on_to_the_results_of_a_whole_one(whole, tmp_path):
     expected, before, behind = whole
-    kills, draw, went_on = 56 if request.config.getoption("--full") else 2, random.Random(0), 0
+    kills, draw, went_on = 56, random.Random(0), 0
     while kills > 0:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()

@@ -41,7 +41,8 @@ class PeakEstimator(ABC):
 
     def _of(self, histogram: Histogram) -> Tensor:
         mostly = 2 * histogram.zeros >= histogram.zeros + histogram.counts.sum(1)
-        return torch.where(mostly, 0.0, self.estimate(histogram.all_counts, histogram.values))
+        found = self.estimate(histogram.all_counts, histogram.values).clamp(histogram.low, histogram.high)
+        return torch.where(mostly, 0.0, found)
 
 
 class OnePassPeak(PeakEstimator):
@@ -80,27 +81,39 @@ class OnePassPeak(PeakEstimator):
         """The estimates and how far they can be off."""
         counts = histogram.counts.double()
         low, high = histogram.low.unsqueeze(1), histogram.high.unsqueeze(1)
-        step = torch.where(high > low, high / self.bins - low / self.bins, 1.0)
-        edges = histogram.start.unsqueeze(1) + torch.arange(
-            counts.shape[1] + 1, device=counts.device
-        ) * histogram.width.unsqueeze(1)
+        step = (high - low) / self.bins
+        step = torch.where((step > 0) & step.isfinite(), step, 1.0)
+        number = torch.arange(counts.shape[1] + 1, device=counts.device)
+        edges = histogram.start.unsqueeze(1) + number * histogram.width.unsqueeze(1)
         edges = (edges.clamp(low, high) - low) / step
-        # the least and the last of the paper's bins that a count can lie in; a little more, for the rounding of edges
-        first = (edges[:, :-1] - _SLACK).floor().clamp(0, self.bins - 1).long()
-        last = (edges[:, 1:] + _SLACK).floor().clamp(0, self.bins - 1).long()
-        at_zero = ((0 - low) / step).floor().clamp(0, self.bins - 1).long()
+        # how far the rounding of edges reaches, in the paper's bins
+        slack = _SLACK + 1e-13 * torch.maximum(low.abs(), high.abs()) / step
+
+        def first_and_last(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+            """The first and the last of the paper's bins in which what lies between can be."""
+            bounds = ((left - slack).floor(), (right + slack).floor())
+            first, last = (bound.clamp(0, self.bins - 1).long() for bound in bounds)
+            return first, last
+
+        first, last = first_and_last(edges[:, :-1], edges[:, 1:])
+        at_zero = (0 - low).clamp(max=high - low) / step
+        first_zero, last_zero = first_and_last(at_zero, at_zero)
+        at_zero = at_zero.floor().clamp(0, self.bins - 1).long()
         sure = torch.zeros_like(counts[:, : self.bins]).scatter_add_(1, first, torch.where(first == last, counts, 0.0))
-        possible = torch.zeros_like(counts[:, : self.bins + 1])
-        possible = possible.scatter_add_(1, first, counts).scatter_add_(1, last + 1, -counts).cumsum(1)[:, :-1]
+        zeros = histogram.zeros.double().unsqueeze(1)
+        sure.scatter_add_(1, first_zero, torch.where(first_zero == last_zero, zeros, 0.0))
+        steps = torch.zeros_like(counts[:, : self.bins + 1])
+        for start, end, count in ((first, last, counts), (first_zero, last_zero, zeros)):
+            steps.scatter_add_(1, start, count).scatter_add_(1, end + 1, -count)
+        possible = steps.cumsum(1)[:, :-1]
         below = torch.cat([torch.zeros_like(low), counts.cumsum(1)], 1)
         paper = torch.arange(self.bins + 1, dtype=torch.float64, device=counts.device).expand(len(low), -1).contiguous()
         right = torch.searchsorted(edges.contiguous(), paper).clamp(1, counts.shape[1])
         start, length = edges.gather(1, right - 1), edges.diff(dim=1).gather(1, right - 1)
         share = torch.where(length > 0, (paper - start) / torch.where(length > 0, length, 1.0), 0.0).clamp(0, 1)
         cumulative = below.gather(1, right - 1) + share * counts.gather(1, right - 1)
-        likely = torch.minimum(torch.maximum(cumulative.diff(dim=1), sure), possible)
-        zeros = histogram.zeros.double().unsqueeze(1)
-        sure, possible, likely = (c.scatter_add(1, at_zero, zeros) for c in (sure, possible, likely))
+        likely = cumulative.diff(dim=1).scatter_add(1, at_zero, zeros)
+        likely = torch.minimum(torch.maximum(likely, sure), possible)
         fullest = (likely == likely.amax(1, keepdim=True)).to(torch.int8).argmax(1, keepdim=True)
         candidates = possible >= sure.amax(1, keepdim=True) - 0.5
         distance = (torch.arange(self.bins, device=counts.device) - fullest).abs()

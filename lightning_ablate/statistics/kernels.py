@@ -106,6 +106,7 @@ def _count_inside(
         place = position.to(tl.int64)[:, None] * stride + column[None, :]
         x = tl.load(rows + place, use, other=0.0).to(by.dtype)
         bin_ = tl.floor(x * by)
+        bin_ = tl.where((x < 0) & (bin_ == 0), -1.0, bin_)  # the product was too small
         inside = (bin_ >= begin) & (bin_ < end)
         counted = use & inside & (x != 0)
         cell = column.to(tl.int64)[None, :] * counts_stride + tl.where(inside, bin_ - begin, 0.0).to(tl.int32)
@@ -161,7 +162,9 @@ def _count_outside(
             place = position.to(tl.int64)[:, None] * stride + column[None, :]
             x = tl.load(rows + place, use, other=0.0).to(by.dtype)
             old_bin = tl.floor(x * old_by)
+            old_bin = tl.where((x < 0) & (old_bin == 0), -1.0, old_bin)
             bin_ = tl.floor(x * by)
+            bin_ = tl.where((x < 0) & (bin_ == 0), -1.0, bin_)
             inside = (bin_ >= begin) & (bin_ < end)
             counted = use & inside & ((old_bin >= old_begin) & (old_bin < old_end) == 0) & (x != 0)
             cell = column.to(tl.int64)[None, :] * counts_stride + tl.where(inside, bin_ - begin, 0.0).to(tl.int32)

@@ -218,9 +218,9 @@ class _Head(NamedTuple):
         spacing = torch.where(largest > 0, torch.frexp(largest).exponent - 1 - self.precision, _FINEST)
         exponent = torch.where(share > 0, torch.frexp(share).exponent.long(), _FINEST)
         exponent = torch.maximum(exponent, spacing).clamp_min(_FINEST)
-        first, last = ((bound * _power(-exponent)).floor() for bound in (low, high))
+        first, last = (_places(bound, _power(-exponent)) for bound in (low, high))
         exponent = torch.where(last - first < bins, exponent, exponent + 1)
-        first = (low * _power(-exponent)).floor().long()
+        first = _places(low, _power(-exponent)).long()
         return torch.stack([torch.where(seen, exponent, 0), torch.where(seen, first, 0)])
 
 
@@ -242,9 +242,16 @@ def _counted(rows: Tensor, window: Tensor, bins: int) -> Tensor:
     counts = []
     for columns, by, begin in zip(*(x.split(_BLOCK, -1) for x in (rows, scale, first)), strict=True):
         cells = (torch.arange(len(begin), device=rows.device) * bins - begin).int()
-        cells = (columns * by).floor_().int().add_(cells)
+        places = _places(columns, by, small=bool((by < 1).any())).int()
+        cells = places.add_(cells)
         counts.append(torch.bincount(cells.flatten(), minlength=len(begin) * bins).view(-1, bins))
     return torch.cat(counts)
+
+
+def _places(values: Tensor, by: Tensor, small: bool = True) -> Tensor:
+    """The numbers of the bins, ``floor(values * by)``; where the product can be too small, what is below 0 stays so."""
+    places = (values * by).floor_()
+    return torch.where((values < 0) & (places == 0), -1.0, places) if small else places
 
 
 def _moved(counts: Tensor, old: Tensor, new: Tensor) -> Tensor:

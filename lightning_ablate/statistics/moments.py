@@ -34,7 +34,10 @@ class Moments(ActivationStatistic):
         """Adds a batch, see :meth:`ActivationStatistic.update`."""
         rows = positions(activations, valid)
         if len(rows):
-            reference = torch.where(self.parts[0] > 0, self.parts[1], rows[0].double())
+            first = rows[:_BLOCK].double()
+            # near the mean, and exactly the value of a constant neuron
+            start = torch.where((first == first[0]).all(0), first[0], first.mean(0))
+            reference = torch.where(self.parts[0] > 0, self.parts[1], start)
             self.parts = _merged(torch.stack([self.parts, _part(rows, reference)]))
 
     def compute(self) -> Tensor:
@@ -106,7 +109,7 @@ def _power_sums(rows: Tensor, reference: Tensor) -> Tensor:
         return kernels.power_sums(rows, reference)
     sums = reference.new_zeros(4, len(reference))
     for block in torch.split(rows, _BLOCK):
-        deviation = block.double().sub_(reference)
+        deviation = block.double() - reference  # not in place: float64 rows are the target's own
         square = deviation.square()
         sums[0] += deviation.sum(0)
         sums[1] += square.sum(0)

@@ -10,7 +10,9 @@ from lightning_ablate.methods import method_named
 from lightning_ablate.statistics import (
     HalfSampleMode,
     LatticeHistogram,
+    Magnitude,
     Median,
+    Moments,
     OnePassPeak,
     RangeHistogram,
     SiteStatistics,
@@ -103,6 +105,41 @@ def test_values_that_are_not_finite_are_told(bad):
     x = adversarial(torch.float32, 1)
     x[1, 3] = bad
     assert not bool(gathered([x]).finite())
+
+
+def test_values_too_small_beside_others_keep_their_side_of_zero():
+    for values in ([1e38, -1e-30], [-4095.0, -1e-45], [1e38, -1e38, 1e-38, -1e-38]):
+        x = torch.tensor(values).repeat(NEURONS, 1).T
+        one = gathered([x])
+        assert torch.equal(gathered(x.flip(0).split(1)).lattice, one.lattice)
+        assert one.histogram.counts.sum(1).tolist() == [len(values)] * NEURONS
+
+
+def test_updates_leave_the_activations_alone():
+    x = torch.randn(1, 30, NEURONS, dtype=torch.float64)
+    before = x.clone()
+    for kind in (LatticeHistogram, Moments, Magnitude):
+        kind(NEURONS).update(x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("step", [1.0, 0.3, 1e-30])
+def test_the_bound_holds_for_zeros_on_the_papers_edges(step):
+    for low, high in ((-3, 27), (-1, 9), (-7, 13), (-1, 1), (-20, 80), (-5, 45)):
+        values = [low, high, 0, 0, 0, *[(high - low) / 100 * 0.5 + 1e-3] * 2]
+        x = (step * torch.tensor(values)).repeat(NEURONS, 1).T
+        first = gathered([x])
+        second = RangeHistogram(NEURONS, SiteStatistics("here", {LatticeHistogram: first}))
+        second.update(x.unsqueeze(0))
+        off = (OnePassPeak()(first.histogram) - second.peak()).abs()
+        assert bool((off <= OnePassPeak().error(first.histogram) + 1e-9 * step).all()), (low, high)
+
+
+@pytest.mark.parametrize("estimator", [SmoothedMode(), HalfSampleMode(), Median()])
+def test_estimates_lie_between_minimum_and_maximum(estimator):
+    clipped = torch.cat([6 * torch.rand(100), torch.full((300,), 6.0)])
+    assert estimate(estimator, clipped.tolist())[0] <= 6.0
+    assert estimate(estimator, [-1.0] * 5, [0.1] * 5) == [-1.0, 0.1]
 
 
 def test_zeros_of_both_signs_are_the_same():
