@@ -11,6 +11,7 @@ from lightning_ablate.modules import (
     SequenceClassifier,
 )
 from lightning_ablate.results import Results
+from lightning_ablate.sharding import ShardedStrategy
 
 __all__ = [
     "AblationCallback",
@@ -22,4 +23,5 @@ __all__ = [
     "Scored",
     "Seq2SeqLM",
     "SequenceClassifier",
+    "ShardedStrategy",
 ]

@@ -63,28 +63,44 @@ class Calibration:
             self._current[site] = [self.statistics[site][kind] for kind in kinds]
 
     @contextmanager
-    def collecting(self, valid: Callable[[Site], Tensor | None]) -> Iterator[None]:
+    def collecting(
+        self, valid: Callable[[Site], Tensor | None], read: set[ActivationStatistic] | None = None
+    ) -> Iterator[None]:
         """Reads every site during one forward pass.
 
         Args:
             valid: of a site, bool, broadcastable to ``(batch, seq)``, False at padding; None where nothing is padded.
+            read: the statistics that have this input already, from a pass that failed; those that get it are added.
 
         Raises:
             SiteError: if a site did not run, or ran more than once.
             NonFiniteError: if an activation is NaN or infinite.
         """
-        runs = dict.fromkeys(self.sites, 0)
+        runs, known = dict.fromkeys(self.sites, 0), set() if read is None else read
 
-        def read(site: Site, activations: Tensor) -> None:
+        def update(site: Site, activations: Tensor) -> None:
             runs[site] += 1
             positions = valid(site)
             for statistic in self._current[site]:
-                statistic.update(activations, positions)
+                if statistic not in known:
+                    with _whole(statistic):
+                        statistic.update(activations, positions)
+                    known.add(statistic)
 
-        with hooked(self.target, self.sites, read):
+        with hooked(self.target, self.sites, update):
             yield
         check_runs(runs)
         self._check_finite()
+
+    @property
+    def bytes(self) -> int:
+        """What the statistics of all sites take, those of later epochs included."""
+        made = {width: [kind(width) for kind in self.kinds] for width in {site.width for site in self.sites}}
+        size = {
+            width: sum(t.nbytes for statistic in statistics for t in statistic.state_dict().values())
+            for width, statistics in made.items()
+        }
+        return sum(size[site.width] for site in self.sites)
 
     def finish(self) -> None:
         """Merges the ranks and checks what the epoch gathered; every rank must call it.
@@ -155,6 +171,18 @@ def check_runs(runs: Mapping[Site, int]) -> None:
                 "found: `evaluate` must run the target once, in the same way for every batch, and not compiled by "
                 "torch.compile before"
             )
+
+
+@contextmanager
+def _whole(statistic: ActivationStatistic) -> Iterator[None]:
+    """Takes back what an update has begun if it fails."""
+    before = {name: value.clone() for name, value in statistic.metric_state.items() if isinstance(value, Tensor)}
+    try:
+        yield
+    except BaseException:
+        for name, value in before.items():
+            setattr(statistic, name, value)
+        raise
 
 
 def _with_needs(kinds: Iterable[type[ActivationStatistic]]) -> list[type[ActivationStatistic]]:

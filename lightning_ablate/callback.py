@@ -21,10 +21,12 @@ from lightning_ablate.masks import NeuronChoice, RandomNeurons, Selection
 from lightning_ablate.methods import AblationMethod, method_named
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.neurons import Neurons
+from lightning_ablate.plan import Plan
 from lightning_ablate.results import Results
+from lightning_ablate.sharding import check_strategy
 from lightning_ablate.sites import fingerprint
 from lightning_ablate.statistics import ActivationStatistic, LatticeHistogram, Moments
-from lightning_ablate.sweep import Sweep, check_conditions, distinct_conditions
+from lightning_ablate.sweep import Condition, Sweep, check_conditions, distinct_conditions
 
 PAPER_FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 PAPER_SEEDS = (42, 123, 456)
@@ -53,9 +55,11 @@ class AblationCallback(lightning.Callback):
         folder: where the run's files go; None takes the logger's folder. If a run with the same configuration died
             there, this one goes on from where it was.
         note_every: seconds from one note of the progress to the next.
+        plan_only: ends after the first batch, with a line on what the whole run would amount to, and no results.
 
     Attributes:
         results: the figures, once the sweep has ended.
+        plan: what the run amounts to, once the first batch has shown it.
         folder: where the run's files go, once it has begun; None in a ``fast_dev_run``.
     """
 
@@ -68,6 +72,7 @@ class AblationCallback(lightning.Callback):
         choice: NeuronChoice | None = None,
         folder: str | Path | None = None,
         note_every: float = 60.0,
+        plan_only: bool = False,
     ) -> None:
         self.methods = [method_named(method) if isinstance(method, str) else method for method in methods]
         self.fractions, self.seeds = tuple(fractions), tuple(seeds)
@@ -75,7 +80,9 @@ class AblationCallback(lightning.Callback):
         self.choice = choice or RandomNeurons()
         check_conditions(self.methods, self.fractions, self.seeds)
         self.results: Results | None = None
+        self.plan: Plan | None = None
         self.folder: Path | None = None
+        self.plan_only = plan_only
         self._wanted, self._note_every = folder, note_every
         self._journal: Journal | None = None
         self._place: Place | None = None
@@ -93,14 +100,17 @@ class AblationCallback(lightning.Callback):
         """
         if not isinstance(pl_module, AblationModule):
             raise ConfigError(f"AblationCallback needs an AblationModule, got a {type(pl_module).__name__}")
+        check_strategy(trainer.strategy)
         trainer.num_sanity_val_steps = 0
-        given = None if _fast(trainer) else self._wanted or trainer.log_dir
+        given = None if _fast(trainer) or self.plan_only else self._wanted or trainer.log_dir
         folder = None
         if given is not None and trainer.is_global_zero:
             folder = Path(given) if is_unfinished(Path(given)) else report.fresh_folder(Path(given))
         self.folder = trainer.strategy.broadcast(folder)
         if stage == TrainerFn.FITTING:
-            _plan_epochs(trainer, max(kind.epoch() + 1 for kind in self._kinds()))
+            _plan_epochs(trainer, self._epochs)
+            if self.plan_only:
+                trainer.check_val_every_n_epoch = self._epochs + 1  # that is, never
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
         """Begins with the target, which is on its device by now; the first batch shows its sites."""
@@ -122,10 +132,12 @@ class AblationCallback(lightning.Callback):
         """Refuses a choice that the sites don't allow, at the first batch, which showed them; notes the progress."""
         calibration, batch = _calibration(pl_module), trainer.fit_loop.batch_idx
         if batch == 0 and calibration.sites:
-            self._selections(calibration)
+            selections = self._selections(calibration)
+            if self.plan is None and not pl_module.done:
+                self._say_plan(trainer, pl_module, distinct_conditions(self.methods, selections, self.seeds))
         if batch >= pl_module.done:
             place = Place(trainer.current_epoch, batch + 1)
-            self._note(trainer, place, lambda: {"statistics": calibration.state_dict()})
+            self._note(trainer, pl_module, place, lambda: {"statistics": calibration.state_dict()})
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
         """Merges the ranks; the last epoch's are merged by the validation epoch, which runs before this."""
@@ -159,7 +171,8 @@ class AblationCallback(lightning.Callback):
         _check_counts_once(trainer, trainer.val_dataloaders)
         calibration = _calibration(pl_module)
         conditions = distinct_conditions(self.methods, self._selections(calibration), self.seeds)
-        pl_module.sweep = Sweep(calibration, self.methods, conditions, self.choice)
+        planned = conditions[:1] if self.plan_only else conditions
+        pl_module.sweep = Sweep(calibration, self.methods, planned, self.choice)
         pl_module.sweep.prepare()
         pl_module.done = self._done(SWEEP)
         if self._sweeps_on:
@@ -171,12 +184,17 @@ class AblationCallback(lightning.Callback):
     ) -> None:
         """Notes the progress."""
         sweep = pl_module.sweep
-        if sweep is not None and batch_idx >= pl_module.done:
-            self._note(trainer, Place(SWEEP, batch_idx + 1), lambda: {"sweep": sweep.state_dict()})
+        if sweep is None:
+            return
+        if self.plan is None and batch_idx == 0 and not pl_module.done:
+            selections = self._selections(_calibration(pl_module))
+            self._say_plan(trainer, pl_module, distinct_conditions(self.methods, selections, self.seeds))
+        if batch_idx >= pl_module.done:
+            self._note(trainer, pl_module, Place(SWEEP, batch_idx + 1), lambda: {"sweep": sweep.state_dict()})
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
         """Computes the results on every rank, and writes them on the first."""
-        if pl_module.sweep is None:
+        if pl_module.sweep is None or self.plan_only:
             return
         figures = pl_module.sweep.figures()
         if not int(figures["n"][0]):
@@ -200,7 +218,7 @@ class AblationCallback(lightning.Callback):
         Raises:
             ConfigError: if limits, or missing data, kept ``fit`` from it.
         """
-        if self.results is None:
+        if self.results is None and not self.plan_only:
             raise ConfigError(
                 "fit ended before the sweep, so there are no results: is a limit on batches or time in the way, is "
                 "there no evaluation data, or was it given the checkpoint of a finished run?"
@@ -227,8 +245,38 @@ class AblationCallback(lightning.Callback):
     def _kinds(self) -> list[type[ActivationStatistic]]:
         return [*ALWAYS, *self.choice.statistics, *(kind for method in self.methods for kind in method.statistics)]
 
+    @property
+    def _epochs(self) -> int:
+        """How many epochs the calibration takes."""
+        return max(kind.epoch() + 1 for kind in self._kinds())
+
+    def _say_plan(self, trainer: lightning.Trainer, module: AblationModule, conditions: Sequence[Condition]) -> None:
+        """Says what the run amounts to, and ends it if that was all that was asked."""
+        calibrating = trainer.state.fn == TrainerFn.FITTING
+        if calibrating:
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        kinds = {method.name: method.unrelated for method in self.methods if method.unrelated}
+        resampled = {(kinds[c.method], c.seed) for c in conditions if c.method in kinds}
+        passes = sum(trainer.num_val_batches) * (len(conditions) + len(resampled))
+        if calibrating:
+            passes += self._epochs * trainer.num_training_batches
+        positions, examples = module.scored
+        data = getattr(trainer.val_dataloaders, "dataset", None)
+        self.plan = Plan(
+            conditions=len(conditions),
+            passes=int(passes) if passes < float("inf") else None,
+            positions=round(positions / max(1, examples) * len(data)) if isinstance(data, Sized) else None,
+            statistics=_calibration(module).bytes,
+            seconds=module.seconds,
+        )
+        trainer.print(self.plan)
+        if self.plan_only:
+            trainer.fit_loop.epoch_loop.max_steps = 1
+            module.done = sys.maxsize
+
     def _begin(self, trainer: lightning.Trainer, module: AblationModule) -> None:
-        self.results, self._partial = None, []
+        self.results, self.plan, self._partial = None, None, []
+        module.pieces = 1
         module.configure_model()
         self._target = fingerprint(module.target)
         module.calibration = Calibration(module.target, self._kinds(), self.sites, module.device)
@@ -253,6 +301,7 @@ class AblationCallback(lightning.Callback):
         if self._place is None:
             return
         self._noted = self._journal.read(self._place)
+        module.pieces = self._noted.pop("pieces")
         calibration = _calibration(module)
         if self._place.part < SWEEP:
             calibration.load_state_dict(self._noted.pop("statistics"))
@@ -272,14 +321,16 @@ class AblationCallback(lightning.Callback):
             return 0
         return self._place.batches if part == self._place.part else sys.maxsize
 
-    def _note(self, trainer: lightning.Trainer, place: Place, state: Callable[[], dict[str, Any]]) -> None:
+    def _note(
+        self, trainer: lightning.Trainer, module: AblationModule, place: Place, state: Callable[[], dict[str, Any]]
+    ) -> None:
         if self._journal is None:
             return
         due = self._journal.due or trainer.received_sigterm
         if trainer.world_size > 1:  # all of them, or none
             due = trainer.strategy.broadcast(due)
         if due:
-            self._journal.note(place, state())
+            self._journal.note(place, {"pieces": module.pieces, **state()})
 
     def _plan(self, trainer: lightning.Trainer, module: AblationModule) -> dict[str, Any]:
         """What a run must have in common with an earlier one to go on with it."""
@@ -353,6 +404,7 @@ class AblationCallback(lightning.Callback):
             "precision": str(trainer.precision),
             "accelerator": type(trainer.accelerator).__name__,
             "processes": trainer.world_size,
+            "pieces_of_a_batch": module.pieces,
         }
 
 

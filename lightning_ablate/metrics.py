@@ -109,11 +109,15 @@ class SweepMetrics(Metric):
         """
         counts = scored.example >= 0
         score = scores(scored.logits, scored.targets, clean)
-        self.n[condition] += counts.sum()
-        self.top1[condition] += (score.top1 & counts).sum()
-        self.top5[condition] += (score.top5 & counts).sum()
-        self.cross_entropy[condition] += torch.where(counts, score.cross_entropy, 0.0).sum(dtype=torch.float64)
-        self.kl[condition] += torch.where(counts, score.kl, 0.0).sum(dtype=torch.float64)
+        sums = {
+            "n": counts.sum(),
+            "top1": (score.top1 & counts).sum(),
+            "top5": (score.top5 & counts).sum(),
+            "cross_entropy": torch.where(counts, score.cross_entropy, 0.0).sum(dtype=torch.float64),
+            "kl": torch.where(counts, score.kl, 0.0).sum(dtype=torch.float64),
+        }
+        for name, value in sums.items():  # all of them, or none where the memory was not enough
+            getattr(self, name)[condition] += value
 
     def compute(self) -> dict[str, Tensor]:
         """See :attr:`figures`."""

@@ -10,6 +10,8 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from lightning_ablate.errors import SiteError
 from lightning_ablate.trace import Trace, features, trace
@@ -145,13 +147,16 @@ def check_mixing(target: nn.Module, sites: Sequence[Site], hidden: Callable[[int
 def fingerprint(target: nn.Module) -> str:
     """SHA-256, in hexadecimal, of what makes a target: its modules' classes and whole numbers, parameters and buffers.
 
-    The whole numbers are there because the same weights with another number of heads are another target.
+    The whole numbers are there because the same weights with another number of heads are another target. Of a sharded
+    target every process must call it.
     """
     digest = hashlib.sha256()
     for name, module in target.named_modules():
         numbers = sorted((key, value) for key, value in vars(module).items() if type(value) is int)
-        digest.update(f"{name} {type(module).__name__} {numbers};".encode())
+        digest.update(f"{name} {_class_name(module)} {numbers};".encode())
     for name, tensor in sorted({**target.state_dict(), **dict(target.named_buffers())}.items()):
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
         digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
@@ -187,6 +192,11 @@ def hooked(target: nn.Module, sites: Sequence[Site], hook: Callable[[Site, Tenso
             pre_hook = before(uses, next(iter(uses.values())).uses)
             stack.callback(target.get_submodule(path).register_forward_pre_hook(pre_hook).remove)
         yield
+
+
+def _class_name(module: nn.Module) -> str:
+    """The name of a module's class, below the one that sharding puts on top."""
+    return next(kind.__name__ for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
 
 
 def _sites(target: nn.Module, seen: Trace) -> list[Site]:

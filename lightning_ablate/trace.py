@@ -145,6 +145,8 @@ class _Tracer(TorchFunctionMode):
         return hook
 
     def leaving(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if not self._stack:  # another hook failed before this module was entered
+            return
         _, projection = self._stack.pop()
         if projection and isinstance(output, Tensor) and output not in self._weights:
             self._attended.pop(output, None)

@@ -23,9 +23,9 @@ PLAIN = [
 RANKS = [
     ["errors", "files", "tokens", "trace", "sites", "masks", "statistics", "demo"],
     ["methods", "calibration", "metrics"],
-    ["sweep"],
+    ["sweep", "sharding"],
     ["modules"],
-    ["results", "report", "progress", "data", "journal", "neurons"],
+    ["results", "report", "progress", "data", "journal", "neurons", "plan"],
     ["callback"],
     ["cli"],
 ]

@@ -1,16 +1,21 @@
 """The LightningModule that wraps a target."""
 
+import time
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_ablate.calibration import Calibration
 from lightning_ablate.errors import ConfigError, DataError
 from lightning_ablate.metrics import Scored
+from lightning_ablate.sharding import sharded
 from lightning_ablate.sites import KINDS, Site, check_mixing, find_sites
 from lightning_ablate.sweep import Sweep
 
@@ -27,12 +32,18 @@ class AblationModule(lightning.LightningModule, ABC):
     Attributes:
         target: the model under study, once it is built.
         done: batches at the beginning of this epoch that an earlier run has done.
+        pieces: in how many pieces a batch is run, because a whole one is too much for the memory.
+        seconds: that the last forward pass took which was timed, of the first batch of an epoch.
+        scored: positions and examples that this pass scored.
     """
 
     target: nn.Module
     calibration: Calibration | None = None
     sweep: Sweep | None = None
     done: int = 0
+    pieces: int = 1
+    seconds: float = 0.0
+    scored: tuple[int, int] = (0, 0)
 
     def __init__(self, name: str | None = None) -> None:
         super().__init__()
@@ -101,6 +112,25 @@ class AblationModule(lightning.LightningModule, ABC):
         """The target's last hidden states (or per-position logits) on a batch, each ``(batch, ..., features)``."""
         raise NotImplementedError(f"{type(self).__name__} gives probes, but not what becomes of them: add `hidden`")
 
+    def split(self, batch: Any, pieces: int) -> Sequence[Any]:
+        """Cuts a batch into at most so many pieces, for when a whole one is too much for the memory.
+
+        By default every tensor in it is cut along its first dimension, which must be the same for all of them.
+        """
+        sizes: set[int] = set()
+        apply_to_collection(batch, Tensor, lambda tensor: sizes.add(len(tensor)))
+        if len(sizes) != 1:
+            raise ConfigError(
+                f"out of memory, and a batch whose tensors have the first dimensions {sorted(sizes)} can't be cut; "
+                "lower the batch size, or override `split`"
+            )
+        count = min(pieces, sizes.pop())
+
+        def piece(tensor: Tensor, number: int) -> Tensor:
+            return tensor.tensor_split(count)[number]
+
+        return [apply_to_collection(batch, Tensor, piece, number) for number in range(count)]
+
     def describe(self) -> dict[str, Any]:
         """What run.json says about the target."""
         parameters = list(self.target.parameters())
@@ -112,10 +142,14 @@ class AblationModule(lightning.LightningModule, ABC):
         }
 
     def configure_model(self) -> None:
-        """Builds the target and freezes it."""
+        """Builds the target and freezes it; on sharded processes each takes its share."""
         if "target" not in self._modules:
-            self.target = self.build_target().requires_grad_(False)
-            self.target.eval()
+            mesh = self.device_mesh
+            if mesh is None:
+                target = self.build_target()
+            else:
+                target = sharded(self.build_target, mesh["data_parallel"], self.trainer.strategy.root_device)
+            self.target = target.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "AblationModule":
         """Changes the mode of everything but the target, which is never trained."""
@@ -130,11 +164,19 @@ class AblationModule(lightning.LightningModule, ABC):
             raise ConfigError("fit needs an AblationCallback: Trainer(callbacks=[AblationCallback()])")
         if batch_idx < self.done:
             return 0.0 * self.anchor.sum()
+        calibration = self.calibration
+
+        def calibrate(piece: Any, read: set[Any]) -> None:
+            if not calibration.sites:
+                self._find_sites(calibration, piece)
+            began = time.perf_counter()
+            with calibration.collecting(lambda site: self.valid_at(site, piece), read):
+                scored = self.evaluate(piece)
+            if batch_idx == self.done:
+                self._time(began, scored)
+
         with torch.no_grad():
-            if not self.calibration.sites:
-                self._find_sites(self.calibration, batch)
-            with self.calibration.collecting(lambda site: self.valid_at(site, batch)):
-                self.evaluate(batch)
+            self._in_pieces(batch, calibrate)
         return 0.0 * self.anchor.sum()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -143,17 +185,78 @@ class AblationModule(lightning.LightningModule, ABC):
             raise ConfigError("validate needs an AblationCallback: Trainer(callbacks=[AblationCallback()])")
         if batch_idx < self.done:
             return
-        for kind, seed in self.sweep.unrelated:
+        sweep = self.sweep
+        for kind, seed in sweep.unrelated:
             unrelated = self.unrelated(kind, seed, batch)  # outside, as it may run the target to generate it
-            with self.sweep.reading(kind, seed):
+            with sweep.reading(kind, seed):
                 self.evaluate(unrelated)
-        clean = None
-        for index, condition in enumerate(self.sweep.conditions):
-            with self.sweep.applied(condition):
-                scored = self.evaluate(batch)
-            clean = clean or _checked(scored)
-            self.sweep.score(index, scored, clean)
-        self.sweep.check_finite()
+
+        def evaluate(piece: Any, scored_before: set[int]) -> None:
+            clean, began = None, time.perf_counter()
+            for index, condition in enumerate(sweep.conditions):
+                if clean is not None and index in scored_before:
+                    continue
+                with sweep.applied(condition):
+                    scored = self.evaluate(piece)
+                clean = clean or _checked(scored)
+                if index not in scored_before:
+                    sweep.score(index, scored, clean)
+                    scored_before.add(index)
+            sweep.check_finite()
+            if batch_idx == self.done and clean is not None:
+                self._time(began, clean, len(sweep.conditions))
+
+        self._in_pieces(batch, evaluate)
+
+    def _in_pieces(self, batch: Any, run: Callable[[Any, set[Any]], None]) -> None:
+        """Runs a batch, in pieces of half the size from where the memory is not enough for one.
+
+        Args:
+            batch: the batch.
+            run: runs a piece, and notes what of it is done in the set it is given, so as not to do this again when it
+                gets the halves of the piece.
+        """
+        todo: list[tuple[Any, set[Any]]] = [(batch, set())]
+        if self.pieces > 1:
+            todo = [(piece, set()) for piece in self.split(batch, self.pieces)]
+        while todo:
+            piece, done = todo[0]
+            try:
+                run(piece, done)
+            except RuntimeError as error:
+                if not (isinstance(error, torch.OutOfMemoryError) or is_oom_error(error)):
+                    raise
+                problem = error.with_traceback(None)  # which holds what filled the memory
+            else:
+                del todo[0]
+                continue
+            garbage_collection_cuda()
+            todo = self._halved(todo, problem)
+
+    def _halved(self, todo: Sequence[tuple[Any, set[Any]]], problem: RuntimeError) -> list[tuple[Any, set[Any]]]:
+        halves = [(half, set(done)) for piece, done in todo for half in self.split(piece, 2)]
+        if self.device_mesh is not None:
+            raise ConfigError(
+                f"out of memory on a sharded target, whose processes must run the same passes ({problem}); lower the "
+                "batch size (--data.batch_size)"
+            ) from problem
+        if len(self.split(todo[0][0], 2)) < 2:
+            raise ConfigError(
+                f"out of memory with a single example ({problem}); use shorter examples, a lower precision, or a "
+                "larger or several devices (--trainer.strategy sharded)"
+            ) from problem
+        self.pieces *= 2
+        warnings.warn(
+            f"out of memory: every batch is run in {self.pieces} pieces from here on, which can move figures in the "
+            f"seventh digit ({problem})",
+            stacklevel=2,
+        )
+        return halves
+
+    def _time(self, began: float, scored: Scored, passes: int = 1) -> None:
+        self.seconds = (time.perf_counter() - began) / passes
+        examples = scored.example[scored.example >= 0]
+        self.scored = len(examples), len(torch.unique(examples))
 
     def _find_sites(self, calibration: Calibration, batch: Any) -> None:
         calibration.find(lambda: self.evaluate(batch))
