@@ -1,6 +1,7 @@
 """``python -m lightning_ablate fit`` and ``validate``."""
 
 import errno
+import re
 import signal
 import sys
 import warnings
@@ -14,10 +15,16 @@ EXPECTED = (
 )
 
 
+# jsonargparse lists every type it tried; what went wrong is said in between
+_TRIED = re.compile(r"Does not validate|Subtypes:|Errors:|Given value|- Expected a <class 'NoneType'>")
+
+
 def main() -> None:
     """Runs the command line; what the user can mend ends in one line."""
     for message in EXPECTED:
         warnings.filterwarnings("ignore", message)
+    from jsonargparse import ArgumentError
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from lightning_ablate.cli import AblationCLI
@@ -25,8 +32,11 @@ def main() -> None:
 
     try:
         AblationCLI()
-    except AblationError as error:
+    except (AblationError, MisconfigurationException) as error:
         sys.exit(f"error: {error}")
+    except ArgumentError as error:
+        print(f"error: {_in_a_line(str(error))} (--help lists the options)", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:  # a full disk, a folder that can't be written
         if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EFBIG):
             raise
@@ -34,6 +44,11 @@ def main() -> None:
     except SIGTERMException:  # Lightning's, with which Python would exit as if all were well
         print("stopped by SIGTERM; the same command with the same --ablation.folder goes on", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
+
+
+def _in_a_line(message: str) -> str:
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines() if not _TRIED.match(line.strip())]
+    return " ".join(filter(None, lines))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_ablate import files, neurons, report
 from lightning_ablate.calibration import Calibration
 from lightning_ablate.data.base import ExactSampler
-from lightning_ablate.errors import ConfigError, DataError, StatisticsError, TargetError
+from lightning_ablate.errors import ConfigError, DataError, StatisticsError, TargetError, loading
 from lightning_ablate.journal import SWEEP, Journal, Place, is_unfinished
 from lightning_ablate.masks import NeuronChoice, RandomNeurons, Selection
 from lightning_ablate.methods import AblationMethod, method_named
@@ -355,12 +355,13 @@ class AblationCallback(lightning.Callback):
                 "validate needs the statistics of a calibration: name the checkpoint that `fit` left "
                 "(--ckpt_path), or run `fit`"
             )
-        if self._saved["target"] != self._target:
-            raise TargetError(
-                f"the checkpoint is of another target: {self._saved['name']} with the weights "
-                f"{self._saved['target'][:12]}, here are {self._target[:12]}; run `fit` on this one"
-            )
-        calibration.load_state_dict(self._saved["statistics"])
+        with loading("what calibrated", TargetError):
+            if self._saved["target"] != self._target:
+                raise TargetError(
+                    f"the checkpoint is of another target: {self._saved['name']} with the weights "
+                    f"{self._saved['target'][:12]}, here are {self._target[:12]}; run `fit` on this one"
+                )
+            calibration.load_state_dict(self._saved["statistics"])
 
     def _note_partial(self, what: str, seen: float, loader: Any) -> None:
         try:

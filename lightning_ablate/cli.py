@@ -2,18 +2,22 @@
 
 import argparse
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning
 import yaml
+from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_ablate.callback import AblationCallback
 from lightning_ablate.data import ImageData, LabelledTexts, TextData, TextPairs
 from lightning_ablate.data.demo import Digits, PythonTexts
-from lightning_ablate.errors import TargetError, loading
+from lightning_ablate.errors import AblationError, ConfigError, TargetError, loading
 from lightning_ablate.files import load
 from lightning_ablate.modules import (
     AblationModule,
@@ -64,6 +68,7 @@ class AblationCLI(LightningCLI):
             seed_everything_default=0,
             trainer_defaults={"enable_checkpointing": False, "max_epochs": 1},
             auto_configure_optimizers=False,
+            parser_kwargs={name: {"exit_on_error": False} for name in self.subcommands()} | {"exit_on_error": False},
             load_from_checkpoint_support=False,  # the checkpoint holds the whole configuration
             args=args,
         )
@@ -80,10 +85,16 @@ class AblationCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Puts the configuration to start from before the user's own options."""
         words = sys.argv[1:] if args is None else args
-        if isinstance(words, list):
-            self.config = parser.parse_args(_with_start(words))
-        else:
-            super().parse_arguments(parser, words)
+        with _configuring():
+            if isinstance(words, list):
+                self.config = parser.parse_args(_with_start(words))
+            else:
+                super().parse_arguments(parser, words)
+
+    def instantiate_classes(self) -> None:
+        """Makes what the configuration names."""
+        with _configuring():
+            super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """Adds the progress bar, unless there is another one or none is wanted."""
@@ -94,6 +105,20 @@ class AblationCLI(LightningCLI):
         if wanted and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             kwargs["callbacks"] = [*callbacks, SweepProgressBar()]
         return super().instantiate_trainer(**kwargs)
+
+
+@contextmanager
+def _configuring() -> Iterator[None]:
+    """Raises what a configuration leads to, in the libraries below or the user's own classes, as a ConfigError."""
+    try:
+        yield
+    except (AblationError, ArgumentError):
+        raise
+    except Exception as error:
+        where, said = traceback.extract_tb(error.__traceback__)[-1], " ".join(str(error).split())
+        raise ConfigError(
+            f"the configuration can't be used: {said} ({type(error).__name__} in {where.filename}, line {where.lineno})"
+        ) from error
 
 
 def _with_start(args: list[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """What a run leaves in its folder: results.csv, run.json, degradation.png and TensorBoard curves."""
 
+import hashlib
 import io
 import json
 import math
@@ -43,9 +44,10 @@ def save(results: Results, folder: Path, run: dict[str, Any]) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "partial": list(results.partial), **run}
+    seal = {"results_sha256": hashlib.sha256(results.csv().encode()).hexdigest(), "versions": _versions()}
     makers: dict[str, Callable[[], str | bytes]] = {
         "results.csv": results.csv,
-        "run.json": lambda: json.dumps({**facts, "versions": _versions()}, indent=2, default=str) + "\n",
+        "run.json": lambda: json.dumps({**facts, **seal}, indent=2, default=str) + "\n",
         f"{figure_name(results)}.png": lambda: png(figure(results)),
     }
     for name, make in makers.items():  # one by one: what is measured is safe before it is drawn

@@ -1,14 +1,16 @@
 """The results of a sweep: a tidy table, and how it is written and read."""
 
 import csv
+import hashlib
 import io
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_ablate.errors import DataError
+from lightning_ablate.errors import DataError, loading
 from lightning_ablate.sweep import BASELINE, Condition
 
 MetricName = Literal["top1", "top5", "cross_entropy", "kl"]
@@ -172,13 +174,17 @@ class Results:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a results.csv.
+    """The rows of a results.csv; run.json beside it tells whether it still is what the run wrote.
 
     Raises:
-        DataError: if the file isn't one.
+        DataError: if the file isn't one, or was changed.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
+    with loading(str(path), DataError):
+        content, run = path.read_bytes(), path.with_name("run.json")
+        told = json.loads(run.read_text(encoding="utf-8")).get("results_sha256") if run.is_file() else None
+        if told not in (None, hashlib.sha256(content).hexdigest()):
+            raise DataError(f"{path} is not what its run wrote: its checksum isn't the one in {run.name}")
+        reader = csv.DictReader(io.StringIO(content.decode(), newline=""))
         names = [field.name for field in fields(Row)]
         if reader.fieldnames is None or not set(names) <= set(reader.fieldnames):
             raise DataError(f"{path} has the columns {reader.fieldnames}, expected {names}")

@@ -1,6 +1,7 @@
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from lightning_ablate.errors import StatisticsError, TargetError
 from lightning_ablate.files import load, save, seal, write_whole
 from tests import tiny
 
+SMALL = ["--data.calibration_images=20", "--data.evaluation_images=20", "--ablation.fractions=[1.0]"]
 STATE = {"x": torch.arange(50.0), "name": "here", "n": [1, 2]}
 
 
@@ -121,14 +123,13 @@ def test_a_full_disk_ends_in_a_line_and_leaves_earlier_results(tmp_path):
     (tmp_path / "run").mkdir()
     earlier = tmp_path / "run" / "results.csv"
     earlier.write_text("earlier")
-    options = ["--data.calibration_images=20", "--data.evaluation_images=20", "--ablation.fractions=[1.0]"]
     code = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "from lightning_ablate.__main__ import main;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); main()"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code, "fit", *options, "--ablation.folder=run", "--trainer.logger=false"],
+        [sys.executable, "-c", code, "fit", *SMALL, "--ablation.folder=run", "--trainer.logger=false"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -137,3 +138,42 @@ def test_a_full_disk_ends_in_a_line_and_leaves_earlier_results(tmp_path):
     last = run.stderr.strip().splitlines()[-1]
     assert last.startswith("error: could not write") and "File too large" in last
     assert earlier.read_text() == "earlier"
+
+
+@pytest.fixture
+def mounted(tmp_path, full):
+    """A folder of its own file system, 256 KiB large."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def last_line_of_a_run(folder):
+    command = [sys.executable, "-m", "lightning_ablate", "fit", *SMALL, "--ablation.folder=run"]
+    run = subprocess.run(
+        [*command, "--trainer.logger=false", "--ablation.note_every=0"],
+        cwd=folder.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr[-2000:]
+    return run.stderr.strip().splitlines()[-1]
+
+
+def test_a_small_disk_ends_in_a_line_and_leaves_earlier_results(mounted):
+    (mounted / "results.csv").write_text("earlier")
+    last = last_line_of_a_run(mounted)
+    assert last.startswith("error: could not write") and "No space left on device" in last
+    assert (mounted / "results.csv").read_text() == "earlier" and not list(mounted.rglob("*.part"))
+
+
+def test_a_read_only_folder_ends_in_a_line_and_leaves_earlier_results(mounted):
+    (mounted / "results.csv").write_text("earlier")
+    subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
+    last = last_line_of_a_run(mounted)
+    assert last.startswith("error: could not write") and "Read-only file system" in last
+    assert (mounted / "results.csv").read_text() == "earlier"

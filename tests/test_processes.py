@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -16,6 +17,7 @@ import torch.multiprocessing as mp
 from lightning_ablate.metrics import Scored, SweepMetrics
 from lightning_ablate.results import read_rows
 from lightning_ablate.statistics import LatticeHistogram, Moments, RangeHistogram, SiteStatistics
+from tests import tiny
 from tests.statistics.test_statistics import NEURONS, activations, gathered
 
 SHARED = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
@@ -50,12 +52,52 @@ def test_two_processes_give_the_figures_of_one(tmp_path, images):
     assert_same(one, two)
 
 
+def test_a_stream_on_two_processes_gives_the_figures_of_one(tmp_path, full):
+    tiny.save_language_model(tmp_path / "gpt2", tiny.gpt2())
+    datasets.Dataset.from_dict({"text": tiny.TEXTS}).to_parquet(tmp_path / "texts.parquet")
+    small = ["--model=CausalLM", f"--model.name={tmp_path / 'gpt2'}", "--data=TextData", "--data.streaming=true"]
+    small += [f"--data.name={tmp_path / 'texts.parquet'}", "--data.length=32", "--data.shuffle_seed=1"]
+    small += ["--data.calibration_tokens=700", "--data.evaluation_tokens=900", *FEW, "--ablation.folder"]
+    for folder, several in (("one", []), ("two", TWO)):
+        command = [sys.executable, "-m", "lightning_ablate", "fit", *small, folder, *SHARED, *several]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    assert_same(read_rows(tmp_path / "one" / "results.csv"), read_rows(tmp_path / "two" / "results.csv"))
+
+
 def test_two_processes_give_the_figures_of_one_on_padded_and_masked_text(tmp_path):
     small = ["--config", ROBERTA, "--data.calibration_tokens=1500", "--data.evaluation_tokens=1300", *FEW]
     one = figures(tmp_path, "fit", *small)
     checkpoint = min(tmp_path.glob("lightning_logs/*/*/ablation.ckpt"))
     assert_same(one, figures(tmp_path, "fit", *small, *TWO))
     assert_same(one, figures(tmp_path, "validate", "--ckpt_path", checkpoint, *TWO))
+
+
+TEXTS = {"batch_size": 4, "calibration_tokens": 600, "evaluation_tokens": 500, "length": 64}
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("count", ["n", "n + 1", "fewer than the processes"])
+@pytest.mark.parametrize("target", ["vit", "gpt2", "roberta"])
+def test_any_count_on_any_number_of_processes_gives_the_figures_of_one(tmp_path, full, target, count, processes):
+    """At the same batch shape; the largest difference is printed."""
+    if target == "vit":
+        images = {"n": 36, "n + 1": 37, "fewer than the processes": 1}[count]
+        small = [f"--data.evaluation_images={images}", "--data.calibration_images=43", "--data.batch_size=8"]
+    else:
+        tokens = {"n": 64 * 12, "n + 1": 64 * 12 + 1, "fewer than the processes": 10}[count]
+        budgets = {**TEXTS, "evaluation_tokens": tokens, "packing": "pack"}
+        small = [f"--data.{name}={value}" for name, value in budgets.items()]
+        small += ["--config", ROBERTA.with_name(f"demo_{target}.yaml")]
+    options = [*small, "--ablation.fractions=[0.5,1.0]", "--ablation.seeds=[1]"]
+    several = [f"--trainer.devices={processes}", "--trainer.strategy=ddp"]
+    one, others = figures(tmp_path, "fit", *options), figures(tmp_path, "fit", *options, *several)
+    differences = [
+        abs(getattr(row, name) - getattr(other, name))
+        for row, other in zip(one, others, strict=True)
+        for name in ("n", "top1", "top5", "cross_entropy", "kl")
+    ]
+    print(f"{target}, {count}, {processes} processes: largest difference {max(differences):.1e}")
+    assert_same(one, others)
 
 
 def test_two_nodes_of_torchrun_give_the_figures_of_one_process(tmp_path, full):

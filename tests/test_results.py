@@ -46,6 +46,17 @@ def test_read_rows_refuses_another_file(tmp_path):
         read_rows(tmp_path / "other.csv")
 
 
+def test_read_rows_refuses_what_its_run_did_not_write(tmp_path):
+    report.save(results(), tmp_path, {})
+    path = tmp_path / "results.csv"
+    assert len(read_rows(path)) == len(results().rows)
+    path.write_text(path.read_text().replace("1234", "1235", 1))
+    with pytest.raises(DataError, match="checksum isn't the one in run.json"):
+        read_rows(path)
+    (tmp_path / "run.json").unlink()
+    assert read_rows(path)
+
+
 def test_curve_is_mean_and_standard_deviation_over_seeds():
     made = results()
     values = [row.top1 for row in made.rows if row.method == "peak" and row.fraction == 0.5]
