@@ -358,8 +358,8 @@ class AblationCallback(lightning.Callback):
         with loading("what calibrated", TargetError):
             if self._saved["target"] != self._target:
                 raise TargetError(
-                    f"the checkpoint is of another target: {self._saved['name']} with the weights "
-                    f"{self._saved['target'][:12]}, here are {self._target[:12]}; run `fit` on this one"
+                    f"the checkpoint is of another target: {self._saved['name']!r:.60} with the weights "
+                    f"{self._saved['target']!s:.12}, here are {self._target[:12]}; run `fit` on this one"
                 )
             calibration.load_state_dict(self._saved["statistics"])
 
