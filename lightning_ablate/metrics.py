@@ -1,13 +1,14 @@
 """What a condition scores, per scored position."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torchmetrics import Metric
 
-# float32 logits scored at a time: what a core's cache holds, or enough to keep a GPU busy
-_CHUNK_BYTES = {"cpu": 2**20, "cuda": 2**28}
+# float32 logits scored at a time: enough to keep all cores, or a GPU, busy
+_CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
 
 
 class Scored(NamedTuple):
@@ -33,39 +34,70 @@ class Scores(NamedTuple):
     kl: Tensor
 
 
-def scores(logits: Tensor, targets: Tensor, clean: Tensor) -> Scores:
-    """Scores logits against the targets and against the clean logits, a few rows at a time in float32.
+class Clean(NamedTuple):
+    """What the target says of a batch with nothing ablated, made once for all conditions.
+
+    Attributes:
+        probabilities: ``(n, classes)`` float32.
+        surprise: ``(n,)`` float32, their entropy, in nats.
+        rules_out: whether some class has no probability at all, its logit being -inf.
+    """
+
+    probabilities: Tensor
+    surprise: Tensor
+    rules_out: bool
+
+    @classmethod
+    def of(cls, scored: Scored) -> "Clean":
+        """The same positions' probabilities and their entropy."""
+        logits, targets, _ = scored
+        probabilities = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+        for own, chunk in zip(_chunks(probabilities), _chunks(logits), strict=True):
+            torch.softmax(chunk.float(), 1, out=own)
+        rules_out = bool((probabilities == 0).any()) and bool((logits == -torch.inf).any())
+        parts = [_scores(*chunk, rules_out=rules_out) for chunk in _chunks(logits, targets, probabilities)]
+        return cls(probabilities, torch.cat([surprise for _, _, surprise in parts]), rules_out)
+
+
+def scores(logits: Tensor, targets: Tensor, clean: Clean) -> Scores:
+    """Scores logits against the targets and against the clean target, a few rows at a time in float32.
 
     Equal logits rank by their class index, as argmax ranks them, so that low-precision ties flatter nobody.
 
     Args:
         logits: ``(n, classes)``, floating.
         targets: ``(n,)`` int64.
-        clean: ``(n, classes)``, the logits of the same positions with nothing ablated.
+        clean: what the target says of the same positions with nothing ablated.
 
     Example:
-        >>> logits = torch.tensor([[2.0, 1.0, 0.0]])
-        >>> score = scores(logits, torch.tensor([1]), clean=logits)
+        >>> logits, targets = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([1])
+        >>> score = scores(logits, targets, Clean.of(Scored(logits, targets, torch.tensor([0]))))
         >>> bool(score.top1), bool(score.top5), round(score.cross_entropy.item(), 4), score.kl.item()
         (False, True, 1.4076, 0.0)
     """
-    rows = max(1, _CHUNK_BYTES.get(logits.device.type, 2**24) // (4 * logits.shape[1]))
-    chunks = zip(*(torch.split(column, rows) for column in (logits, targets, clean)), strict=True)
-    parts = [_scores(*chunk) for chunk in chunks]
-    return Scores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    parts = [_scores(*chunk, rules_out=clean.rules_out) for chunk in _chunks(logits, targets, clean.probabilities)]
+    rank, cross_entropy, surprise = (torch.cat(column) for column in zip(*parts, strict=True))
+    # of two that are nearly alike the rounding can fall below 0
+    return Scores(rank < 1, rank < 5, cross_entropy, (surprise - clean.surprise).clamp_min(0))
 
 
-def _scores(logits: Tensor, targets: Tensor, clean: Tensor) -> Scores:
-    logits, clean, index = logits.float(), clean.float(), targets.unsqueeze(1)
+def _chunks(*columns: Tensor) -> Any:
+    """The columns, the first and last of which may have as many columns as there are classes, a few rows at a time."""
+    rows = max(1, _CHUNK_BYTES.get(columns[0].device.type, 2**24) // (4 * columns[0].shape[1]))
+    split = [torch.split(column, rows) for column in columns]
+    return zip(*split, strict=True) if len(split) > 1 else split[0]
+
+
+def _scores(logits: Tensor, targets: Tensor, clean: Tensor, *, rules_out: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The rank of the target among the classes, its cross-entropy, and that of the clean probabilities, ``(n,)``."""
+    logits, index = logits.float(), targets.unsqueeze(1)
     right = logits.gather(1, index)
     before = torch.arange(logits.shape[1], device=logits.device) < index
-    rank = ((logits > right) | ((logits == right) & before)).sum(1)
-    total, clean_total = logits.logsumexp(1), clean.logsumexp(1)
-    probability = (clean - clean_total.unsqueeze(1)).exp()
+    rank = (logits > right).sum(1, dtype=torch.int32) + ((logits == right) & before).sum(1, dtype=torch.int32)
+    cross_entropy = functional.cross_entropy(logits, targets, reduction="none")
     # 0 log 0 is 0: classes that the clean target rules out (logit -inf) add nothing
-    gain = torch.where(probability > 0, probability * (clean - logits), 0.0).sum(1)
-    kl = (gain + total - clean_total).clamp_min(0)  # the rounding of a tiny divergence can fall below 0
-    return Scores(rank < 1, rank < 5, total - right.squeeze(1), kl)
+    expected = torch.linalg.vecdot(clean, logits.masked_fill(clean == 0, 0.0) if rules_out else logits)
+    return rank, cross_entropy, cross_entropy + right.squeeze(1) - expected
 
 
 class SweepMetrics(Metric):
@@ -80,7 +112,7 @@ class SweepMetrics(Metric):
         >>> metrics = SweepMetrics(conditions=1)
         >>> logits = torch.tensor([[2.0, 1.0], [0.0, 1.0]])
         >>> scored = Scored(logits, targets=torch.tensor([0, 0]), example=torch.tensor([0, 1]))
-        >>> metrics.update(0, scored, clean=logits)
+        >>> metrics.update(0, scored, Clean.of(scored))
         >>> metrics.compute()["top1"].tolist()
         0.5
     """
@@ -99,13 +131,13 @@ class SweepMetrics(Metric):
         for name in ("cross_entropy", "kl"):
             self.add_state(name, torch.zeros(conditions, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
 
-    def update(self, condition: int, scored: Scored, clean: Tensor) -> None:
+    def update(self, condition: int, scored: Scored, clean: Clean) -> None:
         """Adds what one condition scored on one batch.
 
         Args:
             condition: its index.
             scored: of the ablated target.
-            clean: the logits ``(n, classes)`` of the same positions with nothing ablated.
+            clean: the same positions with nothing ablated.
         """
         counts = scored.example >= 0
         score = scores(scored.logits, scored.targets, clean)

@@ -12,7 +12,7 @@ from lightning_ablate.calibration import Calibration, check_runs
 from lightning_ablate.errors import ConfigError, NonFiniteError, StatisticsError
 from lightning_ablate.masks import NeuronChoice, RandomNeurons, Selection
 from lightning_ablate.methods import Ablation, AblationMethod, ConstantMethod, Replacement, ablate, constant
-from lightning_ablate.metrics import Scored, SweepMetrics
+from lightning_ablate.metrics import Clean, Scored, SweepMetrics
 from lightning_ablate.sites import Site, hooked
 
 
@@ -163,10 +163,10 @@ class Sweep:
             yield
         check_runs(runs)
 
-    def score(self, index: int, scored: Scored, clean: Scored) -> None:
+    def score(self, index: int, scored: Scored, clean: Clean) -> None:
         """Adds what the condition of that index scored on a batch."""
         self.classes = scored.logits.shape[1]
-        self.metrics.update(index, scored, clean.logits)
+        self.metrics.update(index, scored, clean)
 
     def figures(self) -> dict[str, Tensor]:
         """Merges the ranks, once and for all; and gives what each condition scored (see :class:`SweepMetrics`)."""

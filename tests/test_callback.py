@@ -222,7 +222,7 @@ def test_a_checkpoint_of_another_target_or_other_sites_is_refused(tmp_path):
     with torch.no_grad():
         other.transformer.wte.weight[0, 0] += 1
     callback = AblationCallback(fractions=[0.5], seeds=[1], sites="*.0.attn.c_proj")
-    with pytest.raises(TargetError, match="the checkpoint is of another target: own with the weights"):
+    with pytest.raises(TargetError, match="the checkpoint is of another target: 'own' with the weights"):
         tiny.trainer(tmp_path, callback).validate(tiny.Own(other), tiny.loader(seed=2), ckpt_path=checkpoint)
     for asked in ("attention", "*.attn.c_proj"):
         callback = AblationCallback(fractions=[0.5], seeds=[1], sites=asked)

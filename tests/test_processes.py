@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from lightning_ablate.metrics import Scored, SweepMetrics
+from lightning_ablate.metrics import Clean, Scored, SweepMetrics
 from lightning_ablate.results import read_rows
 from lightning_ablate.statistics import LatticeHistogram, Moments, RangeHistogram, SiteStatistics
 from tests import tiny
@@ -149,7 +149,7 @@ def rank_of_two(rank, port, folder):
     metrics = SweepMetrics(2)
     logits = torch.arange(12.0).view(3, 4) * (rank + 1)
     scored = Scored(logits, torch.tensor([3, 0, 1]), torch.tensor([0, 1, -1 if rank else 2]))
-    metrics.update(1, scored, logits.flip(1))
+    metrics.update(1, scored, Clean.of(scored._replace(logits=logits.flip(1))))
     states = [{k: v.clone() for k, v in s.state_dict().items()} for s in (moments, bounds, histogram)]
     torch.save((states, metrics.compute()), folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()

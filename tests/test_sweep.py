@@ -7,7 +7,7 @@ from lightning_ablate.calibration import Calibration
 from lightning_ablate.errors import ConfigError, NonFiniteError, SiteError, StatisticsError
 from lightning_ablate.masks import RandomNeurons
 from lightning_ablate.methods import Mean, Peak, ResampleIds, Zero
-from lightning_ablate.metrics import Scored
+from lightning_ablate.metrics import Clean, Scored
 from lightning_ablate.sweep import BASELINE, Condition, Sweep, check_conditions, distinct_conditions
 from tests import tiny
 from tests.test_sites import hooks
@@ -181,9 +181,9 @@ def test_non_finite_logits_name_their_condition():
     sweep = sweep_of(tiny.gpt2())
     logits = torch.randn(4, 5)
     good = Scored(logits, torch.zeros(4, dtype=torch.int64), torch.arange(4))
-    sweep.score(0, good, good)
+    sweep.score(0, good, Clean.of(good))
     sweep.check_finite()
-    sweep.score(2, good._replace(logits=logits * torch.nan), good)
+    sweep.score(2, good._replace(logits=logits * torch.nan), Clean.of(good))
     with pytest.raises(NonFiniteError, match="logits under 'zero 50% seed 2' are NaN"):
         sweep.check_finite()
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_ablate.calibration import Calibration
 from lightning_ablate.errors import ConfigError, DataError
-from lightning_ablate.metrics import Scored
+from lightning_ablate.metrics import Clean, Scored
 from lightning_ablate.sharding import sharded
 from lightning_ablate.sites import KINDS, Site, check_mixing, find_sites
 from lightning_ablate.sweep import Sweep
@@ -198,13 +198,13 @@ class AblationModule(lightning.LightningModule, ABC):
                     continue
                 with sweep.applied(condition):
                     scored = self.evaluate(piece)
-                clean = clean or _checked(scored)
+                clean = clean or Clean.of(_checked(scored))
                 if index not in scored_before:
                     sweep.score(index, scored, clean)
                     scored_before.add(index)
             sweep.check_finite()
-            if batch_idx == self.done and clean is not None:
-                self._time(began, clean, len(sweep.conditions))
+            if batch_idx == self.done:
+                self._time(began, scored, len(sweep.conditions))
 
         self._in_pieces(batch, evaluate)
 
