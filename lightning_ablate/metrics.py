@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional
 from torchmetrics import Metric
 
-# float32 logits scored at a time: enough to keep all cores, or a GPU, busy
-_CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
+# float32 logits scored at a time: what a core's cache holds, or enough to keep a GPU busy
+_CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}
 
 
 class Scored(NamedTuple):
@@ -92,8 +92,11 @@ def _scores(logits: Tensor, targets: Tensor, clean: Tensor, *, rules_out: bool) 
     """The rank of the target among the classes, its cross-entropy, and that of the clean probabilities, ``(n,)``."""
     logits, index = logits.float(), targets.unsqueeze(1)
     right = logits.gather(1, index)
-    before = torch.arange(logits.shape[1], device=logits.device) < index
-    rank = (logits > right).sum(1, dtype=torch.int32) + ((logits == right) & before).sum(1, dtype=torch.int32)
+    rank = (logits > right).sum(1, dtype=torch.int32)
+    tied = (logits >= right).sum(1, dtype=torch.int32) > rank + 1
+    if logits.is_cuda or bool(tied.any()):  # a GPU need not wait for the answer
+        before = torch.arange(logits.shape[1], device=logits.device) < index
+        rank += ((logits == right) & before).sum(1, dtype=torch.int32)
     cross_entropy = functional.cross_entropy(logits, targets, reduction="none")
     # 0 log 0 is 0: classes that the clean target rules out (logit -inf) add nothing
     expected = torch.linalg.vecdot(clean, logits.masked_fill(clean == 0, 0.0) if rules_out else logits)

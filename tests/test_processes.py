@@ -86,8 +86,8 @@ def test_any_count_on_any_number_of_processes_gives_the_figures_of_one(tmp_path,
     else:
         tokens = {"n": 64 * 12, "n + 1": 64 * 12 + 1, "fewer than the processes": 10}[count]
         budgets = {**TEXTS, "evaluation_tokens": tokens, "packing": "pack"}
-        small = [f"--data.{name}={value}" for name, value in budgets.items()]
-        small += ["--config", ROBERTA.with_name(f"demo_{target}.yaml")]
+        small = ["--config", ROBERTA.with_name(f"demo_{target}.yaml")]
+        small += [f"--data.{name}={value}" for name, value in budgets.items()]
     options = [*small, "--ablation.fractions=[0.5,1.0]", "--ablation.seeds=[1]"]
     several = [f"--trainer.devices={processes}", "--trainer.strategy=ddp"]
     one, others = figures(tmp_path, "fit", *options), figures(tmp_path, "fit", *options, *several)

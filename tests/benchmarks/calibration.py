@@ -83,9 +83,9 @@ def times(rig: Rig, rounds: int) -> Iterator[tuple[float, float, float]]:
         yield bare, first, rig.run(lambda: kinds.collecting(lambda site: None))
 
 
-def largest_memory(rig: Rig, run: Callable[[], object]) -> int:
+def largest_memory(device: str, run: Callable[[], object]) -> int:
     """The most memory in use during a run, in KiB; on a CPU that of the process (Linux)."""
-    if rig.device == "cuda":
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         run()
         return torch.cuda.max_memory_allocated() // 1024
@@ -125,7 +125,7 @@ def main() -> None:
         if given.only == "calibration":
             calibration = rig.calibration(*ALWAYS)
             around = partial(calibration.collecting, lambda site: None)
-        print(largest_memory(rig, lambda: rig.run(around)))
+        print(largest_memory(rig.device, lambda: rig.run(around)))
         return
     if given.memory:
         for tokens in (given.tokens, 2 * given.tokens):

@@ -1,0 +1,127 @@
+"""What a sweep costs beside the forward passes of its conditions.
+
+``python -m tests.benchmarks.sweep`` times, interleaved in one process, the whole validation epoch of a sweep, and as
+many bare forward passes with a plain cross_entropy and argmax as it has conditions. Its last line is the ratio of
+their times (the median over the rounds). With ``--memory`` it measures, in processes of their own, the largest memory
+of both, and gives what the sweep adds in units of one batch of logits in float32; with ``--parts`` where the time goes.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import lightning
+import torch
+
+from lightning_ablate import AblationCallback
+from tests.benchmarks import targets
+from tests.benchmarks.calibration import largest_memory
+
+FRACTIONS = {"digits": [0.1 * tenth for tenth in range(1, 11)]}
+
+
+class Watch(lightning.Callback):
+    """Times the validation epoch, with all that comes before its first batch; not the files and figures behind it."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def on_validation_start(self, *_: Any) -> None:
+        targets.wait()
+        self.began = time.perf_counter()
+
+    def on_validation_epoch_end(self, *_: Any) -> None:
+        targets.wait()
+        self.seconds = time.perf_counter() - self.began
+
+
+class Rig:
+    """A calibrated target, its batches, and a Trainer that sweeps."""
+
+    def __init__(self, shape: str, tokens: int, batch: int, length: int, compiled: bool = False) -> None:
+        self.module = targets.MAKERS[shape]()
+        self.batches = targets.batches(shape, self.module, tokens, batch, length)
+        self.folder, self.watch = tempfile.TemporaryDirectory(), Watch()
+        options = {"compile": True} if compiled else {}
+        self.callback = AblationCallback(fractions=FRACTIONS.get(shape, [0.5, 1.0]), seeds=[1], **options)
+        self.trainer = lightning.Trainer(
+            callbacks=[self.watch, self.callback],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            default_root_dir=self.folder.name,
+            accelerator="cuda" if targets.DEVICE == "cuda" else "cpu",
+            devices=1,
+        )
+        few = self.batches[:1]
+        self.trainer.fit(self.module, targets.loader(few), targets.loader(few))
+        self.module.to(targets.DEVICE)
+
+    @property
+    def conditions(self) -> int:
+        return len(self.callback.results.rows)
+
+    def bare(self) -> None:
+        for batch in self.batches:
+            targets.bare(self.module.target, batch)
+
+    def sweep(self) -> float:
+        self.trainer.validate(self.module, targets.loader(self.batches), verbose=False)
+        self.module.to(targets.DEVICE)
+        return self.watch.seconds
+
+
+def largest(given: argparse.Namespace, what: str) -> int:
+    """KiB, in a process of its own."""
+    sizes = {"--shape": given.shape, "--tokens": given.tokens, "--batch": given.batch, "--length": given.length}
+    options = [str(word) for pair in sizes.items() for word in pair]
+    command = [sys.executable, "-m", "tests.benchmarks.sweep", *options, "--only", what]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return int(run.stdout.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Prints the cost of a sweep over that of its forward passes.")
+    parser.add_argument("--shape", choices=targets.MAKERS, default="opt-125m")
+    parser.add_argument("--tokens", type=int, default=8192, help="images for vit-b16")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--only", choices=("bare", "sweep"), help="prints the peak memory in KiB")
+    given = parser.parse_args()
+    rig = Rig(given.shape, given.tokens, given.batch, given.length, given.compile)
+    if given.only:
+        print(largest_memory(targets.DEVICE, rig.bare if given.only == "bare" else rig.sweep))
+        return
+    print(f"{given.shape} on {targets.DEVICE}, {len(rig.batches)} batches, {rig.conditions} conditions")
+    if given.memory:
+        with torch.no_grad():
+            logits = rig.module.evaluate(rig.batches[0]).logits
+        batch = logits.numel() * 4 / 1024
+        extra = largest(given, "sweep") - largest(given, "bare")
+        print(
+            f"extra memory of the sweep: {extra / 1024:.0f} MiB, a batch of logits in float32: {batch / 1024:.0f} MiB"
+        )
+        print(f"extra memory / batch of logits: {extra / batch:.2f}")
+        return
+    rig.bare()
+    found = []
+    for _ in range(given.rounds):
+        plain = targets.seconds(lambda: targets.repeat(rig.bare, rig.conditions))
+        found.append((plain, rig.sweep()))
+    for name, times in zip(("bare forwards", "sweep"), zip(*found, strict=True), strict=True):
+        print(f"{name:14} {statistics.median(times):8.3f} s")
+    print(f"sweep / bare forwards: {statistics.median(ours / plain for plain, ours in found):.3f}")
+
+
+if __name__ == "__main__":
+    main()
