@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence, Sized
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -55,6 +56,7 @@ class AblationCallback(lightning.Callback):
         folder: where the run's files go; None takes the logger's folder. If a run with the same configuration died
             there, this one goes on from where it was.
         note_every: seconds from one note of the progress to the next.
+        compile: compiles the target (torch.compile) for the sweep; worth it where that is long, on a GPU above all.
         plan_only: ends after the first batch, with a line on what the whole run would amount to, and no results.
 
     Attributes:
@@ -72,6 +74,7 @@ class AblationCallback(lightning.Callback):
         choice: NeuronChoice | None = None,
         folder: str | Path | None = None,
         note_every: float = 60.0,
+        compile: bool = False,
         plan_only: bool = False,
     ) -> None:
         self.methods = [method_named(method) if isinstance(method, str) else method for method in methods]
@@ -82,7 +85,8 @@ class AblationCallback(lightning.Callback):
         self.results: Results | None = None
         self.plan: Plan | None = None
         self.folder: Path | None = None
-        self.plan_only = plan_only
+        self.compile, self.plan_only = compile, plan_only
+        self._compiled = ExitStack()
         self._wanted, self._note_every = folder, note_every
         self._journal: Journal | None = None
         self._place: Place | None = None
@@ -174,6 +178,8 @@ class AblationCallback(lightning.Callback):
         planned = conditions[:1] if self.plan_only else conditions
         pl_module.sweep = Sweep(calibration, self.methods, planned, self.choice)
         pl_module.sweep.prepare()
+        if self.compile:
+            self._compiled.enter_context(pl_module.sweep.compiled())
         pl_module.done = self._done(SWEEP)
         if self._sweeps_on:
             pl_module.sweep.load_state_dict(self._noted["sweep"])
@@ -194,6 +200,7 @@ class AblationCallback(lightning.Callback):
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
         """Computes the results on every rank, and writes them on the first."""
+        self._compiled.close()
         if pl_module.sweep is None or self.plan_only:
             return
         figures = pl_module.sweep.figures()
@@ -211,6 +218,10 @@ class AblationCallback(lightning.Callback):
         self._write(trainer, pl_module, self.results)
         if self._journal is not None and trainer.is_global_zero:
             self._journal.close()
+
+    def on_exception(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: Any) -> None:
+        """Leaves no hook behind."""
+        self._compiled.close()
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Says so if there was no sweep.
@@ -346,6 +357,7 @@ class AblationCallback(lightning.Callback):
             "choice": {"class": type(self.choice).__name__, **vars(self.choice)},
             "precision": str(trainer.precision),
             "processes": trainer.world_size,
+            "compile": self.compile,
             "limits": [trainer.limit_train_batches, trainer.limit_val_batches],
         }
 
@@ -406,6 +418,7 @@ class AblationCallback(lightning.Callback):
             "accelerator": type(trainer.accelerator).__name__,
             "processes": trainer.world_size,
             "pieces_of_a_batch": module.pieces,
+            "compiled": self.compile,
         }
 
 

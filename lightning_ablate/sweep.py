@@ -1,12 +1,14 @@
 """All conditions of a run, and how each is applied."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from math import isfinite
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from lightning_ablate.calibration import Calibration, check_runs
 from lightning_ablate.errors import ConfigError, NonFiniteError, StatisticsError
@@ -110,6 +112,8 @@ class Sweep:
         self._prepared: dict[Condition, dict[Site, tuple[Tensor, Replacement]]] = {}
         self._constants: dict[tuple[str, Site], Replacement] = {}
         self._unrelated: dict[tuple[str, int | None], dict[Site, Tensor]] = {}
+        self._stay = False
+        self._act: Callable[[Site, Tensor], Tensor | None] = lambda site, activations: None
 
     @property
     def unrelated(self) -> list[tuple[str, int]]:
@@ -131,15 +135,12 @@ class Sweep:
     def reading(self, kind: str, seed: int) -> Iterator[None]:
         """Keeps the activations of the unrelated input that is run inside, ``(1, seq, neurons)`` a site."""
         activations = self._unrelated[kind, seed] = {}
-        runs = dict.fromkeys(self._calibration.sites, 0)
 
         def read(site: Site, values: Tensor) -> None:
-            runs[site] += 1
-            activations[site] = values
+            activations[site] = values.clone()  # what is compiled may use its memory again
 
-        with hooked(self._calibration.target, self._calibration.sites, read):
+        with self._hooked(self._calibration.sites, read):
             yield
-        check_runs(runs)
 
     @contextmanager
     def applied(self, condition: Condition) -> Iterator[None]:
@@ -149,18 +150,53 @@ class Sweep:
             SiteError: if a site did not run, or ran more than once.
         """
         self.announce(condition)
-        if condition == BASELINE:
+        prepared = self._prepared.get(condition, {})
+        with self._hooked(tuple(prepared), lambda site, activations: ablate(activations, *prepared[site])):
             yield
-            return
-        prepared = self._prepared[condition]
-        runs = dict.fromkeys(prepared, 0)
 
-        def replace(site: Site, activations: Tensor) -> Tensor:
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        """Compiles the target (torch.compile) for the passes inside; no condition compiles it anew.
+
+        For that the hooks stay from one condition to the next, and ask what to do by an operator that the compiler
+        doesn't look into.
+
+        Raises:
+            ConfigError: if a module runs several times in a pass.
+        """
+        target, sites = self._calibration.target, self._calibration.sites
+        if shared := [site.name for site in sites if site.uses > 1]:
+            raise ConfigError(f"{shared[0]} runs several times in one pass, which can't be compiled; leave compile out")
+        with ExitStack() as stack:
+            for site in sites:
+                key = next(_KEYS)
+                _ACTIONS[key] = lambda activations, site=site: self._act(site, activations)  # type: ignore[misc]
+                stack.callback(_ACTIONS.pop, key)
+                hook = target.get_submodule(site.path).register_forward_pre_hook(_asking(key))
+                stack.callback(hook.remove)
+            target.compile()
+            stack.callback(setattr, target, "_compiled_call_impl", None)
+            self._stay = True
+            stack.callback(setattr, self, "_stay", False)
+            yield
+
+    @contextmanager
+    def _hooked(self, sites: Sequence[Site], action: Callable[[Site, Tensor], Tensor | None]) -> Iterator[None]:
+        """Does something at these sites, in the one forward pass inside."""
+        runs = dict.fromkeys(sites, 0)
+
+        def act(site: Site, activations: Tensor) -> Tensor | None:
+            if site not in runs:
+                return None
             runs[site] += 1
-            return ablate(activations, *prepared[site])
+            return action(site, activations)
 
-        with hooked(self._calibration.target, tuple(prepared), replace):
+        if self._stay:
+            self._act = act
             yield
+        else:
+            with hooked(self._calibration.target, sites, act):
+                yield
         check_runs(runs)
 
     def score(self, index: int, scored: Scored, clean: Clean) -> None:
@@ -208,3 +244,26 @@ class Sweep:
             return mask, self._constants[method.name, site]
         except StatisticsError as error:
             raise StatisticsError(f"the method {method.name!r} {error}") from error
+
+
+_KEYS = count()
+_ACTIONS: dict[int, Callable[[Tensor], Tensor | None]] = {}
+
+
+@torch.library.custom_op("lightning_ablate::ask", mutates_args=())
+def _ask(activations: Tensor, key: int) -> Tensor:
+    """What the action of that key makes of the activations, in memory of its own."""
+    changed = _ACTIONS[key](activations)
+    return activations.clone() if changed is None else changed
+
+
+@_ask.register_fake
+def _(activations: Tensor, key: int) -> Tensor:
+    return torch.empty_like(activations)
+
+
+def _asking(key: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    def pre_hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (_ask(inputs[0], key), *inputs[1:])
+
+    return pre_hook

@@ -242,19 +242,25 @@ class MaskedLM(LanguageModel):
         return self._load(AutoModelForMaskedLM)
 
     def on_before_batch_transfer(self, batch: TextBatch, dataloader_idx: int) -> TextBatch:
-        """Adds ``labels`` (-100 where nothing is asked) and masks ``input_ids``, unless the data bring labels."""
+        """Adds ``labels`` (-100 where nothing is asked) and masks ``input_ids``, unless the data bring labels.
+
+        ``chosen`` ``(batch, most)`` says where the labels are, filled with -1, so that a GPU's host need not look.
+        """
         if "labels" in batch:
-            return batch
+            return {**batch, "chosen": _places(batch["labels"])}
         inputs, labels = batch["input_ids"].clone(), torch.full_like(batch["input_ids"], -100)
         for row, index in enumerate(batch["index"].tolist()):
             inputs[row], labels[row] = self._masked(batch["input_ids"][row], batch["attention_mask"][row], index)
-        return {**batch, "input_ids": inputs, "labels": labels}
+        return {**batch, "input_ids": inputs, "labels": labels, "chosen": _places(labels)}
 
     def evaluate(self, batch: TextBatch) -> Scored:
         """The chosen positions."""
-        chosen = batch["labels"] != -100
-        example = batch["index"].unsqueeze(1).expand_as(chosen)[chosen]
-        return Scored(self.logits(batch)[chosen], batch["labels"][chosen], example)
+        chosen = batch["chosen"] if "chosen" in batch else _places(batch["labels"])
+        place = chosen.clamp_min(0)
+        rows = torch.arange(len(place), device=place.device).unsqueeze(1)
+        targets = batch["labels"].gather(1, place).clamp_min(0)
+        example = torch.where(chosen < 0, -1, batch["index"].unsqueeze(1))
+        return Scored(self.logits(batch)[rows, place].flatten(0, 1), targets.flatten(), example.flatten())
 
     def _masked(self, ids: Tensor, attention_mask: Tensor, index: int) -> tuple[Tensor, Tensor]:
         mask_token = self._mask_token()
@@ -286,6 +292,14 @@ class MaskedLM(LanguageModel):
         if self.tokenizer.mask_token_id is None:
             raise ConfigError(f"the tokenizer of {self.name} has no mask token; a causal model is a CausalLM")
         return self.tokenizer.mask_token_id
+
+
+def _places(labels: Tensor) -> Tensor:
+    """Where labels ``(batch, seq)`` ask for something, ``(batch, most)`` int64, filled with -1."""
+    asked = labels != -100
+    most = int(asked.sum(1).max())
+    order = torch.argsort(asked.to(torch.int8), dim=1, descending=True, stable=True)[:, :most]
+    return torch.where(asked.gather(1, order), order, -1)
 
 
 def _cuda(device: torch.device) -> list[torch.device]:

@@ -7,12 +7,15 @@ of both, and gives what the sweep adds in units of one batch of logits in float3
 """
 
 import argparse
+import io
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
+from contextlib import redirect_stdout
 from typing import Any
 
 import lightning
@@ -43,12 +46,12 @@ class Watch(lightning.Callback):
 class Rig:
     """A calibrated target, its batches, and a Trainer that sweeps."""
 
-    def __init__(self, shape: str, tokens: int, batch: int, length: int, compiled: bool = False) -> None:
+    def __init__(self, shape: str, tokens: int, batch: int, length: int, **options: Any) -> None:
         self.module = targets.MAKERS[shape]()
         self.batches = targets.batches(shape, self.module, tokens, batch, length)
         self.folder, self.watch = tempfile.TemporaryDirectory(), Watch()
-        options = {"compile": True} if compiled else {}
-        self.callback = AblationCallback(fractions=FRACTIONS.get(shape, [0.5, 1.0]), seeds=[1], **options)
+        chosen = {"fractions": FRACTIONS.get(shape, [0.5, 1.0]), "seeds": [1]}
+        self.callback = AblationCallback(**(chosen | options))
         self.trainer = lightning.Trainer(
             callbacks=[self.watch, self.callback],
             logger=False,
@@ -60,7 +63,8 @@ class Rig:
             devices=1,
         )
         few = self.batches[:1]
-        self.trainer.fit(self.module, targets.loader(few), targets.loader(few))
+        with redirect_stdout(io.StringIO()):
+            self.trainer.fit(self.module, targets.loader(few), targets.loader(few))
         self.module.to(targets.DEVICE)
 
     @property
@@ -72,9 +76,35 @@ class Rig:
             targets.bare(self.module.target, batch)
 
     def sweep(self) -> float:
-        self.trainer.validate(self.module, targets.loader(self.batches), verbose=False)
+        with redirect_stdout(io.StringIO()):
+            self.trainer.validate(self.module, targets.loader(self.batches), verbose=False)
         self.module.to(targets.DEVICE)
         return self.watch.seconds
+
+
+def floating_point_time(rig: Rig) -> float:
+    """Seconds that the operations of one bare pass over all batches take at the rate of a large matrix product."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    size = 8192 if targets.DEVICE == "cuda" else 1024
+    dtype = next(rig.module.target.parameters()).dtype
+    matrix = torch.randn(size, size, device=targets.DEVICE, dtype=dtype)
+    times = [targets.seconds(lambda: targets.repeat(lambda: matrix @ matrix, 10)) / 10 for _ in range(7)]
+    with FlopCounterMode(display=False) as counter:
+        rig.bare()
+    return counter.get_total_flops() / (2 * size**3 / statistics.median(times[1:]))
+
+
+def synchronisations(rig: Rig) -> float:
+    """How often the host waits for the device, per condition."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            rig.sweep()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(one.message) for one in seen) / rig.conditions / len(rig.batches)
 
 
 def largest(given: argparse.Namespace, what: str) -> int:
@@ -98,7 +128,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--only", choices=("bare", "sweep"), help="prints the peak memory in KiB")
     given = parser.parse_args()
-    rig = Rig(given.shape, given.tokens, given.batch, given.length, given.compile)
+    rig = Rig(given.shape, given.tokens, given.batch, given.length, compile=given.compile)
     if given.only:
         print(largest_memory(targets.DEVICE, rig.bare if given.only == "bare" else rig.sweep))
         return
@@ -114,12 +144,18 @@ def main() -> None:
         print(f"extra memory / batch of logits: {extra / batch:.2f}")
         return
     rig.bare()
+    if given.compile:
+        rig.sweep()  # which compiles
     found = []
     for _ in range(given.rounds):
         plain = targets.seconds(lambda: targets.repeat(rig.bare, rig.conditions))
         found.append((plain, rig.sweep()))
     for name, times in zip(("bare forwards", "sweep"), zip(*found, strict=True), strict=True):
         print(f"{name:14} {statistics.median(times):8.3f} s")
+    floor = rig.conditions * floating_point_time(rig)
+    print(f"sweep / (FLOPs / matrix rate): {statistics.median(ours for _, ours in found) / floor:.2f}")
+    if targets.DEVICE == "cuda":
+        print(f"host synchronisations per condition and batch: {synchronisations(rig):.2f}")
     print(f"sweep / bare forwards: {statistics.median(ours / plain for plain, ours in found):.3f}")
 
 

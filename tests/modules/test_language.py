@@ -105,17 +105,23 @@ def test_masking_chooses_at_least_one_and_keeps_given_labels(masked):
     short["index"] = torch.tensor([0])
     assert (masked.on_before_batch_transfer(short, 0)["labels"] != -100).tolist() == [[False, True, False]]
     given = {**short, "labels": torch.tensor([[-100, 9, -100]])}
-    assert masked.on_before_batch_transfer(given, 0) is given
+    kept = masked.on_before_batch_transfer(given, 0)
+    assert kept.pop("chosen").tolist() == [[1]] and all(kept[name] is given[name] for name in given)
 
 
 def test_masked_scores_the_chosen_positions(masked):
     batch = masked.on_before_batch_transfer(tiny.tokens(), 0)
     scored = masked.evaluate(batch)
     chosen = batch["labels"] != -100
-    assert scored.example.tolist() == chosen.nonzero()[:, 0].tolist()
+    counts = scored.example >= 0
+    assert scored.example[counts].tolist() == chosen.nonzero()[:, 0].tolist()
+    assert scored.targets[counts].tolist() == batch["labels"][chosen].tolist()
     with torch.no_grad():
         loss = masked.target(batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
-    torch.testing.assert_close(F.cross_entropy(scored.logits, scored.targets), loss)
+    torch.testing.assert_close(F.cross_entropy(scored.logits[counts], scored.targets[counts]), loss)
+    # without what was made for the GPU, as for an unrelated input
+    again = masked.evaluate({name: value for name, value in batch.items() if name != "chosen"})
+    assert all(torch.equal(one, other) for one, other in zip(scored, again, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["characters", "ids", "generated"])

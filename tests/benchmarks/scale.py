@@ -1,0 +1,78 @@
+"""How the cost of a sweep grows with tokens, conditions, layers and width, and what a second process is worth.
+
+``python -m tests.benchmarks.scale`` doubles one of them at a time from a small OPT, and gives the seconds of the sweep
+and its ratio to the bare forward passes of its conditions; the last line is the largest of these ratios. With
+``--processes`` it times the default command with one and with two processes instead.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+from tests.benchmarks import targets
+from tests.benchmarks.sweep import Rig
+
+START = {"tokens": 1024, "conditions": 4, "layers": 4, "width": 256}
+
+
+def measured(given: dict[str, int], rounds: int) -> tuple[float, float]:
+    """Seconds of the sweep, and its ratio to the bare passes."""
+    width = given["width"]
+    shape = {"hidden_size": width, "ffn_dim": 4 * width, "num_attention_heads": width // 64}
+    fractions = [(number + 1) / given["conditions"] for number in range(given["conditions"] - 1)]
+
+    def make() -> Any:
+        return targets.opt(**shape, num_hidden_layers=given["layers"], vocab_size=8192)
+
+    targets.MAKERS["scale"] = lambda: targets.Text(make)
+    rig = Rig("scale", given["tokens"], 4, 128, methods=["zero"], fractions=fractions)
+    rig.bare()
+    found = [(rig.sweep(), targets.seconds(lambda: targets.repeat(rig.bare, rig.conditions))) for _ in range(rounds)]
+    return statistics.median(ours for ours, _ in found), statistics.median(ours / bare for ours, bare in found)
+
+
+def processes(rounds: int) -> None:
+    command = [sys.executable, "-m", "lightning_ablate", "fit", "--config", "configs/demo_gpt2.yaml"]
+    command += ["--trainer.accelerator=cpu", "--trainer.logger=false", "--ablation.seeds=[1]"]
+    several = {1: [], 2: ["--trainer.devices=2", "--trainer.strategy=ddp"]}
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(rounds):
+        for number, options in several.items():
+            with tempfile.TemporaryDirectory() as folder:
+                began = time.perf_counter()
+                subprocess.run([*command, *options, f"--ablation.folder={folder}"], check=True, capture_output=True)
+                seconds[number].append(time.perf_counter() - began)
+    for number, times in seconds.items():
+        print(f"{number} process{'es' * (number > 1)}: {statistics.median(times):6.1f} s")
+    ratio = statistics.median(two / one for one, two in zip(seconds[1], seconds[2], strict=True))
+    print(f"two processes / one: {ratio:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Prints how the cost of a sweep grows.")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--processes", action="store_true")
+    for name, value in START.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
+    given = vars(parser.parse_args())
+    rounds = given.pop("rounds")
+    if given.pop("processes"):
+        processes(rounds)
+        return
+    ratios = []
+    print(f"{'':12} {'tokens':>7} {'conditions':>10} {'layers':>6} {'width':>6} {'seconds':>8} {'sweep / bare':>12}")
+    for name in ("", *given):
+        sizes = {**given, **({name: 2 * given[name]} if name else {})}
+        seconds, ratio = measured(sizes, rounds)
+        ratios.append(ratio)
+        numbers = f"{sizes['tokens']:7} {sizes['conditions']:10} {sizes['layers']:6} {sizes['width']:6}"
+        print(f"{'2 x ' + name if name else 'start':12} {numbers} {seconds:8.3f} {ratio:12.3f}")
+    print(f"largest sweep / bare forwards: {max(ratios):.3f}")
+
+
+if __name__ == "__main__":
+    main()
