@@ -11,6 +11,7 @@ import lightning
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
+from torch.profiler import profile, schedule
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_ablate import files, neurons, report
@@ -29,9 +30,10 @@ from lightning_ablate.sites import fingerprint
 from lightning_ablate.statistics import ActivationStatistic, LatticeHistogram, Moments
 from lightning_ablate.sweep import Condition, Sweep, check_conditions, distinct_conditions
 
+_PROFILED = 8  # conditions
 PAPER_FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 PAPER_SEEDS = (42, 123, 456)
-CHECKPOINT = "ablation.ckpt"
+CHECKPOINT, TRACE = "ablation.ckpt", "trace.json"
 # gathered whatever the methods need: they describe the neurons, and name the site of a non-finite activation
 ALWAYS: tuple[type[ActivationStatistic], ...] = (Moments, LatticeHistogram)
 
@@ -56,6 +58,8 @@ class AblationCallback(lightning.Callback):
         folder: where the run's files go; None takes the logger's folder. If a run with the same configuration died
             there, this one goes on from where it was.
         note_every: seconds from one note of the progress to the next.
+        profile: writes a trace of the first conditions (torch.profiler) into the run's folder, ``trace.json``, which
+            Perfetto and TensorBoard open.
         compile: compiles the target (torch.compile) for the sweep; worth it where that is long, on a GPU above all.
         plan_only: ends after the first batch, with a line on what the whole run would amount to, and no results.
 
@@ -74,6 +78,7 @@ class AblationCallback(lightning.Callback):
         choice: NeuronChoice | None = None,
         folder: str | Path | None = None,
         note_every: float = 60.0,
+        profile: bool = False,
         compile: bool = False,
         plan_only: bool = False,
     ) -> None:
@@ -85,8 +90,8 @@ class AblationCallback(lightning.Callback):
         self.results: Results | None = None
         self.plan: Plan | None = None
         self.folder: Path | None = None
-        self.compile, self.plan_only = compile, plan_only
-        self._compiled = ExitStack()
+        self.profile, self.compile, self.plan_only = profile, compile, plan_only
+        self._around = ExitStack()
         self._wanted, self._note_every = folder, note_every
         self._journal: Journal | None = None
         self._place: Place | None = None
@@ -179,7 +184,9 @@ class AblationCallback(lightning.Callback):
         pl_module.sweep = Sweep(calibration, self.methods, planned, self.choice)
         pl_module.sweep.prepare()
         if self.compile:
-            self._compiled.enter_context(pl_module.sweep.compiled())
+            self._around.enter_context(pl_module.sweep.compiled())
+        if self.profile and self.folder is not None and trainer.is_global_zero:
+            pl_module.sweep.passed = self._around.enter_context(_profiler(self.folder / TRACE)).step
         pl_module.done = self._done(SWEEP)
         if self._sweeps_on:
             pl_module.sweep.load_state_dict(self._noted["sweep"])
@@ -200,7 +207,7 @@ class AblationCallback(lightning.Callback):
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
         """Computes the results on every rank, and writes them on the first."""
-        self._compiled.close()
+        self._around.close()
         if pl_module.sweep is None or self.plan_only:
             return
         figures = pl_module.sweep.figures()
@@ -221,7 +228,7 @@ class AblationCallback(lightning.Callback):
 
     def on_exception(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: Any) -> None:
         """Leaves no hook behind."""
-        self._compiled.close()
+        self._around.close()
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Says so if there was no sweep.
@@ -398,6 +405,8 @@ class AblationCallback(lightning.Callback):
             paths = report.save(results, self.folder, self._facts(trainer, module))
             if trainer.state.fn == TrainerFn.FITTING:
                 paths += [*self._paths, self.folder / CHECKPOINT]
+            if self.profile:
+                paths.append(self.folder / TRACE)
             for logger in _tensorboards(trainer):
                 paths += report.tensorboard(results, self.folder)
                 logger.experiment.add_figure(report.figure_name(results), report.figure(results))
@@ -438,6 +447,13 @@ def _plan_epochs(trainer: lightning.Trainer, epochs: int) -> None:
     trainer.fit_loop.epoch_loop.max_steps = -1
     trainer.fit_loop.max_epochs = epochs
     trainer.check_val_every_n_epoch = epochs
+
+
+def _profiler(path: Path) -> profile:
+    """Records the conditions behind the first, which warms up, and writes the trace."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    steps = schedule(wait=0, warmup=1, active=_PROFILED, repeat=1)
+    return profile(schedule=steps, on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)))
 
 
 def _tensorboards(trainer: lightning.Trainer) -> list[TensorBoardLogger]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from lightning_ablate.calibration import Calibration, check_runs
 from lightning_ablate.errors import ConfigError, NonFiniteError, StatisticsError
@@ -106,6 +107,7 @@ class Sweep:
         self.metrics = SweepMetrics(len(self.conditions)).to(calibration.device)
         self.classes = 0
         self.announce: Callable[[Condition], None] = lambda condition: None
+        self.passed: Callable[[], None] = lambda: None
         self._calibration = calibration
         self._methods = {method.name: method for method in methods}
         self._choice = choice or RandomNeurons()
@@ -151,7 +153,8 @@ class Sweep:
         """
         self.announce(condition)
         prepared = self._prepared.get(condition, {})
-        with self._hooked(tuple(prepared), lambda site, activations: ablate(activations, *prepared[site])):
+        ablated = self._hooked(tuple(prepared), lambda site, activations: ablate(activations, *prepared[site]))
+        with record_function(str(condition)), ablated:
             yield
 
     @contextmanager
@@ -202,7 +205,9 @@ class Sweep:
     def score(self, index: int, scored: Scored, clean: Clean) -> None:
         """Adds what the condition of that index scored on a batch."""
         self.classes = scored.logits.shape[1]
-        self.metrics.update(index, scored, clean)
+        with record_function("scoring"):
+            self.metrics.update(index, scored, clean)
+        self.passed()
 
     def figures(self) -> dict[str, Tensor]:
         """Merges the ranks, once and for all; and gives what each condition scored (see :class:`SweepMetrics`)."""

@@ -1,4 +1,5 @@
 import json
+import warnings
 from dataclasses import asdict
 from functools import partial
 from types import SimpleNamespace
@@ -524,3 +525,13 @@ def test_a_checkpoint_of_an_older_version_is_refused():
     calibration = Calibration(tiny.gpt2(), [])
     with pytest.raises(StatisticsError, match="older version of this package; run `fit` again"):
         calibration.load_state_dict({"transformer.h.0.attn.c_proj": {}})
+
+
+def test_a_trace_of_the_first_conditions_names_them(tmp_path):
+    callback = AblationCallback(["zero", "mean"], [0.5, 1.0], [1, 2], profile=True, folder=tmp_path / "run")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the profiler's own
+        tiny.fit(tmp_path, callback=callback)
+    trace = json.loads((tmp_path / "run" / "trace.json").read_text())
+    names = {event.get("name") for event in trace["traceEvents"]}
+    assert {"zero 50% seed 1", "mean 100%", "scoring"} <= names

@@ -48,7 +48,7 @@ def test_the_first_command_installs_and_runs_and_the_second_tests():
 def test_every_command_is_known_here():
     others = {command for command in COMMANDS if "lightning_ablate" not in command}
     assert others == {"python -m pytest", "tensorboard --logdir lightning_logs"}
-    assert len(runnable()) == 15
+    assert len(runnable()) == 16
     papers = [command for command in COMMANDS if "configs/paper_" in command]
     assert papers == [f"python -m lightning_ablate fit --config configs/paper_{name}.yaml" for name in NAMES]
 

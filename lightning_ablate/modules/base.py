@@ -173,7 +173,7 @@ class AblationModule(lightning.LightningModule, ABC):
             with calibration.collecting(lambda site: self.valid_at(site, piece), read):
                 scored = self.evaluate(piece)
             if batch_idx == self.done:
-                self._time(began, scored)
+                self._time(began, scored.example)
 
         with torch.no_grad():
             self._in_pieces(batch, calibrate)
@@ -198,13 +198,16 @@ class AblationModule(lightning.LightningModule, ABC):
                     continue
                 with sweep.applied(condition):
                     scored = self.evaluate(piece)
-                clean = clean or Clean.of(_checked(scored))
+                if clean is None:
+                    clean = Clean.of(_checked(scored))
                 if index not in scored_before:
                     sweep.score(index, scored, clean)
                     scored_before.add(index)
+                example = scored.example
+                del scored  # or the next pass would hold the logits of two conditions
             sweep.check_finite()
             if batch_idx == self.done:
-                self._time(began, scored, len(sweep.conditions))
+                self._time(began, example, len(sweep.conditions))
 
         self._in_pieces(batch, evaluate)
 
@@ -253,9 +256,9 @@ class AblationModule(lightning.LightningModule, ABC):
         )
         return halves
 
-    def _time(self, began: float, scored: Scored, passes: int = 1) -> None:
+    def _time(self, began: float, example: Tensor, passes: int = 1) -> None:
         self.seconds = (time.perf_counter() - began) / passes
-        examples = scored.example[scored.example >= 0]
+        examples = example[example >= 0]
         self.scored = len(examples), len(torch.unique(examples))
 
     def _find_sites(self, calibration: Calibration, batch: Any) -> None:
