@@ -47,8 +47,8 @@ class AblationCallback(lightning.Callback):
 
     Args:
         methods: what replaces a neuron: names (``zero``, ``mean``, ``peak``, ``one-pass-peak``, ``mode``,
-            ``half-sample-mode``, ``median``, ``resample-characters``, ``resample-ids``, ``resample-generated``,
-            ``resample-pixels``), instances, or class paths of subclasses of
+            ``half-sample-mode``, ``median``, ``conditional``, ``resample-characters``, ``resample-ids``,
+            ``resample-generated``, ``resample-pixels``), instances, or class paths of subclasses of
             :class:`~lightning_ablate.methods.AblationMethod`.
         fractions: shares of each site's neurons, 0 to 1.
         seeds: of the choice of neurons, and of what a method draws.

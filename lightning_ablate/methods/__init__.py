@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.methods.base import Ablation, AblationMethod, ConstantMethod, Replacement, ablate, constant
+from lightning_ablate.methods.conditional import Conditional
 from lightning_ablate.methods.mean import Mean
 from lightning_ablate.methods.mode import HalfSampleMode, Median, Mode, OnePassPeak
 from lightning_ablate.methods.peak import Peak
@@ -14,6 +15,7 @@ from lightning_ablate.methods.zero import Zero
 __all__ = [
     "Ablation",
     "AblationMethod",
+    "Conditional",
     "ConstantMethod",
     "HalfSampleMode",
     "Mean",

@@ -1,6 +1,7 @@
 """Statistics of neurons, gathered batch by batch and merged over ranks; one torchmetrics.Metric a file."""
 
 from lightning_ablate.statistics.base import ActivationStatistic, SiteStatistics
+from lightning_ablate.statistics.covariance import Covariance
 from lightning_ablate.statistics.estimators import (
     HalfSampleMode,
     Median,
@@ -16,6 +17,7 @@ from lightning_ablate.statistics.moments import Moments
 
 __all__ = [
     "ActivationStatistic",
+    "Covariance",
     "HalfSampleMode",
     "Histogram",
     "LatticeHistogram",
