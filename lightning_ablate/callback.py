@@ -16,6 +16,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_ablate import files, neurons, report
 from lightning_ablate.calibration import Calibration
+from lightning_ablate.comparisons import Comparison, compare
+from lightning_ablate.comparisons import table as differences
 from lightning_ablate.data.base import ExactSampler
 from lightning_ablate.errors import ConfigError, DataError, StatisticsError, TargetError, loading
 from lightning_ablate.journal import SWEEP, Journal, Place, is_unfinished
@@ -65,6 +67,7 @@ class AblationCallback(lightning.Callback):
 
     Attributes:
         results: the figures, once the sweep has ended.
+        comparisons: every two methods compared, with intervals, where the data tell how many examples they hold.
         plan: what the run amounts to, once the first batch has shown it.
         folder: where the run's files go, once it has begun; None in a ``fast_dev_run``.
     """
@@ -88,6 +91,7 @@ class AblationCallback(lightning.Callback):
         self.choice = choice or RandomNeurons()
         check_conditions(self.methods, self.fractions, self.seeds)
         self.results: Results | None = None
+        self.comparisons: list[Comparison] = []
         self.plan: Plan | None = None
         self.folder: Path | None = None
         self.profile, self.compile, self.plan_only = profile, compile, plan_only
@@ -181,7 +185,7 @@ class AblationCallback(lightning.Callback):
         calibration = _calibration(pl_module)
         conditions = distinct_conditions(self.methods, self._selections(calibration), self.seeds)
         planned = conditions[:1] if self.plan_only else conditions
-        pl_module.sweep = Sweep(calibration, self.methods, planned, self.choice)
+        pl_module.sweep = Sweep(calibration, self.methods, planned, self.choice, _examples(trainer))
         pl_module.sweep.prepare()
         if self.compile:
             self._around.enter_context(pl_module.sweep.compiled())
@@ -213,6 +217,11 @@ class AblationCallback(lightning.Callback):
         figures = pl_module.sweep.figures()
         if not int(figures["n"][0]):
             raise DataError("the evaluation data have no scored position; is everything padding, or too short?")
+        self.comparisons = []
+        if (by_example := pl_module.sweep.by_example()) is not None:
+            positions, sums = by_example
+            arrays = {name: values.numpy() for name, values in sums.items()}
+            self.comparisons = compare(pl_module.sweep.conditions, positions.numpy(), arrays)
         self._note_partial("evaluation", trainer.num_val_batches[0], trainer.val_dataloaders)
         self.results = Results.of(
             pl_module.sweep.conditions,
@@ -402,7 +411,7 @@ class AblationCallback(lightning.Callback):
     def _write(self, trainer: lightning.Trainer, module: AblationModule, results: Results) -> None:
         paths, notes = [], []
         if self.folder is not None:
-            paths = report.save(results, self.folder, self._facts(trainer, module))
+            paths = report.save(results, self.folder, self._facts(trainer, module), self.comparisons)
             if trainer.state.fn == TrainerFn.FITTING:
                 paths += [*self._paths, self.folder / CHECKPOINT]
             if self.profile:
@@ -411,7 +420,8 @@ class AblationCallback(lightning.Callback):
                 paths += report.tensorboard(results, self.folder)
                 logger.experiment.add_figure(report.figure_name(results), report.figure(results))
                 notes = ["", f"TensorBoard: tensorboard --logdir {logger.root_dir}"]
-        self._shown = "\n".join(["", results.table(), "", *map(str, paths), *notes])
+        tables = filter(None, (results.table(), differences(self.comparisons)))
+        self._shown = "\n".join(["", "\n\n".join(tables), "", *map(str, paths), *notes])
 
     def _facts(self, trainer: lightning.Trainer, module: AblationModule) -> dict[str, Any]:
         calibration = _calibration(module)
@@ -474,6 +484,12 @@ def _check_counts_once(trainer: lightning.Trainer, loader: Any) -> None:
             f"{examples} examples don't divide by {trainer.world_size} processes, so Lightning's sampler would repeat "
             "some; use a lightning_ablate.data.AblationDataModule, or drop the remainder"
         )
+
+
+def _examples(trainer: lightning.Trainer) -> int:
+    """How many examples are evaluated, by their indices; 0 where the loader doesn't tell."""
+    data = getattr(trainer.val_dataloaders, "dataset", None)
+    return len(data) if isinstance(data, Sized) else 0
 
 
 def _data_name(trainer: lightning.Trainer) -> str:

@@ -110,6 +110,8 @@ class SweepMetrics(Metric):
 
     Args:
         conditions: how many there are.
+        examples: how many there are, to keep what each of them scored as well, ``n_by_example`` ``(examples,)`` int64,
+            ``top1_by_example`` and ``cross_entropy_by_example`` ``(conditions, examples)`` float64; 0 keeps none.
 
     Example:
         >>> metrics = SweepMetrics(conditions=1)
@@ -126,9 +128,20 @@ class SweepMetrics(Metric):
     top5: Tensor
     cross_entropy: Tensor
     kl: Tensor
+    n_by_example: Tensor
+    top1_by_example: Tensor
+    cross_entropy_by_example: Tensor
+    elsewhere: Tensor
 
-    def __init__(self, conditions: int) -> None:
+    def __init__(self, conditions: int, examples: int = 0) -> None:
         super().__init__()
+        self.examples = examples
+        counts = torch.zeros(examples, dtype=torch.int64)
+        self.add_state("n_by_example", counts, dist_reduce_fx="sum", persistent=True)
+        self.add_state("elsewhere", counts.new_zeros(()), dist_reduce_fx="sum", persistent=True)
+        for name in ("top1_by_example", "cross_entropy_by_example"):
+            sums = torch.zeros(conditions, examples, dtype=torch.float64)
+            self.add_state(name, sums, dist_reduce_fx="sum", persistent=True)
         for name in ("n", "top1", "top5"):
             self.add_state(name, torch.zeros(conditions, dtype=torch.int64), dist_reduce_fx="sum", persistent=True)
         for name in ("cross_entropy", "kl"):
@@ -153,6 +166,18 @@ class SweepMetrics(Metric):
         }
         for name, value in sums.items():  # all of them, or none where the memory was not enough
             getattr(self, name)[condition] += value
+        if self.examples:
+            self._add_by_example(condition, scored.example, counts, score)
+
+    def _add_by_example(self, condition: int, example: Tensor, counts: Tensor, score: Scores) -> None:
+        inside = counts & (example < self.examples)
+        place = torch.where(inside, example, 0)
+        for name, values in (("top1", score.top1), ("cross_entropy", score.cross_entropy)):
+            values = torch.where(inside, values, 0).double()
+            getattr(self, f"{name}_by_example")[condition].index_add_(0, place, values)
+        if condition == 0:  # all conditions score the same positions
+            self.n_by_example.index_add_(0, place, inside.long())
+            self.elsewhere += (counts & ~inside).sum()
 
     def compute(self) -> dict[str, Tensor]:
         """See :attr:`figures`."""

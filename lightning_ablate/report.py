@@ -11,6 +11,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from lightning_ablate.comparisons import Comparison, as_csv
 from lightning_ablate.files import write_whole
 from lightning_ablate.results import METRICS, MetricName, Results
 
@@ -31,13 +34,14 @@ _STYLES: tuple[dict[str, Any], ...] = (
 _PACKAGES = ("lightning-ablate", "lightning", "torch", "torchmetrics", "transformers", "timm", "datasets", "numpy")
 
 
-def save(results: Results, folder: Path, run: dict[str, Any]) -> list[Path]:
+def save(results: Results, folder: Path, run: dict[str, Any], comparisons: Sequence[Comparison] = ()) -> list[Path]:
     """Writes the files of a run.
 
     Args:
         results: the figures.
         folder: is made if it isn't there.
         run: what run.json says beside versions and time.
+        comparisons: of the methods; none where there are none.
 
     Returns:
         The paths written.
@@ -50,6 +54,10 @@ def save(results: Results, folder: Path, run: dict[str, Any]) -> list[Path]:
         "run.json": lambda: json.dumps({**facts, **seal}, indent=2, default=str) + "\n",
         f"{figure_name(results)}.png": lambda: png(figure(results)),
     }
+    if comparisons:
+        makers["comparisons.csv"] = lambda: as_csv(comparisons)
+    if comparisons and not results.parts:
+        makers["comparisons.png"] = lambda: png(differences(comparisons))
     for name, make in makers.items():  # one by one: what is measured is safe before it is drawn
         write_whole(folder / name, make())
     return [folder / name for name in makers]
@@ -80,6 +88,34 @@ def degradation(results: Results) -> "Figure":
     part = " (partial run)" if results.partial else ""
     top.set_title(f"{base.model} on {base.data}{part}", fontsize=9)
     figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return figure
+
+
+def differences(comparisons: Sequence[Comparison]) -> "Figure":
+    """How much more top-1 accuracy one method leaves than another, by the ablated fraction, with 95% intervals."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [one for one in comparisons if one.metric == "top1"]
+    pairs = list(dict.fromkeys((one.method, one.other) for one in shown))
+    columns = min(3, len(pairs))
+    lines = -(-len(pairs) // columns)
+    figure = Figure(figsize=(1.2 + 2.2 * columns, 0.8 + 1.7 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for panel, pair in zip(panels, pairs, strict=False):
+        own = sorted((one for one in shown if (one.method, one.other) == pair), key=lambda one: one.fraction)
+        x, y = [100 * one.fraction for one in own], [100 * one.difference for one in own]
+        ends = [[100 * (one.difference - one.low) for one in own], [100 * (one.high - one.difference) for one in own]]
+        panel.errorbar(x, y, yerr=np.clip(ends, 0, None), fmt="o-", color="#0072B2", markersize=3, linewidth=1)
+        panel.axhline(0, color="0.35", linewidth=0.9, linestyle=(0, (5, 2)))
+        panel.set_title(f"{pair[0]} − {pair[1]}", fontsize=8)
+        panel.tick_params(labelsize=7)
+        panel.grid(alpha=0.25, linewidth=0.5)
+    for panel in panels[len(pairs) :]:
+        panel.set_visible(False)
+    figure.supxlabel("neurons ablated (%)", fontsize=8)
+    figure.supylabel("top-1 difference (points)", fontsize=8)
     return figure
 
 

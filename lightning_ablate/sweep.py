@@ -94,6 +94,7 @@ class Sweep:
         methods: what replaces a neuron.
         conditions: of these methods, the baseline first (see :func:`distinct_conditions`).
         choice: which neurons go.
+        examples: how many examples are evaluated, to keep what each of them scores; 0 where that isn't known.
     """
 
     def __init__(
@@ -102,9 +103,10 @@ class Sweep:
         methods: Sequence[AblationMethod],
         conditions: Sequence[Condition],
         choice: NeuronChoice | None = None,
+        examples: int = 0,
     ) -> None:
         self.conditions = tuple(conditions)
-        self.metrics = SweepMetrics(len(self.conditions)).to(calibration.device)
+        self.metrics = SweepMetrics(len(self.conditions), examples).to(calibration.device)
         self.classes = 0
         self.announce: Callable[[Condition], None] = lambda condition: None
         self.passed: Callable[[], None] = lambda: None
@@ -213,6 +215,19 @@ class Sweep:
         """Merges the ranks, once and for all; and gives what each condition scored (see :class:`SweepMetrics`)."""
         self.metrics.sync()
         return {name: values.cpu() for name, values in self.metrics.figures.items()}
+
+    def by_example(self) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """What each example scored, once the ranks are merged; None where the examples can't be told apart.
+
+        Returns:
+            The scored positions of each example, ``(examples,)`` int64, and the sums over these by metric,
+            ``(conditions, examples)`` float64.
+        """
+        metrics = self.metrics
+        if not metrics.examples or int(metrics.elsewhere):
+            return None
+        sums = {"top1": metrics.top1_by_example.cpu(), "cross_entropy": metrics.cross_entropy_by_example.cpu()}
+        return metrics.n_by_example.cpu(), sums
 
     def state_dict(self) -> dict[str, Any]:
         """The scores so far."""

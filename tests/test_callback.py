@@ -118,6 +118,8 @@ def test_files_table_and_checkpoint_are_left(tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == {
         "results.csv",
         "run.json",
+        "comparisons.csv",
+        "comparisons.png",
         "degradation.png",
         "neurons.parquet",
         "neurons.png",

@@ -50,6 +50,8 @@ def test_fit_without_a_config_runs_the_embedded_default(run, tmp_path):
     for name in (
         "results.csv",
         "run.json",
+        "comparisons.csv",
+        "comparisons.png",
         "degradation.png",
         "neurons.parquet",
         "neurons.png",
@@ -105,7 +107,10 @@ def test_sites_by_pattern(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fit", "--ablation.methods=[zero,maen]"], "unknown method 'maen'; expected one of half-sample-mode, mean"),
+        (
+            ["fit", "--ablation.methods=[zero,maen]"],
+            "unknown method 'maen'; expected one of conditional, half-sample-mode, mean",
+        ),
         (["fit", "--ablation.fractions=[0.5,1.5]"], "fractions holds 1.5, expected a share"),
         (["fit", "--ablation.sites=*.o_proj"], "the site pattern '*.o_proj' matches no module"),
         (["fit", "--model.dtype=fp16"], "could not load 'demo:vit'"),
@@ -166,7 +171,7 @@ def test_a_checkpoint_of_another_target_is_refused(run, tmp_path):
     run("fit", *SHORT, *FEW, *QUIET)
     checkpoint = tmp_path / "lightning_logs/digits/version_0/ablation.ckpt"
     code, _, _ = run("validate", "--ckpt_path", checkpoint, "--model.dtype=bfloat16")
-    assert "error: the checkpoint is of another target: demo:vit with the weights" in code
+    assert "error: the checkpoint is of another target: 'demo:vit' with the weights" in code
     assert rows(tmp_path / "lightning_logs/digits/version_0")
 
 
@@ -182,6 +187,8 @@ def test_a_second_run_in_the_same_folder_keeps_the_first(run, tmp_path):
     names = {
         "results.csv",
         "run.json",
+        "comparisons.csv",
+        "comparisons.png",
         "degradation.png",
         "neurons.parquet",
         "neurons.png",

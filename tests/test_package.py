@@ -25,7 +25,7 @@ RANKS = [
     ["methods", "calibration", "metrics"],
     ["sweep", "sharding"],
     ["modules"],
-    ["results", "report", "progress", "data", "journal", "neurons", "plan"],
+    ["results", "comparisons", "report", "progress", "data", "journal", "neurons", "plan"],
     ["callback"],
     ["cli"],
 ]

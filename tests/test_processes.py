@@ -44,8 +44,8 @@ def assert_same(one, other):
 
 
 @pytest.mark.parametrize("images", [37, 1])
-def test_two_processes_give_the_figures_of_one(tmp_path, images):
-    """37 images don't divide by two; of one image the second process gets none."""
+def test_two_processes_give_the_figures_of_one(tmp_path, full, images):
+    """37 images don't divide by two; of one image the second process gets none. In short form in test_readme.py."""
     small = ["--data.calibration_images=43", f"--data.evaluation_images={images}", *FEW]
     one, two = figures(tmp_path, "fit", *small), figures(tmp_path, "fit", *small, *TWO)
     assert len(one) == 1 + 4 * 2 and one[0].n == images
@@ -64,7 +64,7 @@ def test_a_stream_on_two_processes_gives_the_figures_of_one(tmp_path, full):
     assert_same(read_rows(tmp_path / "one" / "results.csv"), read_rows(tmp_path / "two" / "results.csv"))
 
 
-def test_two_processes_give_the_figures_of_one_on_padded_and_masked_text(tmp_path):
+def test_two_processes_give_the_figures_of_one_on_padded_and_masked_text(tmp_path, full):
     small = ["--config", ROBERTA, "--data.calibration_tokens=1500", "--data.evaluation_tokens=1300", *FEW]
     one = figures(tmp_path, "fit", *small)
     checkpoint = min(tmp_path.glob("lightning_logs/*/*/ablation.ckpt"))

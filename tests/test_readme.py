@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader
 
 from lightning_ablate import AblationCallback
 from lightning_ablate.__main__ import main
+from lightning_ablate.results import read_rows
 from tests import tiny
 from tests.test_paper import NAMES
+from tests.test_processes import assert_same
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -76,15 +78,19 @@ def test_command_runs(command, stand_ins, monkeypatch, capfd):
         words += [*SHORT_TEXT, "--data.length=32"]
     else:
         words += SHORT_TEXT if "--config" in words else SHORT_IMAGES
+        words += ["--data.evaluation_images=37"] * ("ddp" in words)  # which two processes can't share evenly
     if "BitsandbytesPrecision" in words and not (torch.cuda.is_available() and find_spec("bitsandbytes")):
-        refused = subprocess.run([sys.executable, *words[1:]], cwd=folder, capture_output=True, text=True)
-        assert refused.returncode and "bitsandbytes" in refused.stderr.lower()  # as far as it goes without a GPU
+        monkeypatch.setattr(sys, "argv", words[2:])
+        with pytest.raises(SystemExit, match="(?i)bitsandbytes"):  # as far as it goes without a GPU
+            main()
         return
     if command.startswith(PIP) or "--trainer.devices" in words:
         arguments = [sys.executable, *words[1:], *FEW]
         done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-3000:]
         said = done.stdout
+        if "ddp" in words:
+            the_same_by_one_process(words, said, folder, monkeypatch, capfd)
     else:
         assert words[:3] == ["python", "-m", "lightning_ablate"]
         monkeypatch.chdir(folder)
@@ -92,6 +98,18 @@ def test_command_runs(command, stand_ins, monkeypatch, capfd):
         main()
         said = capfd.readouterr().out
     assert ("results.csv" in said or "plan_only" in command) and "scored positions" in said
+
+
+def the_same_by_one_process(words, said, folder, monkeypatch, capfd):
+    """What one process finds, against what several have said."""
+    alone = [word for word in words[2:] if not word.startswith("--trainer.") and word not in ("2", "ddp", "cpu")]
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [*alone, *FEW, "--trainer.accelerator=cpu"])
+    main()
+    paths = [re.search(r"\S+results\.csv", text)[0] for text in (said, capfd.readouterr().out)]
+    several, one = (read_rows(folder / path) for path in paths)
+    assert len(one) == 1 + 4 and one[0].n == 37
+    assert_same(one, several)
 
 
 def test_tensorboard_finds_the_runs(stand_ins):

@@ -1,0 +1,137 @@
+"""Paired differences between methods, with intervals from a bootstrap over examples."""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from itertools import combinations
+
+import numpy as np
+
+from lightning_ablate.sweep import BASELINE, Condition
+
+COMPARED = ("top1", "cross_entropy")
+_RESAMPLES, _LEVEL = 2_000, 0.95
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How much more one method scores than another, on the same neurons and the same examples.
+
+    Attributes:
+        metric: ``top1`` (share of the scored positions) or ``cross_entropy`` (nats per scored position).
+        fraction: share of the units that was ablated.
+        method: the one.
+        other: the other.
+        difference: of the first above the second, mean over the seeds.
+        low: lower end of its 95% interval over examples, the choices of neurons being those of the run.
+        high: upper end.
+        seed_sd: standard deviation of the difference over the seeds; None for a single one.
+        part: the one site or layer that was ablated; empty where all of them were.
+        head: the one head that was ablated; None where all of them were.
+    """
+
+    metric: str
+    fraction: float
+    method: str
+    other: str
+    difference: float
+    low: float
+    high: float
+    seed_sd: float | None
+    part: str = ""
+    head: int | None = None
+
+    def __str__(self) -> str:
+        """Top-1 in percentage points, cross-entropy in nats."""
+        scale, digits, unit = (100, 2, "points") if self.metric == "top1" else (1, 4, "nats")
+        ends = ", ".join(f"{scale * value:+.{digits}f}" for value in (self.low, self.high))
+        what = f"{self.method} − {self.other} at {100 * self.fraction:g}%"
+        return f"{what}: {scale * self.difference:+.{digits}f} {unit} [{ends}]"
+
+
+def compare(
+    conditions: Sequence[Condition], positions: np.ndarray, sums: Mapping[str, np.ndarray], seed: int = 0
+) -> list[Comparison]:
+    """Compares every two methods at every fraction, by a percentile bootstrap (Efron & Tibshirani 1993).
+
+    Examples are drawn with replacement, the same ones for all conditions; a score is a sum over the examples drawn by
+    the number of their scored positions.
+
+    Args:
+        conditions: of the sweep.
+        positions: ``(examples,)``, how many of each example's positions were scored.
+        sums: by metric, ``(conditions, examples)`` float64, its sum over these positions.
+        seed: of the draws.
+
+    Example:
+        >>> conditions = [Condition("zero", 1.0, None), Condition("mean", 1.0, None)]
+        >>> sums = {"top1": np.array([[1.0, 2.0], [2.0, 3.0]]), "cross_entropy": np.zeros((2, 2))}
+        >>> print(compare(conditions, np.array([4, 4]), sums)[0])
+        zero − mean at 100%: -25.00 points [-25.00, -25.00]
+    """
+    counted = positions > 0
+    positions = positions[counted].astype(np.float64)
+    drawn = _draws(len(positions), seed)
+    drawn_positions = drawn @ positions
+    found = []
+    for (fraction, part, head), rows in _cells(conditions).items():
+        for method, other in combinations(rows, 2):
+            pairs = _pairs(rows[method], rows[other])
+            for metric in COMPARED:
+                each = np.stack([sums[metric][one, counted] - sums[metric][two, counted] for one, two in pairs])
+                by_seed = each.sum(1) / positions.sum()
+                low, high = np.quantile(drawn @ each.mean(0) / drawn_positions, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+                sd = float(by_seed.std(ddof=1)) if len(by_seed) > 1 else None
+                ends = float(by_seed.mean()), float(low), float(high)
+                found.append(Comparison(metric, fraction, method, other, *ends, sd, part, head))
+    return found
+
+
+def table(comparisons: Sequence[Comparison]) -> str:
+    """The differences in top-1, and in cross-entropy, at the fraction closest to a half, a line a pair."""
+    if not comparisons or any(one.part for one in comparisons):
+        return ""
+    middle = min({one.fraction for one in comparisons}, key=lambda fraction: abs(fraction - 0.5))
+    shown = {metric: [str(c) for c in comparisons if (c.metric, c.fraction) == (metric, middle)] for metric in COMPARED}
+    width = max(map(len, shown["top1"]))
+    rows = [f"{one.ljust(width)}   {other.partition(': ')[2]}" for one, other in zip(*shown.values(), strict=True)]
+    return "\n".join([*rows, "", "[95% interval over examples, the choices of neurons being those of the run]"])
+
+
+def as_csv(comparisons: Sequence[Comparison]) -> str:
+    """A row a comparison, with a header; floats to ten digits, empty where there is nothing."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(field.name for field in fields(Comparison))
+    writer.writerows([f"{v:.10g}" if isinstance(v, float) else v for v in astuple(one)] for one in comparisons)
+    return text.getvalue()
+
+
+def _draws(examples: int, seed: int) -> np.ndarray:
+    """How often each example is drawn, ``(resamples, examples)``."""
+    generator = np.random.default_rng(seed)
+    return generator.multinomial(examples, np.full(examples, 1 / examples), size=_RESAMPLES).astype(np.float64)
+
+
+def _cells(
+    conditions: Sequence[Condition],
+) -> dict[tuple[float, str, int | None], dict[str, dict[int | None, int]]]:
+    """By fraction and part, of each method the conditions' indices by seed."""
+    cells: dict[tuple[float, str, int | None], dict[str, dict[int | None, int]]] = {}
+    for index, condition in enumerate(conditions):
+        if condition != BASELINE:
+            cell = cells.setdefault((condition.fraction, condition.part, condition.head), {})
+            cell.setdefault(condition.method, {})[condition.seed] = index
+    return cells
+
+
+def _pairs(one: Mapping[int | None, int], other: Mapping[int | None, int]) -> list[tuple[int, int]]:
+    """The conditions of the same seeds; where a seed doesn't matter to one, its only one against all of the other."""
+    return list(_matched(one, other)) or [(a, b) for a in one.values() for b in other.values()]
+
+
+def _matched(one: Mapping[int | None, int], other: Mapping[int | None, int]) -> Iterator[tuple[int, int]]:
+    for seed, index in one.items():
+        if seed in other:
+            yield index, other[seed]
