@@ -5,13 +5,14 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
 from lightning_ablate.sweep import BASELINE, Condition
 
 COMPARED = ("top1", "cross_entropy")
-_RESAMPLES, _LEVEL = 2_000, 0.95
+_RESAMPLES, _AT_A_TIME, _LEVEL = 2_000, 100, 0.95
 
 
 @dataclass(frozen=True)
@@ -72,19 +73,24 @@ def compare(
     """
     counted = positions > 0
     positions = positions[counted].astype(np.float64)
-    drawn = _draws(len(positions), seed)
-    drawn_positions = drawn @ positions
-    found = []
+    cells: list[tuple[Any, ...]] = []
+    differences, by_seed = [], []
     for (fraction, part, head), rows in _cells(conditions).items():
         for method, other in combinations(rows, 2):
             pairs = _pairs(rows[method], rows[other])
             for metric in COMPARED:
                 each = np.stack([sums[metric][one, counted] - sums[metric][two, counted] for one, two in pairs])
-                by_seed = each.sum(1) / positions.sum()
-                low, high = np.quantile(drawn @ each.mean(0) / drawn_positions, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
-                sd = float(by_seed.std(ddof=1)) if len(by_seed) > 1 else None
-                ends = float(by_seed.mean()), float(low), float(high)
-                found.append(Comparison(metric, fraction, method, other, *ends, sd, part, head))
+                cells.append((metric, fraction, method, other, part, head))
+                differences.append(each.mean(0))
+                by_seed.append(each.sum(1) / positions.sum())
+    if not cells or not len(positions):
+        return []
+    low, high = _intervals(np.stack(differences, 1), positions, seed)
+    found = []
+    for number, ((metric, fraction, method, other, part, head), seeds) in enumerate(zip(cells, by_seed, strict=True)):
+        sd = float(seeds.std(ddof=1)) if len(seeds) > 1 else None
+        three = float(seeds.mean()), float(low[number]), float(high[number])
+        found.append(Comparison(metric, fraction, method, other, *three, sd, part, head))
     return found
 
 
@@ -108,10 +114,15 @@ def as_csv(comparisons: Sequence[Comparison]) -> str:
     return text.getvalue()
 
 
-def _draws(examples: int, seed: int) -> np.ndarray:
-    """How often each example is drawn, ``(resamples, examples)``."""
-    generator = np.random.default_rng(seed)
-    return generator.multinomial(examples, np.full(examples, 1 / examples), size=_RESAMPLES).astype(np.float64)
+def _intervals(differences: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
+    """The ends of the intervals, ``(2, comparisons)``, of differences ``(examples, comparisons)``."""
+    generator, examples = np.random.default_rng(seed), len(positions)
+    columns, ratios = np.column_stack([positions, differences]), []
+    for _ in range(_RESAMPLES // _AT_A_TIME):
+        drawn = generator.multinomial(examples, np.full(examples, 1 / examples), size=_AT_A_TIME)
+        totals = drawn.astype(np.float64) @ columns
+        ratios.append(totals[:, 1:] / totals[:, :1])
+    return np.quantile(np.concatenate(ratios), [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], axis=0)
 
 
 def _cells(
