@@ -61,7 +61,8 @@ def test_killed_runs_go_on_to_the_results_of_a_whole_one(whole, tmp_path):
             if process.poll() is not None:  # it has ended before
                 break
             process.send_signal(draw.choice([signal.SIGKILL, signal.SIGTERM]))
-            assert process.wait() != 0
+            if process.wait() == 0:  # it ended while the signal came
+                break
             kills -= 1
             went_on += any(folder.glob("run/unfinished/*.pt"))
         else:
