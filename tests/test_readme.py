@@ -25,6 +25,7 @@ TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 SHORT_IMAGES = ["--data.calibration_images=60", "--data.evaluation_images=40", "--data.batch_size=20"]
 SHORT_TEXT = ["--data.calibration_tokens=1000", "--data.evaluation_tokens=1000"]
 FEW = ["--ablation.fractions=[0.5]", "--ablation.seeds=[42]", "--trainer.enable_progress_bar=false"]
+SEVERAL = {"ddp", "sharded"}
 PIP = 'pip install -e ".[test]" && '
 
 
@@ -78,7 +79,7 @@ def test_command_runs(command, stand_ins, monkeypatch, capfd):
         words += [*SHORT_TEXT, "--data.length=32"]
     else:
         words += SHORT_TEXT if "--config" in words else SHORT_IMAGES
-        words += ["--data.evaluation_images=37"] * ("ddp" in words)  # which two processes can't share evenly
+        words += ["--data.evaluation_images=37"] * bool(SEVERAL & set(words))  # which two processes can't share evenly
     if "BitsandbytesPrecision" in words and not (torch.cuda.is_available() and find_spec("bitsandbytes")):
         monkeypatch.setattr(sys, "argv", words[2:])
         with pytest.raises(SystemExit, match="(?i)bitsandbytes"):  # as far as it goes without a GPU
@@ -89,7 +90,7 @@ def test_command_runs(command, stand_ins, monkeypatch, capfd):
         done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-3000:]
         said = done.stdout
-        if "ddp" in words:
+        if SEVERAL & set(words):
             the_same_by_one_process(words, said, folder, monkeypatch, capfd)
     else:
         assert words[:3] == ["python", "-m", "lightning_ablate"]
@@ -102,7 +103,7 @@ def test_command_runs(command, stand_ins, monkeypatch, capfd):
 
 def the_same_by_one_process(words, said, folder, monkeypatch, capfd):
     """What one process finds, against what several have said."""
-    alone = [word for word in words[2:] if not word.startswith("--trainer.") and word not in ("2", "ddp", "cpu")]
+    alone = [word for word in words[2:] if not word.startswith("--trainer.") and word not in {"2", "cpu"} | SEVERAL]
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [*alone, *FEW, "--trainer.accelerator=cpu"])
     main()

@@ -1,4 +1,4 @@
-"""Targets sharded over processes (FSDP2, which also runs on the CPU)."""
+"""Targets sharded over processes (FSDP2, also on the CPU); in short form by the command in test_readme.py."""
 
 import pytest
 import torch
@@ -57,9 +57,10 @@ def fit_sharded(rank, port, folder):
     os.environ |= {name: str(value) for name, value in (local | where).items()}
     options = {"strategy": "sharded", "devices": 2}
     tiny.fit(folder, Counted(folder), callback=AblationCallback(["mean"], [0.5], [1]), **options)
+    torch.distributed.destroy_process_group()  # a spawned process doesn't run what Lightning leaves to its end
 
 
-def test_each_process_holds_a_share_that_the_first_one_dealt_and_all_find_the_figures_of_one(tmp_path):
+def test_each_process_holds_a_share_that_the_first_one_dealt_and_all_find_the_figures_of_one(tmp_path, full):
     import socket
 
     with socket.socket() as probe:
