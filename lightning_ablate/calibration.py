@@ -24,6 +24,7 @@ class Calibration:
 
     Attributes:
         sites: where activations are read, once :meth:`find` or :meth:`load_state_dict` has told.
+        learned: the values that a method learned, of each site, by the method's name.
     """
 
     def __init__(
@@ -37,12 +38,17 @@ class Calibration:
         self.kinds = _with_needs(kinds)
         self.sites: tuple[Site, ...] = ()
         self.statistics: dict[Site, dict[type[ActivationStatistic], ActivationStatistic]] = {}
+        self.learned: dict[str, dict[Site, Tensor]] = {}
         self._current: dict[Site, list[ActivationStatistic]] = {}
         self._epoch = 0
 
     def __getitem__(self, site: Site) -> SiteStatistics:
-        """The statistics of one site."""
-        return SiteStatistics(site.name, self.statistics[site])
+        """The statistics of one site, and what was learned for it."""
+        return self.with_learned(site, {name: values[site] for name, values in self.learned.items()})
+
+    def with_learned(self, site: Site, learned: Mapping[str, Tensor]) -> SiteStatistics:
+        """The statistics of one site, and other values as those learned for it."""
+        return SiteStatistics(site.name, self.statistics[site], learned)
 
     def find(self, run: Callable[[], object]) -> None:
         """Finds the sites by one forward pass.
@@ -59,7 +65,7 @@ class Calibration:
         self._epoch, kinds = epoch, [kind for kind in self.kinds if kind.epoch() == epoch]
         for site in self.sites:
             if anew:
-                self.statistics[site] |= {kind: kind(site.width, self[site]).to(self.device) for kind in kinds}
+                self.statistics[site] |= {kind: kind.of(site, self[site]).to(self.device) for kind in kinds}
             self._current[site] = [self.statistics[site][kind] for kind in kinds]
 
     @contextmanager
@@ -95,12 +101,10 @@ class Calibration:
     @property
     def bytes(self) -> int:
         """What the statistics of all sites take, those of later epochs included."""
-        made = {width: [kind(width) for kind in self.kinds] for width in {site.width for site in self.sites}}
-        size = {
-            width: sum(t.nbytes for statistic in statistics for t in statistic.state_dict().values())
-            for width, statistics in made.items()
-        }
-        return sum(size[site.width] for site in self.sites)
+        with torch.device("meta"):  # those of later epochs
+            later = {(kind, site): kind.of(site) for kind in self.kinds for site in self.sites}
+        all_of_them = [self.statistics[site].get(kind, made) for (kind, site), made in later.items()]
+        return sum(tensor.nbytes for statistic in all_of_them for tensor in statistic.state_dict().values())
 
     def finish(self) -> None:
         """Merges the ranks and checks what the epoch gathered; every rank must call it.
@@ -118,9 +122,13 @@ class Calibration:
         self._current = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What was asked for; and of each site what it is, and its statistics as tensors on the CPU by class name."""
+        """What was asked for; and of each site, as tensors on the CPU, the statistics and what was learned."""
         sites = [
-            {"site": asdict(site), "statistics": {kind.__name__: _on_cpu(found) for kind, found in statistics.items()}}
+            {
+                "site": asdict(site),
+                "statistics": {kind.__name__: _on_cpu(found) for kind, found in statistics.items()},
+                "learned": {name: values[site].cpu() for name, values in self.learned.items()},
+            }
             for site, statistics in self.statistics.items()
         ]
         return {"which": list(self.which), "sites": sites}
@@ -134,6 +142,7 @@ class Calibration:
         if "sites" not in state:
             raise StatisticsError("the checkpoint is of an older version of this package; run `fit` again")
         saved = {Site(**entry["site"]): entry["statistics"] for entry in state["sites"]}
+        learned = {Site(**entry["site"]): entry.get("learned", {}) for entry in state["sites"]}
         for word in self.which:
             if not is_covered(self.target, word, tuple(saved), state["which"]):
                 raise StatisticsError(
@@ -145,9 +154,11 @@ class Calibration:
         for site in self.sites:
             for kind in self.kinds:
                 if kind.__name__ in saved[site]:
-                    statistic = kind(site.width)
+                    statistic = kind.of(site)
                     statistic.load_state_dict(dict(saved[site][kind.__name__]))
                     self.statistics[site][kind] = statistic.to(self.device)
+        common = set.intersection(*(set(learned[site]) for site in self.sites)) if self.sites else set()
+        self.learned = {name: {site: learned[site][name].to(self.device) for site in self.sites} for name in common}
 
     def _check_finite(self) -> None:
         sites = [site for site, statistics in self._current.items() if statistics]

@@ -10,7 +10,7 @@ from typing import Any, cast
 import lightning
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch.profiler import profile, schedule
 from torch.utils.data.distributed import DistributedSampler
 
@@ -21,8 +21,9 @@ from lightning_ablate.comparisons import table as differences
 from lightning_ablate.data.base import ExactSampler
 from lightning_ablate.errors import ConfigError, DataError, StatisticsError, TargetError, loading
 from lightning_ablate.journal import SWEEP, Journal, Place, is_unfinished
+from lightning_ablate.learning import Course, Learning
 from lightning_ablate.masks import NeuronChoice, RandomNeurons, Selection
-from lightning_ablate.methods import AblationMethod, method_named
+from lightning_ablate.methods import AblationMethod, LearnedMethod, method_named
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.neurons import Neurons
 from lightning_ablate.plan import Plan
@@ -33,6 +34,7 @@ from lightning_ablate.statistics import ActivationStatistic, LatticeHistogram, M
 from lightning_ablate.sweep import Condition, Sweep, check_conditions, distinct_conditions
 
 _PROFILED = 8  # conditions
+_BACKWARD = 3  # what a pass back and forth costs, in forward passes
 PAPER_FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 PAPER_SEEDS = (42, 123, 456)
 CHECKPOINT, TRACE = "ablation.ckpt", "trace.json"
@@ -43,15 +45,16 @@ ALWAYS: tuple[type[ActivationStatistic], ...] = (Moments, LatticeHistogram)
 class AblationCallback(lightning.Callback):
     """Gathers statistics in the calibration epochs of ``fit``, and sweeps all conditions in the validation epoch.
 
-    The number of epochs follows from the methods (one; two with ``peak``), so the Trainer's ``max_epochs`` and
-    ``check_val_every_n_epoch`` are set here. ``fit`` leaves the checkpoint ``ablation.ckpt`` in the run's folder before
-    it sweeps; ``validate`` with it sweeps again.
+    The number of epochs follows from the methods (one; two with ``peak``; more behind these for values that are
+    learned), so the Trainer's ``max_epochs`` and ``check_val_every_n_epoch`` are set here. ``fit`` leaves the
+    checkpoint ``ablation.ckpt`` in the run's folder before it sweeps; ``validate`` with it sweeps again.
 
     Args:
         methods: what replaces a neuron: names (``zero``, ``mean``, ``peak``, ``one-pass-peak``, ``mode``,
-            ``half-sample-mode``, ``median``, ``conditional``, ``resample-characters``, ``resample-ids``,
-            ``resample-generated``, ``resample-pixels``), instances, or class paths of subclasses of
-            :class:`~lightning_ablate.methods.AblationMethod`.
+            ``half-sample-mode``, ``median``, ``positional-mean``, ``noise``, ``conditional``, ``conditional-per-head``,
+            ``optimal``, ``conditional-optimal``, ``resample-same-position``, ``resample-any-position``,
+            ``resample-characters``, ``resample-ids``, ``resample-generated``, ``resample-pixels``), instances, or class
+            paths of subclasses of :class:`~lightning_ablate.methods.AblationMethod`.
         fractions: shares of each site's neurons, 0 to 1.
         seeds: of the choice of neurons, and of what a method draws.
         sites: ``attention`` (the default: of every layer), ``self-attention``, ``cross-attention``, ``mlp``, and
@@ -62,6 +65,8 @@ class AblationCallback(lightning.Callback):
         note_every: seconds from one note of the progress to the next.
         profile: writes a trace of the first conditions (torch.profiler) into the run's folder, ``trace.json``, which
             Perfetto and TensorBoard open.
+        fold: folds what constant and conditional methods put in place into temporary weights of the projections
+            behind the sites, so that their conditions cost no more than the bare target; figures move by rounding.
         compile: compiles the target (torch.compile) for the sweep; worth it where that is long, on a GPU above all.
         plan_only: ends after the first batch, with a line on what the whole run would amount to, and no results.
 
@@ -82,6 +87,7 @@ class AblationCallback(lightning.Callback):
         folder: str | Path | None = None,
         note_every: float = 60.0,
         profile: bool = False,
+        fold: bool = False,
         compile: bool = False,
         plan_only: bool = False,
     ) -> None:
@@ -94,7 +100,9 @@ class AblationCallback(lightning.Callback):
         self.comparisons: list[Comparison] = []
         self.plan: Plan | None = None
         self.folder: Path | None = None
-        self.profile, self.compile, self.plan_only = profile, compile, plan_only
+        if fold and compile:
+            raise ConfigError("fold and compile are both on, expected one of them: what is compiled keeps its weights")
+        self.profile, self.fold, self.compile, self.plan_only = profile, fold, compile, plan_only
         self._around = ExitStack()
         self._wanted, self._note_every = folder, note_every
         self._journal: Journal | None = None
@@ -102,6 +110,9 @@ class AblationCallback(lightning.Callback):
         self._noted: dict[str, Any] = {}
         self._target = self._shown = ""
         self._saved: dict[str, Any] = {}
+        self._courses: list[tuple[LearnedMethod, Course, int]] = []
+        self._before: tuple[Any, int] = [], 1
+        self._held_out: dict[str, tuple[float, float] | None] = {}
         self._partial: list[str] = []
         self._paths: list[Path] = []
 
@@ -121,9 +132,9 @@ class AblationCallback(lightning.Callback):
             folder = Path(given) if is_unfinished(Path(given)) else report.fresh_folder(Path(given))
         self.folder = trainer.strategy.broadcast(folder)
         if stage == TrainerFn.FITTING:
-            _plan_epochs(trainer, self._epochs)
+            _plan_epochs(trainer, self._epochs + len(self._learned))
             if self.plan_only:
-                trainer.check_val_every_n_epoch = self._epochs + 1  # that is, never
+                trainer.check_val_every_n_epoch = sys.maxsize
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
         """Begins with the target, which is on its device by now; the first batch shows its sites."""
@@ -135,11 +146,23 @@ class AblationCallback(lightning.Callback):
         _check_counts_once(trainer, trainer.train_dataloader)
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
-        """Makes the statistics of this epoch, unless an earlier run did."""
+        """Makes the statistics of this epoch, or what is learned in it, unless an earlier run did."""
         epoch, calibration = trainer.current_epoch, _calibration(pl_module)
         pl_module.done = self._done(epoch)
-        if self._place is None or epoch >= self._place.part:
+        if self._place is not None and epoch < self._place.part:
+            return
+        if epoch < self._epochs:
             calibration.start(epoch, anew=not pl_module.done)
+            return
+        method, course, number = self._courses[epoch - self._epochs]
+        if pl_module.learning is None:
+            pl_module.learning = Learning(method, calibration, self.choice)
+            self._before = trainer.optimizers, trainer.accumulate_grad_batches
+            trainer.optimizers = [pl_module.learning.optimizer]
+            trainer.accumulate_grad_batches = course.accumulated
+        pl_module.learning.start(number, course)
+        if "learning" in self._noted:
+            pl_module.learning.load_state_dict(self._noted.pop("learning"))
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: AblationModule, *_: Any) -> None:  # type: ignore[override]
         """Refuses a choice that the sites don't allow, at the first batch, which showed them; notes the progress."""
@@ -148,13 +171,19 @@ class AblationCallback(lightning.Callback):
             selections = self._selections(calibration)
             if self.plan is None and not pl_module.done:
                 self._say_plan(trainer, pl_module, distinct_conditions(self.methods, selections, self.seeds))
-        if batch >= pl_module.done:
-            place = Place(trainer.current_epoch, batch + 1)
-            self._note(trainer, pl_module, place, lambda: {"statistics": calibration.state_dict()})
+        stepped = trainer.is_last_batch or (batch + 1) % trainer.accumulate_grad_batches == 0
+        if batch >= pl_module.done and stepped:
+            place, learning = Place(trainer.current_epoch, batch + 1), pl_module.learning
+            state = {} if learning is None else {"learning": learning.state_dict(), "held_out": self._held_out}
+            self._note(trainer, pl_module, place, lambda: {"statistics": calibration.state_dict(), **state})
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
         """Merges the ranks; the last epoch's are merged by the validation epoch, which runs before this."""
-        _calibration(pl_module).finish()
+        self._finish(trainer, pl_module)
+        if trainer.current_epoch == self._epochs - 1 and self._learned:
+            batches = trainer.fit_loop.batch_idx + 1
+            self._courses = self._learning(trainer, batches)
+            _plan_epochs(trainer, self._epochs + len(self._courses))
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
         """Completes the statistics, or takes them from the checkpoint, and prepares the sweep.
@@ -167,9 +196,10 @@ class AblationCallback(lightning.Callback):
         if fitting:
             self._note_partial("calibration", trainer.fit_loop.batch_idx + 1, trainer.train_dataloader)
         if fitting and not self._sweeps_on:
-            _calibration(pl_module).finish()
+            self._finish(trainer, pl_module)
             statistics = _calibration(pl_module).state_dict()
-            self._saved = {"target": self._target, "name": pl_module.name, "statistics": statistics}
+            about = {"target": self._target, "name": pl_module.name, "held_out": self._held_out}
+            self._saved = {**about, "statistics": statistics}
             if self.folder is not None:
                 trainer.save_checkpoint(self.folder / CHECKPOINT, weights_only=False)
                 if trainer.is_global_zero:
@@ -185,7 +215,7 @@ class AblationCallback(lightning.Callback):
         calibration = _calibration(pl_module)
         conditions = distinct_conditions(self.methods, self._selections(calibration), self.seeds)
         planned = conditions[:1] if self.plan_only else conditions
-        pl_module.sweep = Sweep(calibration, self.methods, planned, self.choice, _examples(trainer))
+        pl_module.sweep = Sweep(calibration, self.methods, planned, self.choice, _examples(trainer), self.fold)
         pl_module.sweep.prepare()
         if self.compile:
             self._around.enter_context(pl_module.sweep.compiled())
@@ -264,7 +294,50 @@ class AblationCallback(lightning.Callback):
         if self._shown:
             print(self._shown, flush=True)
         self._shown = ""
-        pl_module.sweep = None
+        pl_module.sweep = pl_module.learning = None
+
+    def _finish(self, trainer: lightning.Trainer, module: AblationModule) -> None:
+        """Merges what the ranks gathered or learned in an epoch."""
+        learning = module.learning
+        if learning is None:
+            _calibration(module).finish()
+            return
+        learning.finish_epoch(module.summed)
+        name, found = learning.method.name, learning.held_out
+        if found is not None:
+            held_out = dict(zip((f"learning/{name} held out, mean", f"learning/{name} held out"), found, strict=True))
+            for logger in trainer.loggers:
+                logger.log_metrics(held_out, step=learning.taken)
+        if learning.epoch < learning.course.epochs - 1:
+            return
+        if found is not None and found[1] > found[0]:
+            rank_zero_warn(
+                f"{name}: what was learned is worse than the mean on examples held out, {found[1]:.4f} nats against "
+                f"{found[0]:.4f}; give it more steps, more calibration data or a lower lr"
+            )
+        learning.finish()
+        self._held_out[name] = found
+        module.learning = None
+        trainer.optimizers, trainer.accumulate_grad_batches = self._before
+
+    @property
+    def _learned(self) -> list[LearnedMethod]:
+        return [method for method in self.methods if isinstance(method, LearnedMethod)]
+
+    def _learning(self, trainer: lightning.Trainer, batches: int) -> list[tuple[LearnedMethod, Course, int]]:
+        """Of each epoch behind the calibration the method that learns, how, and the epoch's number for it."""
+        batch_size = getattr(trainer.train_dataloader, "batch_size", None) or 1
+        found = []
+        for method in self._learned:
+            course = Course.of(
+                steps=1 if _fast(trainer) else method.steps,
+                examples=method.examples,
+                batch_size=batch_size * trainer.world_size,
+                batches=batches,
+                accumulated=trainer.accumulate_grad_batches,
+            )
+            found += [(method, course, number) for number in range(course.epochs)]
+        return found
 
     def _selections(self, calibration: Calibration) -> list[Selection]:
         return self.choice.selections(calibration.sites, sorted(map(float, self.fractions)), self.seeds)
@@ -283,10 +356,13 @@ class AblationCallback(lightning.Callback):
         if calibrating:
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
         kinds = {method.name: method.unrelated for method in self.methods if method.unrelated}
+        kinds |= {method.name: "donors" for method in self.methods if method.donors}
         resampled = {(kinds[c.method], c.seed) for c in conditions if c.method in kinds}
         passes = sum(trainer.num_val_batches) * (len(conditions) + len(resampled))
         if calibrating:
-            passes += self._epochs * trainer.num_training_batches
+            batches = trainer.num_training_batches
+            learning = len(self._learning(trainer, int(batches))) if batches < float("inf") else 0
+            passes += (self._epochs + _BACKWARD * learning) * batches
         positions, examples = module.scored
         data = getattr(trainer.val_dataloaders, "dataset", None)
         self.plan = Plan(
@@ -302,7 +378,7 @@ class AblationCallback(lightning.Callback):
             module.done = sys.maxsize
 
     def _begin(self, trainer: lightning.Trainer, module: AblationModule) -> None:
-        self.results, self.plan, self._partial = None, None, []
+        self.results, self.plan, self._partial, self._held_out = None, None, [], {}
         module.pieces = 1
         module.configure_model()
         self._target = fingerprint(module.target)
@@ -332,6 +408,7 @@ class AblationCallback(lightning.Callback):
         calibration = _calibration(module)
         if self._place.part < SWEEP:
             calibration.load_state_dict(self._noted.pop("statistics"))
+            self._held_out = self._noted.pop("held_out", {})
         elif trainer.state.fn == TrainerFn.FITTING:
             self._saved = files.load(self.folder / CHECKPOINT, StatisticsError)["callbacks"][self.state_key]
             self._restore(calibration)
@@ -373,7 +450,9 @@ class AblationCallback(lightning.Callback):
             "choice": {"class": type(self.choice).__name__, **vars(self.choice)},
             "precision": str(trainer.precision),
             "processes": trainer.world_size,
+            "fold": self.fold,
             "compile": self.compile,
+            "accumulate": trainer.accumulate_grad_batches,
             "limits": [trainer.limit_train_batches, trainer.limit_val_batches],
         }
 
@@ -390,6 +469,7 @@ class AblationCallback(lightning.Callback):
                     f"{self._saved['target']!s:.12}, here are {self._target[:12]}; run `fit` on this one"
                 )
             calibration.load_state_dict(self._saved["statistics"])
+            self._held_out = self._saved["held_out"]
 
     def _note_partial(self, what: str, seen: float, loader: Any) -> None:
         try:
@@ -437,7 +517,9 @@ class AblationCallback(lightning.Callback):
             "accelerator": type(trainer.accelerator).__name__,
             "processes": trainer.world_size,
             "pieces_of_a_batch": module.pieces,
+            "folded": self.fold,
             "compiled": self.compile,
+            "held_out": self._held_out,
         }
 
 

@@ -59,6 +59,13 @@ class NeuronChoice(ABC):
             seeds: those asked for.
         """
 
+    def draw(self, sites: Sequence[Site], seed: int) -> Selection:
+        """What some condition could ablate, its fraction uniform from 0 to 1; values are learned under such draws."""
+        generator = torch.Generator().manual_seed(seed)
+        fraction = 1 - torch.rand((), generator=generator).item()
+        found = self.selections(sites, [fraction], [seed]) or self.selections(sites, [1.0], [seed])
+        return found[int(torch.randint(len(found), (), generator=generator))]
+
     @abstractmethod
     def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:
         """The neurons of a site that a selection ablates.

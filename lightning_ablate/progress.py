@@ -12,6 +12,13 @@ from lightning_ablate.sweep import Condition
 class SweepProgressBar(TQDMProgressBar):
     """Says which condition of the sweep is being evaluated, how many are done, and how long is left."""
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Names what this epoch is for."""
+        if batch_idx == 0 and isinstance(pl_module, AblationModule):
+            learning = pl_module.learning
+            what = "Calibration" if learning is None else f"Learning {learning.method.name}"
+            self.train_progress_bar.set_description(f"{what}, epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
+
     def on_validation_batch_start(
         self,
         trainer: Trainer,

@@ -13,10 +13,21 @@ from torch.profiler import record_function
 
 from lightning_ablate.calibration import Calibration, check_runs
 from lightning_ablate.errors import ConfigError, NonFiniteError, StatisticsError
+from lightning_ablate.folding import swapped, weights_of
 from lightning_ablate.masks import NeuronChoice, RandomNeurons, Selection
-from lightning_ablate.methods import Ablation, AblationMethod, ConstantMethod, Replacement, ablate, constant
+from lightning_ablate.methods import (
+    Ablation,
+    AblationMethod,
+    Affine,
+    Batch,
+    ConstantMethod,
+    Replacement,
+    ablate,
+    constant,
+)
 from lightning_ablate.metrics import Clean, Scored, SweepMetrics
 from lightning_ablate.sites import Site, hooked
+from lightning_ablate.statistics.base import by_example
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,26 @@ class Condition:
 
 
 BASELINE = Condition("none", 0.0, None)
+_ROOM = 2**30  # bytes
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What one condition does to the target.
+
+    Attributes:
+        hooks: by site the mask, and what takes the masked neurons' place.
+        folded: by path of the projections into which that is folded, their temporary weights and biases.
+    """
+
+    hooks: Mapping[Site, tuple[Tensor, Replacement]]
+    folded: Mapping[str, tuple[Tensor, Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        """What its tensors take, as far as that is known."""
+        affine = sum(made.nbytes for _, made in self.hooks.values() if isinstance(made, Affine))
+        return affine + sum(tensor.nbytes for pair in self.folded.values() for tensor in pair)
 
 
 def check_conditions(methods: Sequence[AblationMethod], fractions: Sequence[float], seeds: Sequence[int]) -> None:
@@ -95,6 +126,10 @@ class Sweep:
         conditions: of these methods, the baseline first (see :func:`distinct_conditions`).
         choice: which neurons go.
         examples: how many examples are evaluated, to keep what each of them scores; 0 where that isn't known.
+        fold: folds affine replacements into temporary weights of the projections, where these are plain ones.
+
+    Attributes:
+        batch: what methods can know of the batch at hand.
     """
 
     def __init__(
@@ -104,18 +139,18 @@ class Sweep:
         conditions: Sequence[Condition],
         choice: NeuronChoice | None = None,
         examples: int = 0,
+        fold: bool = False,
     ) -> None:
         self.conditions = tuple(conditions)
         self.metrics = SweepMetrics(len(self.conditions), examples).to(calibration.device)
-        self.classes = 0
+        self.classes, self.batch = 0, Batch()
         self.announce: Callable[[Condition], None] = lambda condition: None
         self.passed: Callable[[], None] = lambda: None
         self._calibration = calibration
         self._methods = {method.name: method for method in methods}
-        self._choice = choice or RandomNeurons()
-        self._prepared: dict[Condition, dict[Site, tuple[Tensor, Replacement]]] = {}
+        self._choice, self._fold = choice or RandomNeurons(), fold
+        self._prepared: dict[Condition, Prepared] = {}
         self._constants: dict[tuple[str, Site], Replacement] = {}
-        self._unrelated: dict[tuple[str, int | None], dict[Site, Tensor]] = {}
         self._stay = False
         self._act: Callable[[Site, Tensor], Tensor | None] = lambda site, activations: None
 
@@ -125,23 +160,52 @@ class Sweep:
         pairs = [(self._methods[c.method].unrelated, c.seed) for c in self.conditions if c != BASELINE]
         return list(dict.fromkeys((kind, seed) for kind, seed in pairs if kind is not None and seed is not None))
 
+    @property
+    def donors(self) -> list[int]:
+        """The seeds for which the conditions resample from other examples."""
+        seeds = [c.seed for c in self.conditions if c != BASELINE and self._methods[c.method].donors]
+        return list(dict.fromkeys(seed for seed in seeds if seed is not None))
+
     def prepare(self) -> None:
-        """Computes what every condition puts in the place of the ablated neurons.
+        """Computes what the conditions put in the place of the ablated neurons.
+
+        It is kept while it takes less memory than the target, or 1 GiB; the rest is computed anew for every batch.
 
         Raises:
             StatisticsError: if a method's statistics are missing.
         """
+        room = max(_ROOM, sum(parameter.nbytes for parameter in self._calibration.target.parameters()))
         for condition in self.conditions[1:]:
-            replacements = ((site, self._replacement(condition, site)) for site in self._calibration.sites)
-            self._prepared[condition] = {site: made for site, made in replacements if made is not None}
+            made = self._prepare(condition)
+            room -= made.nbytes
+            if room >= 0:
+                self._prepared[condition] = made
 
     @contextmanager
     def reading(self, kind: str, seed: int) -> Iterator[None]:
         """Keeps the activations of the unrelated input that is run inside, ``(1, seq, neurons)`` a site."""
-        activations = self._unrelated[kind, seed] = {}
+        activations = self.batch.unrelated[kind, seed] = {}
 
         def read(site: Site, values: Tensor) -> None:
             activations[site] = values.clone()  # what is compiled may use its memory again
+
+        with self._hooked(self._calibration.sites, read):
+            yield
+
+    @contextmanager
+    def reading_donors(self, seed: int, valid: Callable[[Site], Tensor | None]) -> Iterator[None]:
+        """Keeps the activations of the other examples that are run inside, one in the place of each of the batch's.
+
+        Args:
+            seed: that drew them.
+            valid: of a site, which of their positions aren't padding, broadcastable to ``(batch, seq)``; or None.
+        """
+        donors = self.batch.donors[seed] = {}
+        examples = len(self.batch.examples)
+
+        def read(site: Site, values: Tensor) -> None:
+            rows, real = by_example(values, valid(site))
+            donors[site] = rows.reshape(examples, -1, site.width).clone(), real.reshape(examples, -1)
 
         with self._hooked(self._calibration.sites, read):
             yield
@@ -154,9 +218,10 @@ class Sweep:
             SiteError: if a site did not run, or ran more than once.
         """
         self.announce(condition)
-        prepared = self._prepared.get(condition, {})
-        ablated = self._hooked(tuple(prepared), lambda site, activations: ablate(activations, *prepared[site]))
-        with record_function(str(condition)), ablated:
+        prepared = self._prepared.get(condition) or self._prepare(condition)
+        hooks = prepared.hooks
+        ablated = self._hooked(tuple(hooks), lambda site, activations: ablate(activations, *hooks[site]))
+        with record_function(str(condition)), ablated, swapped(self._calibration.target, prepared.folded):
             yield
 
     @contextmanager
@@ -248,6 +313,21 @@ class Sweep:
                 "try another precision (--trainer.precision, --model.dtype)"
             )
 
+    def _prepare(self, condition: Condition) -> "Prepared":
+        hooks, folded = {}, {}
+        for site in self._calibration.sites if condition != BASELINE else ():
+            made = self._replacement(condition, site)
+            if made is None:
+                continue
+            weights = weights_of(self._calibration.target, site) if self._fold else None
+            if weights is None or not isinstance(made[1], Affine):
+                hooks[site] = made
+            else:
+                weight, bias, transposed = weights
+                weight, bias = made[1].fold(weight.T if transposed else weight, bias, made[0])
+                folded[site.path] = (weight.T if transposed else weight), bias
+        return Prepared(hooks, folded)
+
     def _replacement(self, condition: Condition, site: Site) -> tuple[Tensor, Replacement] | None:
         """The mask and what takes the masked neurons' place; None where a condition leaves the site alone."""
         method, device, statistics = self._methods[condition.method], self._calibration.device, self._calibration[site]
@@ -258,7 +338,7 @@ class Sweep:
         mask = mask.to(device)
         try:
             if not isinstance(method, ConstantMethod):
-                return mask, method.prepare(Ablation(site, mask, statistics, condition.seed, self._unrelated))
+                return mask, method.prepare(Ablation(site, mask, statistics, condition.seed, self.batch))
             if (method.name, site) not in self._constants:
                 self._constants[method.name, site] = constant(method.values(site, statistics).to(device))
             return mask, self._constants[method.name, site]

@@ -109,7 +109,7 @@ def test_sites_by_pattern(run, tmp_path):
     [
         (
             ["fit", "--ablation.methods=[zero,maen]"],
-            "unknown method 'maen'; expected one of conditional, half-sample-mode, mean",
+            "unknown method 'maen'; expected one of conditional, conditional-optimal, conditional-per-head",
         ),
         (["fit", "--ablation.fractions=[0.5,1.5]"], "fractions holds 1.5, expected a share"),
         (["fit", "--ablation.sites=*.o_proj"], "the site pattern '*.o_proj' matches no module"),

@@ -21,9 +21,9 @@ PLAIN = [
     "methods/*.py",
 ]
 RANKS = [
-    ["errors", "files", "tokens", "trace", "sites", "masks", "statistics", "demo"],
+    ["errors", "files", "tokens", "trace", "sites", "masks", "statistics", "demo", "folding"],
     ["methods", "calibration", "metrics"],
-    ["sweep", "sharding"],
+    ["sweep", "sharding", "learning"],
     ["modules"],
     ["results", "comparisons", "report", "progress", "data", "journal", "neurons", "plan"],
     ["callback"],

@@ -8,7 +8,7 @@ from lightning_ablate.errors import ConfigError, NonFiniteError, SiteError, Stat
 from lightning_ablate.masks import RandomNeurons
 from lightning_ablate.methods import Mean, Peak, ResampleIds, Zero
 from lightning_ablate.metrics import Clean, Scored
-from lightning_ablate.sweep import BASELINE, Condition, Sweep, check_conditions, distinct_conditions
+from lightning_ablate.sweep import BASELINE, Condition, Prepared, Sweep, check_conditions, distinct_conditions
 from tests import tiny
 from tests.test_sites import hooks
 from tests.tiny import run
@@ -85,12 +85,9 @@ def test_nothing_ablated_leaves_the_logits_bit_identical(make):
     with sweep.applied(BASELINE):
         assert torch.equal(run(model), clean)
     # also by way of the hooks, with a mask that takes nothing
-    sweep._prepared[BASELINE] = {
-        site: (torch.zeros_like(mask), replace)
-        for site, (mask, replace) in sweep._prepared[Condition("peak", 0.5, 1)].items()
-    }
-    nothing = Condition("none", 0.0, 7)
-    sweep._prepared[nothing] = sweep._prepared[BASELINE]
+    nothing, made = Condition("none", 0.0, 7), sweep._prepared[Condition("peak", 0.5, 1)].hooks
+    masked = {site: (torch.zeros_like(mask), replace) for site, (mask, replace) in made.items()}
+    sweep._prepared[nothing] = Prepared(masked, {})
     with sweep.applied(nothing):
         assert torch.equal(run(model), clean)
     with sweep.applied(Condition("peak", 0.5, 1)):
@@ -118,12 +115,12 @@ def test_half_of_the_neurons_equal_a_projection_without_those_columns():
     condition = Condition("mean", 0.5, 2)
     first = tiny.sites(model)[0]
     for site in tiny.sites(other):
-        mask, replace = sweep._prepared[condition][site]
+        mask, replace = sweep._prepared[condition].hooks[site]
         projection = other.get_submodule(site.name)  # Conv1D: weight (inputs, outputs)
         with torch.no_grad():
             projection.bias += replace(torch.zeros(1, 1, 16))[mask] @ projection.weight[mask]
             projection.weight[mask] = 0
-    assert int(sweep._prepared[condition][first][0].sum()) == 8
+    assert int(sweep._prepared[condition].hooks[first][0].sum()) == 8
     with sweep.applied(condition):
         torch.testing.assert_close(run(model), run(other), rtol=1e-4, atol=1e-4)
 
@@ -133,7 +130,7 @@ def test_all_methods_share_the_masks_of_a_fraction_and_seed():
     for site in tiny.sites(tiny.mistral()):
         for fraction in TENTHS[:-1]:
             for seed in SEEDS:
-                masks = [sweep._prepared[Condition(m, fraction, seed)][site][0] for m in ("zero", "mean", "peak")]
+                masks = [sweep._prepared[Condition(m, fraction, seed)].hooks[site][0] for m in ("zero", "mean", "peak")]
                 assert torch.equal(masks[0], masks[1]) and torch.equal(masks[1], masks[2])
                 assert int(masks[0].sum()) == round(fraction * 32)
 

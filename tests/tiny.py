@@ -203,7 +203,7 @@ def fit(folder, module=None, train=None, val=None, callback=None, **options):
     module = module or Own(gpt2())
     callback = callback or AblationCallback(fractions=[0.5, 1.0], seeds=[1, 2])
     val = loader(seed=2) if val is None else val  # a stream has no length, and so no truth
-    trainer(folder, callback, **options).fit(module, train or loader(seed=1), val)
+    trainer(folder, callback, **options).fit(module, loader(seed=1) if train is None else train, val)
     return module, callback
 
 

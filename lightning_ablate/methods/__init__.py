@@ -4,30 +4,60 @@ import inspect
 from collections.abc import Iterator
 
 from lightning_ablate.errors import ConfigError
-from lightning_ablate.methods.base import Ablation, AblationMethod, ConstantMethod, Replacement, ablate, constant
-from lightning_ablate.methods.conditional import Conditional
+from lightning_ablate.methods.base import (
+    Ablation,
+    AblationMethod,
+    Affine,
+    Batch,
+    ConstantMethod,
+    LearnedMethod,
+    Replacement,
+    ablate,
+    constant,
+)
+from lightning_ablate.methods.conditional import Conditional, ConditionalPerHead
 from lightning_ablate.methods.mean import Mean
 from lightning_ablate.methods.mode import HalfSampleMode, Median, Mode, OnePassPeak
+from lightning_ablate.methods.noise import Noise
+from lightning_ablate.methods.optimal import ConditionalOptimal, Optimal
 from lightning_ablate.methods.peak import Peak
-from lightning_ablate.methods.resample import ResampleCharacters, ResampleGenerated, ResampleIds, ResamplePixels
+from lightning_ablate.methods.positional import PositionalMean
+from lightning_ablate.methods.resample import (
+    ResampleAnyPosition,
+    ResampleCharacters,
+    ResampleGenerated,
+    ResampleIds,
+    ResamplePixels,
+    ResampleSamePosition,
+)
 from lightning_ablate.methods.zero import Zero
 
 __all__ = [
     "Ablation",
     "AblationMethod",
+    "Affine",
+    "Batch",
     "Conditional",
+    "ConditionalOptimal",
+    "ConditionalPerHead",
     "ConstantMethod",
     "HalfSampleMode",
+    "LearnedMethod",
     "Mean",
     "Median",
     "Mode",
+    "Noise",
     "OnePassPeak",
+    "Optimal",
     "Peak",
+    "PositionalMean",
     "Replacement",
+    "ResampleAnyPosition",
     "ResampleCharacters",
     "ResampleGenerated",
     "ResampleIds",
     "ResamplePixels",
+    "ResampleSamePosition",
     "Zero",
     "ablate",
     "constant",

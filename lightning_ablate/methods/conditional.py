@@ -1,11 +1,13 @@
 """Conditional-mean ablation."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from lightning_ablate.errors import ConfigError
-from lightning_ablate.methods.base import Ablation, AblationMethod, Replacement, constant
-from lightning_ablate.statistics import Covariance, Moments
+from lightning_ablate.methods.base import Ablation, AblationMethod, Affine, Replacement, constant
+from lightning_ablate.statistics import Covariance, HeadCovariance, Moments
 
 
 class Conditional(AblationMethod):
@@ -30,39 +32,79 @@ class Conditional(AblationMethod):
         >>> for statistic in gathered.values():
         ...     statistic.update(torch.tensor([[[1.0, 2.0], [3.0, 6.0]]]))
         >>> statistics = SiteStatistics("attn.proj", gathered)
-        >>> here = Ablation(Site("attn.proj", 2), torch.tensor([False, True]), statistics, 1, {})
+        >>> here = Ablation(Site("attn.proj", 2), torch.tensor([False, True]), statistics, 1)
         >>> Conditional().prepare(here)(torch.tensor([[[5.0, 0.0]]]))[..., 1].round(decimals=3)
         tensor([[10.]])
     """
 
     name = "conditional"
     statistics = (Moments, Covariance)
+    covariance: ClassVar[type[Covariance]] = Covariance
 
     def __init__(self, ridge: float = 1e-6) -> None:
         if not ridge > 0:
             raise ConfigError(f"ridge is {ridge}, expected a share of the variance above 0")
         self.ridge = ridge
 
+    def intercept(self, ablation: Ablation, unexplained: Tensor) -> Tensor:
+        """What the ablated neurons are expected to be when the kept ones are at their means.
+
+        Args:
+            ablation: the condition at the site.
+            unexplained: ``(..., neurons)`` float64, the share of each ablated neuron's variance that the kept ones
+                don't explain, 1 where nothing is kept.
+
+        Returns:
+            ``(..., neurons)`` floating.
+        """
+        return ablation.statistics[Moments].mean
+
     def prepare(self, ablation: Ablation) -> Replacement:
-        """Factorises the kept neurons' covariance once."""
-        device, ablated = ablation.mask.device, ablation.mask.nonzero().squeeze(1)
-        mean, kept = ablation.statistics[Moments].mean.to(device), (~ablation.mask).nonzero().squeeze(1)
+        """Factorises the covariance of the kept neurons once."""
+        mask, statistics = ablation.mask, ablation.statistics
+        ablated, kept = mask.nonzero().squeeze(1), (~mask).nonzero().squeeze(1)
+        unexplained = torch.ones(mask.shape, dtype=torch.float64, device=mask.device)
         if not len(kept):
-            return constant(mean)
-        slope = self._slope(ablation.statistics[Covariance].covariance.to(device).double(), ablated, kept).float()
-        offset, center = mean[ablated].float(), mean[kept].float()
+            return constant(self.intercept(ablation, unexplained).to(mask.device).float())
+        slopes, explained = [], []
+        blocks = statistics[self.covariance].covariance
+        for block, own in zip(blocks, mask.view(len(blocks), -1), strict=True):
+            covariance = block.to(mask.device).double()
+            across = covariance[~own][:, own]
+            slopes.append(self.solved(covariance[~own][:, ~own], across))
+            explained.append(share(across * slopes[-1], covariance.diagonal()[own]))
+        unexplained[ablated] -= torch.cat(explained)
+        offset = self.intercept(ablation, unexplained).to(mask.device).float()
+        slope = torch.block_diag(*slopes).float()  # type: ignore[no-untyped-call]
+        return Affine(offset, slope, statistics[Moments].mean.to(mask.device)[kept].float(), kept, ablated)
 
-        def replace(activations: Tensor) -> Tensor:
-            dtype = activations.dtype
-            deviations = activations[..., kept] - center.to(dtype)
-            expected = deviations @ slope.to(dtype) + offset.to(dtype)
-            return torch.zeros_like(activations).index_copy_(-1, ablated, expected)
+    def solved(self, among: Tensor, across: Tensor) -> Tensor:
+        """The regression on the kept neurons.
 
-        return replace
+        Args:
+            among: their covariances ``(..., kept, kept)`` float64, which are changed.
+            across: those with the ablated ones, ``(..., kept, ablated)`` float64.
 
-    def _slope(self, covariance: Tensor, ablated: Tensor, kept: Tensor) -> Tensor:
-        """What a kept neuron's deviation adds to an ablated one's, ``(kept, ablated)``."""
-        among = covariance[kept][:, kept]
+        Returns:
+            ``(..., kept, ablated)`` float64.
+        """
         # a constant neuron has no variance, and then nothing to tell either
-        among.diagonal().mul_(1 + self.ridge).add_(torch.finfo(among.dtype).tiny)
-        return torch.cholesky_solve(covariance[kept][:, ablated], torch.linalg.cholesky(among))
+        among.diagonal(dim1=-2, dim2=-1).mul_(1 + self.ridge).add_(torch.finfo(among.dtype).tiny)
+        return torch.cholesky_solve(across, torch.linalg.cholesky(among))
+
+
+class ConditionalPerHead(Conditional):
+    """The same, but of the neurons kept only those of the same attention head tell.
+
+    For targets whose whole covariances are too large: those of 32 sites with 32 heads of 128 neurons take 67 MB, where
+    the whole ones take 2.1 GB. Heads carry one another's information, so much of what ``conditional`` gains is lost.
+    """
+
+    name = "conditional-per-head"
+    statistics = (Moments, HeadCovariance)
+    covariance = HeadCovariance
+
+
+def share(products: Tensor, variance: Tensor) -> Tensor:
+    """The share of a variance ``(..., ablated)`` that products ``(..., kept, ablated)`` sum up to, 0 to 1."""
+    return (products.sum(-2) / variance.clamp_min(torch.finfo(variance.dtype).tiny)).clamp(0, 1)

@@ -3,8 +3,9 @@
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence, Sized
+from functools import partial
+from typing import Any, cast
 
 import lightning
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from lightning_ablate.calibration import Calibration
 from lightning_ablate.errors import ConfigError, DataError
+from lightning_ablate.learning import Learning
+from lightning_ablate.methods.resample import donors_of
 from lightning_ablate.metrics import Clean, Scored
 from lightning_ablate.sharding import sharded
 from lightning_ablate.sites import KINDS, Site, check_mixing, find_sites
@@ -24,13 +27,14 @@ class AblationModule(lightning.LightningModule, ABC):
     """Wraps a target and says how it is evaluated. Subclass it to study another kind of model.
 
     ``build_target`` and ``evaluate`` are all a subclass must give. The target is frozen and stays in eval mode;
-    :class:`~lightning_ablate.AblationCallback` provides ``calibration`` and ``sweep``.
+    :class:`~lightning_ablate.AblationCallback` provides ``calibration``, ``learning`` and ``sweep``.
 
     Args:
         name: what results call the target.
 
     Attributes:
         target: the model under study, once it is built.
+        learning: the values that are being learned.
         done: batches at the beginning of this epoch that an earlier run has done.
         pieces: in how many pieces a batch is run, because a whole one is too much for the memory.
         seconds: that the last forward pass took which was timed, of the first batch of an epoch.
@@ -39,6 +43,7 @@ class AblationModule(lightning.LightningModule, ABC):
 
     target: nn.Module
     calibration: Calibration | None = None
+    learning: Learning | None = None
     sweep: Sweep | None = None
     done: int = 0
     pieces: int = 1
@@ -98,6 +103,31 @@ class AblationModule(lightning.LightningModule, ABC):
             f"{type(self).__name__} doesn't make; leave the method out, or override `unrelated`"
         )
 
+    def donors(self, seed: int, batch: Any) -> Any:
+        """A batch with another example of the evaluation data in the place of each, drawn from the seed.
+
+        Args:
+            seed: of the draw.
+            batch: whose examples, on the device.
+
+        Raises:
+            ConfigError: if the data can't be read in any order, or don't say which example is which.
+            DataError: if there is a single example.
+        """
+        loader: Any = self.trainer.val_dataloaders
+        data = getattr(loader, "dataset", None)
+        if not (isinstance(batch, Mapping) and "index" in batch and isinstance(data, Sized)):
+            raise ConfigError(
+                "resampling from other examples needs data that can be read in any order, whose batches are mappings "
+                f"with an `index`, got a {type(batch).__name__} of a {type(data).__name__}; leave the method out"
+            )
+        if len(data) < 2:
+            raise DataError("resampling from other examples needs more than 1 of them to be evaluated")
+        drawn = donors_of(batch["index"].cpu(), seed, len(data)).tolist()
+        examples = loader.collate_fn([cast(Any, data)[index] for index in drawn])
+        examples = self.on_before_batch_transfer(self.trainer.precision_plugin.convert_input(examples), 0)
+        return self.trainer.strategy.batch_to_device(examples, self.device)
+
     def probes(self, batch: Any) -> tuple[Any, Any] | None:
         """Two inputs of one example that differ in one token or pixel, for the check that sites hold all mixing.
 
@@ -117,8 +147,7 @@ class AblationModule(lightning.LightningModule, ABC):
 
         By default every tensor in it is cut along its first dimension, which must be the same for all of them.
         """
-        sizes: set[int] = set()
-        apply_to_collection(batch, Tensor, lambda tensor: sizes.add(len(tensor)))
+        sizes = _sizes(batch)
         if len(sizes) != 1:
             raise ConfigError(
                 f"out of memory, and a batch whose tensors have the first dimensions {sorted(sizes)} can't be cut; "
@@ -159,11 +188,14 @@ class AblationModule(lightning.LightningModule, ABC):
         return self
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Gathers statistics from one batch; the loss is 0."""
+        """Gathers statistics from one batch; the loss is 0. Or learns from it, when all of them are gathered."""
         if self.calibration is None:
             raise ConfigError("fit needs an AblationCallback: Trainer(callbacks=[AblationCallback()])")
+        nothing = 0.0 * self.anchor.sum()
         if batch_idx < self.done:
-            return 0.0 * self.anchor.sum()
+            return nothing
+        if self.learning is not None:
+            return nothing + self._learn(self.learning, batch, batch_idx)
         calibration = self.calibration
 
         def calibrate(piece: Any, read: set[Any]) -> None:
@@ -177,7 +209,30 @@ class AblationModule(lightning.LightningModule, ABC):
 
         with torch.no_grad():
             self._in_pieces(batch, calibrate)
-        return 0.0 * self.anchor.sum()
+        return nothing
+
+    def _learn(self, learning: Learning, batch: Any, batch_idx: int) -> Tensor:
+        held_out = learning.course.is_held_out(batch_idx)
+        add = learning.check if held_out else learning.learn
+
+        def run(piece: Any, done: set[Any]) -> None:
+            add(lambda: self.evaluate(piece), _indices(piece))
+
+        self._in_pieces(batch, run)
+        return self.anchor.new_zeros(()) if held_out else learning.surrogate()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Makes gradients of the values that are learned those of all processes, and logs their loss."""
+        if self.learning is None:
+            return
+        loss = self.learning.before_step(self.summed, self.trainer.fit_loop.batch_idx)
+        if loss is not None:
+            for logger in self.loggers:
+                logger.log_metrics({f"learning/{self.learning.method.name}": loss}, step=self.learning.taken)
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes."""
+        return self.trainer.strategy.reduce(tensor.clone(), reduce_op="sum")
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Evaluates every condition on one batch."""
@@ -192,6 +247,11 @@ class AblationModule(lightning.LightningModule, ABC):
                 self.evaluate(unrelated)
 
         def evaluate(piece: Any, scored_before: set[int]) -> None:
+            sweep.batch.examples = torch.tensor(_indices(piece), device=self.device)
+            for seed in sweep.donors:
+                donors = self.donors(seed, piece)
+                with sweep.reading_donors(seed, partial(self.valid_at, batch=donors)):
+                    self.evaluate(donors)
             clean, began = None, time.perf_counter()
             for index, condition in enumerate(sweep.conditions):
                 if clean is not None and index in scored_before:
@@ -269,7 +329,7 @@ class AblationModule(lightning.LightningModule, ABC):
             check_mixing(self.target, attention, lambda number: self.hidden(probes[number]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Plain SGD, whose steps change nothing."""
+        """Plain SGD, whose steps change nothing; values are learned by their method's optimiser."""
         return torch.optim.SGD([self.anchor], lr=0.0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -290,3 +350,17 @@ def _checked(scored: Scored) -> Scored:
             f"{logits.shape[1] - 1}, the target's classes; do data and target belong together?"
         )
     return scored
+
+
+def _sizes(batch: Any) -> set[int]:
+    """The first dimensions of the tensors in a batch."""
+    sizes: set[int] = set()
+    apply_to_collection(batch, Tensor, lambda tensor: sizes.add(len(tensor)))
+    return sizes
+
+
+def _indices(batch: Any) -> list[int]:
+    """The examples of a batch by their indices, where it tells them, else by their places in it."""
+    if isinstance(batch, Mapping) and "index" in batch:
+        return [int(index) for index in batch["index"].tolist()]
+    return list(range(min(_sizes(batch), default=1)))

@@ -3,22 +3,29 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Self, TypeVar
 
+import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_ablate.errors import StatisticsError
+from lightning_ablate.sites import Site
 
 S = TypeVar("S", bound="ActivationStatistic")
 
 
 class SiteStatistics:
-    """The statistics of one site, by their class."""
+    """The statistics of one site by their class, and the values learned for it by the method's name."""
 
-    def __init__(self, site: str, statistics: Mapping[type["ActivationStatistic"], "ActivationStatistic"]) -> None:
+    def __init__(
+        self,
+        site: str,
+        statistics: Mapping[type["ActivationStatistic"], "ActivationStatistic"],
+        learned: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.site = site
-        self._statistics = dict(statistics)
+        self._statistics, self._learned = dict(statistics), dict(learned or {})
 
     def __getitem__(self, kind: type[S]) -> S:
         """The statistic of that class.
@@ -33,6 +40,19 @@ class SiteStatistics:
                 "run `fit` with this method, or name a checkpoint of such a run with --ckpt_path"
             )
         return found
+
+    def learned(self, method: str) -> Tensor:
+        """The values that a method learned, ``(neurons,)`` float32.
+
+        Raises:
+            StatisticsError: if it did not.
+        """
+        if method not in self._learned:
+            raise StatisticsError(
+                f"needs the values it learns for the site {self.site}, which it did not: run `fit` with this method, "
+                "or name a checkpoint of such a run with --ckpt_path"
+            )
+        return self._learned[method]
 
     def __contains__(self, kind: type["ActivationStatistic"]) -> bool:
         """Whether the statistic of that class was gathered."""
@@ -62,6 +82,11 @@ class ActivationStatistic(Metric, ABC):
         super().__init__()
         self.neurons = neurons
 
+    @classmethod
+    def of(cls, site: Site, earlier: SiteStatistics | None = None) -> Self:
+        """The statistic of a site, before its first batch. Override it if more than the width matters."""
+        return cls(site.width, earlier)
+
     @abstractmethod
     def update(self, activations: Tensor, valid: Tensor | None = None) -> None:
         """Adds a batch.
@@ -90,11 +115,22 @@ def positions(activations: Tensor, valid: Tensor | None) -> Tensor:
     Raises:
         StatisticsError: if the activations don't have the shape that ``valid`` tells.
     """
-    neurons = activations.shape[-1]
     if valid is None:
-        return activations.reshape(-1, neurons)
+        return activations.reshape(-1, activations.shape[-1])
     if activations.ndim == 2 and len(activations) == len(valid):  # one position an example
         return activations[valid.any(1)]
+    rows, real = by_example(activations, valid)
+    return rows[real]
+
+
+def by_example(activations: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The activations as ``(examples, positions, neurons)``, and which positions are valid, bool.
+
+    Raises:
+        StatisticsError: if the activations don't have the shape that ``valid`` tells.
+    """
+    if valid is None:
+        valid = torch.ones(len(activations), 1, dtype=torch.bool, device=activations.device)
     examples, length = valid.shape
     if len(activations) % examples if length == 1 else activations.shape[:2] != valid.shape:
         raise StatisticsError(
@@ -102,8 +138,8 @@ def positions(activations: Tensor, valid: Tensor | None) -> Tensor:
             "(batch first): which of them are padding can't be told; leave the site out (--ablation.sites), or "
             "override `valid_at`"
         )
-    rows = activations.reshape(examples, -1, neurons)
-    return rows[valid.expand(rows.shape[:2])]
+    rows = activations.reshape(examples, -1, activations.shape[-1])
+    return rows, valid.expand(rows.shape[:2])
 
 
 def has_kernels(rows: Tensor) -> bool:

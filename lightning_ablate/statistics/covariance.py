@@ -1,9 +1,12 @@
 """How the neurons of a site vary together."""
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
 from lightning_ablate.errors import StatisticsError
+from lightning_ablate.sites import Site
 from lightning_ablate.statistics.base import ActivationStatistic, SiteStatistics, positions
 
 _DOUBLE = 2048  # neurons up to which sums are float64; above, float32 keeps 32 sites of 4096 neurons at 2.1 GB
@@ -16,29 +19,36 @@ class Covariance(ActivationStatistic):
     of Chan, Golub & LeVeque (1979). Sums are float64 up to 2,048 neurons and float32 above: 4 n² bytes a site, 67 MB
     for 4,096 neurons.
 
+    Args:
+        neurons: width of the site.
+        earlier: see :class:`ActivationStatistic`.
+        blocks: of neurons side by side, equally wide, between which nothing is kept.
+
     Example:
         >>> statistic = Covariance(neurons=2)
         >>> statistic.update(torch.tensor([[[1.0, 2.0], [3.0, 6.0]]]))
         >>> statistic.mean.tolist(), statistic.covariance.tolist()
-        ([2.0, 4.0], [[1.0, 2.0], [2.0, 4.0]])
+        ([2.0, 4.0], [[[1.0, 2.0], [2.0, 4.0]]])
     """
 
     parts: Tensor
 
-    def __init__(self, neurons: int, earlier: SiteStatistics | None = None) -> None:
+    def __init__(self, neurons: int, earlier: SiteStatistics | None = None, blocks: int = 1) -> None:
         super().__init__(neurons, earlier)
+        self.blocks, width = blocks, neurons // blocks
         dtype = torch.float64 if neurons <= _DOUBLE else torch.float32
-        # the count in every column, the mean, and the sums of products
-        self.add_state("parts", torch.zeros(neurons + 2, neurons, dtype=dtype), dist_reduce_fx=_merged, persistent=True)
+        # of every block: the count in every column, the mean, and the sums of products
+        parts = torch.zeros(blocks, width + 2, width, dtype=dtype)
+        self.add_state("parts", parts, dist_reduce_fx=_merged, persistent=True)
 
     def update(self, activations: Tensor, valid: Tensor | None = None) -> None:
         """Adds a batch, see :meth:`ActivationStatistic.update`."""
         rows = positions(activations, valid).to(self.parts.dtype)
         if len(rows):
-            mean = rows.mean(0)
+            rows = rows.view(len(rows), self.blocks, -1).transpose(0, 1)
+            mean = rows.mean(1, keepdim=True)
             deviations = rows - mean
-            count = torch.full_like(mean, len(rows))
-            _add(self.parts, count, mean, deviations.T @ deviations)
+            _add(self.parts, torch.full_like(mean, rows.shape[1]), mean, deviations.mT @ deviations)
 
     def compute(self) -> Tensor:
         """See :attr:`covariance`."""
@@ -47,17 +57,17 @@ class Covariance(ActivationStatistic):
     @property
     def count(self) -> Tensor:
         """The positions seen, ``()`` int64."""
-        return self.parts[0, 0].long()
+        return self.parts[0, 0, 0].long()
 
     @property
     def mean(self) -> Tensor:
         """The means, ``(neurons,)`` float64 or float32."""
-        return self.parts[1]
+        return self.parts[:, 1].flatten()
 
     @property
     def covariance(self) -> Tensor:
-        """The covariances over the positions seen (divided by their number), ``(neurons, neurons)``."""
-        return self.parts[2:] / self.parts[0]
+        """The covariances over the positions seen (divided by their number), ``(blocks, width, width)``."""
+        return self.parts[:, 2:] / self.parts[:, :1]
 
     def check(self) -> None:
         """Raises StatisticsError if there was no valid position."""
@@ -66,23 +76,41 @@ class Covariance(ActivationStatistic):
 
     def finite(self) -> Tensor:
         """Whether the means are finite, which they are if every activation was."""
-        return self.parts[1].isfinite().all()
+        return self.parts[:, 1].isfinite().all()
+
+
+class HeadCovariance(Covariance):
+    """The same within every attention head alone: 2.1 MB for 32 heads of 128 neurons, where all 4,096 take 67 MB."""
+
+    @classmethod
+    def of(cls, site: Site, earlier: SiteStatistics | None = None) -> Self:
+        """With the heads of the site as its blocks.
+
+        Raises:
+            StatisticsError: if it has none.
+        """
+        if site.heads is None:
+            raise StatisticsError(
+                f"{site.name} ({site.kind}) has no heads that lie side by side, by which to take its covariance; use "
+                "the method conditional, or leave the site out (--ablation.sites)"
+            )
+        return cls(site.width, earlier, blocks=site.heads)
 
 
 def _add(parts: Tensor, count: Tensor, mean: Tensor, products: Tensor) -> Tensor:
-    """Adds a part to others, in place."""
-    total = (parts[0] + count).clamp_min(1)
-    shift = mean - parts[1]
-    parts[2:] += products
-    parts[2:].addr_(shift * (parts[0] * count / total), shift)
-    parts[1] += shift * (count / total)
-    parts[0] += count
+    """Adds a part to others, in place; count and mean are ``(blocks, 1, width)``."""
+    total = (parts[:, :1] + count).clamp_min(1)
+    shift = mean - parts[:, 1:2]
+    parts[:, 2:] += products
+    parts[:, 2:].baddbmm_((shift * (parts[:, :1] * count / total)).mT, shift)
+    parts[:, 1:2] += shift * (count / total)
+    parts[:, :1] += count
     return parts
 
 
 def _merged(stacked: Tensor) -> Tensor:
-    """Merges ``(parts, neurons + 2, neurons)`` into one of them."""
+    """Merges ``(parts, blocks, width + 2, width)`` into one of them."""
     merged = torch.zeros_like(stacked[0])
     for part in stacked:
-        _add(merged, part[0], part[1], part[2:])
+        _add(merged, part[:, :1], part[:, 1:2], part[:, 2:])
     return merged

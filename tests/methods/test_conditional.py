@@ -5,9 +5,9 @@ from scipy.linalg import hadamard
 
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.masks import NeuronChoice, Selection
-from lightning_ablate.methods import Ablation, Conditional, Mean, ablate
+from lightning_ablate.methods import Ablation, Conditional, ConditionalPerHead, Mean, ablate
 from lightning_ablate.sites import Site
-from lightning_ablate.statistics import Covariance, Moments, SiteStatistics
+from lightning_ablate.statistics import Covariance, HeadCovariance, Moments, SiteStatistics
 from lightning_ablate.sweep import Condition, Sweep
 from tests import tiny
 from tests.statistics.test_covariance import mixed
@@ -18,7 +18,7 @@ def here(x, mask):
     gathered = {kind: kind(x.shape[-1]) for kind in (Moments, Covariance)}
     for statistic in gathered.values():
         statistic.update(x.unsqueeze(0))
-    return Ablation(Site("attn.proj", x.shape[-1]), mask, SiteStatistics("attn.proj", gathered), 1, {})
+    return Ablation(Site("attn.proj", x.shape[-1]), mask, SiteStatistics("attn.proj", gathered), 1)
 
 
 def conditional(x, mask, of, **options):
@@ -66,6 +66,21 @@ def test_singular_covariances_give_finite_sensible_values(rows, dtype):
         torch.testing.assert_close(
             found[:, 5].float(), x[:, 5], rtol=2e-2, atol=2e-2 if dtype == torch.bfloat16 else 1e-3
         )
+
+
+def test_per_head_it_is_the_regression_on_the_kept_neurons_of_the_same_head():
+    x, mask = mixed(800), torch.arange(12) % 3 == 0
+    x[:, 1] -= 1000
+    statistics = {Moments: Moments(12), HeadCovariance: HeadCovariance(12, blocks=3)}
+    for statistic in statistics.values():
+        statistic.update(x.unsqueeze(0))
+    ablation = Ablation(Site("attn.proj", 12, heads=3), mask, SiteStatistics("attn.proj", statistics), 1)
+    new = torch.randn(5, 12)
+    found = ablate(new, mask, ConditionalPerHead().prepare(ablation))
+    for head in range(3):
+        own = slice(4 * head, 4 * head + 4)
+        alone = conditional(x[:, own], mask[own], new[:, own])
+        torch.testing.assert_close(found[:, own], alone, rtol=1e-4, atol=1e-5)
 
 
 class Odd(NeuronChoice):

@@ -5,6 +5,7 @@ from lightning_ablate.errors import ConfigError, DataError, StatisticsError
 from lightning_ablate.methods import (
     Ablation,
     AblationMethod,
+    Batch,
     Mean,
     Peak,
     ResamplePixels,
@@ -48,7 +49,7 @@ def test_an_empty_mask_changes_no_bit():
 
 def test_constant_methods_give_what_they_say():
     x = torch.randn(5, 50, 4)
-    here = Ablation(SITE, MASK, statistics(x), None, {})
+    here = Ablation(SITE, MASK, statistics(x), None)
     columns = x.double().flatten(0, 1)
     assert torch.equal(Zero().prepare(here)(x), torch.zeros(4))
     torch.testing.assert_close(Mean().prepare(here)(x), columns.mean(0).float(), rtol=1e-6, atol=1e-9)
@@ -62,14 +63,14 @@ def test_constant_methods_give_what_they_say():
 @pytest.mark.parametrize("method", [Mean(), Peak()])
 def test_a_method_without_its_statistics_refuses(method):
     with pytest.raises(StatisticsError, match="not gathered"):
-        method.prepare(Ablation(SITE, MASK, SiteStatistics("attn.proj", {}), None, {}))
+        method.prepare(Ablation(SITE, MASK, SiteStatistics("attn.proj", {}), None))
 
 
 def test_resampling_looks_its_activations_up_position_by_position():
     donor = torch.randn(1, 3, 4)
-    unrelated = {}
-    replace = ResamplePixels().prepare(Ablation(SITE, MASK, SiteStatistics("attn.proj", {}), 42, unrelated))
-    unrelated["pixels", 42] = {SITE: donor}
+    batch = Batch()
+    replace = ResamplePixels().prepare(Ablation(SITE, MASK, SiteStatistics("attn.proj", {}), 42, batch))
+    batch.unrelated["pixels", 42] = {SITE: donor}
     x = torch.randn(2, 3, 4)
     ablated = ablate(x, MASK, replace)
     for example in range(2):
@@ -87,6 +88,6 @@ def test_method_named_finds_every_subclass_and_refuses_other_names():
             return constant(torch.full((4,), 7.0))
 
     assert isinstance(method_named("seven-of-the-tests"), Seven)
-    listed = "mean, median, mode, one-pass-peak, peak, resample-characters"
+    listed = "mean, median, mode, noise, one-pass-peak, optimal, peak, positional-mean, resample-any-position"
     with pytest.raises(ConfigError, match=f"unknown method 'maen'; expected one of .*{listed}"):
         method_named("maen")

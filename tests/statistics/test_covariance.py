@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from lightning_ablate.errors import StatisticsError
-from lightning_ablate.statistics import Covariance
+from lightning_ablate.sites import Site
+from lightning_ablate.statistics import Covariance, HeadCovariance
 from lightning_ablate.statistics.covariance import _merged
 
 
@@ -22,7 +23,7 @@ def test_covariance_equals_numpy():
     statistic.update(x.unsqueeze(0))
     expected = np.cov(x.double().numpy().T, bias=True)
     scale = np.sqrt(np.outer(expected.diagonal(), expected.diagonal())) + 1e-300
-    assert np.abs((statistic.compute().numpy() - expected) / scale).max() < 1e-12
+    assert np.abs((statistic.compute()[0].numpy() - expected) / scale).max() < 1e-12
     np.testing.assert_allclose(statistic.mean.numpy(), x.double().numpy().mean(0), rtol=1e-12)
     assert int(statistic.count) == 400 and bool(statistic.finite())
 
@@ -36,11 +37,33 @@ def test_parts_and_ranks_merge_to_the_whole(sizes):
         parts.update(part.unsqueeze(0))
         ranks[number % 2].update(part.unsqueeze(0))  # the third one gets none
     merged = _merged(torch.stack([rank.parts for rank in ranks]))
-    scale = whole.covariance.diagonal().sqrt()
-    for found in (parts.parts, merged):
-        difference = (found[2:] / found[0] - whole.covariance) / (scale * scale.unsqueeze(1) + 1e-300)
+    scale = whole.covariance[0].diagonal().sqrt()
+    for found in (parts.parts[0], merged[0]):
+        difference = (found[2:] / found[0] - whole.covariance[0]) / (scale * scale.unsqueeze(1) + 1e-300)
         assert float(difference.abs().max()) < 1e-10
-        torch.testing.assert_close(found[:2], whole.parts[:2], rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(found[:2], whole.parts[0, :2], rtol=1e-12, atol=1e-15)
+
+
+def test_that_of_heads_is_the_whole_one_within_each_head():
+    x, whole = mixed(), Covariance(12)
+    heads = HeadCovariance.of(Site("attn.proj", 12, heads=3))
+    for statistic in (whole, heads):
+        for part in x.split([100, 300]):
+            statistic.update(part.unsqueeze(0))
+    for head in range(3):
+        own = slice(4 * head, 4 * head + 4)
+        torch.testing.assert_close(heads.covariance[head], whole.covariance[0, own, own], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(heads.mean, whole.mean)
+    with pytest.raises(StatisticsError, match="mlp.proj .* has no heads"):
+        HeadCovariance.of(Site("mlp.proj", 12, kind="mlp"))
+
+
+def test_what_a_model_of_seven_billion_parameters_takes():
+    """32 sites of 4,096 neurons in 32 heads, as README says."""
+    site = Site("attn.proj", 4096, heads=32)
+    with torch.device("meta"):
+        whole, heads = 32 * Covariance.of(site).parts.nbytes, 32 * HeadCovariance.of(site).parts.nbytes
+    assert round(whole / 1e9, 1) == 2.1 and 67e6 < heads < 69e6
 
 
 def test_padding_does_not_count():

@@ -1,0 +1,46 @@
+"""Noise in the place of a neuron."""
+
+import torch
+from torch import Tensor
+
+from lightning_ablate.masks import seed_of
+from lightning_ablate.methods.base import Ablation, AblationMethod, Replacement
+from lightning_ablate.methods.draws import hashed, uniform
+from lightning_ablate.statistics import Moments
+
+
+class Noise(AblationMethod):
+    """An ablated neuron is drawn anew at every position, from a normal with its mean and standard deviation.
+
+    A draw depends on the seed, the site, the example, the position and the neuron, so that all fractions share it.
+
+    Example:
+        >>> from lightning_ablate.sites import Site
+        >>> from lightning_ablate.statistics import SiteStatistics
+        >>> statistic = Moments(neurons=2)
+        >>> statistic.update(torch.tensor([[[1.0, 2.0], [3.0, 2.0]]]))
+        >>> statistics = SiteStatistics("attn.proj", {Moments: statistic})
+        >>> here = Ablation(Site("attn.proj", 2), torch.tensor([True, True]), statistics, 42)
+        >>> Noise().prepare(here)(torch.zeros(1, 2, 2))
+        tensor([[[1.0919, 2.0000],
+                 [2.6969, 2.0000]]])
+    """
+
+    name = "noise"
+    statistics = (Moments,)
+    seeded = True
+
+    def prepare(self, ablation: Ablation) -> Replacement:
+        """Draws when replacing."""
+        device, moments = ablation.mask.device, ablation.statistics[Moments]
+        mean, sd = moments.mean.to(device).float(), moments.sd.to(device).float()
+        key = seed_of("noise", ablation.seed, ablation.site.name)
+
+        def replace(activations: Tensor) -> Tensor:
+            _, positions, neurons = ablation.by_example(activations).shape
+            examples = ablation.batch.examples.to(device).view(-1, 1, 1)
+            places = torch.arange(positions, device=device).view(1, -1, 1)
+            drawn = torch.special.ndtri(uniform(hashed(key, examples, places, torch.arange(neurons, device=device))))
+            return (mean + sd * drawn).to(activations.dtype).reshape(activations.shape)
+
+        return replace

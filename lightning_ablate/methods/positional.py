@@ -1,0 +1,42 @@
+"""The mean at each position."""
+
+import torch
+from torch import Tensor
+
+from lightning_ablate.methods.base import Ablation, AblationMethod, Replacement
+from lightning_ablate.statistics import MeanByPosition, Moments
+
+
+class PositionalMean(AblationMethod):
+    """An ablated neuron is its mean at that position over the calibration data.
+
+    Positions are places in the sequence as the target gets it; for an image its patches and special tokens. At
+    positions that calibration never saw it is the mean over all positions.
+
+    Example:
+        >>> from lightning_ablate.sites import Site
+        >>> from lightning_ablate.statistics import SiteStatistics
+        >>> gathered = {kind: kind(neurons=1) for kind in (Moments, MeanByPosition)}
+        >>> for statistic in gathered.values():
+        ...     statistic.update(torch.tensor([[[1.0], [2.0]], [[3.0], [6.0]]]))
+        >>> here = Ablation(Site("attn.proj", 1), torch.tensor([True]), SiteStatistics("attn.proj", gathered), None)
+        >>> PositionalMean().prepare(here)(torch.zeros(1, 3, 1)).flatten()
+        tensor([2., 4., 3.])
+    """
+
+    name = "positional-mean"
+    statistics = (Moments, MeanByPosition)
+
+    def prepare(self, ablation: Ablation) -> Replacement:
+        """Looks up as many positions as there are when replacing."""
+        found, device = ablation.statistics[MeanByPosition], ablation.mask.device
+        overall = ablation.statistics[Moments].mean.to(device).float()
+        means = torch.where((found.count > 0).unsqueeze(1).to(device), found.mean.to(device).float(), overall)
+
+        def replace(activations: Tensor) -> Tensor:
+            rows = ablation.by_example(activations)
+            beyond = overall.expand(max(0, rows.shape[1] - len(means)), -1)
+            values = torch.cat([means[: rows.shape[1]], beyond]).to(activations.dtype)
+            return values.expand(rows.shape).reshape(activations.shape)
+
+        return replace
