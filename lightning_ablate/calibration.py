@@ -155,6 +155,7 @@ class Calibration:
             for kind in self.kinds:
                 if kind.__name__ in saved[site]:
                     statistic = kind.of(site)
+                    _check_shapes(site, statistic, saved[site][kind.__name__])
                     statistic.load_state_dict(dict(saved[site][kind.__name__]))
                     self.statistics[site][kind] = statistic.to(self.device)
         common = set.intersection(*(set(learned[site]) for site in self.sites)) if self.sites else set()
@@ -201,6 +202,16 @@ def _with_needs(kinds: Iterable[type[ActivationStatistic]]) -> list[type[Activat
     for kind in kinds:
         found |= dict.fromkeys([*_with_needs(kind.needs), kind])
     return list(found)
+
+
+def _check_shapes(site: Site, statistic: ActivationStatistic, saved: Mapping[str, Tensor]) -> None:
+    """Refuses what another version of the package saved; how long the first dimension is, may follow from the data."""
+    for name, own in statistic.state_dict(keep_vars=True).items():
+        if name in saved and (saved[name].ndim != own.ndim or saved[name].shape[1:] != own.shape[1:]):
+            raise StatisticsError(
+                f"the checkpoint holds {type(statistic).__name__} of {site.name} as {tuple(saved[name].shape)}, "
+                f"expected {tuple(own.shape)}: it is of another version of this package; run `fit` again"
+            )
 
 
 def _on_cpu(statistic: ActivationStatistic) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_ablate import files, neurons, report
 from lightning_ablate.calibration import Calibration
-from lightning_ablate.comparisons import Comparison, compare
+from lightning_ablate.comparisons import Comparison, Interval, compare, intervals
 from lightning_ablate.comparisons import table as differences
 from lightning_ablate.data.base import ExactSampler
 from lightning_ablate.errors import ConfigError, DataError, StatisticsError, TargetError, loading
@@ -247,11 +247,12 @@ class AblationCallback(lightning.Callback):
         figures = pl_module.sweep.figures()
         if not int(figures["n"][0]):
             raise DataError("the evaluation data have no scored position; is everything padding, or too short?")
-        self.comparisons = []
+        self.comparisons, known = [], list[Interval]()
         if (by_example := pl_module.sweep.by_example()) is not None:
             positions, sums = by_example
             arrays = {name: values.numpy() for name, values in sums.items()}
             self.comparisons = compare(pl_module.sweep.conditions, positions.numpy(), arrays)
+            known = intervals(pl_module.sweep.conditions, positions.numpy(), arrays)
         self._note_partial("evaluation", trainer.num_val_batches[0], trainer.val_dataloaders)
         self.results = Results.of(
             pl_module.sweep.conditions,
@@ -260,6 +261,7 @@ class AblationCallback(lightning.Callback):
             data=_data_name(trainer),
             classes=pl_module.sweep.classes,
             partial=self._partial,
+            intervals=known,
         )
         self._write(trainer, pl_module, self.results)
         if self._journal is not None and trainer.is_global_zero:

@@ -1,4 +1,4 @@
-"""Paired differences between methods, with intervals from a bootstrap over examples."""
+"""Intervals of the curves, and of paired differences between methods, from a bootstrap over examples."""
 
 import csv
 import io
@@ -13,6 +13,7 @@ from lightning_ablate.sweep import BASELINE, Condition
 
 COMPARED = ("top1", "cross_entropy")
 _RESAMPLES, _AT_A_TIME, _LEVEL = 2_000, 100, 0.95
+_PAIRS = 6  # that a table shows
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,91 @@ class Comparison:
         ends = ", ".join(f"{scale * value:+.{digits}f}" for value in (self.low, self.high))
         what = f"{self.method} − {self.other} at {100 * self.fraction:g}%"
         return f"{what}: {scale * self.difference:+.{digits}f} {unit} [{ends}]"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """How well one point of a method's curve is known, or the area under its damage.
+
+    Attributes:
+        metric: ``top1`` (share of the scored positions) or ``cross_entropy`` (nats per scored position).
+        method: what replaced the neurons.
+        fraction: share of the units that was ablated; None for the area: what the method's scores differ from those of
+            the baseline, averaged over all fractions from 0 to the largest (trapezoids).
+        mean: the figure, mean over the seeds.
+        low: lower end of its 95% interval over examples, the choices of neurons being those of the run.
+        high: upper end.
+        seed_sd: standard deviation over the seeds; None for a single one.
+    """
+
+    metric: str
+    method: str
+    fraction: float | None
+    mean: float
+    low: float
+    high: float
+    seed_sd: float | None
+
+
+def intervals(
+    conditions: Sequence[Condition], positions: np.ndarray, sums: Mapping[str, np.ndarray], seed: int = 0
+) -> list[Interval]:
+    """How well the curves of a sweep of whole targets are known, by the bootstrap of :func:`compare`.
+
+    Args:
+        conditions: of the sweep, the baseline first.
+        positions: see :func:`compare`.
+        sums: see :func:`compare`.
+        seed: of the draws.
+
+    Example:
+        >>> conditions = [BASELINE, Condition("zero", 0.5, None), Condition("zero", 1.0, None)]
+        >>> sums = {"top1": np.array([[4.0, 4.0], [3.0, 3.0], [0.0, 0.0]]), "cross_entropy": np.zeros((3, 2))}
+        >>> [(one.fraction, one.mean) for one in intervals(conditions, np.array([4, 4]), sums)[:3]]
+        [(0.5, 0.75), (1.0, 0.0), (None, -0.375)]
+    """
+    counted = positions > 0
+    positions = positions[counted].astype(np.float64)
+    curves: dict[str, dict[float, dict[int | None, int]]] = {}
+    for (fraction, part, _), methods in _cells(conditions).items():
+        for method, seeds in methods.items() if not part else ():
+            curves.setdefault(method, {})[fraction] = seeds
+    if not curves or not len(positions):
+        return []
+    points: list[tuple[str, str, float | None]] = []
+    columns, by_seed = [], []
+    for metric in COMPARED:
+        own = sums[metric][:, counted]
+        for method, curve in curves.items():
+            for fraction, indices in curve.items():
+                each = own[list(indices.values())]
+                points.append((metric, method, fraction))
+                columns.append(each.mean(0))
+                by_seed.append(each.sum(1) / positions.sum())
+            points.append((metric, method, None))
+            each = _areas(curve, own - own[0])
+            columns.append(each.mean(0))
+            by_seed.append(each.sum(1) / positions.sum())
+    low, high = _intervals(np.stack(columns, 1), positions, seed)
+    found = []
+    for number, (point, seeds) in enumerate(zip(points, by_seed, strict=True)):
+        sd = float(seeds.std(ddof=1)) if len(seeds) > 1 else None
+        found.append(Interval(*point, float(seeds.mean()), float(low[number]), float(high[number]), sd))
+    return found
+
+
+def _areas(curve: Mapping[float, Mapping[int | None, int]], damage: np.ndarray) -> np.ndarray:
+    """The mean damage over the fractions, ``(seeds, examples)``, of that of each condition ``(conditions, examples)``.
+
+    Where the seed doesn't matter, at a fraction of 1, the same condition counts for all seeds.
+    """
+    fractions = sorted(curve)
+    seeds = max(curve.values(), key=len)
+    heights = [np.zeros((len(seeds), damage.shape[1]))]
+    for fraction in fractions:
+        at = curve[fraction]
+        heights.append(damage[[at[seed] if seed in at else next(iter(at.values())) for seed in seeds]])
+    return np.asarray(np.trapezoid(np.stack(heights), [0.0, *fractions], axis=0) / fractions[-1])
 
 
 def compare(
@@ -95,22 +181,47 @@ def compare(
 
 
 def table(comparisons: Sequence[Comparison]) -> str:
-    """The differences in top-1, and in cross-entropy, at the fraction closest to a half, a line a pair."""
+    """The differences in top-1, and in cross-entropy, at the fraction closest to a half, a line a pair.
+
+    Of more than six pairs, those of methods next to each other by their cross-entropy.
+    """
     if not comparisons or any(one.part for one in comparisons):
         return ""
-    middle = min({one.fraction for one in comparisons}, key=lambda fraction: abs(fraction - 0.5))
-    shown = {metric: [str(c) for c in comparisons if (c.metric, c.fraction) == (metric, middle)] for metric in COMPARED}
+    middle = middle_of(comparisons)
+    here = [one for one in comparisons if one.fraction == middle]
+    pairs = list(dict.fromkeys((one.method, one.other) for one in here))
+    lines = ["[95% interval over examples, the choices of neurons being those of the run]"]
+    if len(pairs) > _PAIRS:
+        ranks = ranked(here)
+        lines = [f"{lines[0]}; all {len(pairs)} pairs: comparisons.csv"]
+        here = [one for one in here if abs(ranks.index(one.method) - ranks.index(one.other)) == 1]
+    shown = {metric: [str(one) for one in here if one.metric == metric] for metric in COMPARED}
     width = max(map(len, shown["top1"]))
     rows = [f"{one.ljust(width)}   {other.partition(': ')[2]}" for one, other in zip(*shown.values(), strict=True)]
-    return "\n".join([*rows, "", "[95% interval over examples, the choices of neurons being those of the run]"])
+    return "\n".join([*rows, "", *lines])
 
 
-def as_csv(comparisons: Sequence[Comparison]) -> str:
-    """A row a comparison, with a header; floats to ten digits, empty where there is nothing."""
+def middle_of(comparisons: Sequence[Comparison]) -> float:
+    """The fraction closest to a half."""
+    return min({one.fraction for one in comparisons}, key=lambda fraction: abs(fraction - 0.5))
+
+
+def ranked(comparisons: Sequence[Comparison]) -> list[str]:
+    """The methods of comparisons at one fraction, the one that leaves the least cross-entropy first."""
+    above: dict[str, float] = {}
+    for one in comparisons:
+        if one.metric == "cross_entropy":
+            above[one.method] = above.get(one.method, 0.0) + one.difference
+            above[one.other] = above.get(one.other, 0.0) - one.difference
+    return sorted(above, key=lambda method: above[method])
+
+
+def as_csv(rows: Sequence[Comparison] | Sequence[Interval], kind: type[Comparison] | type[Interval]) -> str:
+    """A row each, with a header; floats to ten digits, empty where there is nothing."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(field.name for field in fields(Comparison))
-    writer.writerows([f"{v:.10g}" if isinstance(v, float) else v for v in astuple(one)] for one in comparisons)
+    writer.writerow(field.name for field in fields(kind))
+    writer.writerows([f"{v:.10g}" if isinstance(v, float) else v for v in astuple(row)] for row in rows)
     return text.getvalue()
 
 

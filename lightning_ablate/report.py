@@ -5,7 +5,7 @@ import io
 import json
 import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_ablate.comparisons import Comparison, as_csv
+from lightning_ablate.comparisons import Comparison, Interval, as_csv, middle_of, ranked
 from lightning_ablate.files import write_whole
 from lightning_ablate.results import METRICS, MetricName, Results
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe & Ito's palette, told apart by colour-blind readers; markers and dashes tell them apart in grey
+# Okabe & Ito's palette and, behind it, Tol's muted one, told apart by colour-blind readers; markers and dashes tell
+# them apart in grey
 _STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#D55E00", "marker": "o", "linestyle": "-"},
     {"color": "#0072B2", "marker": "s", "linestyle": "--"},
@@ -30,7 +31,15 @@ _STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#E69F00", "marker": "v", "linestyle": "-"},
     {"color": "#56B4E9", "marker": "P", "linestyle": "--"},
     {"color": "#000000", "marker": "X", "linestyle": "-."},
+    {"color": "#999999", "marker": "<", "linestyle": ":"},
+    {"color": "#882255", "marker": ">", "linestyle": "-"},
+    {"color": "#332288", "marker": "*", "linestyle": "--"},
+    {"color": "#117733", "marker": "p", "linestyle": "-."},
+    {"color": "#AA4499", "marker": "h", "linestyle": ":"},
+    {"color": "#DDCC77", "marker": "d", "linestyle": "-"},
+    {"color": "#661100", "marker": "1", "linestyle": "--"},
 )
+_PANELS = 9  # pairs of methods that have one each
 _PACKAGES = ("lightning-ablate", "lightning", "torch", "torchmetrics", "transformers", "timm", "datasets", "numpy")
 
 
@@ -48,14 +57,17 @@ def save(results: Results, folder: Path, run: dict[str, Any], comparisons: Seque
     """
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "partial": list(results.partial), **run}
+    facts |= {"classes": results.classes}
     seal = {"results_sha256": hashlib.sha256(results.csv().encode()).hexdigest(), "versions": _versions()}
     makers: dict[str, Callable[[], str | bytes]] = {
         "results.csv": results.csv,
         "run.json": lambda: json.dumps({**facts, **seal}, indent=2, default=str) + "\n",
         f"{figure_name(results)}.png": lambda: png(figure(results)),
     }
+    if results.intervals:
+        makers["intervals.csv"] = lambda: as_csv(results.intervals, Interval)
     if comparisons:
-        makers["comparisons.csv"] = lambda: as_csv(comparisons)
+        makers["comparisons.csv"] = lambda: as_csv(comparisons, Comparison)
     if comparisons and not results.parts:
         makers["comparisons.png"] = lambda: png(differences(comparisons))
     for name, make in makers.items():  # one by one: what is measured is safe before it is drawn
@@ -73,21 +85,35 @@ def figure(results: Results) -> "Figure":
     return importance(results) if results.parts else degradation(results)
 
 
-def degradation(results: Results) -> "Figure":
-    """Top-1 accuracy and cross-entropy by the ablated fraction: a curve a method, a band of ± 1 sd over the seeds."""
+def degradation(*targets: Results) -> "Figure":
+    """Top-1 accuracy and cross-entropy by the ablated fraction: a column a target, a curve a method.
+
+    Bands are the 95% intervals over examples, where these are known; bars are ± 1 standard deviation over the seeds.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.5, 5.2), layout="constrained")
+    methods = list(dict.fromkeys(method for results in targets for method in results.methods))
+    styles = {method: _STYLES[number % len(_STYLES)] for number, method in enumerate(methods)}
+    legend = -(-(len(methods) + 2) // (2 * len(targets)))
+    figure = Figure(figsize=(0.4 + 3.1 * len(targets), 4.4 + 0.2 * legend), layout="constrained")
     FigureCanvasAgg(figure)
-    top, bottom = figure.subplots(2, 1, sharex=True)
-    _panel(top, results, "top1", 100, "top-1 accuracy (%)", chance=1 / results.classes)
-    _panel(bottom, results, "cross_entropy", 1, "cross-entropy (nats)", chance=math.log(results.classes))
-    bottom.set_xlabel("neurons ablated (%)", fontsize=9)
-    base = results.baseline
-    part = " (partial run)" if results.partial else ""
-    top.set_title(f"{base.model} on {base.data}{part}", fontsize=9)
-    figure.legend(*top.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    axes = figure.subplots(2, len(targets), sharex="col", squeeze=False)
+    labels: dict[str, Any] = {}
+    for (top, bottom), results in zip(axes.T, targets, strict=True):
+        _panel(top, results, styles, "top1", 100, chance=1 / results.classes)
+        _panel(bottom, results, styles, "cross_entropy", 1, chance=math.log(results.classes))
+        bottom.set_xlabel("neurons ablated (%)", fontsize=9)
+        part = " (partial run)" if results.partial else ""
+        top.set_title(f"{results.baseline.model} on {results.baseline.data}{part}", fontsize=9)
+        handles, names = top.get_legend_handles_labels()
+        labels |= dict(zip(names, handles, strict=True))
+    for row, label in zip(axes[:, 0], ("top-1 accuracy (%)", "cross-entropy (nats)"), strict=True):
+        row.set_ylabel(label, fontsize=9)
+    names = sorted(labels, key=lambda name: methods.index(name) if name in methods else len(methods))
+    handles = [labels[name] for name in names]
+    columns = 2 * len(targets)
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     return figure
 
 
@@ -98,6 +124,8 @@ def differences(comparisons: Sequence[Comparison]) -> "Figure":
 
     shown = [one for one in comparisons if one.metric == "top1"]
     pairs = list(dict.fromkeys((one.method, one.other) for one in shown))
+    if len(pairs) > _PANELS:
+        return _matrix(comparisons)
     columns = min(3, len(pairs))
     lines = -(-len(pairs) // columns)
     figure = Figure(figsize=(1.2 + 2.2 * columns, 0.8 + 1.7 * lines), layout="constrained")
@@ -116,6 +144,39 @@ def differences(comparisons: Sequence[Comparison]) -> "Figure":
         panel.set_visible(False)
     figure.supxlabel("neurons ablated (%)", fontsize=8)
     figure.supylabel("top-1 difference (points)", fontsize=8)
+    return figure
+
+
+def _matrix(comparisons: Sequence[Comparison]) -> "Figure":
+    """Every method against every other at one fraction, where there are too many for a panel each."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    middle = middle_of(comparisons)
+    here = [one for one in comparisons if one.fraction == middle]
+    methods, values, known = ranked(here), {}, {}
+    for one in here:
+        if one.metric == "top1":
+            pair = methods.index(one.method), methods.index(one.other)
+            values[pair], values[pair[::-1]] = 100 * one.difference, -100 * one.difference
+            known[pair] = known[pair[::-1]] = one.low > 0 or one.high < 0
+    count = len(methods)
+    figure = Figure(figsize=(2.2 + 0.52 * count, 1.6 + 0.44 * count), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    grid = [[values.get((row, column), math.nan) for column in range(count)] for row in range(count)]
+    largest = max(map(abs, values.values())) or 1.0
+    axes.imshow(grid, cmap="RdBu", vmin=-1.3 * largest, vmax=1.3 * largest, aspect="auto")
+    for (row, column), value in values.items():
+        bold = "bold" if known[row, column] else "normal"
+        axes.text(column, row, f"{value:+.1f}", ha="center", va="center", fontsize=7, fontweight=bold)
+    axes.set_xticks(range(count), methods, fontsize=7, rotation=45, ha="right")
+    axes.set_yticks(range(count), methods, fontsize=7)
+    axes.set_title(
+        f"top-1 of the row's method above the column's, points, {100 * middle:g}% ablated\n"
+        "(bold: the 95% interval over examples leaves out 0)",
+        fontsize=8,
+    )
     return figure
 
 
@@ -175,21 +236,28 @@ def tensorboard(results: Results, folder: Path) -> list[Path]:
     return [curves]
 
 
-def _panel(axes: "Axes", results: Results, metric: MetricName, scale: float, label: str, chance: float) -> None:
-    for number, method in enumerate(results.methods):
-        style = _STYLES[number % len(_STYLES)]
-        points = results.curve(method, metric)
+def _panel(
+    axes: "Axes",
+    results: Results,
+    styles: Mapping[str, Mapping[str, Any]],
+    metric: MetricName,
+    scale: float,
+    chance: float,
+) -> None:
+    for method in results.methods:
+        style, points = styles[method], results.curve(method, metric)
         x = [100 * point.fraction for point in points]
         y = [scale * point.mean for point in points]
-        sd = [scale * (point.sd or 0.0) for point in points]
         axes.plot(x, y, label=method, markersize=3.5, linewidth=1.2, **style)
-        bounds = zip(y, sd, strict=True)
-        low, high = zip(*((value - spread, value + spread) for value, spread in bounds), strict=True)
-        axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        sd = [scale * (point.sd or 0.0) for point in points]
+        axes.errorbar(x, y, yerr=sd, fmt="none", ecolor=style["color"], elinewidth=0.8, capsize=1.5, alpha=0.7)
+        low, high = zip(*(point.interval or (point.mean, point.mean) for point in points), strict=True)
+        axes.fill_between(
+            x, scale * np.array(low), scale * np.array(high), color=style["color"], alpha=0.15, linewidth=0
+        )
     baseline = scale * getattr(results.baseline, metric)
     axes.axhline(baseline, color="0.35", linewidth=0.9, linestyle=(0, (5, 2)), label="nothing ablated")
     axes.axhline(scale * chance, color="0.35", linewidth=0.9, linestyle=(0, (1, 1.5)), label="chance")
-    axes.set_ylabel(label, fontsize=9)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.25, linewidth=0.5)
     for side in ("top", "right"):

@@ -7,9 +7,11 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_ablate.comparisons import Interval
 from lightning_ablate.errors import DataError, loading
 from lightning_ablate.sweep import BASELINE, Condition
 
@@ -53,11 +55,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Point:
-    """A method's figure at one fraction: its mean over the seeds, and their standard deviation (None for one)."""
+    """A method's figure at one fraction.
+
+    Attributes:
+        fraction: share of the units that was ablated.
+        mean: over the seeds.
+        sd: standard deviation over the seeds; None for a single one.
+        interval: the ends of the 95% interval over examples; None where it isn't known.
+    """
 
     fraction: float
     mean: float
     sd: float | None
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,11 +78,13 @@ class Results:
         rows: one for each distinct condition, the baseline first.
         classes: number of classes, or size of the vocabulary.
         partial: why the run doesn't cover all its data; empty for a whole run.
+        intervals: of the curves and areas; empty where the data don't tell their examples apart.
     """
 
     rows: Sequence[Row]
     classes: int
     partial: Sequence[str] = ()
+    intervals: Sequence[Interval] = ()
 
     @classmethod
     def of(
@@ -84,6 +96,7 @@ class Results:
         data: str,
         classes: int,
         partial: Sequence[str] = (),
+        intervals: Sequence[Interval] = (),
     ) -> "Results":
         """The results of a sweep, from its conditions and what :class:`SweepMetrics` computed."""
         n = figures["n"].tolist()
@@ -92,7 +105,19 @@ class Results:
             Row(model, data, c.method, c.fraction, c.seed, c.part, c.head, n[i], *(column[i] for column in columns))
             for i, c in enumerate(conditions)
         ]
-        return cls(rows, classes, tuple(partial))
+        return cls(rows, classes, tuple(partial), tuple(intervals))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Results":
+        """Those that a run left in its folder.
+
+        Raises:
+            DataError: if the folder holds none, or its files were changed.
+        """
+        rows = read_rows(folder / "results.csv")
+        with loading(str(folder / "run.json"), DataError):
+            facts = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            return cls(rows, facts["classes"], tuple(facts["partial"]), read_intervals(folder / "intervals.csv"))
 
     @property
     def baseline(self) -> Row:
@@ -121,12 +146,32 @@ class Results:
 
     def curve(self, method: str, metric: MetricName) -> list[Point]:
         """A method's figures by fraction, ascending from the baseline at 0."""
+        known = {i.fraction: (i.low, i.high) for i in self.intervals if (i.metric, i.method) == (metric, method)}
         points = [Point(0.0, getattr(self.baseline, metric), None)]
         for fraction in self.fractions:
             values = [getattr(r, metric) for r in self.rows if r.method == method and r.fraction == fraction]
             sd = statistics.stdev(values) if len(values) > 1 else None
-            points.append(Point(fraction, statistics.fmean(values), sd))
+            if values:
+                points.append(Point(fraction, statistics.fmean(values), sd, known.get(fraction)))
         return points
+
+    def area(self, method: str, metric: MetricName) -> Point:
+        """What a method's scores differ from the baseline's, averaged over all fractions from 0 to its largest.
+
+        That is the area between both, by trapezoids; it ranks methods by one number. The Point's fraction is the
+        largest one.
+        """
+        points = self.curve(method, metric)
+        seeds = {row.seed for row in self.rows if row.method == method} - {None} or {None}
+        values = []
+        for seed in seeds:
+            own = {r.fraction: getattr(r, metric) for r in self.rows if r.method == method and r.seed in (seed, None)}
+            heights = [0.0, *(own[point.fraction] - points[0].mean for point in points[1:])]
+            steps = pairwise(zip([point.fraction for point in points], heights, strict=True))
+            values.append(sum((b - a) * (y + z) / 2 for (a, y), (b, z) in steps) / points[-1].fraction)
+        sd = statistics.stdev(values) if len(values) > 1 else None
+        known = [(i.low, i.high) for i in self.intervals if (i.metric, i.method, i.fraction) == (metric, method, None)]
+        return Point(points[-1].fraction, statistics.fmean(values), sd, known[0] if known else None)
 
     def csv(self) -> str:
         """The rows, comma-separated, with a header; floats to ten digits, an empty seed where there is none."""
@@ -157,8 +202,19 @@ class Results:
         for method in self.methods:
             top1 = {p.fraction: _with_sd(p, 100, 2) for p in self.curve(method, "top1")}
             loss = {p.fraction: _with_sd(p, 1, 4) for p in self.curve(method, "cross_entropy")}
-            lines.append([method, *(top1[f] for f in shown), *(loss[f] for f in shown)])
-        return "\n".join([*_aligned(lines), "", f"mean ± standard deviation over {seeds} seed{'s' * (seeds != 1)}"])
+            lines.append([method, *(top1.get(f, "") for f in shown), *(loss.get(f, "") for f in shown)])
+        spread = f"mean ± standard deviation over {seeds} seed{'s' * (seeds != 1)}"
+        return "\n".join([*_aligned(lines), "", spread, "", *_aligned(self._areas_table())])
+
+    def _areas_table(self) -> list[list[str]]:
+        """The methods, the one that costs the least first."""
+        loss = {method: self.area(method, "cross_entropy") for method in self.methods}
+        last = max((area.fraction for area in loss.values()), default=1.0)
+        lines = [[f"mean over 0 to {100 * last:g}%", "added cross-entropy", "lost top-1, points"]]
+        for method in sorted(loss, key=lambda method: loss[method].mean):
+            top1 = _with_interval(self.area(method, "top1"), -100, 2)
+            lines.append([method, _with_interval(loss[method], 1, 4), top1])
+        return lines
 
     def _parts_table(self) -> str:
         """The most important sites, layers or heads of each method."""
@@ -191,6 +247,29 @@ def read_rows(path: Path) -> list[Row]:
         return [_row(line) for line in reader]
 
 
+def read_intervals(path: Path) -> list[Interval]:
+    """The rows of an intervals.csv; none if there is no such file.
+
+    Raises:
+        DataError: if the file isn't one.
+    """
+    if not path.is_file():
+        return []
+    with loading(str(path), DataError), path.open(encoding="utf-8", newline="") as file:
+        return [
+            Interval(
+                line["metric"],
+                line["method"],
+                float(line["fraction"]) if line["fraction"] else None,
+                float(line["mean"]),
+                float(line["low"]),
+                float(line["high"]),
+                float(line["seed_sd"]) if line["seed_sd"] else None,
+            )
+            for line in csv.DictReader(file)
+        ]
+
+
 def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
@@ -208,8 +287,21 @@ def _with_sd(point: Point, scale: float, digits: int) -> str:
     return f"{scale * point.mean:.{digits}f}{spread}"
 
 
+def _with_interval(point: Point, scale: float, digits: int) -> str:
+    if point.interval is None:
+        return f"{scale * point.mean:+.{digits}f}"
+    low, high = sorted(scale * end for end in point.interval)
+    return f"{scale * point.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
 def _row(line: dict[str, str]) -> Row:
     seed = int(line["seed"]) if line["seed"] else None
     head = int(line["head"]) if line["head"] else None
     what = line["model"], line["data"], line["method"], float(line["fraction"]), seed, line["part"], head
     return Row(*what, int(line["n"]), *(float(line[name]) for name in METRICS))
+
+
+if __name__ == "__main__":
+    from lightning_ablate.join import main
+
+    main()

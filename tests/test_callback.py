@@ -26,7 +26,7 @@ from lightning_ablate.masks import ByImportance, EachHead, EachLayer, RandomNeur
 from lightning_ablate.methods import AblationMethod, Zero, constant
 from lightning_ablate.results import read_rows
 from lightning_ablate.sites import fingerprint
-from lightning_ablate.statistics import RangeHistogram
+from lightning_ablate.statistics import Covariance, Moments, RangeHistogram
 from lightning_ablate.sweep import BASELINE, Condition, Sweep
 from tests import tiny
 from tests.statistics.test_statistics import peak_by_numpy
@@ -120,6 +120,7 @@ def test_files_table_and_checkpoint_are_left(tmp_path, capsys):
         "run.json",
         "comparisons.csv",
         "comparisons.png",
+        "intervals.csv",
         "degradation.png",
         "neurons.parquet",
         "neurons.png",
@@ -397,7 +398,7 @@ def test_a_stream_without_a_length_is_evaluated_whole(tmp_path):
     stream = torch.utils.data.DataLoader(Stream(), batch_size=None)
     _, callback = tiny.fit(tmp_path / "stream", val=stream)
     _, whole = tiny.fit(tmp_path / "whole")
-    assert callback.results == whole.results
+    assert callback.results.rows == whole.results.rows
 
 
 def test_filling_examples_enter_no_statistic_by_default():
@@ -527,6 +528,20 @@ def test_a_checkpoint_of_an_older_version_is_refused():
     calibration = Calibration(tiny.gpt2(), [])
     with pytest.raises(StatisticsError, match="older version of this package; run `fit` again"):
         calibration.load_state_dict({"transformer.h.0.attn.c_proj": {}})
+
+
+def test_a_checkpoint_whose_statistics_have_another_form_is_refused():
+    def gathered():
+        made = Calibration(model, [Moments, Covariance])
+        made.find(lambda: tiny.run(model))
+        return made
+
+    model = tiny.gpt2()
+    state = gathered().state_dict()
+    covariance = state["sites"][0]["statistics"]["Covariance"]
+    covariance["parts"] = covariance["parts"][0]  # as before it had blocks
+    with pytest.raises(StatisticsError, match=r"Covariance of .* as \(18, 16\), expected \(1, 18, 16\): .* run `fit`"):
+        gathered().load_state_dict(state)
 
 
 def test_a_trace_of_the_first_conditions_names_them(tmp_path):

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lightning_ablate import AblationCallback, report
-from lightning_ablate.comparisons import as_csv, compare, table
+from lightning_ablate.comparisons import Comparison, as_csv, compare, intervals, middle_of, ranked, table
+from lightning_ablate.results import Results
 from lightning_ablate.sweep import BASELINE, Condition
 from tests import tiny
 
@@ -69,11 +70,55 @@ def test_wide_differences_between_examples_widen_the_interval():
     assert narrow.high == narrow.low and wide.high - wide.low == pytest.approx(2 * 1.96 * 0.1 / 10, rel=0.2)
 
 
+def test_points_and_areas_with_their_intervals_are_those_of_the_results():
+    conditions = [BASELINE]
+    for method in ("zero", "mean"):
+        conditions += [Condition(method, f, s) for f in (0.1, 0.5) for s in (1, 2)] + [Condition(method, 1.0, None)]
+    generator, positions = np.random.default_rng(0), np.random.default_rng(1).integers(1, 9, 40)
+    scores = generator.random((len(conditions), 40)) * positions
+    found = intervals(conditions, positions, {"top1": scores, "cross_entropy": 2 * scores})
+    means = torch.tensor(scores.sum(1) / positions.sum())
+    figures = {"n": torch.full((len(conditions),), 9), "top1": means, "top5": means, "cross_entropy": 2 * means}
+    about = {"model": "m", "data": "d", "classes": 3}
+    made = Results.of(conditions, figures | {"kl": means}, **about, intervals=found)
+    assert len(found) == 2 * 2 * (3 + 1)
+    for one in found:
+        if one.fraction is None:
+            point = made.area(one.method, one.metric)
+        else:
+            point = next(p for p in made.curve(one.method, one.metric) if p.fraction == one.fraction)
+        assert point.mean == pytest.approx(one.mean) and point.sd == (one.seed_sd and pytest.approx(one.seed_sd))
+        assert point.interval == (one.low, one.high) and one.low < one.mean < one.high
+    assert "[" in made.table() and made.curve("zero", "top1")[0].interval is None
+
+
+def test_intervals_cover_what_a_resampling_of_examples_by_hand_covers():
+    positions, scores = np.full(60, 5), np.random.default_rng(3).integers(0, 6, 60)
+    (one, area, *_) = intervals([BASELINE, ZERO], positions, sums(np.full(60, 5), scores))
+    generator = np.random.default_rng(9)
+    drawn = [generator.choice(scores, 60).sum() / 300 for _ in range(4000)]
+    assert (one.low, one.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.012)
+    assert (area.low, area.high) == pytest.approx(((one.low - 1) / 2, (one.high - 1) / 2))  # a triangle
+
+
+def test_many_methods_are_compared_with_their_neighbours_in_rank(drawn):
+    names = ["a", "b", "c", "d", "e", "f"]
+    scores = [np.full(20, level) for level in (3, 1, 5, 2, 4, 0)]
+    found = compare([Condition(name, 0.5, None) for name in names], np.full(20, 9), sums(*scores))
+    assert ranked(found) == ["f", "b", "d", "a", "e", "c"] and middle_of(found) == 0.5
+    shown = table(found)
+    assert shown.count(" points [") == 5 and "all 15 pairs: comparisons.csv" in shown
+    assert "a − d" in shown and "a − b" not in shown
+    axes = report.differences(found).axes[0]
+    texts = {(text.get_position()): text.get_text() for text in axes.texts}
+    assert len(texts) == 30 and texts[1, 0] == f"{-100 / 9:+.1f}" and texts[0, 1] == f"{100 / 9:+.1f}"
+
+
 def test_the_csv_and_the_table_say_it(tmp_path):
     conditions = [Condition(m, f, s) for m in ("zero", "mean") for f in (0.1, 0.5) for s in (1, 2)]
     scores = np.random.default_rng(0).integers(0, 9, (8, 20))
     found = compare(conditions, np.full(20, 9), sums(*scores))
-    (tmp_path / "comparisons.csv").write_text(as_csv(found))
+    (tmp_path / "comparisons.csv").write_text(as_csv(found, Comparison))
     with (tmp_path / "comparisons.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(found) == 2 * 2 and rows[0]["method"] == "zero" and rows[0]["other"] == "mean"
@@ -104,7 +149,7 @@ def test_a_run_keeps_what_each_example_scored(tmp_path):
         assert (mine.method, mine.other, mine.fraction) == (other.method, other.other, other.fraction)
         for name in ("difference", "low", "high"):
             assert getattr(mine, name) == pytest.approx(getattr(other, name), abs=1e-6)
-    assert (tmp_path / "comparisons.csv").read_text() == as_csv(callback.comparisons)
+    assert (tmp_path / "comparisons.csv").read_text() == as_csv(callback.comparisons, Comparison)
 
 
 def test_examples_that_cannot_be_told_apart_are_not_compared(tmp_path):

@@ -25,7 +25,7 @@ RANKS = [
     ["methods", "calibration", "metrics"],
     ["sweep", "sharding", "learning"],
     ["modules"],
-    ["results", "comparisons", "report", "progress", "data", "journal", "neurons", "plan"],
+    ["results", "comparisons", "report", "join", "progress", "data", "journal", "neurons", "plan"],
     ["callback"],
     ["cli"],
 ]

@@ -73,7 +73,28 @@ def test_table_shows_ten_fifty_and_ninety_percent():
     values = [100 * row.top1 for row in made.rows if row.method == "zero" and row.fraction == 0.9]
     assert f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" in table
     assert "PARTIAL: evaluation was cut to 1 of 9 batches" in table and "1,234 scored positions" in table
-    assert [word for word in table.split() if word.endswith("%")][-6:] == ["10%", "50%", "90%"] * 2
+    curves = table.partition("mean over 0 to 100%")[0]
+    assert [word for word in curves.split() if word.endswith("%")][-6:] == ["10%", "50%", "90%"] * 2
+
+
+def test_table_ranks_the_methods_by_what_they_cost_over_all_fractions():
+    made = results()
+    loss = {method: made.area(method, "cross_entropy").mean for method in ("zero", "peak")}
+    ranks = [line.split()[:2] for line in made.table().partition("mean over 0 to 100%")[2].splitlines()[1:]]
+    assert ranks == [[method, f"{loss[method]:+.4f}"] for method in sorted(loss, key=lambda method: loss[method])]
+
+
+def test_the_area_is_that_between_curve_and_baseline():
+    def row(method, fraction, seed, loss):
+        return Row("m", "d", method, fraction, seed, "", None, 5, 1.0, 1.0, loss, 0.0)
+
+    points = [(0.5, 1, 2.0), (0.5, 2, 4.0), (1.0, None, 5.0)]
+    made = Results([row("none", 0.0, None, 1.0), *(row("zero", *point) for point in points)], 10)
+    area = made.area("zero", "cross_entropy")  # of 0, 1 and 4 above the baseline, and of 0, 3 and 4
+    assert area.mean == pytest.approx((1.5 + 2.5) / 2) and area.sd == pytest.approx(statistics.stdev([1.5, 2.5]))
+    assert area.fraction == 1.0 and area.interval is None
+    half = Results([made.rows[0], *made.rows[1:3]], 10).area("zero", "cross_entropy")
+    assert half.mean == pytest.approx(1.0) and half.fraction == 0.5
 
 
 def test_table_shows_other_fractions_where_those_are_not_there():
@@ -95,11 +116,12 @@ def test_save_writes_csv_json_and_figure(tmp_path, drawn):
 def test_figure_draws_a_curve_a_method_the_baseline_and_chance():
     figure = report.degradation(results())
     for axes in figure.axes:
-        assert [line.get_label() for line in axes.lines] == ["zero", "peak", "nothing ablated", "chance"]
+        labels = [line.get_label() for line in axes.lines]
+        assert [name for name in labels if name[0] != "_"] == ["zero", "peak", "nothing ablated", "chance"]
         assert axes.lines[0].get_xdata() == pytest.approx([0, 10, 50, 90, 100])
         for label in (*axes.get_xticklabels(), *axes.get_yticklabels(), axes.yaxis.label):
             assert label.get_fontsize() >= 8
-    assert figure.axes[0].lines[3].get_ydata()[0] == pytest.approx(10)
+    assert figure.axes[0].lines[-1].get_ydata()[0] == pytest.approx(10)
     assert figure.get_figwidth() <= 3.5  # inches: a column's width, so that 8 points stay 8 points
 
 
