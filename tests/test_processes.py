@@ -1,5 +1,6 @@
 """The same numbers on several processes (gloo on the CPU)."""
 
+import json
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ import torch.multiprocessing as mp
 
 from lightning_ablate.metrics import Clean, Scored, SweepMetrics
 from lightning_ablate.results import read_rows
-from lightning_ablate.statistics import LatticeHistogram, Moments, RangeHistogram, SiteStatistics
+from lightning_ablate.statistics import LatticeHistogram, MeanByPosition, Moments, RangeHistogram, SiteStatistics
 from tests import tiny
 from tests.statistics.test_statistics import NEURONS, activations, gathered
 
@@ -50,6 +51,31 @@ def test_two_processes_give_the_figures_of_one(tmp_path, full, images):
     one, two = figures(tmp_path, "fit", *small), figures(tmp_path, "fit", *small, *TWO)
     assert len(one) == 1 + 4 * 2 and one[0].n == images
     assert_same(one, two)
+
+
+LEARNED = [
+    {"class_path": f"lightning_ablate.methods.{name}", "init_args": {"steps": 12}}
+    for name in ("Optimal", "ConditionalOptimal")
+]
+OTHERS = ["positional-mean", "noise", "resample-same-position", "resample-any-position", "conditional"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
+@pytest.mark.parametrize("target", ["vit", "roberta"])
+def test_what_two_processes_learn_and_draw_is_what_one_does(tmp_path, full, strategy, target):
+    """A step takes 32 examples: four batches of one process, two of two."""
+    small = ["--data.calibration_images=83", "--data.evaluation_images=37"]
+    if target == "roberta":  # padded to different lengths
+        small = ["--config", ROBERTA, "--data.calibration_tokens=4000", "--data.evaluation_tokens=1300"]
+    small += [*FEW, f"--ablation.methods={json.dumps([*OTHERS, *LEARNED])}"]
+    two = figures(tmp_path, "fit", *small, "--trainer.devices=2", f"--trainer.strategy={strategy}")
+    one = figures(tmp_path, "fit", *small)
+    learned = [row.method.endswith("optimal") for row in one]
+    assert sum(learned) == 4 and len(one) == 1 + 2 * 7
+    assert_same(*([row for row, skip in zip(rows, learned, strict=True) if not skip] for rows in (one, two)))
+    differences = [abs(row.cross_entropy - other.cross_entropy) for row, other in zip(one, two, strict=True)]
+    print(f"{target}, {strategy}: largest difference {max(differences):.1e}")
+    assert [row.method for row in one] == [row.method for row in two] and max(differences) < 1e-4
 
 
 def test_a_stream_on_two_processes_gives_the_figures_of_one(tmp_path, full):
@@ -148,6 +174,10 @@ def rank_of_two(rank, port, folder):
     histogram.sync()
     metrics = SweepMetrics(2)
     logits = torch.arange(12.0).view(3, 4) * (rank + 1)
+    lengths = MeanByPosition(NEURONS)  # of which the ranks have seen different ones
+    lengths.update(activations()[rank::2, : 5 - rank])
+    lengths.sync()
+    torch.save({k: v.clone() for k, v in lengths.state_dict().items()}, folder / f"lengths-{rank}.pt")
     scored = Scored(logits, torch.tensor([3, 0, 1]), torch.tensor([0, 1, -1 if rank else 2]))
     metrics.update(1, scored, Clean.of(scored._replace(logits=logits.flip(1))))
     states = [{k: v.clone() for k, v in s.state_dict().items()} for s in (moments, bounds, histogram)]
@@ -163,6 +193,12 @@ def test_statistics_and_metrics_merge_over_ranks_as_if_there_were_one(tmp_path):
         port = probe.getsockname()[1]
     mp.spawn(rank_of_two, (port, tmp_path), nprocs=2)
     (first, figures), (second, others) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    parts = activations()
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"lengths-{rank}.pt", weights_only=True)
+        assert found["count"].tolist() == [len(parts)] * 4 + [len(parts[::2])]
+        torch.testing.assert_close(found["sums"][:4], parts[:, :4].sum(0, dtype=torch.float64))
+        torch.testing.assert_close(found["sums"][4], parts[::2, 4].sum(0, dtype=torch.float64))
     alone = gathered([activations()])
     for state, other, statistic in zip(first, second, alone, strict=True):
         for name, value in statistic.state_dict().items():
