@@ -17,13 +17,14 @@ SMALL = ["--tokens", "512", "--conditions", "2", "--layers", "1", "--width", "64
         ("kernel", [], r"histogram / copy: \d+\.\d+"),
         ("peaks", ["--neurons", "2"], r"smallest ratio \d+\.\d+"),
         ("sweep", TINY, r"sweep / bare forwards: \d+\.\d+"),
+        ("sweep", [*TINY, "--fold"], r"sweep / bare forwards: \d+\.\d+"),
         ("sweep", [*TINY, "--memory"], r"extra memory / batch of logits: -?\d+\.\d+"),
         ("scale", SMALL, r"largest sweep / bare forwards: \d+\.\d+"),
         ("peers", [*TINY, "--peers"], r"ours / bare forward: \d+\.\d+"),
     ],
 )
 def test_benchmark_runs_and_ends_with_its_figure(request, name, options, last):
-    if name != "sweep" or "--memory" in options:
+    if name != "sweep" or options != TINY:
         request.getfixturevalue("full")
     command = [sys.executable, "-m", f"tests.benchmarks.{name}", *options]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

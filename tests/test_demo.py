@@ -13,7 +13,6 @@ from lightning_ablate.cli import AblationCLI
 from lightning_ablate.data.demo import ROLES, Digits, PythonTexts, digits, python_texts, role_of
 from lightning_ablate.demo import resolve
 from lightning_ablate.masks import EachHead
-from lightning_ablate.methods import LearnedMethod
 from lightning_ablate.results import Results, read_rows
 from lightning_ablate.sites import find_sites, hooked
 from lightning_ablate.statistics import RangeHistogram
@@ -307,24 +306,14 @@ def test_shipped_config_runs(config, tmp_path, monkeypatch, pytestconfig):
 
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("replacements_*.yaml")))
-def test_every_replacement_runs_and_those_past_the_paper_hurt_less(config, tmp_path, monkeypatch, pytestconfig):
-    """In short form only that they run."""
+def test_replacements_past_the_paper_hurt_less(config, tmp_path, monkeypatch, full):
+    """In short form in test_readme.py."""
     monkeypatch.chdir(tmp_path)
     arguments = ["fit", f"--config={ROOT / 'configs' / config}", "--trainer.enable_progress_bar=false"]
-    full = pytestconfig.getoption("--full")
-    if full:
-        arguments += ["--ablation.fractions=[0.1,0.5,0.9]"]
-    else:
-        monkeypatch.setattr(LearnedMethod, "steps", property(lambda self: 2, lambda self, steps: None), raising=False)
-        arguments += ["--ablation.fractions=[0.5]", "--ablation.seeds=[42]"]
-        small = ["images=60"] if "vit" in config else ["tokens=3000"]
-        arguments += [f"--data.{purpose}_{size}" for purpose in ("calibration", "evaluation") for size in small]
-    AblationCLI([*arguments, "--trainer.accelerator=cpu"])
+    AblationCLI([*arguments, "--ablation.fractions=[0.1,0.5,0.9]", "--trainer.accelerator=cpu"])
     (folder,) = tmp_path.glob("lightning_logs/*/version_0")
     results = Results.load(folder)
-    assert len(results.methods) == 12 and len(results.rows) == 1 + 12 * (9 if full else 1)
-    if not full:
-        return
+    assert len(results.methods) == 12 and len(results.rows) == 1 + 12 * 9
     loss = {
         method: {p.fraction: p.mean - results.baseline.cross_entropy for p in results.curve(method, "cross_entropy")}
         for method in results.methods

@@ -1,5 +1,6 @@
 """Every command and example of the README, run as it stands there, with stand-ins for the hub and for long runs."""
 
+import glob
 import re
 import shlex
 import subprocess
@@ -13,8 +14,9 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from lightning_ablate import AblationCallback
+from lightning_ablate import AblationCallback, join
 from lightning_ablate.__main__ import main
+from lightning_ablate.methods import LearnedMethod
 from lightning_ablate.results import read_rows
 from tests import tiny
 from tests.test_paper import NAMES
@@ -51,7 +53,7 @@ def test_the_first_command_installs_and_runs_and_the_second_tests():
 def test_every_command_is_known_here():
     others = {command for command in COMMANDS if "lightning_ablate" not in command}
     assert others == {"python -m pytest", "tensorboard --logdir lightning_logs"}
-    assert len(runnable()) == 16
+    assert len(runnable()) == 22
     papers = [command for command in COMMANDS if "configs/paper_" in command]
     assert papers == [f"python -m lightning_ablate fit --config configs/paper_{name}.yaml" for name in NAMES]
 
@@ -72,13 +74,19 @@ def stand_ins(tmp_path_factory):
 def test_command_runs(command, stand_ins, monkeypatch, capfd):
     """The first one and those that start processes in a process of their own, the others in this one."""
     folder, names = stand_ins
+    monkeypatch.setattr(LearnedMethod, "steps", property(lambda self: 2, lambda self, steps: None), raising=False)
+    if "lightning_ablate.results" in command:
+        monkeypatch.chdir(folder)
+        join.main([name for word in command.split()[3:] for name in sorted(glob.glob(word))])
+        assert (folder / "joined.png").is_file() and capfd.readouterr().out.count("scored positions") == 3
+        return
     words = [names.get(word, word) for word in shlex.split(command.removeprefix(PIP))]
     if "--ckpt_path" in words:
         words[words.index("--ckpt_path") + 1] = str(min(folder.glob("lightning_logs/digits/version_*/ablation.ckpt")))
     elif "--data.name" in words:
         words += [*SHORT_TEXT, "--data.length=32"]
     else:
-        words += SHORT_TEXT if "--config" in words else SHORT_IMAGES
+        words += SHORT_TEXT if "--config" in words and "vit" not in command else SHORT_IMAGES
         words += ["--data.evaluation_images=37"] * bool(SEVERAL & set(words))  # which two processes can't share evenly
     if "BitsandbytesPrecision" in words and not (torch.cuda.is_available() and find_spec("bitsandbytes")):
         monkeypatch.setattr(sys, "argv", words[2:])

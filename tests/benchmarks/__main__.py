@@ -16,6 +16,7 @@ COMMANDS = [
     "sweep",
     "sweep --shape gpt2 --rounds 5",
     "sweep --shape digits --rounds 5",
+    "sweep --fold",
     "sweep --memory --tokens 2048",
     "calibration --memory",
     "startup",

@@ -3,7 +3,8 @@
 ``python -m tests.benchmarks.sweep`` times, interleaved in one process, the whole validation epoch of a sweep, and as
 many bare forward passes with a plain cross_entropy and argmax as it has conditions. Its last line is the ratio of
 their times (the median over the rounds). With ``--memory`` it measures, in processes of their own, the largest memory
-of both, and gives what the sweep adds in units of one batch of logits in float32; with ``--parts`` where the time goes.
+of both, and gives what the sweep adds in units of one batch of logits in float32. With ``--fold`` it sweeps constants
+and the conditional mean folded into temporary weights, and times their preparation (factorising and folding) apart.
 """
 
 import argparse
@@ -32,11 +33,15 @@ class Watch(lightning.Callback):
     """Times the validation epoch, with all that comes before its first batch; not the files and figures behind it."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.seconds = self.prepared = 0.0
 
     def on_validation_start(self, *_: Any) -> None:
         targets.wait()
         self.began = time.perf_counter()
+
+    def on_validation_epoch_start(self, *_: Any) -> None:
+        targets.wait()
+        self.prepared = time.perf_counter() - self.began
 
     def on_validation_epoch_end(self, *_: Any) -> None:
         targets.wait()
@@ -125,10 +130,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--fold", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--only", choices=("bare", "sweep"), help="prints the peak memory in KiB")
     given = parser.parse_args()
-    rig = Rig(given.shape, given.tokens, given.batch, given.length, compile=given.compile)
+    options = {"methods": ["zero", "mean", "conditional"], "fold": True} if given.fold else {}
+    rig = Rig(given.shape, given.tokens, given.batch, given.length, compile=given.compile, **options)
     if given.only:
         print(largest_memory(targets.DEVICE, rig.bare if given.only == "bare" else rig.sweep))
         return
@@ -149,7 +156,11 @@ def main() -> None:
     found = []
     for _ in range(given.rounds):
         plain = targets.seconds(lambda: targets.repeat(rig.bare, rig.conditions))
-        found.append((plain, rig.sweep()))
+        seconds = rig.sweep()
+        if given.fold:
+            print(f"preparation of {rig.conditions - 1} conditions: {rig.watch.prepared:.2f} s")
+            seconds -= rig.watch.prepared
+        found.append((plain, seconds))
     for name, times in zip(("bare forwards", "sweep"), zip(*found, strict=True), strict=True):
         print(f"{name:14} {statistics.median(times):8.3f} s")
     floor = rig.conditions * floating_point_time(rig)
