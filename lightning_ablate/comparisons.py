@@ -58,7 +58,7 @@ class Interval:
 
     Attributes:
         metric: ``top1`` (share of the scored positions) or ``cross_entropy`` (nats per scored position).
-        method: what replaced the neurons.
+        method: what replaced the neurons; ``none`` for the baseline.
         fraction: share of the units that was ablated; None for the area: what the method's scores differ from those of
             the baseline, averaged over all fractions from 0 to the largest (trapezoids).
         mean: the figure, mean over the seeds.
@@ -90,16 +90,16 @@ def intervals(
     Example:
         >>> conditions = [BASELINE, Condition("zero", 0.5, None), Condition("zero", 1.0, None)]
         >>> sums = {"top1": np.array([[4.0, 4.0], [3.0, 3.0], [0.0, 0.0]]), "cross_entropy": np.zeros((3, 2))}
-        >>> [(one.fraction, one.mean) for one in intervals(conditions, np.array([4, 4]), sums)[:3]]
-        [(0.5, 0.75), (1.0, 0.0), (None, -0.375)]
+        >>> [(one.fraction, one.mean) for one in intervals(conditions, np.array([4, 4]), sums)[:4]]
+        [(0.0, 1.0), (0.5, 0.75), (1.0, 0.0), (None, -0.375)]
     """
     counted = positions > 0
     positions = positions[counted].astype(np.float64)
-    curves: dict[str, dict[float, dict[int | None, int]]] = {}
+    curves: dict[str, dict[float, dict[int | None, int]]] = {BASELINE.method: {0.0: {None: 0}}}
     for (fraction, part, _), methods in _cells(conditions).items():
         for method, seeds in methods.items() if not part else ():
             curves.setdefault(method, {})[fraction] = seeds
-    if not curves or not len(positions):
+    if len(curves) < 2 or not len(positions):
         return []
     points: list[tuple[str, str, float | None]] = []
     columns, by_seed = [], []
@@ -111,6 +111,8 @@ def intervals(
                 points.append((metric, method, fraction))
                 columns.append(each.mean(0))
                 by_seed.append(each.sum(1) / positions.sum())
+            if method == BASELINE.method:
+                continue
             points.append((metric, method, None))
             each = _areas(curve, own - own[0])
             columns.append(each.mean(0))

@@ -48,7 +48,7 @@ def _joined(one: Results, other: Results, folder: Path) -> Results:
         )
     names = {method: f"{method} ({folder.name})" if method in one.methods else method for method in other.methods}
     rows = [replace(row, method=names[row.method]) for row in other.rows if row.method in names]
-    intervals = [replace(interval, method=names[interval.method]) for interval in other.intervals]
+    intervals = [replace(known, method=names[known.method]) for known in other.intervals if known.method in names]
     partial = dict.fromkeys([*one.partial, *other.partial])
     return Results([*one.rows, *rows], one.classes, tuple(partial), [*one.intervals, *intervals])
 

@@ -147,7 +147,8 @@ class Results:
     def curve(self, method: str, metric: MetricName) -> list[Point]:
         """A method's figures by fraction, ascending from the baseline at 0."""
         known = {i.fraction: (i.low, i.high) for i in self.intervals if (i.metric, i.method) == (metric, method)}
-        points = [Point(0.0, getattr(self.baseline, metric), None)]
+        first = [(i.low, i.high) for i in self.intervals if (i.metric, i.method) == (metric, BASELINE.method)]
+        points = [Point(0.0, getattr(self.baseline, metric), None, first[0] if first else None)]
         for fraction in self.fractions:
             values = [getattr(r, metric) for r in self.rows if r.method == method and r.fraction == fraction]
             sd = statistics.stdev(values) if len(values) > 1 else None

@@ -81,20 +81,22 @@ def test_points_and_areas_with_their_intervals_are_those_of_the_results():
     figures = {"n": torch.full((len(conditions),), 9), "top1": means, "top5": means, "cross_entropy": 2 * means}
     about = {"model": "m", "data": "d", "classes": 3}
     made = Results.of(conditions, figures | {"kl": means}, **about, intervals=found)
-    assert len(found) == 2 * 2 * (3 + 1)
+    assert len(found) == 2 * (1 + 2 * (3 + 1))
     for one in found:
-        if one.fraction is None:
+        if one.method == "none":
+            point = made.curve("zero", one.metric)[0]
+        elif one.fraction is None:
             point = made.area(one.method, one.metric)
         else:
             point = next(p for p in made.curve(one.method, one.metric) if p.fraction == one.fraction)
         assert point.mean == pytest.approx(one.mean) and point.sd == (one.seed_sd and pytest.approx(one.seed_sd))
         assert point.interval == (one.low, one.high) and one.low < one.mean < one.high
-    assert "[" in made.table() and made.curve("zero", "top1")[0].interval is None
+    assert "[" in made.table()
 
 
 def test_intervals_cover_what_a_resampling_of_examples_by_hand_covers():
     positions, scores = np.full(60, 5), np.random.default_rng(3).integers(0, 6, 60)
-    (one, area, *_) = intervals([BASELINE, ZERO], positions, sums(np.full(60, 5), scores))
+    (_, one, area, *_) = intervals([BASELINE, ZERO], positions, sums(np.full(60, 5), scores))
     generator = np.random.default_rng(9)
     drawn = [generator.choice(scores, 60).sum() / 300 for _ in range(4000)]
     assert (one.low, one.high) == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=0.012)
