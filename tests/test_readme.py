@@ -1,6 +1,5 @@
 """Every command and example of the README, run as it stands there, with stand-ins for the hub and for long runs."""
 
-import glob
 import re
 import shlex
 import subprocess
@@ -14,7 +13,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from lightning_ablate import AblationCallback, join
+from lightning_ablate import AblationCallback
 from lightning_ablate.__main__ import main
 from lightning_ablate.methods import LearnedMethod
 from lightning_ablate.results import read_rows
@@ -76,9 +75,12 @@ def test_command_runs(command, stand_ins, monkeypatch, capfd):
     folder, names = stand_ins
     monkeypatch.setattr(LearnedMethod, "steps", property(lambda self: 2, lambda self, steps: None), raising=False)
     if "lightning_ablate.results" in command:
-        monkeypatch.chdir(folder)
-        join.main([name for word in command.split()[3:] for name in sorted(glob.glob(word))])
-        assert (folder / "joined.png").is_file() and capfd.readouterr().out.count("scored positions") == 3
+        words = [
+            sys.executable,
+            *(name for word in command.split()[1:] for name in sorted(folder.glob(word)) or [word]),
+        ]
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=True)
+        assert (folder / "joined.png").is_file() and done.stdout.count("scored positions") == 3 and not done.stderr
         return
     words = [names.get(word, word) for word in shlex.split(command.removeprefix(PIP))]
     if "--ckpt_path" in words:

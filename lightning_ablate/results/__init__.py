@@ -300,9 +300,3 @@ def _row(line: dict[str, str]) -> Row:
     head = int(line["head"]) if line["head"] else None
     what = line["model"], line["data"], line["method"], float(line["fraction"]), seed, line["part"], head
     return Row(*what, int(line["n"]), *(float(line[name]) for name in METRICS))
-
-
-if __name__ == "__main__":
-    from lightning_ablate.join import main
-
-    main()
