@@ -158,6 +158,8 @@ class AblationCallback(lightning.Callback):
         if pl_module.learning is None:
             pl_module.learning = Learning(method, calibration, self.choice)
             self._before = trainer.optimizers, trainer.accumulate_grad_batches
+            # whose gradient is always there: a GradScaler wants one in every step
+            pl_module.learning.optimizer.add_param_group({"params": [pl_module.anchor]})
             trainer.optimizers = [pl_module.learning.optimizer]
             trainer.accumulate_grad_batches = course.accumulated
         pl_module.learning.start(number, course)

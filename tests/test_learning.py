@@ -7,7 +7,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn import functional
 
-from lightning_ablate import AblationCallback
+from lightning_ablate import AblationCallback, Scored
 from lightning_ablate.errors import ConfigError, NonFiniteError, StatisticsError
 from lightning_ablate.learning import Course
 from lightning_ablate.masks import EachHead, RandomNeurons, seed_of
@@ -218,6 +218,27 @@ def test_memory_that_ends_while_learning_halves_the_batches(tmp_path):
         pieces, _ = fit(tmp_path / "2", Optimal(steps=3, examples=4), train=data(4), module=Small(tiny.gpt2()))
     for site, values in whole["optimal"].items():
         torch.testing.assert_close(pieces["optimal"][site], values, rtol=1e-4, atol=1e-5)
+
+
+def test_examples_without_an_index_are_told_apart_by_their_order(tmp_path):
+    class Plain(tiny.Own):
+        def evaluate(self, batch):
+            logits = self.target(input_ids=batch["ids"]).logits
+            examples = torch.arange(len(logits)).repeat_interleave(tiny.LENGTH)
+            return Scored(logits.flatten(0, 1), batch["ids"].roll(-1, 1).flatten(), examples)
+
+        def valid(self, batch):
+            return None
+
+    rows = [{"ids": row["input_ids"]} for row in tiny.loader(8).dataset]
+    loader = torch.utils.data.DataLoader(rows, batch_size=2)
+    learned, made = fit(
+        tmp_path, Optimal(steps=2), "noise", "mean", train=loader, val=loader, module=Plain(tiny.gpt2())
+    )
+    assert made.results.baseline.n == 8 * tiny.LENGTH and all(v.isfinite().all() for v in learned["optimal"].values())
+    module = Plain(tiny.gpt2())
+    module.trainer = tiny.trainer(tmp_path, made)
+    assert [module._indices({"ids": torch.zeros(2, 3)}, number) for number in range(3)] == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_a_fast_dev_run_learns_a_step(tmp_path):

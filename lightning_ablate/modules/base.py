@@ -216,7 +216,7 @@ class AblationModule(lightning.LightningModule, ABC):
         add = learning.check if held_out else learning.learn
 
         def run(piece: Any, done: set[Any]) -> None:
-            add(lambda: self.evaluate(piece), _indices(piece))
+            add(lambda: self.evaluate(piece), self._indices(piece, batch_idx))
 
         self._in_pieces(batch, run)
         return self.anchor.new_zeros(()) if held_out else learning.surrogate()
@@ -247,7 +247,7 @@ class AblationModule(lightning.LightningModule, ABC):
                 self.evaluate(unrelated)
 
         def evaluate(piece: Any, scored_before: set[int]) -> None:
-            sweep.batch.examples = torch.tensor(_indices(piece), device=self.device)
+            sweep.batch.examples = torch.tensor(self._indices(piece, batch_idx), device=self.device)
             for seed in sweep.donors:
                 donors = self.donors(seed, piece)
                 with sweep.reading_donors(seed, partial(self.valid_at, batch=donors)):
@@ -316,6 +316,14 @@ class AblationModule(lightning.LightningModule, ABC):
         )
         return halves
 
+    def _indices(self, batch: Any, batch_idx: int) -> list[int]:
+        """The examples of a batch by their indices where it tells them, else in the order in which they come."""
+        if isinstance(batch, Mapping) and "index" in batch:
+            return [int(index) for index in batch["index"].tolist()]
+        size = min(_sizes(batch), default=1)
+        first = (batch_idx * self.trainer.world_size + self.global_rank) * size
+        return list(range(first, first + size))
+
     def _time(self, began: float, example: Tensor, passes: int = 1) -> None:
         self.seconds = (time.perf_counter() - began) / passes
         examples = example[example >= 0]
@@ -357,10 +365,3 @@ def _sizes(batch: Any) -> set[int]:
     sizes: set[int] = set()
     apply_to_collection(batch, Tensor, lambda tensor: sizes.add(len(tensor)))
     return sizes
-
-
-def _indices(batch: Any) -> list[int]:
-    """The examples of a batch by their indices, where it tells them, else by their places in it."""
-    if isinstance(batch, Mapping) and "index" in batch:
-        return [int(index) for index in batch["index"].tolist()]
-    return list(range(min(_sizes(batch), default=1)))
