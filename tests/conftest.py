@@ -3,6 +3,8 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:  # which run beside one another
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

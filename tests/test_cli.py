@@ -118,6 +118,10 @@ def test_sites_by_pattern(run, tmp_path):
         (["fit", "--model.name=some/typo"], "could not load 'some/typo'"),
         (["fit", "--data.evaluation_images=5000"], "digits gives 449 evaluation images, expected 5,000"),
         (["fit", *GPT2, "--data=TextData", "--data.name=none.parquet"], "the file 'none.parquet' does not exist"),
+        (
+            ["fit", "--ablation.methods=[{class_path: Optimal, init_args: {stesp: 2}}]"],
+            "is a class path or the name of",
+        ),
         (["fit", "--ablation.methods=[resample-ids]"], "resample-ids needs an unrelated input of the kind 'ids'"),
         (["validate"], "validate needs the statistics of a calibration"),
         (["validate", "--ckpt_path=none.ckpt"], "the checkpoint 'none.ckpt' does not exist"),

@@ -76,6 +76,8 @@ def method_named(name: str) -> AblationMethod:
         'RangeHistogram'
     """
     known = {method.name: method for method in _concrete(AblationMethod)}  # type: ignore[type-abstract]
+    if "class_path" in name:
+        raise ConfigError(f"can't make methods of {name}: is a class path or the name of an option wrong?")
     if name not in known:
         raise ConfigError(
             f"unknown method {name!r}; expected one of {', '.join(sorted(known))}, "
