@@ -270,8 +270,11 @@ class AblationCallback(lightning.Callback):
             self._journal.close()
 
     def on_exception(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: Any) -> None:
-        """Leaves no hook behind."""
+        """Leaves no hook behind, and the Trainer as it was."""
         self._around.close()
+        if isinstance(pl_module, AblationModule) and pl_module.learning is not None:
+            trainer.optimizers, trainer.accumulate_grad_batches = self._before
+            pl_module.learning = None
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Says so if there was no sweep.
@@ -383,7 +386,7 @@ class AblationCallback(lightning.Callback):
 
     def _begin(self, trainer: lightning.Trainer, module: AblationModule) -> None:
         self.results, self.plan, self._partial, self._held_out = None, None, [], {}
-        module.pieces = 1
+        module.pieces, module.learning = 1, None
         module.configure_model()
         self._target = fingerprint(module.target)
         module.calibration = Calibration(module.target, self._kinds(), self.sites, module.device)

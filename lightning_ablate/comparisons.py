@@ -99,7 +99,7 @@ def intervals(
     for (fraction, part, _), methods in _cells(conditions).items():
         for method, seeds in methods.items() if not part else ():
             curves.setdefault(method, {})[fraction] = seeds
-    if len(curves) < 2 or not len(positions):
+    if len(curves) < 2 or len(positions) < 2:
         return []
     points: list[tuple[str, str, float | None]] = []
     columns, by_seed = [], []
@@ -171,7 +171,7 @@ def compare(
                 cells.append((metric, fraction, method, other, part, head))
                 differences.append(each.mean(0))
                 by_seed.append(each.sum(1) / positions.sum())
-    if not cells or not len(positions):
+    if not cells or len(positions) < 2:
         return []
     low, high = _intervals(np.stack(differences, 1), positions, seed)
     found = []

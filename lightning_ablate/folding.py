@@ -24,7 +24,7 @@ def weights_of(target: nn.Module, site: Site) -> tuple[Tensor, Tensor | None, bo
     module = target.get_submodule(site.path)
     kind, weight, bias = type(module), getattr(module, "weight", None), getattr(module, "bias", None)
     linear, transposed = kind is nn.Linear, (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
-    if site.uses > 1 or not (linear or transposed):
+    if site.uses > 1 or not (linear or transposed) or "weight" not in module._parameters:
         return None
     if not isinstance(weight, Tensor) or isinstance(weight, DTensor) or not weight.is_floating_point():
         return None

@@ -46,11 +46,18 @@ def _joined(one: Results, other: Results, folder: Path) -> Results:
             f"runs of {base.model} on {base.data} before it {base.n:,} and {base.cross_entropy:.6f}: they were "
             "evaluated on other data, and can't be compared"
         )
-    names = {method: f"{method} ({folder.name})" if method in one.methods else method for method in other.methods}
+    names = {method: _free(method, one.methods, folder) for method in other.methods}
     rows = [replace(row, method=names[row.method]) for row in other.rows if row.method in names]
     intervals = [replace(known, method=names[known.method]) for known in other.intervals if known.method in names]
     partial = dict.fromkeys([*one.partial, *other.partial])
     return Results([*one.rows, *rows], one.classes, tuple(partial), [*one.intervals, *intervals])
+
+
+def _free(method: str, taken: Sequence[str], folder: Path) -> str:
+    """A name that no other method has."""
+    names = [method, f"{method} ({folder.name})", f"{method} ({folder})"]
+    names += [f"{names[1]} {number}" for number in range(2, len(taken) + 3)]
+    return next(name for name in names if name not in taken)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

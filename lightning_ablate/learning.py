@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_ablate.calibration import Calibration, check_runs
-from lightning_ablate.errors import NonFiniteError
+from lightning_ablate.errors import ConfigError, NonFiniteError
 from lightning_ablate.masks import NeuronChoice, seed_of
 from lightning_ablate.methods import Ablation, LearnedMethod, ablate
 from lightning_ablate.metrics import Scored
@@ -112,10 +112,14 @@ class Learning:
         """
         with self._ablated(examples, f"epoch {self.epoch}", self._values()):
             loss, positions = _loss(evaluate())
-        if loss.requires_grad:
-            found = torch.autograd.grad(loss, list(self.deltas.values()), allow_unused=True, materialize_grads=True)
-            for gradient, more in zip(self._gradients.values(), found, strict=True):
-                gradient += more
+        if not loss.requires_grad:
+            raise ConfigError(
+                f"{self.method.name} can't learn: the logits that `evaluate` gives have no gradient; is there a "
+                "torch.no_grad() in it?"
+            )
+        found = torch.autograd.grad(loss, list(self.deltas.values()), allow_unused=True, materialize_grads=True)
+        for gradient, more in zip(self._gradients.values(), found, strict=True):
+            gradient += more
         self._sums += torch.stack([positions, loss.detach()])
 
     @torch.no_grad()
@@ -162,7 +166,7 @@ class Learning:
             group["lr"] = self.method.lr * (1 + cos(pi * progress)) / 2
         self.taken += 1
         mean = loss / max(positions, 1)
-        if not torch.isfinite(whole[0]).all() or mean != mean or mean == float("inf"):
+        if not all(bool(part.isfinite().all()) for part in whole):
             raise NonFiniteError(
                 f"{self.method.name}: the cross-entropy is {mean} after {self.taken} steps, or its gradient isn't "
                 "finite; lower the method's lr, or try another precision (--trainer.precision)"

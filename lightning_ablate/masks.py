@@ -61,9 +61,9 @@ class NeuronChoice(ABC):
 
     def draw(self, sites: Sequence[Site], seed: int) -> Selection:
         """What some condition could ablate, its fraction uniform from 0 to 1; values are learned under such draws."""
-        generator = torch.Generator().manual_seed(seed)
-        fraction = 1 - torch.rand((), generator=generator).item()
-        found = self.selections(sites, [fraction], [seed]) or self.selections(sites, [1.0], [seed])
+        generator, found = torch.Generator().manual_seed(seed), list[Selection]()
+        while not found:  # a small fraction can come to no unit
+            found = self.selections(sites, [1 - torch.rand((), generator=generator).item()], [seed])
         return found[int(torch.randint(len(found), (), generator=generator))]
 
     @abstractmethod

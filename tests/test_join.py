@@ -70,3 +70,20 @@ def test_what_cannot_be_joined_is_one_line(runs, tmp_path, capsys):
         with pytest.raises(SystemExit) as ended:
             join.main([str(bad)])
         assert str(ended.value).startswith("error: ") and "\n" not in str(ended.value)
+
+
+def test_every_run_keeps_a_name_of_its_own(runs, tmp_path):
+    folder, _ = runs
+    for name in ("a", "b", "c"):
+        shutil.copytree(folder / "first", tmp_path / name / "run")
+    (joined,) = join.load([tmp_path / name / "run" for name in ("a", "b", "c")])
+    assert len(joined.methods) == 6 and len(joined.rows) == 1 + 6 * 3
+
+
+def test_areas_of_other_ranges_are_said_and_stand_apart(runs, tmp_path):
+    folder, _ = runs
+    made = AblationCallback(methods=["median"], fractions=[0.2], seeds=[1], folder=tmp_path / "short")
+    tiny.fit(tmp_path, callback=made)
+    (joined,) = join.load([folder / "first", tmp_path / "short"])
+    ranks = joined.table().partition("mean over 0 to 100%")[2].splitlines()
+    assert ranks[-1].startswith("median, 0 to 20%") and joined.area("zero", "top1").fraction == 1.0

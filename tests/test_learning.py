@@ -267,3 +267,27 @@ def test_the_course_has_the_fewest_epochs_that_give_the_steps():
 def test_moments_are_always_there():
     assert Moments in Optimal.statistics and Moments in ConditionalOptimal.statistics
     assert issubclass(Optimal, LearnedMethod) and isinstance(tiny.trainer(".", AblationCallback()), lightning.Trainer)
+
+
+def test_logits_without_a_gradient_are_refused(tmp_path):
+    class Detached(tiny.Own):
+        @torch.no_grad()
+        def evaluate(self, batch):
+            return super().evaluate(batch)
+
+    with pytest.raises(ConfigError, match="optimal can't learn: the logits"):
+        fit(tmp_path, Optimal(steps=2), module=Detached(tiny.gpt2()))
+
+
+def test_after_an_exception_the_same_module_and_callback_learn_anew(tmp_path):
+    module, methods = tiny.Own(tiny.gpt2()), [Optimal(steps=4, examples=4)]
+    made = AblationCallback(methods, fractions=[0.5], seeds=[1])
+    trainer = tiny.trainer(tmp_path, made)
+    trainer.callbacks.append(Dies(1, 1))
+    with pytest.raises(Death):
+        trainer.fit(module, data(), tiny.loader(seed=2))
+    assert module.learning is None and trainer.accumulate_grad_batches == 1
+    assert [type(optimizer) for optimizer in trainer.optimizers] == [torch.optim.SGD]
+    again, _ = fit(tmp_path / "again", *methods, module=module)
+    whole, _ = fit(tmp_path / "whole", *methods)
+    assert all(torch.equal(values, whole["optimal"][site]) for site, values in again["optimal"].items())

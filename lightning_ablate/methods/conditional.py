@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_ablate.errors import ConfigError
+from lightning_ablate.errors import ConfigError, StatisticsError
 from lightning_ablate.methods.base import Ablation, AblationMethod, Affine, Replacement, constant
 from lightning_ablate.statistics import Covariance, HeadCovariance, Moments
 
@@ -88,9 +88,16 @@ class Conditional(AblationMethod):
         Returns:
             ``(..., kept, ablated)`` float64.
         """
-        # a constant neuron has no variance, and then nothing to tell either
-        among.diagonal(dim1=-2, dim2=-1).mul_(1 + self.ridge).add_(torch.finfo(among.dtype).tiny)
-        return torch.cholesky_solve(across, torch.linalg.cholesky(among))
+        diagonal = among.diagonal(dim1=-2, dim2=-1)
+        variances, ridge = diagonal.clone(), self.ridge
+        while ridge <= 1:
+            # a constant neuron has no variance, and then nothing to tell either
+            diagonal.copy_(variances * (1 + ridge) + torch.finfo(among.dtype).tiny)
+            factor, failed = torch.linalg.cholesky_ex(among)
+            if not bool(failed.any()):
+                return torch.cholesky_solve(across, factor)
+            ridge *= 10  # sums in float32, of fewer positions than neurons
+        raise StatisticsError("can't be solved: the covariance is not positive definite; calibrate on more data")
 
 
 class ConditionalPerHead(Conditional):

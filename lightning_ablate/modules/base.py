@@ -125,6 +125,8 @@ class AblationModule(lightning.LightningModule, ABC):
             raise DataError("resampling from other examples needs more than 1 of them to be evaluated")
         drawn = donors_of(batch["index"].cpu(), seed, len(data)).tolist()
         examples = loader.collate_fn([cast(Any, data)[index] for index in drawn])
+        if torch.as_tensor(examples["index"]).tolist() != drawn:
+            raise ConfigError("resampling from other examples needs an `index` that is the example's place in the data")
         examples = self.on_before_batch_transfer(self.trainer.precision_plugin.convert_input(examples), 0)
         return self.trainer.strategy.batch_to_device(examples, self.device)
 
@@ -250,7 +252,7 @@ class AblationModule(lightning.LightningModule, ABC):
             sweep.batch.examples = torch.tensor(self._indices(piece, batch_idx), device=self.device)
             for seed in sweep.donors:
                 donors = self.donors(seed, piece)
-                with sweep.reading_donors(seed, partial(self.valid_at, batch=donors)):
+                with sweep.reading_donors(seed, partial(self._valid_of, donors)):
                     self.evaluate(donors)
             clean, began = None, time.perf_counter()
             for index, condition in enumerate(sweep.conditions):
@@ -316,6 +318,9 @@ class AblationModule(lightning.LightningModule, ABC):
         )
         return halves
 
+    def _valid_of(self, batch: Any, site: Site) -> Tensor | None:
+        return self.valid_at(site, batch)
+
     def _indices(self, batch: Any, batch_idx: int) -> list[int]:
         """The examples of a batch by their indices where it tells them, else in the order in which they come."""
         if isinstance(batch, Mapping) and "index" in batch:
@@ -363,5 +368,5 @@ def _checked(scored: Scored) -> Scored:
 def _sizes(batch: Any) -> set[int]:
     """The first dimensions of the tensors in a batch."""
     sizes: set[int] = set()
-    apply_to_collection(batch, Tensor, lambda tensor: sizes.add(len(tensor)))
+    apply_to_collection(batch, Tensor, lambda tensor: sizes.add(len(tensor)) if tensor.ndim else None)
     return sizes

@@ -162,7 +162,8 @@ class Results:
         That is the area between both, by trapezoids; it ranks methods by one number. The Point's fraction is the
         largest one.
         """
-        points = self.curve(method, metric)
+        reached = {0.0, *(row.fraction for row in self.rows if row.method == method)}
+        points = [point for point in self.curve(method, metric) if point.fraction in reached]
         seeds = {row.seed for row in self.rows if row.method == method} - {None} or {None}
         values = []
         for seed in seeds:
@@ -212,9 +213,10 @@ class Results:
         loss = {method: self.area(method, "cross_entropy") for method in self.methods}
         last = max((area.fraction for area in loss.values()), default=1.0)
         lines = [[f"mean over 0 to {100 * last:g}%", "added cross-entropy", "lost top-1, points"]]
-        for method in sorted(loss, key=lambda method: loss[method].mean):
-            top1 = _with_interval(self.area(method, "top1"), -100, 2)
-            lines.append([method, _with_interval(loss[method], 1, 4), top1])
+        for method in sorted(loss, key=lambda method: (-loss[method].fraction, loss[method].mean)):
+            top1, end = _with_interval(self.area(method, "top1"), -100, 2), loss[method].fraction
+            name = method if end == last else f"{method}, 0 to {100 * end:g}%"
+            lines.append([name, _with_interval(loss[method], 1, 4), top1])
         return lines
 
     def _parts_table(self) -> str:
@@ -290,9 +292,9 @@ def _with_sd(point: Point, scale: float, digits: int) -> str:
 
 def _with_interval(point: Point, scale: float, digits: int) -> str:
     if point.interval is None:
-        return f"{scale * point.mean:+.{digits}f}"
+        return f"{scale * point.mean + 0.0:+.{digits}f}"
     low, high = sorted(scale * end for end in point.interval)
-    return f"{scale * point.mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return f"{scale * point.mean + 0.0:+.{digits}f} [{low + 0.0:+.{digits}f}, {high + 0.0:+.{digits}f}]"
 
 
 def _row(line: dict[str, str]) -> Row:

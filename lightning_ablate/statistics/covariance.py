@@ -48,7 +48,8 @@ class Covariance(ActivationStatistic):
             rows = rows.view(len(rows), self.blocks, -1).transpose(0, 1)
             mean = rows.mean(1, keepdim=True)
             deviations = rows - mean
-            _add(self.parts, torch.full_like(mean, rows.shape[1]), mean, deviations.mT @ deviations)
+            with torch.autocast(rows.device.type, enabled=False):
+                _add(self.parts, torch.full_like(mean, rows.shape[1]), mean, deviations.mT @ deviations)
 
     def compute(self) -> Tensor:
         """See :attr:`covariance`."""

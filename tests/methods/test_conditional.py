@@ -113,3 +113,14 @@ def test_a_target_that_holds_every_neuron_twice_loses_nothing_with_one_of_each_p
 def test_a_ridge_of_nothing_is_refused():
     with pytest.raises(ConfigError, match="ridge is 0, expected"):
         Conditional(0)
+
+
+def test_fewer_positions_than_neurons_in_float32_are_solved_and_autocast_changes_nothing():
+    x, mask = torch.randn(64, 2112) + torch.randn(64, 1), torch.arange(2112) % 4 == 0
+    found = conditional(x, mask, x)  # such wide sites keep float32
+    assert bool(found.isfinite().all()) and float((found - x)[:, mask].abs().mean()) < float(x.std())
+    plain, cast = Covariance(2112), Covariance(2112)
+    plain.update(x.unsqueeze(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        cast.update(x.unsqueeze(0))
+    assert torch.equal(plain.parts, cast.parts)
