@@ -1,4 +1,4 @@
-"""``python -m lightning_ablate fit`` and ``validate``."""
+"""``python -m lightning_ablate fit`` and ``validate``; the first screen costs no import of torch."""
 
 import errno
 import re
@@ -15,12 +15,31 @@ EXPECTED = (
 )
 
 
+COMMANDS = {
+    "fit": "calibrates (and learns, where a method asks for it), leaves ablation.ckpt, and sweeps all conditions",
+    "validate": "sweeps again with the statistics of a checkpoint (--ckpt_path), under other options if you like",
+}
+PROGRAM = "python -m lightning_ablate"
+USAGE = f"""usage: {PROGRAM} {{{",".join(COMMANDS)}}} [options]
+
+Evaluates neuron ablation in transformers: what a model loses, and what to put in a neuron's place.
+
+{"".join(f"  {name:9} {what}{chr(10)}" for name, what in COMMANDS.items())}
+Without options, fit runs on an embedded model and data. All options: {PROGRAM} fit --help
+"""
+
 # jsonargparse lists every type it tried; what went wrong is said in between
 _TRIED = re.compile(r"Does not validate|Subtypes:|Errors:|Given value|- Expected a <class 'NoneType'>")
 
 
 def main() -> None:
     """Runs the command line; what the user can mend ends in one line."""
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print(USAGE)
+        return
+    if sys.argv[1] not in COMMANDS and not sys.argv[1].startswith("-"):
+        print(f"error: unknown command {sys.argv[1]!r}, expected {' or '.join(COMMANDS)} (--help)", file=sys.stderr)
+        sys.exit(2)
     for message in EXPECTED:
         warnings.filterwarnings("ignore", message)
     from jsonargparse import ArgumentError
@@ -42,7 +61,7 @@ def main() -> None:
             raise
         sys.exit(f"error: could not write {error.filename or 'a file'}: {error.strerror}; what was written stays")
     except SIGTERMException:  # Lightning's, with which Python would exit as if all were well
-        print("stopped by SIGTERM; the same command with the same --ablation.folder goes on", file=sys.stderr)
+        print("stopped by SIGTERM; the same command with the same --ablation.dirpath goes on", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
 
 

@@ -1,46 +1,39 @@
-"""Gathers the statistics of every site, epoch by epoch."""
+"""What is known of a target's sites: statistics that were gathered, and values that were learned."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
-from lightning_ablate.errors import NonFiniteError, SiteError, StatisticsError
-from lightning_ablate.sites import Site, find_sites, hooked, is_asked, is_covered
+from lightning_ablate.errors import StatisticsError, TargetError, loading
+from lightning_ablate.sites import Site, is_asked, is_covered
 from lightning_ablate.statistics import ActivationStatistic, SiteStatistics
 
 
 class Calibration:
-    """The statistics of a target's sites: gathered here, saved here, and handed to the methods.
+    """The statistics of a target's sites, and the values learned for them, as methods and choices ask for them.
+
+    Only what is complete enters it: statistics of whole epochs, merged over all processes.
 
     Args:
-        target: the model under study.
-        kinds: the statistics asked for; those they need are added.
         which: kinds of sites, and patterns of their paths (see :func:`~lightning_ablate.sites.find_sites`).
-        device: where they are gathered.
+        sites: of the target.
 
     Attributes:
-        sites: where activations are read, once :meth:`find` or :meth:`load_state_dict` has told.
-        learned: the values that a method learned, of each site, by the method's name.
+        statistics: of each site, by class.
+        learned: the values that a method learned, of each site ``(neurons,)`` float32, by the method's name.
     """
 
-    def __init__(
-        self,
-        target: nn.Module,
-        kinds: Iterable[type[ActivationStatistic]],
-        which: Sequence[str] = ("attention",),
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.target, self.which, self.device = target, tuple(which), torch.device(device)
-        self.kinds = _with_needs(kinds)
-        self.sites: tuple[Site, ...] = ()
-        self.statistics: dict[Site, dict[type[ActivationStatistic], ActivationStatistic]] = {}
+    def __init__(self, which: Sequence[str] = ("attention",), sites: Sequence[Site] = ()) -> None:
+        self.which, self.sites = tuple(which), tuple(sites)
+        self.statistics: dict[Site, dict[type[ActivationStatistic], ActivationStatistic]] = {s: {} for s in self.sites}
         self.learned: dict[str, dict[Site, Tensor]] = {}
-        self._current: dict[Site, list[ActivationStatistic]] = {}
-        self._epoch = 0
 
     def __getitem__(self, site: Site) -> SiteStatistics:
         """The statistics of one site, and what was learned for it."""
@@ -50,76 +43,20 @@ class Calibration:
         """The statistics of one site, and other values as those learned for it."""
         return SiteStatistics(site.name, self.statistics[site], learned)
 
-    def find(self, run: Callable[[], object]) -> None:
-        """Finds the sites by one forward pass.
-
-        Raises:
-            SiteError: if they can't be told.
-        """
-        self.sites = tuple(find_sites(self.target, run, self.which))
+    def locate(self, sites: Iterable[Site]) -> None:
+        """Takes the sites, once they are found."""
+        self.sites = tuple(sites)
         self.statistics = {site: {} for site in self.sites}
-        self.start(self._epoch)
 
-    def start(self, epoch: int, anew: bool = True) -> None:
-        """Makes the statistics that are gathered in this epoch, from 0; or goes on with those that are there."""
-        self._epoch, kinds = epoch, [kind for kind in self.kinds if kind.epoch() == epoch]
-        for site in self.sites:
-            if anew:
-                self.statistics[site] |= {kind: kind.of(site, self[site]).to(self.device) for kind in kinds}
-            self._current[site] = [self.statistics[site][kind] for kind in kinds]
+    def add(self, site: Site, statistic: ActivationStatistic) -> None:
+        """Takes a statistic that is complete."""
+        self.statistics[site][type(statistic)] = statistic
 
-    @contextmanager
-    def collecting(
-        self, valid: Callable[[Site], Tensor | None], read: set[ActivationStatistic] | None = None
-    ) -> Iterator[None]:
-        """Reads every site during one forward pass.
-
-        Args:
-            valid: of a site, bool, broadcastable to ``(batch, seq)``, False at padding; None where nothing is padded.
-            read: the statistics that have this input already, from a pass that failed; those that get it are added.
-
-        Raises:
-            SiteError: if a site did not run, or ran more than once.
-            NonFiniteError: if an activation is NaN or infinite.
-        """
-        runs, known = dict.fromkeys(self.sites, 0), set() if read is None else read
-
-        def update(site: Site, activations: Tensor) -> None:
-            runs[site] += 1
-            positions = valid(site)
-            for statistic in self._current[site]:
-                if statistic not in known:
-                    with _whole(statistic):
-                        statistic.update(activations, positions)
-                    known.add(statistic)
-
-        with hooked(self.target, self.sites, update):
-            yield
-        check_runs(runs)
-        self._check_finite()
-
-    @property
-    def bytes(self) -> int:
-        """What the statistics of all sites take, those of later epochs included."""
-        with torch.device("meta"):  # those of later epochs
-            later = {(kind, site): kind.of(site) for kind in self.kinds for site in self.sites}
-        all_of_them = [self.statistics[site].get(kind, made) for (kind, site), made in later.items()]
-        return sum(tensor.nbytes for statistic in all_of_them for tensor in statistic.state_dict().values())
-
-    def finish(self) -> None:
-        """Merges the ranks and checks what the epoch gathered; every rank must call it.
-
-        Raises:
-            StatisticsError: if nothing was gathered, or the epoch doesn't agree with the one before.
-        """
-        for site, statistics in self._current.items():
-            for statistic in statistics:
-                statistic.sync()
-                try:
-                    statistic.check()
-                except StatisticsError as error:
-                    raise StatisticsError(f"site {site.name}: {error}") from error
-        self._current = {}
+    def reduce(self) -> None:
+        """Lets go of what was gathered and is needed no longer, once the neurons are described."""
+        for statistics in self.statistics.values():
+            for statistic in statistics.values():
+                statistic.reduce()
 
     def state_dict(self) -> dict[str, Any]:
         """What was asked for; and of each site, as tensors on the CPU, the statistics and what was learned."""
@@ -133,75 +70,114 @@ class Calibration:
         ]
         return {"which": list(self.which), "sites": sites}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes the sites asked for, and their statistics, from a :meth:`state_dict`; those it lacks stay missing.
+    @classmethod
+    def from_state_dict(
+        cls,
+        state: Mapping[str, Any],
+        target: nn.Module,
+        kinds: Iterable[type[ActivationStatistic]] | None = None,
+        which: Sequence[str] | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Takes sites and statistics from a :meth:`state_dict` of the same target; what it lacks stays missing.
+
+        Of ``kinds`` of statistics, and the sites for ``which``, None takes all that are there.
 
         Raises:
-            StatisticsError: if it lacks a site.
+            StatisticsError: if it lacks a site, or is of another version of this package.
         """
         if "sites" not in state:
             raise StatisticsError("the checkpoint is of an older version of this package; run `fit` again")
-        saved = {Site(**entry["site"]): entry["statistics"] for entry in state["sites"]}
-        learned = {Site(**entry["site"]): entry.get("learned", {}) for entry in state["sites"]}
-        for word in self.which:
-            if not is_covered(self.target, word, tuple(saved), state["which"]):
+        saved = {Site(**entry["site"]): entry for entry in state["sites"]}
+        which = tuple(state["which"]) if which is None else which
+        for word in which:
+            if not is_covered(target, word, tuple(saved), state["which"]):
                 raise StatisticsError(
                     f"the checkpoint doesn't hold the statistics of all sites {word!r}, it holds "
                     f"{', '.join(site.name for site in saved)}; name these with --ablation.sites, or run `fit` again"
                 )
-        self.sites = tuple(site for site in saved if any(is_asked(site, word) for word in self.which))
-        self.statistics = {site: {} for site in self.sites}
-        for site in self.sites:
-            for kind in self.kinds:
-                if kind.__name__ in saved[site]:
-                    statistic = kind.of(site)
-                    _check_shapes(site, statistic, saved[site][kind.__name__])
-                    statistic.load_state_dict(dict(saved[site][kind.__name__]))
-                    self.statistics[site][kind] = statistic.to(self.device)
-        common = set.intersection(*(set(learned[site]) for site in self.sites)) if self.sites else set()
-        self.learned = {name: {site: learned[site][name].to(self.device) for site in self.sites} for name in common}
+        made = cls(which, [site for site in saved if any(is_asked(site, word) for word in which)])
+        known = {kind.__name__: kind for kind in (_all(ActivationStatistic) if kinds is None else kinds)}  # type: ignore[type-abstract]
+        for site in made.sites:
+            target.get_submodule(site.path)  # or raises
+            if not (isinstance(site.width, int) and isinstance(site.uses, int) and site.uses > 0):
+                raise StatisticsError(f"the checkpoint is damaged: {site} is no site; run `fit` again")
+            for name, tensors in saved[site]["statistics"].items():
+                if name in known:
+                    statistic = known[name].of(site)
+                    _check_shapes(site, statistic, tensors)
+                    statistic.load_state_dict(dict(tensors))
+                    made.add(site, statistic.to(device))
+        common = set.intersection(*(set(saved[site]["learned"]) for site in made.sites)) if made.sites else set()
+        made.learned = {
+            name: {site: saved[site]["learned"][name].to(device) for site in made.sites} for name in sorted(common)
+        }
+        return made
 
-    def _check_finite(self) -> None:
-        sites = [site for site, statistics in self._current.items() if statistics]
-        if not sites:
-            return
-        finite = torch.stack([torch.stack([s.finite() for s in self._current[site]]).all() for site in sites])
-        if not bool(finite.all()):  # the one host synchronisation of a batch
-            bad = [site.name for site, good in zip(sites, finite.tolist(), strict=True) if not good]
-            raise NonFiniteError(
-                f"activations at {bad[0]} are NaN or infinite ({len(bad)} of {len(sites)} sites); "
-                "try another precision (--trainer.precision, --model.dtype), or look for it in the data or weights"
+    @classmethod
+    def load(cls, path: Path | str, target: nn.Module) -> Self:
+        """What ``fit`` left for this target in ``ablation.ckpt``, or in another checkpoint that Lightning wrote then.
+
+        Raises:
+            TargetError: if the checkpoint can't be read, or is of another target.
+            StatisticsError: if it holds no calibration.
+        """
+        with loading(str(path), TargetError):
+            saved = torch.load(path, map_location="cpu", weights_only=True)["callbacks"]
+            state: dict[str, Any] = next(
+                (value for name, value in saved.items() if name.startswith("AblationCallback")), {}
+            )
+        check_target(state, fingerprint(target))
+        device = next(target.parameters()).device
+        with loading(str(path), StatisticsError):
+            return cls.from_state_dict(state["calibration"], target, device=device)
+
+
+def check_target(state: Mapping[str, Any], target: str) -> None:
+    """Refuses a callback's state from a checkpoint that holds no calibration, or not one of this fingerprint.
+
+    Raises:
+        StatisticsError: if there is no calibration in it.
+        TargetError: if it is of another target.
+    """
+    if "calibration" not in state:
+        raise StatisticsError(
+            "validate needs the statistics of a calibration: name the checkpoint that `fit` left (--ckpt_path), or run "
+            "`fit`"
+        )
+    with loading("what calibrated", TargetError):
+        if state["target"] != target:
+            raise TargetError(
+                f"the checkpoint is of another target, with the weights {state['target']!s:.12}, here are "
+                f"{target[:12]}; run `fit` on this one"
             )
 
 
-def check_runs(runs: Mapping[Site, int]) -> None:
-    """Raises SiteError unless every site ran exactly once in a forward pass."""
-    for site, count in runs.items():
-        if count != 1:
-            raise SiteError(
-                f"the site {site.name} ran {count} times in one forward pass, expected once, as when the sites were "
-                "found: `evaluate` must run the target once, in the same way for every batch, and not compiled by "
-                "torch.compile before"
-            )
+def fingerprint(target: nn.Module) -> str:
+    """SHA-256, in hexadecimal, of what makes a target: its modules' classes and whole numbers, parameters and buffers.
+
+    The whole numbers are there because the same weights with another number of heads are another target. Of a sharded
+    target every process must call it.
+    """
+    digest = hashlib.sha256()
+    for name, module in target.named_modules():
+        numbers = sorted((key, value) for key, value in vars(module).items() if type(value) is int)
+        digest.update(f"{name} {_class_name(module)} {numbers};".encode())
+    for name, tensor in sorted({**target.state_dict(), **dict(target.named_buffers())}.items()):
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+        digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()
 
 
-@contextmanager
-def _whole(statistic: ActivationStatistic) -> Iterator[None]:
-    """Takes back what an update has begun if it fails."""
-    before = {name: value.clone() for name, value in statistic.metric_state.items() if isinstance(value, Tensor)}
-    try:
-        yield
-    except BaseException:
-        for name, value in before.items():
-            setattr(statistic, name, value)
-        raise
+def _class_name(module: nn.Module) -> str:
+    """The name of a module's class, below the one that sharding puts on top."""
+    return next(kind.__name__ for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
 
 
-def _with_needs(kinds: Iterable[type[ActivationStatistic]]) -> list[type[ActivationStatistic]]:
-    found: dict[type[ActivationStatistic], None] = {}
-    for kind in kinds:
-        found |= dict.fromkeys([*_with_needs(kind.needs), kind])
-    return list(found)
+def _all(kind: type[ActivationStatistic]) -> list[type[ActivationStatistic]]:
+    return [kind, *(found for subclass in kind.__subclasses__() for found in _all(subclass))]
 
 
 def _check_shapes(site: Site, statistic: ActivationStatistic, saved: Mapping[str, Tensor]) -> None:

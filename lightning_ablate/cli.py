@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
 import yaml
 from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import ProgressBar
@@ -18,7 +19,6 @@ from lightning_ablate.callback import AblationCallback
 from lightning_ablate.data import ImageData, LabelledTexts, TextData, TextPairs
 from lightning_ablate.data.demo import Digits, PythonTexts
 from lightning_ablate.errors import AblationError, ConfigError, TargetError, loading
-from lightning_ablate.files import load
 from lightning_ablate.modules import (
     AblationModule,
     CausalLM,
@@ -137,11 +137,14 @@ def _with_start(args: list[str]) -> list[str]:
 
 def _config_of(checkpoint: str) -> str | None:
     """The configuration in a checkpoint, without what only ``fit`` knows; None in one that Python code left."""
+    if checkpoint in ("last", "best"):  # which Lightning looks for, and the configuration is the user's own
+        return None
     if not Path(checkpoint).is_file():
-        raise TargetError(f"the checkpoint {checkpoint!r} does not exist; `fit` leaves one in its run's folder")
-    saved = load(Path(checkpoint), TargetError)
+        raise TargetError(
+            f"the checkpoint {checkpoint!r} does not exist; `fit` leaves one in its run's folder (--ckpt_path)"
+        )
     with loading(checkpoint, TargetError):
-        callbacks = saved["callbacks"]
+        callbacks = torch.load(checkpoint, map_location="cpu", weights_only=True)["callbacks"]
         if ConfigInCheckpoint.__qualname__ not in callbacks:
             return None
         config = yaml.safe_load(callbacks[ConfigInCheckpoint.__qualname__]["config"])

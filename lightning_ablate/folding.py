@@ -1,4 +1,4 @@
-"""Other weights in the place of a target's, for as long as they are needed."""
+"""Edits folded into other weights: what a smaller model computes, without a hook."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -6,7 +6,36 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_ablate.errors import SiteError
+from lightning_ablate.methods import Affine, Edit
 from lightning_ablate.sites import Site
+
+
+def fold(target: nn.Module, edits: Mapping[Site, Edit]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The weights and biases with which the projections do by themselves what edits do to their inputs.
+
+    Args:
+        target: the model; it is left as it is.
+        edits: by site, of constant and conditional methods.
+
+    Returns:
+        By path of a projection its weight and bias, for :func:`swapped`.
+
+    Raises:
+        SiteError: if an edit isn't affine, or a projection can't take other weights.
+    """
+    made = {}
+    for site, edit in edits.items():
+        weights = weights_of(target, site)
+        if weights is None or not isinstance(edit.replacement, Affine):
+            raise SiteError(
+                f"what is done at {site.name} can't be folded, expected a constant or conditional method at a plain "
+                "linear projection that runs once"
+            )
+        weight, bias, transposed = weights
+        weight, bias = edit.replacement.fold(weight.T if transposed else weight, bias, edit.mask)
+        made[site.path] = (weight.T if transposed else weight), bias
+    return made
 
 
 def weights_of(target: nn.Module, site: Site) -> tuple[Tensor, Tensor | None, bool] | None:

@@ -7,6 +7,9 @@ from torch import Tensor
 from torch.nn import functional
 from torchmetrics import Metric
 
+from lightning_ablate.errors import DataError
+
+METRICS = ("top1", "top5", "cross_entropy", "kl")
 # float32 logits scored at a time: what a core's cache holds, or enough to keep a GPU busy
 _CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}
 
@@ -23,6 +26,25 @@ class Scored(NamedTuple):
     logits: Tensor
     targets: Tensor
     example: Tensor
+
+
+def checked(scored: Any) -> Scored:
+    """Raises DataError unless there are logits ``(n, classes)``, and targets among the classes, for n positions."""
+    if not (isinstance(scored, tuple) and len(scored) == 3):
+        raise DataError(
+            f"`evaluate` gave a {type(scored).__name__}, expected Scored(logits, targets, example): logits (n, "
+            "classes), targets (n,) and the examples' indices (n,) of the n scored positions"
+        )
+    logits, targets, example = scored
+    if logits.ndim != 2 or targets.shape != logits.shape[:1] or example.shape != logits.shape[:1]:
+        shapes = [tuple(tensor.shape) for tensor in scored]
+        raise DataError(f"`evaluate` gave the shapes {shapes}, expected (n, classes), (n,) and (n,)")
+    if len(targets) and not bool(((targets >= 0) & (targets < logits.shape[1])).all()):
+        raise DataError(
+            f"the labels run from {int(targets.min())} to {int(targets.max())}, expected targets from 0 to "
+            f"{logits.shape[1] - 1}, the target's classes; do data and target belong together?"
+        )
+    return Scored(*scored)
 
 
 class Scores(NamedTuple):
@@ -104,87 +126,64 @@ def _scores(logits: Tensor, targets: Tensor, clean: Tensor, *, rules_out: bool) 
 
 
 class SweepMetrics(Metric):
-    """Sums over the scored positions for every condition of a sweep.
+    """Sums over the scored positions of every example, for every condition of a sweep.
 
-    One metric for all conditions, so that ranks merge in one reduction. Counts are int64, sums float64.
+    One metric for all conditions, so that ranks merge in one reduction. Sums are float64, exact for counts.
 
     Args:
         conditions: how many there are.
-        examples: how many there are, to keep what each of them scored as well, ``n_by_example`` ``(examples,)`` int64,
-            ``top1_by_example`` and ``cross_entropy_by_example`` ``(conditions, examples)`` float64; 0 keeps none.
+        examples: how many there are, by their indices from 0; 0 where that isn't known: they aren't told apart then.
+
+    Attributes:
+        sums: ``(conditions, metrics, examples + 1)`` float64, the metrics in the order of :data:`METRICS`; in the last
+            column what belongs to no known example.
+        n: ``(examples + 1,)`` int64, scored positions, likewise.
 
     Example:
-        >>> metrics = SweepMetrics(conditions=1)
+        >>> metrics = SweepMetrics(conditions=1, examples=2)
         >>> logits = torch.tensor([[2.0, 1.0], [0.0, 1.0]])
         >>> scored = Scored(logits, targets=torch.tensor([0, 0]), example=torch.tensor([0, 1]))
         >>> metrics.update(0, scored, Clean.of(scored))
-        >>> metrics.compute()["top1"].tolist()
-        0.5
+        >>> metrics.means["top1"].tolist()
+        [0.5]
     """
 
     full_state_update = False
+    sums: Tensor
     n: Tensor
-    top1: Tensor
-    top5: Tensor
-    cross_entropy: Tensor
-    kl: Tensor
-    n_by_example: Tensor
-    top1_by_example: Tensor
-    cross_entropy_by_example: Tensor
-    elsewhere: Tensor
 
     def __init__(self, conditions: int, examples: int = 0) -> None:
         super().__init__()
         self.examples = examples
-        counts = torch.zeros(examples, dtype=torch.int64)
-        self.add_state("n_by_example", counts, dist_reduce_fx="sum", persistent=True)
-        self.add_state("elsewhere", counts.new_zeros(()), dist_reduce_fx="sum", persistent=True)
-        for name in ("top1_by_example", "cross_entropy_by_example"):
-            sums = torch.zeros(conditions, examples, dtype=torch.float64)
-            self.add_state(name, sums, dist_reduce_fx="sum", persistent=True)
-        for name in ("n", "top1", "top5"):
-            self.add_state(name, torch.zeros(conditions, dtype=torch.int64), dist_reduce_fx="sum", persistent=True)
-        for name in ("cross_entropy", "kl"):
-            self.add_state(name, torch.zeros(conditions, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
+        sums = torch.zeros(conditions, len(METRICS), examples + 1, dtype=torch.float64)
+        self.add_state("sums", sums, dist_reduce_fx="sum", persistent=True)
+        self.add_state("n", torch.zeros(examples + 1, dtype=torch.int64), dist_reduce_fx="sum", persistent=True)
 
     def update(self, condition: int, scored: Scored, clean: Clean) -> None:
-        """Adds what one condition scored on one batch.
-
-        Args:
-            condition: its index.
-            scored: of the ablated target.
-            clean: the same positions with nothing ablated.
-        """
+        """Adds what the condition of that index, 0 being the baseline, scored on one batch."""
         counts = scored.example >= 0
-        score = scores(scored.logits, scored.targets, clean)
-        sums = {
-            "n": counts.sum(),
-            "top1": (score.top1 & counts).sum(),
-            "top5": (score.top5 & counts).sum(),
-            "cross_entropy": torch.where(counts, score.cross_entropy, 0.0).sum(dtype=torch.float64),
-            "kl": torch.where(counts, score.kl, 0.0).sum(dtype=torch.float64),
-        }
-        for name, value in sums.items():  # all of them, or none where the memory was not enough
-            getattr(self, name)[condition] += value
-        if self.examples:
-            self._add_by_example(condition, scored.example, counts, score)
-
-    def _add_by_example(self, condition: int, example: Tensor, counts: Tensor, score: Scores) -> None:
-        inside = counts & (example < self.examples)
-        place = torch.where(inside, example, 0)
-        for name, values in (("top1", score.top1), ("cross_entropy", score.cross_entropy)):
-            values = torch.where(inside, values, 0).double()
-            getattr(self, f"{name}_by_example")[condition].index_add_(0, place, values)
+        place = torch.where(counts & (scored.example < self.examples), scored.example, self.examples)
+        each = torch.stack([column.double() for column in scores(scored.logits, scored.targets, clean)])
+        self.sums[condition].index_add_(1, place, torch.where(counts, each, 0.0))
         if condition == 0:  # all conditions score the same positions
-            self.n_by_example.index_add_(0, place, inside.long())
-            self.elsewhere += (counts & ~inside).sum()
+            self.n.index_add_(0, place, counts.long())
 
     def compute(self) -> dict[str, Tensor]:
-        """See :attr:`figures`."""
-        return self.figures
+        """See :attr:`means`."""
+        return self.means
 
     @property
-    def figures(self) -> dict[str, Tensor]:
-        """``n`` ``(conditions,)`` int64, and the means over n: top1, top5 (fractions), cross_entropy, kl (nats)."""
-        means = {name: getattr(self, name).double() / self.n for name in ("top1", "top5", "cross_entropy", "kl")}
-        return {"n": self.n, **means}
+    def means(self) -> dict[str, Tensor]:
+        """``n`` ``()`` int64, and ``(conditions,)`` means over n: top1, top5 (shares), cross_entropy, kl (nats)."""
+        n = self.n.sum()
+        return {"n": n, **dict(zip(METRICS, (self.sums.sum(2) / n).unbind(1), strict=True))}
+
+    @property
+    def by_example(self) -> tuple[Tensor, Tensor] | None:
+        """``n`` ``(examples,)`` and ``sums`` ``(conditions, metrics, examples)``; None where examples aren't known."""
+        return None if not self.examples or int(self.n[-1]) else (self.n[:-1], self.sums[..., :-1])
+
+    @property
+    def finite(self) -> Tensor:
+        """Which conditions' scores are finite, ``(conditions,)`` bool."""
+        return self.sums.isfinite().all(2).all(1)

@@ -5,8 +5,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
+from lightning_ablate.conditions import Condition
 from lightning_ablate.modules import AblationModule
-from lightning_ablate.sweep import Condition
+from lightning_ablate.phases import SweepPhase
 
 
 class SweepProgressBar(TQDMProgressBar):
@@ -14,37 +15,31 @@ class SweepProgressBar(TQDMProgressBar):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Names what this epoch is for."""
-        if batch_idx == 0 and isinstance(pl_module, AblationModule):
-            learning = pl_module.learning
-            what = "Calibration" if learning is None else f"Learning {learning.method.name}"
-            self.train_progress_bar.set_description(f"{what}, epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
+        if batch_idx == 0 and isinstance(pl_module, AblationModule) and pl_module.phase is not None:
+            epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+            self.train_progress_bar.set_description(f"{pl_module.phase.title}, {epoch}")
 
     def on_validation_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Counts all conditions of all batches from the first batch on."""
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
-        if not isinstance(pl_module, AblationModule) or pl_module.sweep is None or self.is_disabled:
+        phase = pl_module.phase if isinstance(pl_module, AblationModule) else None
+        if not isinstance(phase, SweepPhase) or self.is_disabled:
             return
-        bar, sweep = self.val_progress_bar, pl_module.sweep
+        bar, conditions = self.val_progress_bar, phase.conditions
         if batch_idx == 0:
             batches = trainer.num_val_batches[0]
-            bar.reset(int(batches) * len(sweep.conditions) if batches < float("inf") else None)
-            bar.set_description("Sweep")
+            bar.reset(int(batches) * len(conditions) if batches < float("inf") else None)
+            bar.set_description(phase.title)
             bar.unit = " passes"
-        done = batch_idx * len(sweep.conditions)
-        index = {condition: number for number, condition in enumerate(sweep.conditions)}
+        place = {condition: batch_idx * len(conditions) + number for number, condition in enumerate(conditions)}
 
         def announce(condition: Condition) -> None:
             bar.set_postfix_str(str(condition), refresh=False)
-            bar.update(done + index[condition] - bar.n)
+            bar.update(place[condition] - bar.n)
 
-        sweep.announce = announce
+        phase.announce = announce
 
     def on_validation_batch_end(
         self,
@@ -56,8 +51,8 @@ class SweepProgressBar(TQDMProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         """Counts the last condition of the batch."""
-        if isinstance(pl_module, AblationModule) and pl_module.sweep is not None and not self.is_disabled:
-            bar = self.val_progress_bar
-            bar.update((batch_idx + 1) * len(pl_module.sweep.conditions) - bar.n)
+        phase = pl_module.phase if isinstance(pl_module, AblationModule) else None
+        if isinstance(phase, SweepPhase) and not self.is_disabled:
+            self.val_progress_bar.update((batch_idx + 1) * len(phase.conditions) - self.val_progress_bar.n)
         else:
             super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)

@@ -1,86 +1,52 @@
+"""Edits folded into weights."""
+
 import pytest
 import torch
 
-from lightning_ablate import AblationCallback
-from lightning_ablate.errors import ConfigError
-from lightning_ablate.folding import weights_of
-from lightning_ablate.methods import Conditional, ConditionalPerHead, Mean, Noise, Zero
-from lightning_ablate.sweep import Prepared, Sweep
-from tests import tiny
-from tests.test_sites import hooks
-from tests.test_sweep import calibrated, conditions_of
-from tests.tiny import run
+from lightning_ablate import ConditionalMean, ConditionalMeanPerHead, Mean, Noise, Random, Site, Zero
+from lightning_ablate.conditions import Selection
+from lightning_ablate.errors import SiteError
+from lightning_ablate.folding import fold, swapped
+from lightning_ablate.methods import Ablation, Edit, constant
+from lightning_ablate.sites import hooked
+from tests import reference, tiny
 
-METHODS = [Zero(), Mean(), Conditional(), ConditionalPerHead(), Noise()]
+METHODS = [Zero(), Mean(), ConditionalMean(), ConditionalMeanPerHead()]
 
 
-def sweeps(model):
-    conditions = conditions_of(METHODS, [0.3, 1.0], [1])
-    for fold in (False, True):
-        sweep = Sweep(calibrated(model, methods=METHODS), METHODS, conditions, fold=fold)
-        sweep.batch.examples = torch.arange(3)
-        sweep.prepare()
-        yield sweep
+def edits_of(calibration, method, fraction):
+    masks = {site: Random().mask(Selection(fraction, 1), site) for site in calibration.sites}
+    return {s: Edit(m, method.prepare(Ablation(s, m, calibration[s], 1))) for s, m in masks.items()}
 
 
 @pytest.mark.parametrize("make", [tiny.gpt2, tiny.mistral, tiny.vit, tiny.roberta, tiny.opt])
 def test_folded_equals_hooked_and_the_target_is_never_written(make):
     model = make()
-    before, clean = {name: (p, p.clone()) for name, p in model.named_parameters()}, run(model)
-    hooked, folded = sweeps(model)
-    for condition in hooked.conditions:
-        with hooked.applied(condition):
-            expected = run(model)
-        with folded.applied(condition):
-            assert hooks(model) == (2 if condition.method == "noise" else 0)  # which isn't affine
-            found = run(model)
+    calibration, clean = tiny.calibrated(model, *METHODS), tiny.run(model)
+    before = {name: (p, p.clone()) for name, p in model.named_parameters()}
+    for method, fraction in ((method, fraction) for method in METHODS for fraction in (0.3, 1.0)):
+        edits = edits_of(calibration, method, fraction)
+        with hooked(model, edits, once=True):
+            expected = tiny.run(model)
+        with pytest.raises(RuntimeError, match="behind it"), swapped(model, fold(model, edits)):
+            assert reference.hooks(model) == 0
+            found = tiny.run(model)
+            raise RuntimeError("behind it")
         assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
-        if condition.method != "none":
-            assert float((found - clean).abs().max()) > 10 * float((found - expected).abs().max())
+        assert float((found - clean).abs().max()) > 10 * float((found - expected).abs().max())
     assert dict(model.named_parameters()).keys() == before.keys()
-    assert all(before[name][0] is p and torch.equal(before[name][1], p) for name, p in model.named_parameters())
+    assert all(before[name][0] is p and torch.equal(*before[name]) for name, p in model.named_parameters())
 
 
-def test_an_exception_leaves_the_own_weights():
-    model = tiny.mistral()
-    clean, sweep = run(model), list(sweeps(model))[1]
-    with pytest.raises(RuntimeError, match="in the pass"), sweep.applied(sweep.conditions[1]):
-        raise RuntimeError("in the pass")
-    assert torch.equal(run(model), clean)
-
-
-def test_what_there_is_no_room_for_is_made_anew(monkeypatch):
-    model = tiny.gpt2()
-    kept = list(sweeps(model))[1]
-    monkeypatch.setattr("lightning_ablate.sweep._ROOM", 0)
-    monkeypatch.setattr(Prepared, "nbytes", 20_000)  # of a target of 50,000
-    tight = list(sweeps(model))[1]
-    assert 0 < len(tight._prepared) < len(kept._prepared)
-    for condition in kept.conditions:
-        with kept.applied(condition):
-            expected = run(model)
-        with tight.applied(condition):
-            assert torch.equal(run(model), expected)
-
-
-def test_modules_that_are_more_than_a_matrix_keep_their_hooks():
-    class Scaled(torch.nn.Linear):
-        pass
-
-    target = torch.nn.Sequential(Scaled(4, 4), torch.nn.Linear(4, 4))
-    site = tiny.sites(tiny.albert())[0]
-    assert weights_of(tiny.albert(), site) is None and site.uses == 3
-    linear, scaled = (type(site)(name, 4) for name in ("1", "0"))
-    assert weights_of(target, linear) is not None and weights_of(target, scaled) is None
-
-
-def test_a_run_with_folding_gives_the_same_figures(tmp_path):
-    figures = []
-    for fold in (False, True):
-        made = AblationCallback(methods=["zero", "conditional"], fractions=[0.5, 1.0], seeds=[1], fold=fold)
-        tiny.fit(tmp_path / str(fold), callback=made)
-        figures.append([(row.method, row.fraction, row.cross_entropy) for row in made.results.rows])
-    for one, other in zip(*figures, strict=True):
-        assert one[:2] == other[:2] and abs(one[2] - other[2]) < 1e-5
-    with pytest.raises(ConfigError, match="fold and compile are both on"):
-        AblationCallback(fold=True, compile=True)
+def test_what_cannot_be_folded_is_refused():
+    mask, zeros, albert, gpt2 = torch.ones(4, dtype=torch.bool), constant(torch.zeros(4)), tiny.albert(), tiny.gpt2()
+    scaled = type("Scaled", (torch.nn.Linear,), {})
+    target = torch.nn.Sequential(scaled(4, 4), torch.nn.Linear(4, 4))
+    assert list(fold(target, {Site("1", 4): Edit(mask, zeros)})) == ["1"]
+    for model, edits in (
+        (target, {Site("0", 4): Edit(mask, zeros)}),  # more than a matrix, for all that is known
+        (albert, edits_of(tiny.calibrated(albert), Mean(), 0.5)),  # whose projection runs three times
+        (gpt2, edits_of(tiny.calibrated(gpt2), Noise(), 0.5)),
+    ):
+        with pytest.raises(SiteError, match="can't be folded, expected a constant or conditional method at a plain"):
+            fold(model, edits)

@@ -1,72 +1,73 @@
-"""The real command, killed at random moments and started again until it ends.
+"""The real command, killed and started again until it ends; ``--full`` kills it 50 times, the short form twice.
 
-``python -m pytest tests/test_kills.py --full`` kills it 56 times; test_resume.py is the short form, in one process.
+It kills itself at the ends of epochs, where a save is due, and is killed from outside at random moments.
 """
 
-import os
+import json
 import random
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
+from tests.command import ENVIRONMENT, command, dying
+
+LEARNED = {"class_path": "lightning_ablate.methods.Optimal", "init_args": {"steps": 8, "examples": 10}}
+EPOCHS, BATCHES = 4, 10  # two epochs calibrate and two learn
 OPTIONS = [
-    *("--data.calibration_images=200", "--data.evaluation_images=200", "--data.batch_size=5"),
-    *("--ablation.fractions=[0.5,1.0]", "--ablation.note_every=0", "--ablation.folder=run"),
-    *("--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false"),
+    *("--data.calibration_images=50", "--data.evaluation_images=50", "--data.batch_size=5", "--trainer.logger=false"),
+    f"--ablation.methods={json.dumps(['zero', 'mean', 'peak', 'noise', LEARNED])}",
+    *("--ablation.save_every=0", "--ablation.dirpath=run"),
 ]
-KILLS_OF_A_RUN = 4
+ENDS = {0, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM}
 
 
-def start(folder):
+def start(folder, *options):
     """Starts it; one thread, so that sums come out the same whatever else runs."""
     with (folder / "said").open("w") as said:
-        return subprocess.Popen(
-            [sys.executable, "-m", "lightning_ablate", "fit", *OPTIONS],
-            cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=said,
-            stderr=said,
-        )
+        environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+        made = command("fit", *OPTIONS, *options)
+        return subprocess.Popen(made, cwd=folder, env=environment, stdout=said, stderr=said)
 
 
 def finish(process, folder):
     assert process.wait() == 0, (folder / "said").read_text()
-    return (folder / "run" / "results.csv").read_bytes()
+    assert not (folder / "run" / "unfinished").exists()
+    return [(folder / "run" / name).read_bytes() for name in ("results.csv", "examples.parquet")]
 
 
 @pytest.fixture(scope="module")
-def whole(full, tmp_path_factory):
-    """The results of a run that lives, and its seconds before and behind the first note."""
+def whole(tmp_path_factory):
+    """The results of a run that lives, and its seconds before and behind the first save."""
     folder = tmp_path_factory.mktemp("whole")
     process, began = start(folder), time.monotonic()
     while not (folder / "run" / "unfinished").exists():
         assert process.poll() is None, (folder / "said").read_text()
         time.sleep(0.02)
-    noted = time.monotonic()
-    return finish(process, folder), noted - began, time.monotonic() - noted
+    saved = time.monotonic()
+    return finish(process, folder), saved - began, time.monotonic() - saved
 
 
-def test_killed_runs_go_on_to_the_results_of_a_whole_one(whole, tmp_path):
+def test_killed_runs_go_on_to_the_results_of_a_whole_one(whole, tmp_path, request):
     expected, before, behind = whole
-    kills, draw, went_on = 56, random.Random(0), 0
-    while kills > 0:
-        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+    wanted, killed, draw = 50 if request.config.getoption("--full") else 2, 0, random.Random(0)
+    while killed < wanted:
+        folder = tmp_path / str(killed)
         folder.mkdir()
-        for _ in range(min(kills, KILLS_OF_A_RUN)):
-            process = start(folder)
-            time.sleep(before + draw.uniform(0, 0.6) * behind)
-            if process.poll() is not None:  # it has ended before
+        for number in range(min(wanted - killed, 4)):
+            how = (signal.SIGKILL, signal.SIGTERM)[killed % 2]
+            # epochs are counted from where a run goes on
+            moment = (EPOCHS - 1, BATCHES - 1) if number == 0 else draw.choice([(0, 9), (1, 0), (1, 9), (None, 5)])
+            process = start(folder, *(() if number % 2 else dying(*moment, how)))
+            if number % 2:
+                time.sleep(before + draw.uniform(0, 0.8) * behind)
+                process.send_signal(how)
+            ended = process.wait()
+            assert ended in ENDS, (folder / "said").read_text()
+            if ended == 0:  # before the signal came
                 break
-            process.send_signal(draw.choice([signal.SIGKILL, signal.SIGTERM]))
-            if process.wait() == 0:  # it ended while the signal came
-                break
-            kills -= 1
-            went_on += any(folder.glob("run/unfinished/*.pt"))
+            killed += 1
         else:
             process = start(folder)
         assert finish(process, folder) == expected
-        assert not (folder / "run" / "unfinished").exists()
-    assert went_on  # some of them died with something done

@@ -1,293 +1,153 @@
-import warnings
+"""Values that are learned by gradient descent."""
 
-import lightning
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.nn import functional
 
-from lightning_ablate import AblationCallback, Scored
+from lightning_ablate import AblationCallback, ConditionalMean, ConditionalOptimal, EachHead, Mean, Optimal, Random
+from lightning_ablate.choices import seed_of
 from lightning_ablate.errors import ConfigError, NonFiniteError, StatisticsError
-from lightning_ablate.learning import Course
-from lightning_ablate.masks import EachHead, RandomNeurons, seed_of
-from lightning_ablate.methods import Conditional, ConditionalOptimal, LearnedMethod, Mean, Optimal
-from lightning_ablate.statistics import Moments
-from tests import tiny
-from tests.test_resume import Death, Dies
-from tests.test_sites import hooks
+from lightning_ablate.phases.learning import Course
+from tests import reference, tiny
 
-EXAMPLES = 12
+PATHS = [f"transformer.h.{n}.attn.c_proj" for n in range(2)]
 
 
-def data(batch_size=2, examples=EXAMPLES, seed=1):
-    return tiny.loader(examples, batch_size, seed)
+def data(batch_size=2):
+    return tiny.loader(12, batch_size, seed=1)
 
 
-def fit(folder, *methods, train=None, module=None, **options):
-    """The values learned, by method and site; the callback; and the module."""
-    taken = {name: options.pop(name) for name in ("choice", "note_every", "folder") if name in options}
-    made = AblationCallback(methods=methods, fractions=[0.5, 1.0], seeds=[1, 2], **taken)
-    module, _ = tiny.fit(folder, module, train=data() if train is None else train, callback=made, **options)
-    return {name: {s.name: v for s, v in sites.items()} for name, sites in module.calibration.learned.items()}, made
+def fit(folder, *methods, train=None, module=None, neurons=None, **options):
+    """The values learned, by method and site; and the callback."""
+    made = AblationCallback(methods, [0.5, 1.0], [1, 2], neurons=neurons)
+    tiny.fit(folder, module, train=data() if train is None else train, callback=made, **options)
+    return {name: {s.name: v for s, v in sites.items()} for name, sites in made.run.calibration.learned.items()}, made
 
 
-class Descent(LearnedMethod):
-    """Takes its steps by plain gradient descent."""
-
-    def optimizer(self, parameters):
-        return torch.optim.SGD(parameters, lr=self.lr)
-
-
-class PlainOptimal(Descent, Optimal):
-    pass
-
-
-class PlainConditional(Descent, ConditionalOptimal):
-    pass
+def replacement(conditional, mask, delta, mean, sd, covariance):
+    """A change for plain hooks: the mean and so many standard deviations, and what the kept neurons let expect."""
+    left, slope = torch.ones(16).double(), torch.zeros(16, 16).double()
+    if conditional and bool(mask.any()) and not bool(mask.all()):
+        within, across = covariance[~mask][:, ~mask].clone(), covariance[~mask][:, mask]
+        within.diagonal().mul_(1 + 1e-6)
+        slope[(~mask).nonzero(), mask.nonzero().T] = solved = torch.linalg.solve(within, across)
+        left[mask] = (1 - (across * solved).sum(0) / sd[mask] ** 2).clamp(0, 1).sqrt()
+    return lambda x: torch.where(mask, mean + left * sd * delta + (x - mean) @ slope, x)
 
 
-def loss_by_hand(method, deltas, examples, moments, covariances):
-    """Mean cross-entropy of examples that are run one by one in float64, with their neurons replaced by plain hooks."""
-    model, batch = tiny.gpt2().double(), tiny.tokens(EXAMPLES, seed=1)
-    sites, total, count = tiny.sites(tiny.gpt2()), 0.0, 0
-    projections = [block.attn.c_proj for block in model.transformer.h]
-    for row in examples:
-        chosen = RandomNeurons().draw(sites, seed_of("learning", "epoch 0", row))
-
-        def act(n, x, chosen=chosen):
-            mask = RandomNeurons().mask(chosen, sites[n])
-            mean, sd = moments[n]
-            expected = (mean + sd * deltas[n]).expand(x.shape)
-            if method == "conditional" and bool(mask.any()) and not bool(mask.all()):
-                within, across = covariances[n][~mask][:, ~mask].clone(), covariances[n][~mask][:, mask]
-                within.diagonal().mul_(1 + 1e-6)
-                slope = torch.linalg.solve(within, across)
-                left = (1 - (across * slope).sum(0) / sd[mask] ** 2).clamp(0, 1).sqrt()
-                expected = x.clone()
-                expected[..., mask] = mean[mask] + left * sd[mask] * deltas[n][mask] + (x - mean)[..., ~mask] @ slope
-            return (torch.where(mask, expected, x),)
-
-        handles = [p.register_forward_pre_hook(lambda m, x, n=n: act(n, x[0])) for n, p in enumerate(projections)]
-        ids, real = batch["input_ids"][row : row + 1], batch["attention_mask"][row : row + 1]
-        logits = model(input_ids=ids, attention_mask=real).logits[0]
-        for handle in handles:
-            handle.remove()
-        for position in range(tiny.LENGTH - 1):
-            if real[0, position + 1]:
-                total = total + functional.cross_entropy(logits[position], ids[0, position + 1])
-                count += 1
-    return total / count
-
-
-@pytest.mark.parametrize(("method", "kind"), [("optimal", PlainOptimal), ("conditional", PlainConditional)])
-def test_a_step_is_that_of_the_gradient_of_the_mean_cross_entropy(tmp_path, method, kind):
-    learned, _made = fit(tmp_path, kind(steps=1, lr=0.5, examples=8), train=data(2), limit_train_batches=4)
+@pytest.mark.parametrize("kind", [Optimal, ConditionalOptimal])
+def test_a_step_is_that_of_the_gradient_of_the_mean_cross_entropy(tmp_path, kind):
+    """By hand: eight examples one by one in float64, with their neurons replaced by plain hooks."""
+    descent = type("Descent", (kind,), {"optimizer": lambda self, values: torch.optim.SGD(values, lr=self.lr)})
+    learned, _ = fit(tmp_path, descent(steps=1, lr=0.5, examples=8), limit_train_batches=4)
     assert Course.of(steps=1, examples=8, batch_size=2, batches=4) == Course(1, 4, 4)
-    found = next(iter(learned.values()))
-    x = activations()
-    moments = [(rows.mean(0), rows.std(0, correction=0)) for rows in x]
-    covariances = [torch.cov(rows.T, correction=0) for rows in x]
-    deltas = [torch.zeros(16, dtype=torch.float64, requires_grad=True) for _ in x]
-    loss_by_hand(method, deltas, range(8), moments, covariances).backward()
-    for (mean, sd), delta, values in zip(moments, deltas, found.values(), strict=True):
-        expected = mean - sd * 0.5 * delta.grad
+    batch = {name: value[:8] for name, value in tiny.tokens(12, seed=1).items()}
+    raw = [x.double() for x in reference.raw_activations(tiny.gpt2(), [batch], PATHS).values()]
+    known = [(x.mean(0), x.std(0, correction=0), torch.cov(x.T, correction=0)) for x in raw]
+    deltas = [torch.zeros(16, dtype=torch.float64, requires_grad=True) for _ in raw]
+    model, sites, losses = tiny.gpt2().double(), tiny.sites(tiny.gpt2()), []
+    for row in range(8):
+        chosen = Random().draw(sites, seed_of("learning", "epoch 0", row))
+        masks = [Random().mask(chosen, site) for site in sites]
+        changes = [replacement(kind is ConditionalOptimal, masks[n], deltas[n], *known[n]) for n in range(2)]
+        losses.append(reference.losses(model, batch, row, dict(zip(PATHS, changes, strict=True))))
+    torch.cat(losses).mean().backward()
+    for (mean, sd, _), delta, values in zip(known, deltas, learned[kind.name].values(), strict=True):
         assert float((values - mean).abs().max()) > 1e-3
-        torch.testing.assert_close(values.double(), expected, rtol=1e-4, atol=1e-6)
-
-
-def activations():
-    """Of the calibration's first eight examples at each site, ``(positions, 16)`` float64."""
-    model, batch, seen = tiny.gpt2(), tiny.tokens(EXAMPLES, seed=1), {}
-    for n, block in enumerate(model.transformer.h):
-        block.attn.c_proj.register_forward_pre_hook(lambda m, x, n=n: seen.update({n: x[0]}))
-    with torch.no_grad():
-        model(input_ids=batch["input_ids"][:8], attention_mask=batch["attention_mask"][:8])
-    return [seen[n][batch["attention_mask"][:8].bool()].double() for n in range(2)]
+        torch.testing.assert_close(values.double(), mean - sd * 0.5 * delta.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_batches_are_accumulated_to_the_same_steps(tmp_path):
-    options = {"steps": 6, "lr": 0.1, "examples": 4}
-    alone, _ = fit(tmp_path / "1", Optimal(**options), train=data(4))
-    several, _ = fit(tmp_path / "2", Optimal(**options), train=data(2))
-    asked, _ = fit(tmp_path / "3", Optimal(**options | {"examples": 1}), train=data(1), accumulate_grad_batches=4)
-    for other in (several, asked):
-        for site, values in alone["optimal"].items():
-            torch.testing.assert_close(other["optimal"][site], values, rtol=1e-3, atol=1e-4)
+    found = [fit(tmp_path / str(n), Optimal(steps=6, lr=0.1, examples=4), train=data(n))[0] for n in (1, 4)]
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
 
 
 def test_it_lowers_the_damage_and_leaves_the_target_to_the_bit(tmp_path):
-    model = tiny.gpt2()
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    methods = Mean(), Conditional(), Optimal(steps=60, lr=0.1, examples=4), ConditionalOptimal(steps=60, lr=0.1)
-    module = tiny.Own(model)
+    options, module, again = {"steps": 60, "lr": 0.1, "examples": 4}, tiny.Own(tiny.gpt2()), tiny.gpt2().state_dict()
+    methods = Mean(), ConditionalMean(), Optimal(**options), ConditionalOptimal(**options)
     _, made = fit(tmp_path, *methods, module=module, train=data(4), val=data(4))  # the same examples
-    damage = {}
-    for row in made.results.rows[1:]:
-        damage.setdefault(row.method, []).append(row.cross_entropy)
-    mean, conditional, optimal, both = (sum(damage[method.name]) for method in methods)
-    assert optimal < mean - 0.1 and both < conditional - 0.1
-    assert all(torch.equal(before[name], p) and p.grad is None for name, p in model.named_parameters())
-    assert hooks(model) == 0 and module.learning is None and module.anchor.item() == 0
-    assert [type(o) for o in module.trainer.optimizers] == [torch.optim.SGD]
-    assert module.trainer.accumulate_grad_batches == 1 and made._held_out["optimal"][1] < made._held_out["optimal"][0]
+    damage = made.results.table.groupby("method")["cross_entropy"].sum()
+    assert damage["optimal"] < damage["mean"] - 0.1
+    assert damage["conditional-optimal"] < damage["conditional-mean"] - 0.1
+    model, (before, after) = module.target, made.run.held_out["optimal"]
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items()) and after < before
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters()) and reference.hooks(model) == 0
 
 
 def test_the_values_come_back_from_the_checkpoint(tmp_path):
     methods = ["mean", Optimal(steps=5), ConditionalOptimal(steps=5)]
-    learned, made = fit(tmp_path, *methods)
-    again = AblationCallback(methods=methods, fractions=[0.5, 1.0], seeds=[1, 2])
-    trainer, module = tiny.trainer(tmp_path, again), tiny.Own(tiny.gpt2())
-    trainer.validate(module, tiny.loader(seed=2), ckpt_path=made.folder / "ablation.ckpt", verbose=False)
-    assert again.results.csv() == made.results.csv()
-    for site, values in module.calibration.learned["optimal"].items():
+    again, (learned, made) = AblationCallback(methods, [0.5, 1.0], [1, 2]), fit(tmp_path, *methods)
+
+    def validate(folder):
+        module = tiny.Own(tiny.gpt2())
+        tiny.trainer(tmp_path, again).validate(module, tiny.loader(seed=2), folder / "ablation.ckpt", verbose=False)
+
+    validate(made.folder)
+    assert again.results.table.equals(made.results.table)
+    for site, values in again.run.calibration.learned["optimal"].items():
         assert torch.equal(values, learned["optimal"][site.name]) and values.dtype == torch.float32
     _, without = fit(tmp_path / "without", "mean")
     with pytest.raises(StatisticsError, match="'optimal' needs the values it learns"):
-        tiny.trainer(tmp_path, again).validate(
-            tiny.Own(tiny.gpt2()), tiny.loader(seed=2), ckpt_path=without.folder / "ablation.ckpt", verbose=False
-        )
-
-
-@pytest.mark.parametrize(("epoch", "batch"), [(1, 1), (2, 5), (3, 2), (None, 0)])
-def test_a_run_that_dies_while_it_learns_goes_on_to_the_same_bytes(tmp_path, epoch, batch):
-    """Epochs 1 and 2 learn one method, 3 and 4 the other; a step takes two batches."""
-
-    def run(folder, *more):
-        methods = [Optimal(steps=4, examples=4), ConditionalOptimal(steps=4, examples=4)]
-        made = AblationCallback(methods, fractions=[0.5, 1.0], seeds=[1], note_every=0, folder=folder)
-        trainer = tiny.trainer(folder.parent, made)
-        trainer.callbacks += more
-        trainer.fit(tiny.Own(tiny.gpt2()), data(), tiny.loader(seed=2))
-        return (folder / "results.csv").read_bytes()
-
-    whole = run(tmp_path / "whole")
-    with pytest.raises(Death):
-        run(tmp_path / "dies", Dies(epoch, batch))
-    assert run(tmp_path / "dies") == whole
+        validate(without.folder)
 
 
 def test_learning_curves_are_logged_and_the_held_out_check_told(tmp_path):
     logger = TensorBoardLogger(tmp_path / "tb")
-    fit(tmp_path, Optimal(steps=8, examples=2), train=data(2), logger=logger)
+    _, made = fit(tmp_path, Optimal(steps=8, examples=2), logger=logger)
     events = EventAccumulator(logger.log_dir).Reload()
     curve = events.Scalars("learning/optimal")
     assert [point.step for point in curve] == list(range(1, 11)) and all(3 < point.value < 9 for point in curve)
-    held_out = [events.Scalars(f"learning/optimal held out{end}") for end in ("", ", mean")]
-    assert [[point.step for point in points] for points in held_out] == [[5, 10], [5, 10]]
-    assert held_out[1][0].value == held_out[1][1].value != held_out[0][1].value
-
-
-def test_learning_that_does_harm_is_told(tmp_path):
-    with pytest.warns(UserWarning, match="worse than the mean on examples held out"):
-        fit(tmp_path, Optimal(steps=5, lr=30.0, examples=2))
+    mean, learned = (events.Scalars(f"learning/optimal held out{end}") for end in (", mean", ""))
+    assert [point.step for point in [*mean, *learned]] == [5, 10, 5, 10] and mean[0].value == mean[1].value
+    assert made.run.held_out["optimal"] == pytest.approx((mean[1].value, learned[1].value))
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_other_precisions_learn_in_float32(tmp_path, precision):
-    learned, _made = fit(tmp_path, Optimal(steps=5), ConditionalOptimal(steps=5), precision=precision)
-    for sites in learned.values():
-        assert all(v.dtype == torch.float32 and bool(v.isfinite().all()) for v in sites.values())
+    learned, _ = fit(tmp_path, Optimal(steps=5), ConditionalOptimal(steps=5), precision=precision, neurons=EachHead())
+    values = [values for sites in learned.values() for values in sites.values()]
+    assert len(values) == 4 and all(v.dtype == torch.float32 and bool(v.isfinite().all()) for v in values)
 
 
-def test_a_stream_and_other_choices_learn_as_well(tmp_path):
+def test_a_stream_learns_once_it_has_a_length(tmp_path):
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
             return iter(data())
 
-    stream = torch.utils.data.DataLoader(Stream(), batch_size=None)
-    learned, made = fit(tmp_path / "1", Optimal(steps=5, examples=1), train=stream)
-    expected, _ = fit(tmp_path / "2", Optimal(steps=5, examples=1), train=data())
-    for site, values in expected["optimal"].items():
-        torch.testing.assert_close(learned["optimal"][site], values)
-    learned, made = fit(tmp_path / "3", Optimal(steps=5), choice=EachHead())
-    assert len(made.results.rows) == 1 + 8
-    drawn = {EachHead().draw(tiny.sites(tiny.gpt2()), seed) for seed in range(200)}
-    assert len(drawn) == 8
+    stream, method = torch.utils.data.DataLoader(Stream(), batch_size=None), Optimal(steps=5, examples=1)
+    with pytest.raises(ConfigError, match="optimal learns in steps over the calibration data, which tell no length"):
+        fit(tmp_path / "0", method, train=stream)
+    learned, _ = fit(tmp_path / "1", method, train=stream, limit_train_batches=6)
+    torch.testing.assert_close(learned, fit(tmp_path / "2", method)[0])
 
 
-def test_memory_that_ends_while_learning_halves_the_batches(tmp_path):
-    class Small(tiny.Own):
-        def evaluate(self, batch):
-            if self.learning is not None and len(batch["input_ids"]) > 2:
-                raise torch.OutOfMemoryError("out of memory")
-            return super().evaluate(batch)
-
-    whole, _ = fit(tmp_path / "1", Optimal(steps=3, examples=4), train=data(4))
-    with pytest.warns(UserWarning, match="every batch is run in 2 pieces"):
-        pieces, _ = fit(tmp_path / "2", Optimal(steps=3, examples=4), train=data(4), module=Small(tiny.gpt2()))
-    for site, values in whole["optimal"].items():
-        torch.testing.assert_close(pieces["optimal"][site], values, rtol=1e-4, atol=1e-5)
-
-
-def test_examples_without_an_index_are_told_apart_by_their_order(tmp_path):
-    class Plain(tiny.Own):
-        def evaluate(self, batch):
-            logits = self.target(input_ids=batch["ids"]).logits
-            examples = torch.arange(len(logits)).repeat_interleave(tiny.LENGTH)
-            return Scored(logits.flatten(0, 1), batch["ids"].roll(-1, 1).flatten(), examples)
-
-        def valid(self, batch):
-            return None
-
-    rows = [{"ids": row["input_ids"]} for row in tiny.loader(8).dataset]
-    loader = torch.utils.data.DataLoader(rows, batch_size=2)
-    learned, made = fit(
-        tmp_path, Optimal(steps=2), "noise", "mean", train=loader, val=loader, module=Plain(tiny.gpt2())
-    )
-    assert made.results.baseline.n == 8 * tiny.LENGTH and all(v.isfinite().all() for v in learned["optimal"].values())
-    module = Plain(tiny.gpt2())
-    module.trainer = tiny.trainer(tmp_path, made)
-    assert [module._indices({"ids": torch.zeros(2, 3)}, number) for number in range(3)] == [[0, 1], [2, 3], [4, 5]]
-
-
-def test_a_fast_dev_run_learns_a_step(tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        fit(tmp_path, Optimal(), fast_dev_run=True)
-
-
-def test_what_does_not_learn_is_refused(tmp_path):
+def test_what_does_harm_is_told_and_what_does_not_learn_is_refused(tmp_path):
+    detached = type("Detached", (tiny.Own,), {"evaluate": torch.no_grad()(tiny.Own.evaluate)})
+    with pytest.warns(UserWarning, match="worse than the mean on examples held out"):
+        fit(tmp_path / "0", Optimal(steps=5, lr=30.0, examples=2))
     with pytest.raises(ConfigError, match="steps is 0"):
         Optimal(steps=0)
     with pytest.raises(NonFiniteError, match="optimal: the cross-entropy is"):
-        fit(tmp_path, Optimal(steps=20, lr=1e30))
-
-
-def test_the_course_has_the_fewest_epochs_that_give_the_steps():
-    for batches in (1, 2, 3, 7, 25, 400):
-        for examples in (1, 8, 32, 1000):
-            course = Course.of(steps=50, examples=examples, batch_size=8, batches=batches)
-            held = [course.is_held_out(batch) for batch in range(batches)]
-            steps = len({b // course.accumulated for b in range(batches) if not held[b]})
-            assert steps and (course.epochs - 1) * steps < 50 <= course.epochs * steps
-            assert any(held) == (course.steps > 1) and sum(held) <= max(course.accumulated, batches / 2)
-
-
-def test_moments_are_always_there():
-    assert Moments in Optimal.statistics and Moments in ConditionalOptimal.statistics
-    assert issubclass(Optimal, LearnedMethod) and isinstance(tiny.trainer(".", AblationCallback()), lightning.Trainer)
-
-
-def test_logits_without_a_gradient_are_refused(tmp_path):
-    class Detached(tiny.Own):
-        @torch.no_grad()
-        def evaluate(self, batch):
-            return super().evaluate(batch)
-
-    with pytest.raises(ConfigError, match="optimal can't learn: the logits"):
-        fit(tmp_path, Optimal(steps=2), module=Detached(tiny.gpt2()))
+        fit(tmp_path / "1", Optimal(steps=20, lr=1e30))
+    with pytest.raises(ConfigError, match="optimal can't learn: the logits that `evaluate` gives have no gradient"):
+        fit(tmp_path / "2", Optimal(steps=2), module=detached(tiny.gpt2()))
 
 
 def test_after_an_exception_the_same_module_and_callback_learn_anew(tmp_path):
-    module, methods = tiny.Own(tiny.gpt2()), [Optimal(steps=4, examples=4)]
-    made = AblationCallback(methods, fractions=[0.5], seeds=[1])
-    trainer = tiny.trainer(tmp_path, made)
-    trainer.callbacks.append(Dies(1, 1))
-    with pytest.raises(Death):
-        trainer.fit(module, data(), tiny.loader(seed=2))
-    assert module.learning is None and trainer.accumulate_grad_batches == 1
-    assert [type(optimizer) for optimizer in trainer.optimizers] == [torch.optim.SGD]
-    again, _ = fit(tmp_path / "again", *methods, module=module)
-    whole, _ = fit(tmp_path / "whole", *methods)
-    assert all(torch.equal(values, whole["optimal"][site]) for site, values in again["optimal"].items())
+    module, made = tiny.Own(tiny.gpt2()), AblationCallback([Optimal(steps=4, examples=4)], [0.5, 1.0], [1, 2])
+    with pytest.raises(tiny.Death):
+        tiny.fit(tmp_path / "1", module, data(), callback=made, more=[tiny.Dies(1, 1)])
+    assert module.phase is None and reference.hooks(module.target) == 0
+    tiny.fit(tmp_path / "2", module, data(), callback=made)
+    _, other = fit(tmp_path / "3", *made.methods)
+    assert made.results.table.equals(other.results.table)
+
+
+def test_the_course_has_the_fewest_epochs_that_give_the_steps():
+    for batches, examples in ((b, e) for b in (1, 2, 3, 7, 25, 400) for e in (1, 8, 32, 1000)):
+        course = Course.of(steps=50, examples=examples, batch_size=8, batches=batches)
+        held = [course.is_held_out(batch) for batch in range(batches)]
+        steps = len({b // course.accumulated for b in range(batches) if not held[b]})
+        assert steps and (course.epochs - 1) * steps < 50 <= course.epochs * steps
+        assert any(held) == (course.steps > 1) and sum(held) <= max(course.accumulated, batches / 2)

@@ -1,10 +1,11 @@
+"""What a condition scores."""
+
 import pytest
 import torch
 from torch.nn import functional as F
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from lightning_ablate import metrics as module
-from lightning_ablate.metrics import Clean, Scored, SweepMetrics
+from lightning_ablate.metrics import METRICS, Clean, Scored, SweepMetrics
 from lightning_ablate.metrics import scores as scores_of
 
 
@@ -21,69 +22,60 @@ def scores(logits, targets, clean):
     return scores_of(logits, targets, cleaned(clean, targets))
 
 
-@pytest.mark.parametrize("chunk", [1, 1000, 2**20])
-def test_scores_equal_torch(monkeypatch, chunk):
-    monkeypatch.setitem(module._CHUNK_BYTES, "cpu", chunk)
-    logits, clean, targets = case()
+@pytest.mark.parametrize(("n", "classes"), [(200, 50), (37, 200_000)])  # of which a few rows are scored at a time
+def test_scores_equal_torch(n, classes):
+    logits, clean, targets = case(n, classes)
+    targets[::2] = logits.argmax(1)[::2]
     found = scores(logits, targets, clean)
     assert torch.equal(found.top1, logits.argmax(1) == targets)
-    top5 = multiclass_accuracy(logits, targets, num_classes=50, top_k=5, average="micro")
+    top5 = multiclass_accuracy(logits, targets, num_classes=classes, top_k=5, average="micro")
     torch.testing.assert_close(found.top5.float().mean(), top5)
     torch.testing.assert_close(found.cross_entropy, F.cross_entropy(logits, targets, reduction="none"))
-    kl = F.kl_div(logits.log_softmax(1), clean.log_softmax(1), reduction="none", log_target=True).sum(1)
-    torch.testing.assert_close(found.kl, kl, rtol=1e-4, atol=5e-6)
-
-
-def test_kl_of_a_target_with_itself_is_exactly_zero():
-    logits, _, targets = case()
-    assert bool((scores(logits, targets, logits.clone()).kl == 0).all())
+    kl = F.kl_div(logits.double().log_softmax(1), clean.double().log_softmax(1), reduction="none", log_target=True)
+    torch.testing.assert_close(found.kl.double(), kl.sum(1), rtol=1e-4, atol=1e-5)
+    assert bool((scores(logits, targets, logits.clone()).kl == 0).all())  # exactly
 
 
 def test_equal_logits_rank_as_argmax_ranks_them():
     logits = torch.zeros(1, 8, dtype=torch.bfloat16)
-    ranks = [scores(logits, torch.tensor([target]), logits) for target in range(8)]
-    assert [bool(score.top1) for score in ranks] == [True] + [False] * 7
-    assert [bool(score.top5) for score in ranks] == [True] * 5 + [False] * 3
+    found = scores(logits.expand(8, 8), torch.arange(8), logits.expand(8, 8))
+    assert found.top1.tolist() == [True] + [False] * 7 and found.top5.tolist() == [True] * 5 + [False] * 3
 
 
-def test_classes_that_the_clean_target_rules_out_add_nothing():
-    logits, clean, targets = case(n=4, classes=6)
-    ruled_out = clean.clone()
-    ruled_out[:, 5] = -torch.inf
-    targets[:] = 0
-    found = scores(logits, targets, ruled_out).kl
+def test_classes_that_the_clean_target_rules_out_add_nothing_and_nan_does_not_hide():
+    logits, ruled_out, targets = case(n=4, classes=6)
+    ruled_out[:, 5], targets[:] = -torch.inf, 0
     p = ruled_out[:, :5].softmax(1)
     expected = (p * (p.log() - logits.log_softmax(1)[:, :5])).sum(1)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    both = logits.clone()
-    both[:, 5] = -torch.inf
-    assert bool(scores(both, targets, ruled_out).kl.isfinite().all())
+    torch.testing.assert_close(scores(logits, targets, ruled_out).kl, expected, rtol=1e-5, atol=1e-6)
+    logits[:, 5] = -torch.inf
+    assert bool(scores(logits, targets, ruled_out).kl.isfinite().all())
+    logits[3, 2], sweep = torch.nan, SweepMetrics(2)  # which doesn't hide
+    found = scores(logits, targets, ruled_out)
+    assert bool(found.cross_entropy[3].isnan()) and bool(found.kl[3].isnan()) and not bool(found.top1[3])
+    sweep.update(1, Scored(logits, targets, torch.arange(4)), cleaned(ruled_out, targets))
+    assert sweep.finite.tolist() == [True, False]
 
 
-def test_nan_logits_do_not_hide():
-    logits, clean, targets = case()
-    logits[7, 3] = torch.nan
-    found = scores(logits, targets, clean)
-    assert bool(found.cross_entropy[7].isnan()) and bool(found.kl[7].isnan()) and not bool(found.top1[7])
-
-
-def test_sweep_metrics_average_over_the_scored_positions_alone():
-    sweep, kept = SweepMetrics(3), torch.rand(200) < 0.6
-    logits, clean, targets = case()
-    example = torch.where(kept, torch.arange(200), -1)
-    logits[~kept] = torch.nan
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_sweep_sums_by_example_over_the_scored_positions_alone(dtype):
+    logits, clean, targets = case(dtype=dtype)
+    example, sweep, fewer, none = torch.randint(-1, 9, (200,)), *(SweepMetrics(3, known) for known in (9, 5, 0))
+    each = torch.stack([column.double() for column in scores(logits, targets, clean)])
+    logits[example < 0] = torch.nan  # what only fills a batch
     for part in torch.arange(200).split(64):
-        sweep.update(1, Scored(logits[part], targets[part], example[part]), cleaned(clean[part], targets[part]))
-    found = {name: value[1].item() for name, value in sweep.compute().items()}
-    assert found["n"] == int(kept.sum())
-    assert found["top1"] == pytest.approx((logits.argmax(1) == targets)[kept].double().mean().item())
-    assert found["cross_entropy"] == pytest.approx(F.cross_entropy(logits[kept], targets[kept]).item(), rel=1e-6)
-    assert sweep.compute()["n"].tolist() == [0, int(kept.sum()), 0]
-
-
-def test_counts_and_sums_keep_their_dtypes():
-    sweep = SweepMetrics(2)
-    logits, clean, targets = case(dtype=torch.bfloat16)
-    sweep.update(0, Scored(logits, targets, torch.arange(200)), cleaned(clean, targets))
-    assert {sweep.n.dtype, sweep.top1.dtype, sweep.top5.dtype} == {torch.int64}
-    assert {sweep.cross_entropy.dtype, sweep.kl.dtype} == {torch.float64}
+        for place, own in ((0, clean), (2, logits)):
+            scored = Scored(own[part], targets[part], example[part])
+            for metrics in (sweep, fewer, none):
+                metrics.update(place, scored, cleaned(clean[part], targets[part]))
+    n, sums = sweep.by_example
+    assert n.tolist() == [int((example == own).sum()) for own in range(9)] and n.dtype == torch.int64
+    expected = torch.stack([each[:, example == own].sum(1) for own in range(9)], 1)
+    torch.testing.assert_close(sums[2], expected, rtol=1e-12, atol=1e-12)
+    assert not bool(sums[1].any()) and not bool(sums[0, METRICS.index("kl")].any())
+    means = torch.stack([sweep.means[name][2] for name in METRICS])
+    torch.testing.assert_close(means, each[:, example >= 0].mean(1), rtol=1e-12, atol=0)
+    for other in (fewer, none):  # of which some, or all, don't know the examples
+        assert other.by_example is None and int(other.means["n"]) == int(n.sum())
+        torch.testing.assert_close(other.sums.sum(2), sums.sum(2), rtol=1e-12, atol=0)
+    assert fewer.n.tolist() == [*n[:5].tolist(), int(n[5:].sum())] and none.n.tolist() == [int(n.sum())]

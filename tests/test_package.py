@@ -5,67 +5,70 @@ import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
 
-import pytest
+import lightning_ablate as package
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lightning_ablate"
+# each imports only what is in front of it
+RANKS = (
+    "errors tokens, sites demo, statistics, conditions, choices, methods metrics, calibration folding sharding, "
+    "ablation results data, phases, modules, progress trainer, report, callback, cli"
+)
 # plain torch and torchmetrics: usable and testable without a Trainer
-PLAIN = [
-    "trace.py",
-    "sites.py",
-    "masks.py",
-    "metrics.py",
-    "calibration.py",
-    "sweep.py",
-    "statistics/*.py",
-    "methods/*.py",
-]
-RANKS = [
-    ["errors", "files", "tokens", "trace", "sites", "masks", "statistics", "demo", "folding"],
-    ["methods", "calibration", "metrics"],
-    ["sweep", "sharding", "learning"],
-    ["modules"],
-    ["results", "comparisons", "report", "join", "progress", "data", "journal", "neurons", "plan"],
-    ["callback"],
-    ["cli"],
-]
+PLAIN = "statistics sites choices conditions methods metrics calibration ablation folding phases results".split()
 
 
-def imports(path):
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
+def imports(tree):
+    """What is imported when it runs, so not for the types' sake alone; by module and name."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
+        elif not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield from imports(node)
 
 
-def rank(module):
-    part = module.split(".")[1]
-    return next(number for number, names in enumerate(RANKS) if part in names)
-
-
-@pytest.mark.parametrize("path", [path for pattern in PLAIN for path in PACKAGE.glob(pattern)], ids=str)
-def test_the_mathematics_knows_no_lightning(path):
-    assert not [name for name in imports(path) if name.split(".")[0] == "lightning"]
-
-
-def test_imports_go_one_way():
+def imported():
+    """By part of the package, what its files import."""
+    found = {}
     for path in PACKAGE.rglob("*.py"):
-        own = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        if own in ("lightning_ablate", "lightning_ablate.__main__", "lightning_ablate.demo.train"):
-            continue
-        for name in imports(path):
-            if name.startswith("lightning_ablate."):
-                assert rank(name) <= rank(own), f"{own} imports {name}"
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        found.setdefault(part, set()).update(imports(ast.parse(path.read_text(encoding="utf-8"))))
+    return found
+
+
+def test_imports_go_one_way_and_the_mathematics_knows_no_lightning():
+    rank = {part: number for number, parts in enumerate(RANKS.split(", ")) for part in parts.split()}
+    found = imported()
+    for part in found.keys() - {"__init__", "__main__"}:
+        for name in found[part]:
+            if name.startswith("lightning_ablate.") and name.split(".")[1] != part:
+                assert rank[name.split(".")[1]] < rank[part], f"{part} imports {name}"
+    for part in PLAIN:
+        assert not {name for name in found[part] if name.split(".")[0] in ("lightning", "pytorch_lightning")}, part
+    known = {name for name in found["modules"] if ".phases." in name}
+    assert known <= {"lightning_ablate.phases.Phase", "lightning_ablate.phases.phase.Phase"}
+
+
+def subclasses(kind):
+    return [kind, *(found for subclass in kind.__subclasses__() for found in subclasses(subclass))]
+
+
+def test_every_name_that_is_exported_is_there_and_all_that_users_name_is_exported():
+    names = set(package.__all__)
+    assert len(names) == len(package.__all__) and all(hasattr(package, name) for name in names)
+    for kind in (package.AblationMethod, package.Choice, package.AblationDataModule, package.AblationModule):
+        own = [
+            k for k in subclasses(kind) if k.__module__.startswith("lightning_ablate.") and not k.__abstractmethods__
+        ]
+        assert len(own) > 3 and {kind.__name__ for kind in own} <= names
+    assert {"Site", "Calibration", "ablated", "Results", "load", "AblationCallback"} <= names
 
 
 def test_the_wheel_takes_every_data_file():
     config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    patterns = config["tool"]["setuptools"]["package-data"]["lightning_ablate.demo"]
-    data = [path.relative_to(PACKAGE / "demo") for path in (PACKAGE / "demo").rglob("*") if path.is_file()]
-    data = [path for path in data if path.suffix not in (".py", ".pyc")]
-    assert len(data) >= 9
-    for path in data:
-        assert any(fnmatch(str(path), pattern) for pattern in patterns), path
-    others = [p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")]
-    assert all("demo" in p.relative_to(PACKAGE).parts[:1] for p in others)
+    data = config["tool"]["setuptools"]["package-data"]
+    files = [p.relative_to(PACKAGE) for p in PACKAGE.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")]
+    patterns = [f"demo/{pattern}" for pattern in data["lightning_ablate.demo"]] + data["lightning_ablate"]
+    assert len(files) >= 9 and not [f for f in files if not any(fnmatch(str(f), pattern) for pattern in patterns)]

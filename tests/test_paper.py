@@ -4,7 +4,6 @@ With ``--full`` nothing else is; otherwise the budgets and the conditions are cu
 """
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -13,9 +12,9 @@ import torch
 import yaml
 from datasets import ClassLabel, Dataset, Features, Image
 
+from lightning_ablate import Results
 from lightning_ablate.cli import AblationCLI
 from lightning_ablate.data.demo import python_texts
-from lightning_ablate.results import read_rows
 from tests import tiny
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -43,11 +42,8 @@ def roberta():
     from transformers import RobertaConfig, RobertaForMaskedLM, RobertaTokenizer
 
     options = SMALL | {"intermediate_size": 48, "vocab_size": tiny.VOCABULARY, "max_position_embeddings": 514}
-    return (
-        RobertaForMaskedLM(RobertaConfig(**options, type_vocab_size=1)),
-        tiny.tokenizer(masked=True, longest=512),
-        RobertaTokenizer,
-    )
+    model = RobertaForMaskedLM(RobertaConfig(**options, type_vocab_size=1))
+    return model, tiny.tokenizer(masked=True, longest=512), RobertaTokenizer
 
 
 def vit():
@@ -67,13 +63,9 @@ NAMES = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("paper")
-
-
-@pytest.fixture(scope="module")
-def stand_ins(folder):
+def stand_ins(tmp_path_factory):
     """Local folders in place of the hub's models and data."""
+    folder = tmp_path_factory.mktemp("paper")
     for name, make in STAND_INS.items():
         torch.manual_seed(0)
         model, processor, kind = make()
@@ -118,12 +110,12 @@ def test_the_papers_experiment_runs_on_a_stand_in(name, stand_ins, tmp_path, mon
         small = "images=24" if name == "vit_b16" else "tokens=1500"
         arguments += [f"--data.calibration_{small}", f"--data.evaluation_{small}"]
     AblationCLI(arguments)
-    (results,) = tmp_path.glob("lightning_logs/*/version_0/results.csv")
-    counts = Counter(row.method for row in read_rows(results))
+    (run,) = tmp_path.glob("lightning_logs/*/version_0")
+    counts = Results.load(run).table["method"].value_counts().to_dict()
     methods = yaml.safe_load((CONFIGS / f"paper_{name}.yaml").read_text())["ablation"]["methods"]
     constant, drawn = (28, 30) if full else (2, 2)
     assert counts == {"none": 1} | {m: drawn if m.startswith("resample") else constant for m in methods}
-    facts = json.loads((results.parent / "run.json").read_text())
+    facts = json.loads((run / "run.json").read_text())
     assert facts["target"]["dtype"] == ("float32" if name == "vit_b16" else "float16")
     widths = {"mistral_7b": 48}
     assert [site["width"] for site in facts["sites"]] == [widths.get(name, 32)] * 2

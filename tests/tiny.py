@@ -1,11 +1,15 @@
 """Tiny random targets and the data to run them on, made by the libraries' own classes."""
 
+import os
+
 import lightning
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_ablate import AblationCallback, AblationModule, CausalLM
+from lightning_ablate import AblationCallback, AblationModule, Calibration, CausalLM, Scored
+from lightning_ablate.phases import CalibrationPhase, Run
 from lightning_ablate.sites import find_sites
+from lightning_ablate.statistics import Moments, with_needs
 
 VOCABULARY = 300
 LENGTH = 16
@@ -186,24 +190,89 @@ class Own(AblationModule):
         return self.target(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
 
+class Ran(Own):
+    """Any target, on the inputs of ``run`` whatever the batch, outside of a Trainer."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.target = model
+
+    def evaluate(self, batch):
+        logits = run(self.target)
+        count = len(logits[..., 0].flatten())
+        return Scored(logits.view(count, -1), torch.zeros(count, dtype=torch.int64), torch.arange(count) // len(logits))
+
+    def valid(self, batch):
+        return None
+
+    def examples_of(self, batch, batch_idx):
+        return torch.arange(3)
+
+
+def calibrated(model, *methods, module=None, batches=(None,)):
+    """What these methods need to know, gathered in plain loops; by default from the inputs of ``run``."""
+    found = Run("", Calibration())
+    kinds = with_needs([Moments, *(kind for method in methods for kind in method.statistics)])
+    phase = CalibrationPhase(module or Ran(model), found, kinds)
+    for epoch in range(phase.epochs):
+        phase.begin_epoch(epoch)
+        for index, batch in enumerate(batches):
+            phase.step(batch, index)
+        phase.end_epoch()
+    return found.calibration
+
+
+class Counting(Own):
+    """Counts the forward passes."""
+
+    passes = 0
+
+    def evaluate(self, batch):
+        self.passes += 1
+        return super().evaluate(batch)
+
+
 def loader(examples=6, batch_size=2, seed=0):
     batch = tokens(examples, seed=seed)
     rows = [{name: value[i] for name, value in batch.items()} for i in range(examples)]
     return DataLoader(rows, batch_size=batch_size)
 
 
-def trainer(folder, callback, **options):
+class Death(Exception):
+    """A run that dies."""
+
+
+class Dies(lightning.Callback):
+    """Ends a run behind a batch of an epoch of ``fit``, or of the sweep (epoch None): by Death, or by a signal."""
+
+    def __init__(self, epoch: int | None, batch: int, signal: int | None = None):
+        self.epoch, self.batch, self.signal = epoch, batch, signal
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self._end((trainer.current_epoch, batch_idx))
+
+    def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):
+        self._end((None, batch_idx))
+
+    def _end(self, here):
+        if here == (self.epoch, self.batch):
+            if self.signal is None:
+                raise Death
+            os.kill(os.getpid(), self.signal)
+
+
+def trainer(folder, callback, *more, **options):
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     quiet |= {"logger": False, "accelerator": "cpu", "max_epochs": 1, "default_root_dir": str(folder)}
-    return lightning.Trainer(callbacks=[callback], **(quiet | options))
+    return lightning.Trainer(callbacks=[callback, *more], **(quiet | options))
 
 
-def fit(folder, module=None, train=None, val=None, callback=None, **options):
+def fit(folder, module=None, train=None, val=None, callback=None, more=(), **options):
     """Runs the whole of ``fit`` and returns the module and the callback."""
     module = module or Own(gpt2())
     callback = callback or AblationCallback(fractions=[0.5, 1.0], seeds=[1, 2])
     val = loader(seed=2) if val is None else val  # a stream has no length, and so no truth
-    trainer(folder, callback, **options).fit(module, loader(seed=1) if train is None else train, val)
+    trainer(folder, callback, *more, **options).fit(module, loader(seed=1) if train is None else train, val)
     return module, callback
 
 

@@ -2,8 +2,8 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Any, Literal, get_args
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import lightning
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -14,32 +14,33 @@ from lightning_ablate.errors import ConfigError, DataError
 
 Purpose = Literal["calibration", "evaluation"]
 FILLER = -1
+T = TypeVar("T")
 
 
-class Examples(Dataset[dict[str, Any]], ABC):
-    """A set of examples, which are dicts of tensors."""
+class Examples(Dataset[dict[str, Any]]):
+    """A set of examples, each of which knows its place.
 
-    @abstractmethod
+    Args:
+        rows: the examples, dicts of tensors; a sequence may make them when asked.
+        contents: what identifies each of them in the fingerprint.
+    """
+
+    def __init__(self, rows: Sequence[dict[str, Any]], contents: Sequence[bytes]) -> None:
+        self.rows, self.contents = rows, contents
+
     def __len__(self) -> int:
         """How many there are."""
-
-    @abstractmethod
-    def example(self, index: int) -> dict[str, Any]:
-        """One of them."""
-
-    @abstractmethod
-    def content(self, index: int) -> bytes:
-        """What identifies an example in the fingerprint."""
+        return len(self.contents)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """An example and its ``index``; the filler is the first example, and its index stays below 0."""
-        return {**self.example(max(index, 0)), "index": index}
+        return {**self.rows[max(index, 0)], "index": index}
 
     def fingerprint(self) -> str:
         """SHA-256 over all examples, in hexadecimal."""
         digest = hashlib.sha256()
-        for index in range(len(self)):
-            digest.update(hashlib.sha256(self.content(index)).digest())
+        for content in self.contents:
+            digest.update(hashlib.sha256(content).digest())
         return digest.hexdigest()
 
 
@@ -47,12 +48,6 @@ class ExactSampler(DistributedSampler[int]):
     """Deals the examples to the ranks in turn, and fills the short ranks with :data:`FILLER` in place of a repetition.
 
     Every rank gets the same number of batches of the same shape. It is a DistributedSampler so that Lightning keeps it.
-
-    Args:
-        examples: how many there are.
-        batch_size: of each rank.
-        rank: of this process.
-        world_size: number of processes.
 
     Example:
         >>> [list(ExactSampler(3, batch_size=2, rank=rank, world_size=2)) for rank in (0, 1)]
@@ -100,9 +95,7 @@ class AblationDataModule(lightning.LightningDataModule, ABC):
 
     @abstractmethod
     def load(self, purpose: Purpose) -> Examples:
-        """Reads the examples for a purpose, the same ones on every rank.
-
-        What :meth:`may_use` refuses must be left out.
+        """Reads the examples for a purpose, the same ones on every rank, without what :meth:`may_use` refuses.
 
         Raises:
             DataError: if there are none, or fewer than asked.
@@ -112,10 +105,6 @@ class AblationDataModule(lightning.LightningDataModule, ABC):
         """Whether a text or image is free for a purpose: what calibrated is not evaluated.
 
         The checkpoint remembers what calibrated, so that ``validate`` with other budgets or another order keeps to it.
-
-        Args:
-            content: of the text or image.
-            purpose: what it is wanted for.
         """
         key = hashlib.sha256(content).hexdigest()[:16]
         if self.calibrated is None:
@@ -184,11 +173,13 @@ class SourceData(AblationDataModule):
 
     Args:
         name: see :func:`~lightning_ablate.data.source.open_source`.
+        unit: what the budgets count, as the options call it: ``tokens``, ``images`` or ``examples``.
+        budgets: how much calibrates, and how much is evaluated.
         subset: which configuration of a hub data set.
         calibration_split: the split that calibrates.
         evaluation_split: the split that is evaluated; it may be the same one, as nothing is used for both.
         streaming: reads only as far as the budgets need, without downloading the rest.
-        shuffle_seed: shuffles with this seed; None keeps the order.
+        shuffle_seed: shuffles with this seed, as many sources are sorted by class; None keeps the order.
         batch_size: examples per forward pass and process.
         num_workers: processes that load batches ahead; 0 loads them in the main one.
     """
@@ -196,21 +187,47 @@ class SourceData(AblationDataModule):
     def __init__(
         self,
         name: str,
+        unit: str,
+        budgets: tuple[int, int],
         *,
-        subset: str | None,
-        calibration_split: str,
-        evaluation_split: str,
-        streaming: bool,
-        shuffle_seed: int | None,
-        batch_size: int,
-        num_workers: int,
+        subset: str | None = None,
+        calibration_split: str = "train",
+        evaluation_split: str = "validation",
+        streaming: bool = False,
+        shuffle_seed: int | None = 0,
+        batch_size: int = 16,
+        num_workers: int = 0,
     ) -> None:
         super().__init__(name, batch_size=batch_size, num_workers=num_workers)
         self.splits: dict[Purpose, str] = {"calibration": calibration_split, "evaluation": evaluation_split}
         self.subset, self.streaming, self.shuffle_seed = subset, streaming, shuffle_seed
+        self.unit, self.reached = unit, dict[Purpose, int]()
+        self.given: Any = None
+        self.budgets: dict[Purpose, int] = dict(zip(get_args(Purpose), budgets, strict=True))
+        for purpose, budget in self.budgets.items():
+            if budget < 1:
+                raise ConfigError(f"{purpose}_{unit} is {budget}, expected at least 1 (--data.{purpose}_{unit})")
+
+    @classmethod
+    def of(cls, rows: Any, *, name: str = "given", **options: Any) -> Self:
+        """The data module of rows that are there already.
+
+        Args:
+            rows: a ``datasets.Dataset``, or a list of texts or of mappings.
+            name: what results call the data.
+            options: of the class.
+        """
+        from datasets import Dataset
+
+        made = cls(name, **options)
+        plain = [{"text": row} if isinstance(row, str) else row for row in rows] if isinstance(rows, list) else None
+        made.given = rows if plain is None else Dataset.from_list(plain)
+        return made
 
     def source(self, purpose: Purpose) -> Any:
         """The rows for a purpose, in order. Override it to read from elsewhere."""
+        if self.given is not None:
+            return self.given if self.shuffle_seed is None else self.given.shuffle(seed=self.shuffle_seed)
         return open_source(
             self.name,
             subset=self.subset,
@@ -219,26 +236,26 @@ class SourceData(AblationDataModule):
             shuffle_seed=self.shuffle_seed,
         )
 
+    def taken(self, purpose: Purpose, candidates: Iterable[tuple[T, int]]) -> list[T]:
+        """Of candidates and their sizes, in units, as many as reach the budget; DataError if they end before."""
+        found, self.reached[purpose] = [], 0
+        for candidate, size in candidates:
+            found.append(candidate)
+            self.reached[purpose] += size
+            if self.reached[purpose] >= self.budgets[purpose]:
+                return found
+        raise DataError(
+            f"{self.name} gives {self.reached[purpose]:,} {purpose} {self.unit}, expected {self.budgets[purpose]:,}; "
+            f"bring more or lower --data.{purpose}_{self.unit}"
+        )
+
     def prepare_data(self) -> None:
         """Downloads what the hub has, once a node."""
         if not self.streaming:
             for purpose in get_args(Purpose):
                 self.source(purpose)
 
-
-def budgets_of(unit: str, calibration: int, evaluation: int) -> dict[Purpose, int]:
-    """How much of the data each purpose takes.
-
-    Args:
-        unit: what is counted, as the options call it: ``tokens``, ``images`` or ``examples``.
-        calibration: how many calibrate.
-        evaluation: how many are evaluated.
-
-    Raises:
-        ConfigError: if one of them is below 1.
-    """
-    budgets: dict[Purpose, int] = {"calibration": calibration, "evaluation": evaluation}
-    for purpose, budget in budgets.items():
-        if budget < 1:
-            raise ConfigError(f"{purpose}_{unit} is {budget}, expected at least 1")
-    return budgets
+    def describe(self) -> dict[str, Any]:
+        """Adds the budgets asked and reached."""
+        reached = {p: {"asked": self.budgets[p], "reached": self.reached.get(p)} for p in self.examples}
+        return super().describe() | {f"{purpose}_{self.unit}": found for purpose, found in reached.items()}

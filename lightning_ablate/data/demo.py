@@ -24,19 +24,13 @@ _PASSAGE_CHARACTERS = 1_200
 class PythonTexts(TextData):
     """CPython's documentation and sources, held out from the training of the embedded language models.
 
-    Args:
-        length: see :class:`~lightning_ablate.data.TextData`, as for what follows.
-        packing: ``pad`` or ``pack``.
-        calibration_tokens: budget.
-        evaluation_tokens: budget.
-        tokenizer: another one than the target's own.
-        batch_size: sequences per forward pass and process.
+    Its options are those of :class:`~lightning_ablate.TextData`.
     """
 
     def __init__(
         self,
         *,
-        length: int = 128,
+        max_length: int = 128,
         packing: Literal["pad", "pack"] = "pad",
         calibration_tokens: int = 50_000,
         evaluation_tokens: int = 16_000,
@@ -45,7 +39,7 @@ class PythonTexts(TextData):
     ) -> None:
         super().__init__(
             "python-texts",
-            length=length,
+            max_length=max_length,
             packing=packing,
             calibration_tokens=calibration_tokens,
             evaluation_tokens=evaluation_tokens,

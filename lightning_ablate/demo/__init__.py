@@ -1,4 +1,4 @@
-"""Three small trained targets that come with the package, and the recipe that made them (see :mod:`.train`)."""
+"""Three small trained targets that come with the package."""
 
 from pathlib import Path
 

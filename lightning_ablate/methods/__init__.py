@@ -1,87 +1,81 @@
-"""What replaces an ablated neuron; one AblationMethod a file."""
+"""What replaces an ablated neuron: an AblationMethod each."""
 
 import inspect
 from collections.abc import Iterator
 
 from lightning_ablate.errors import ConfigError
-from lightning_ablate.methods.base import (
-    Ablation,
-    AblationMethod,
-    Affine,
-    Batch,
-    ConstantMethod,
-    LearnedMethod,
-    Replacement,
-    ablate,
-    constant,
-)
-from lightning_ablate.methods.conditional import Conditional, ConditionalPerHead
-from lightning_ablate.methods.mean import Mean
-from lightning_ablate.methods.mode import HalfSampleMode, Median, Mode, OnePassPeak
+from lightning_ablate.methods.base import Ablation, AblationMethod, Affine, Batch, Edit, Replacement, Source, constant
+from lightning_ablate.methods.conditional import ConditionalMean, ConditionalMeanPerHead
+from lightning_ablate.methods.constants import ConstantMethod, HalfSampleMode, Mean, Median, Mode, Peak, Zero
+from lightning_ablate.methods.learned import ConditionalOptimal, LearnedMethod, Optimal
 from lightning_ablate.methods.noise import Noise
-from lightning_ablate.methods.optimal import ConditionalOptimal, Optimal
-from lightning_ablate.methods.peak import Peak
 from lightning_ablate.methods.positional import PositionalMean
 from lightning_ablate.methods.resample import (
+    Resample,
     ResampleAnyPosition,
     ResampleCharacters,
     ResampleGenerated,
     ResampleIds,
     ResamplePixels,
     ResampleSamePosition,
+    others_of,
 )
-from lightning_ablate.methods.zero import Zero
 
 __all__ = [
     "Ablation",
     "AblationMethod",
     "Affine",
     "Batch",
-    "Conditional",
+    "ConditionalMean",
+    "ConditionalMeanPerHead",
     "ConditionalOptimal",
-    "ConditionalPerHead",
     "ConstantMethod",
+    "Edit",
     "HalfSampleMode",
     "LearnedMethod",
     "Mean",
     "Median",
     "Mode",
     "Noise",
-    "OnePassPeak",
     "Optimal",
     "Peak",
     "PositionalMean",
     "Replacement",
+    "Resample",
     "ResampleAnyPosition",
     "ResampleCharacters",
     "ResampleGenerated",
     "ResampleIds",
     "ResamplePixels",
     "ResampleSamePosition",
+    "Source",
     "Zero",
-    "ablate",
     "constant",
-    "method_named",
+    "method_of",
+    "others_of",
 ]
 
 
-def method_named(name: str) -> AblationMethod:
-    """The method whose class has this ``name``, made with its defaults; any imported subclass counts.
+def method_of(given: AblationMethod | str) -> AblationMethod:
+    """A method as it is given; or that whose class has this ``name``, with its defaults, any imported one.
 
     Raises:
         ConfigError: if there is none.
 
     Example:
-        >>> method_named("peak").statistics[0].__name__
-        'RangeHistogram'
+        >>> method_of("peak").statistics[0].__name__
+        'Histogram'
     """
+    if isinstance(given, AblationMethod):
+        return given
+    name = str(given)
     known = {method.name: method for method in _concrete(AblationMethod)}  # type: ignore[type-abstract]
     if "class_path" in name:
         raise ConfigError(f"can't make methods of {name}: is a class path or the name of an option wrong?")
     if name not in known:
         raise ConfigError(
-            f"unknown method {name!r}; expected one of {', '.join(sorted(known))}, "
-            "or the class path of an AblationMethod"
+            f"unknown method {name!r:.80}; expected one of {', '.join(sorted(known))}, "
+            "or the class path of an AblationMethod (--ablation.methods)"
         )
     return known[name]()
 

@@ -1,19 +1,31 @@
 """What takes an ablated neuron's place."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_ablate.errors import ConfigError, DataError
+from lightning_ablate.errors import DataError
 from lightning_ablate.sites import Site
-from lightning_ablate.statistics import ActivationStatistic, Moments, SiteStatistics
+from lightning_ablate.statistics import ActivationStatistic, SiteStatistics
 
 Replacement = Callable[[Tensor], Tensor]
 """Maps activations ``(batch, ..., neurons)`` to what replaces them, broadcastable to the same shape; pure."""
+
+
+class Source(NamedTuple):
+    """What a site does on another input.
+
+    Attributes:
+        activations: ``(examples, positions, neurons)`` floating; a single example serves all of a batch.
+        valid: ``(examples, positions)`` bool, which of the positions aren't padding.
+    """
+
+    activations: Tensor
+    valid: Tensor
 
 
 @dataclass
@@ -22,14 +34,11 @@ class Batch:
 
     Attributes:
         examples: ``(batch,)`` int64, the indices of its examples, below 0 for those that only fill it.
-        unrelated: each site's activations ``(1, seq, neurons)`` on every unrelated input, by (kind, seed).
-        donors: each site's clean activations ``(batch, positions, neurons)`` on another example in the place of each,
-            and which of the positions aren't padding, ``(batch, positions)`` bool; by seed.
+        sources: what each site does on the inputs that are resampled from, by (kind, seed).
     """
 
     examples: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
-    unrelated: dict[tuple[str, int], dict[Site, Tensor]] = field(default_factory=dict)
-    donors: dict[int, dict[Site, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    sources: dict[tuple[str, int], dict[Site, Source]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -52,11 +61,7 @@ class Ablation:
     batch: Batch = field(default_factory=Batch)
 
     def by_example(self, activations: Tensor) -> Tensor:
-        """Activations as ``(batch, positions, neurons)``, whatever their shape.
-
-        Raises:
-            DataError: if they can't be told apart by example.
-        """
+        """Activations as ``(batch, positions, neurons)``; DataError if their shape doesn't tell the examples apart."""
         examples = len(self.batch.examples)
         if len(activations) % examples:
             raise DataError(
@@ -73,62 +78,49 @@ class AblationMethod(ABC):
     Attributes:
         name: what results and the command line call it.
         statistics: what calibration must gather for it.
-        unrelated: the kind of unrelated input it resamples from, if it does; such a method depends on the seed.
-        donors: whether it resamples from other examples of the data; then it is seeded as well.
         seeded: whether the seed matters beyond the choice of neurons.
+        source: the kind of input it resamples from, if it does (see :meth:`AblationModule.source`).
+        needs_batch: whether the replacement depends on which examples and positions are run, and not on their
+            activations alone.
     """
 
-    name: ClassVar[str]
+    name: str
     statistics: ClassVar[tuple[type[ActivationStatistic], ...]] = ()
-    unrelated: ClassVar[str | None] = None
-    donors: ClassVar[bool] = False
     seeded: ClassVar[bool] = False
+    source: ClassVar[str | None] = None
+    needs_batch: ClassVar[bool] = False
 
     @abstractmethod
     def prepare(self, ablation: Ablation) -> Replacement:
         """The replacement at one site under one condition, computed once and then applied to every batch."""
 
 
-class ConstantMethod(AblationMethod):
-    """A method that puts one value in each neuron's place, whatever else is ablated and whatever the seed.
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """What is done to the activations of a site: the masked neurons are replaced, the others stay.
 
-    The sweep computes these values once for each site, not once for each condition.
+    This is the one place where both are combined.
+
+    Attributes:
+        mask: ``(neurons,)`` bool, or broadcastable to the activations.
+        replacement: what takes the masked neurons' place.
+
+    Example:
+        >>> Edit(torch.tensor([True, False]), constant(torch.tensor([7.0, 8.0])))(torch.tensor([[1.0, 2.0]]))
+        tensor([[7., 2.]])
     """
 
-    @abstractmethod
-    def values(self, site: Site, statistics: SiteStatistics) -> Tensor:
-        """The values, ``(neurons,)`` floating, on any device."""
+    mask: Tensor
+    replacement: Replacement
 
-    def prepare(self, ablation: Ablation) -> Replacement:
-        """The values as a replacement."""
-        return constant(self.values(ablation.site, ablation.statistics).to(ablation.mask.device))
+    def __call__(self, activations: Tensor) -> Tensor:
+        """A new tensor of the shape and dtype of ``activations`` ``(batch, ..., neurons)``."""
+        return torch.where(self.mask, self.replacement(activations), activations)
 
-
-class LearnedMethod(AblationMethod):
-    """A method with one value a neuron that ``fit`` learns by gradient descent on the cross-entropy.
-
-    The target stays as it is. In the epochs behind the calibration the ablated target reads the calibration data, with
-    neurons chosen anew for every example at a random fraction, so that one fit serves every fraction and seed. Values
-    begin at the mean and move in units of each neuron's standard deviation. The method finds them by
-    ``statistics.learned(self.name)``, as a leaf of what it computes.
-
-    Args:
-        steps: of the optimiser, at least; the last epoch is completed.
-        lr: of Adam (Kingma & Ba 2015) at the start, in standard deviations; it falls to 0 along a cosine.
-        examples: of all processes together in one step, as near as whole batches allow, which are accumulated for it;
-            ``accumulate_grad_batches`` of the Trainer goes before.
-    """
-
-    statistics: ClassVar[tuple[type[ActivationStatistic], ...]] = (Moments,)
-
-    def __init__(self, steps: int = 100, lr: float = 0.05, examples: int = 32) -> None:
-        if steps < 1 or examples < 1 or not lr > 0:
-            raise ConfigError(f"steps is {steps}, lr {lr} and examples {examples}; expected all of them above 0")
-        self.steps, self.lr, self.examples = steps, lr, examples
-
-    def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """What takes the steps. Override it to learn in another way."""
-        return torch.optim.Adam(parameters, lr=self.lr)
+    @property
+    def nbytes(self) -> int:
+        """What its own tensors take, as far as that is known."""
+        return self.replacement.nbytes if isinstance(self.replacement, Affine) else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,10 +131,10 @@ class Affine:
 
     Attributes:
         offset: ``(neurons,)`` floating; cast to the dtype of the activations.
-        slope: ``(kept, ablated)`` floating; None where the kept neurons don't matter.
-        center: ``(kept,)`` floating, if there is a slope.
-        kept: ``(kept,)`` int64, if there is a slope.
-        ablated: ``(ablated,)`` int64, if there is a slope.
+        slope: ``(kept, ablated)`` floating; None where the kept neurons don't matter, as for what follows.
+        center: ``(kept,)`` floating.
+        kept: ``(kept,)`` int64.
+        ablated: ``(ablated,)`` int64.
     """
 
     offset: Tensor
@@ -165,11 +157,8 @@ class Affine:
 
         Args:
             weight: ``(outputs, neurons)`` floating, left as it is.
-            bias: ``(outputs,)``; None for none.
+            bias: ``(outputs,)``, left as it is; None for none.
             mask: ``(neurons,)`` bool, True for the ablated ones.
-
-        Returns:
-            New tensors of the shapes and dtypes of weight and bias.
 
         Example:
             >>> weight, mask = torch.tensor([[1.0, 10.0]]), torch.tensor([False, True])
@@ -195,21 +184,3 @@ class Affine:
 def constant(value: Tensor) -> Affine:
     """Replaces by one value per neuron, ``(neurons,)`` of any floating dtype, cast to that of the activations."""
     return Affine(value)
-
-
-def ablate(activations: Tensor, mask: Tensor, replacement: Replacement) -> Tensor:
-    """The activations with the masked neurons replaced: the one place where both are combined.
-
-    Args:
-        activations: ``(batch, ..., neurons)``, left as they are.
-        mask: ``(neurons,)`` bool.
-        replacement: what takes the masked neurons' place.
-
-    Returns:
-        A tensor of the shape and dtype of ``activations``.
-
-    Example:
-        >>> ablate(torch.tensor([[1.0, 2.0]]), torch.tensor([True, False]), constant(torch.tensor([7.0, 8.0])))
-        tensor([[7., 2.]])
-    """
-    return torch.where(mask, replacement(activations), activations)

@@ -10,7 +10,7 @@ from lightning_ablate.methods.base import Ablation, AblationMethod, Affine, Repl
 from lightning_ablate.statistics import Covariance, HeadCovariance, Moments
 
 
-class Conditional(AblationMethod):
+class ConditionalMean(AblationMethod):
     """An ablated neuron is what the neurons of its site that are kept let one expect of it, to first order.
 
     ``x̂_a = μ_a + Σ_ak (Σ_kk + λ diag Σ_kk)⁻¹ (x_k − μ_k)`` is the best linear prediction from the calibration data;
@@ -24,6 +24,7 @@ class Conditional(AblationMethod):
         ridge: λ, a share of each kept neuron's own variance, so that the scale of a neuron plays no part. The
             default only keeps singular covariances (constant or duplicated neurons, fewer positions than neurons)
             solvable: of a neuron with a duplicate that is kept, a millionth is lost.
+        name: what results call it, where the method is there with several options.
 
     Example:
         >>> from lightning_ablate.sites import Site
@@ -33,29 +34,23 @@ class Conditional(AblationMethod):
         ...     statistic.update(torch.tensor([[[1.0, 2.0], [3.0, 6.0]]]))
         >>> statistics = SiteStatistics("attn.proj", gathered)
         >>> here = Ablation(Site("attn.proj", 2), torch.tensor([False, True]), statistics, 1)
-        >>> Conditional().prepare(here)(torch.tensor([[[5.0, 0.0]]]))[..., 1].round(decimals=3)
+        >>> ConditionalMean().prepare(here)(torch.tensor([[[5.0, 0.0]]]))[..., 1].round(decimals=3)
         tensor([[10.]])
     """
 
-    name = "conditional"
+    name = "conditional-mean"
     statistics = (Moments, Covariance)
     covariance: ClassVar[type[Covariance]] = Covariance
 
-    def __init__(self, ridge: float = 1e-6) -> None:
+    def __init__(self, ridge: float = 1e-6, name: str | None = None) -> None:
         if not ridge > 0:
             raise ConfigError(f"ridge is {ridge}, expected a share of the variance above 0")
-        self.ridge = ridge
+        self.ridge, self.name = ridge, name or self.name
 
     def intercept(self, ablation: Ablation, unexplained: Tensor) -> Tensor:
-        """What the ablated neurons are expected to be when the kept ones are at their means.
+        """What the ablated neurons are expected to be when the kept ones are at their means, ``(..., neurons)``.
 
-        Args:
-            ablation: the condition at the site.
-            unexplained: ``(..., neurons)`` float64, the share of each ablated neuron's variance that the kept ones
-                don't explain, 1 where nothing is kept.
-
-        Returns:
-            ``(..., neurons)`` floating.
+        ``unexplained`` ``(..., neurons)`` float64 is the share of each one's variance that the kept ones don't explain.
         """
         return ablation.statistics[Moments].mean
 
@@ -79,14 +74,10 @@ class Conditional(AblationMethod):
         return Affine(offset, slope, statistics[Moments].mean.to(mask.device)[kept].float(), kept, ablated)
 
     def solved(self, among: Tensor, across: Tensor) -> Tensor:
-        """The regression on the kept neurons.
+        """The regression on the kept neurons, ``(..., kept, ablated)`` float64.
 
-        Args:
-            among: their covariances ``(..., kept, kept)`` float64, which are changed.
-            across: those with the ablated ones, ``(..., kept, ablated)`` float64.
-
-        Returns:
-            ``(..., kept, ablated)`` float64.
+        It is made from the covariances among them, ``(..., kept, kept)``, which are changed, and across to the ablated
+        ones, ``(..., kept, ablated)``.
         """
         diagonal = among.diagonal(dim1=-2, dim2=-1)
         variances, ridge = diagonal.clone(), self.ridge
@@ -100,14 +91,15 @@ class Conditional(AblationMethod):
         raise StatisticsError("can't be solved: the covariance is not positive definite; calibrate on more data")
 
 
-class ConditionalPerHead(Conditional):
+class ConditionalMeanPerHead(ConditionalMean):
     """The same, but of the neurons kept only those of the same attention head tell.
 
     For targets whose whole covariances are too large: those of 32 sites with 32 heads of 128 neurons take 67 MB, where
-    the whole ones take 2.1 GB. Heads carry one another's information, so much of what ``conditional`` gains is lost.
+    the whole ones take 2.1 GB. Heads carry one another's information, so much of what ``conditional-mean`` gains is
+    lost.
     """
 
-    name = "conditional-per-head"
+    name = "conditional-mean-per-head"
     statistics = (Moments, HeadCovariance)
     covariance = HeadCovariance
 

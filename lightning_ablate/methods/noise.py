@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_ablate.masks import seed_of
+from lightning_ablate.choices import seed_of
 from lightning_ablate.methods.base import Ablation, AblationMethod, Replacement
 from lightning_ablate.methods.draws import hashed, uniform
 from lightning_ablate.statistics import Moments
@@ -29,6 +29,7 @@ class Noise(AblationMethod):
     name = "noise"
     statistics = (Moments,)
     seeded = True
+    needs_batch = True
 
     def prepare(self, ablation: Ablation) -> Replacement:
         """Draws when replacing."""

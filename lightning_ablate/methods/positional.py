@@ -26,6 +26,7 @@ class PositionalMean(AblationMethod):
 
     name = "positional-mean"
     statistics = (Moments, MeanByPosition)
+    needs_batch = True
 
     def prepare(self, ablation: Ablation) -> Replacement:
         """Looks up as many positions as there are when replacing."""

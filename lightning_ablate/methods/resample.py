@@ -1,44 +1,71 @@
-"""Resampling from an unrelated input, or from another example."""
+"""Resampling: what a neuron does on another input, the source."""
 
-from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_ablate.errors import DataError
 from lightning_ablate.methods.base import Ablation, AblationMethod, Replacement
 from lightning_ablate.methods.draws import below, hashed
 
 
 class Resample(AblationMethod):
-    """An ablated neuron does what it does on one unrelated input, position by position.
+    """An ablated neuron does what it does on another input, position by position.
 
-    The target's module makes the input (see :meth:`AblationModule.unrelated`), from the condition's seed and as long as
-    the sequences of the batch, so that no position is left over.
+    The target's module makes that input from the condition's seed, of the kind named (see
+    :meth:`AblationModule.source`): one for the whole batch, or one in the place of each example. It is run once for all
+    conditions with nothing ablated, and its activations are kept for that long.
+
+    Attributes:
+        source: the kind of input.
 
     Example:
-        >>> from lightning_ablate.methods.base import Batch
+        >>> from lightning_ablate.methods.base import Batch, Source
         >>> from lightning_ablate.sites import Site
         >>> from lightning_ablate.statistics import SiteStatistics
         >>> site, mask = Site("attn.proj", 1), torch.ones(1, dtype=torch.bool)
-        >>> batch = Batch(unrelated={("pixels", 42): {site: torch.tensor([[[5.0], [6.0]]])}})
-        >>> here = Ablation(site, mask, SiteStatistics("attn.proj", {}), 42, batch)
-        >>> ResamplePixels().prepare(here)(torch.zeros(3, 2, 1)).shape
-        torch.Size([1, 2, 1])
+        >>> source = Source(torch.tensor([[[5.0], [6.0]]]), torch.ones(1, 2, dtype=torch.bool))
+        >>> batch = Batch(torch.arange(3), {("pixels", 42): {site: source}})
+        >>> replace = ResamplePixels().prepare(Ablation(site, mask, SiteStatistics("attn.proj", {}), 42, batch))
+        >>> replace(torch.zeros(3, 2, 1)).squeeze(2).tolist()
+        [[5.0, 6.0], [5.0, 6.0], [5.0, 6.0]]
     """
 
+    seeded = True
+    needs_batch = True
+    source: ClassVar[str]
+
+    def places(self, seed: int, examples: Tensor, own: Tensor, length: Tensor) -> Tensor:
+        """Which of the source's positions each position takes, counted without padding.
+
+        By default the same ones; a shorter source begins again at its end, so that no position is left over.
+
+        Args:
+            seed: of the condition.
+            examples: ``(batch, 1)`` int64, the indices of the batch's examples.
+            own: ``(positions,)`` int64, the positions.
+            length: ``(batch, 1)`` int64, how many the source has; ``(1, 1)`` where one serves the whole batch.
+
+        Example:
+            >>> ResampleSamePosition().places(1, torch.tensor([[7]]), torch.arange(5), torch.tensor([[3]]))
+            tensor([[0, 1, 2, 0, 1]])
+        """
+        return own % length
+
     def prepare(self, ablation: Ablation) -> Replacement:
-        """Looks the unrelated activations up when replacing."""
-        site, kind = ablation.site, (str(self.unrelated), ablation.seed or 0)
+        """Looks the source's activations up when replacing."""
+        seed = ablation.seed or 0
 
         def replace(activations: Tensor) -> Tensor:
-            donor = ablation.batch.unrelated[kind][site]
-            if donor.shape[1:] != activations.shape[1:]:
-                raise DataError(
-                    f"{self.name} at {site.name}: the unrelated input has the shape {tuple(donor.shape[1:])}, "
-                    f"expected {tuple(activations.shape[1:])}; `unrelated` must be as long as the batch"
-                )
-            return donor
+            source, valid = ablation.batch.sources[self.source, seed][ablation.site]
+            batch, positions = ablation.by_example(activations).shape[:2]
+            real = valid.argsort(dim=1, descending=True, stable=True)  # those that aren't padding, in their order
+            own = torch.arange(positions, device=activations.device)
+            examples = ablation.batch.examples.to(activations.device).unsqueeze(1)
+            place = self.places(seed, examples, own, valid.sum(1, keepdim=True).clamp_min(1))
+            place = real.expand(len(place), -1).gather(1, place).unsqueeze(2).expand(-1, -1, source.shape[2])
+            taken = source.expand(len(place), -1, -1).gather(1, place)
+            return taken.expand(batch, -1, -1).reshape(activations.shape)
 
         return replace
 
@@ -47,90 +74,42 @@ class ResampleCharacters(Resample):
     """Resamples from a text of random printable characters."""
 
     name = "resample-characters"
-    unrelated = "characters"
+    source = "characters"
 
 
 class ResampleIds(Resample):
     """Resamples from a sequence of random token ids."""
 
     name = "resample-ids"
-    unrelated = "ids"
+    source = "ids"
 
 
 class ResampleGenerated(Resample):
     """Resamples from a text the target itself generates."""
 
     name = "resample-generated"
-    unrelated = "generated"
+    source = "generated"
 
 
 class ResamplePixels(Resample):
     """Resamples from an image of random pixels."""
 
     name = "resample-pixels"
-    unrelated = "pixels"
+    source = "pixels"
 
 
-class ResampleExample(AblationMethod):
-    """An ablated neuron does what it does on another example, the donor, as in causal scrubbing (Chan et al. 2022).
+class ResampleSamePosition(Resample):
+    """Resamples from the same position of another example of the evaluation data, as in causal scrubbing.
 
-    Each example's donor is another one of the evaluation data, drawn from the seed. It is run with nothing ablated,
-    once for all conditions; its activations are kept for that long, which takes as much memory for every seed as one
-    batch makes at the sites.
-    """
-
-    donors = True
-    seeded = True
-
-    @abstractmethod
-    def places(self, seed: int, examples: Tensor, own: Tensor, length: Tensor) -> Tensor:
-        """Which of the donor's positions each position takes, counted without padding.
-
-        Args:
-            seed: of the condition.
-            examples: ``(batch, 1)`` int64.
-            own: ``(positions,)`` int64, the positions.
-            length: ``(batch, 1)`` int64, how many the donor has.
-
-        Returns:
-            ``(batch, positions)`` int64, from 0 to below ``length``.
-        """
-
-    def prepare(self, ablation: Ablation) -> Replacement:
-        """Looks the donors' activations up when replacing."""
-        seed = ablation.seed or 0
-
-        def replace(activations: Tensor) -> Tensor:
-            donor, valid = ablation.batch.donors[seed][ablation.site]
-            positions = ablation.by_example(activations).shape[1]
-            own = torch.arange(positions, device=activations.device)
-            real = valid.argsort(dim=1, descending=True, stable=True)  # those that aren't padding, in their order
-            examples = ablation.batch.examples.to(activations.device).unsqueeze(1)
-            length = valid.sum(1, keepdim=True).clamp_min(1)
-            place = real.gather(1, self.places(seed, examples, own, length).expand(len(donor), positions))
-            taken = donor.gather(1, place.unsqueeze(2).expand(-1, -1, donor.shape[2]))
-            return taken.reshape(activations.shape)
-
-        return replace
-
-
-class ResampleSamePosition(ResampleExample):
-    """Resamples from the same position of another example; a shorter one begins again at its end.
-
-    Example:
-        >>> place = torch.arange(5)
-        >>> ResampleSamePosition().places(1, torch.tensor([[7]]), place, torch.tensor([[3]]))
-        tensor([[0, 1, 2, 0, 1]])
+    Source: Chan et al. 2022, "Causal scrubbing". The activations take as much memory for every seed as one batch makes
+    at the sites.
     """
 
     name = "resample-same-position"
-
-    def places(self, seed: int, examples: Tensor, own: Tensor, length: Tensor) -> Tensor:
-        """The same ones."""
-        return own % length
+    source = "example"
 
 
-class ResampleAnyPosition(ResampleExample):
+class ResampleAnyPosition(ResampleSamePosition):
     """Resamples from positions of another example that are drawn from the seed, the same ones at every site."""
 
     name = "resample-any-position"
@@ -140,16 +119,11 @@ class ResampleAnyPosition(ResampleExample):
         return below(hashed(seed, examples, own), length)
 
 
-def donors_of(examples: Tensor, seed: int, count: int) -> Tensor:
-    """Another example in the place of each, all others being equally likely.
-
-    Args:
-        examples: ``(batch,)`` int64; those that only fill a batch, below 0, get some donor.
-        seed: of the draw.
-        count: of all examples, at least 2.
+def others_of(examples: Tensor, seed: int, count: int) -> Tensor:
+    """Another of ``count`` examples in the place of each ``(batch,)`` int64, all others being equally likely.
 
     Example:
-        >>> bool((donors_of(torch.arange(5), 42, 5) != torch.arange(5)).all())
+        >>> bool((others_of(torch.arange(5), 42, 5) != torch.arange(5)).all())
         True
     """
     return (examples.clamp_min(0) + 1 + below(hashed(seed, examples), torch.tensor(count - 1))) % count

@@ -21,7 +21,7 @@ class SequenceClassifier(LanguageModel):
         """Loads it with AutoModelForSequenceClassification."""
         from transformers import AutoModelForSequenceClassification
 
-        target: Any = self._load(AutoModelForSequenceClassification)
+        target: Any = self.load(AutoModelForSequenceClassification)
         target.config.use_cache = False
         # by it decoders find an example's last token, so it must be what the data are padded with
         target.config.pad_token_id = padding_id(self.tokenizer)
@@ -39,6 +39,7 @@ class SequenceClassifier(LanguageModel):
         """The last layer's tokens."""
         return [self.target(**self.inputs(batch), output_hidden_states=True).hidden_states[-1]]
 
-    def unrelated(self, kind: str, seed: int, batch: TextBatch) -> TextBatch:
-        """See :meth:`LanguageModel.unrelated`; there is no generated text."""
-        return {**super().unrelated(kind, seed, batch), "label": torch.zeros_like(batch["label"][:1])}
+    def source(self, kind: str, seed: int, batch: TextBatch) -> TextBatch:
+        """See :meth:`LanguageModel.source`; there is no generated text."""
+        found = super().source(kind, seed, batch)
+        return found if kind == "example" else {**found, "label": torch.zeros_like(batch["label"][:1])}

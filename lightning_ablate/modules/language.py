@@ -9,11 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_ablate.demo import resolve
-from lightning_ablate.errors import ConfigError, DataError, TargetError, loading
-from lightning_ablate.masks import seed_of
+from lightning_ablate.choices import seed_of
+from lightning_ablate.errors import ConfigError, DataError
 from lightning_ablate.metrics import Scored
-from lightning_ablate.modules.base import AblationModule
+from lightning_ablate.modules.hub import HubModule
 from lightning_ablate.tokens import padding_id, special_frame
 
 TextBatch = Mapping[str, Tensor]
@@ -22,42 +21,19 @@ _POSITIONS = re.compile(r"(wpe|position_embeddings|embed_positions)$")
 _CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " "
 
 
-class LanguageModel(AblationModule):
-    """A transformers language model and its tokenizer.
+class LanguageModel(HubModule):
+    """A transformers language model and its tokenizer, see :class:`HubModule`.
 
     Batches are mappings of ``input_ids`` and ``attention_mask`` ``(batch, seq)`` int64 and ``index`` ``(batch,)``
     int64, the example's place in the data, below 0 for examples that only fill a rank's last batch.
-
-    Args:
-        name: a hub name, a local folder, or ``demo:gpt2`` and ``demo:roberta`` for the embedded targets.
-        revision: branch, tag or commit on the hub.
-        dtype: ``auto`` (that of the weights), ``float32``, ``bfloat16`` or ``float16``.
-        attn_implementation: ``eager``, ``sdpa`` or another one that transformers knows; None lets it choose.
-        trust_remote_code: runs the code that comes with a hub model. Off unless you have read that code.
     """
-
-    def __init__(
-        self,
-        name: str,
-        *,
-        revision: str | None = None,
-        dtype: str = "auto",
-        attn_implementation: str | None = None,
-        trust_remote_code: bool = False,
-    ) -> None:
-        super().__init__(name)
-        self.revision, self.dtype_name, self.attn_implementation = revision, dtype, attn_implementation
-        self.trust_remote_code = trust_remote_code
 
     @cached_property
     def tokenizer(self) -> Any:
         """The target's tokenizer."""
         from transformers import AutoTokenizer
 
-        with loading(self.name, TargetError):
-            return AutoTokenizer.from_pretrained(
-                resolve(self.name), revision=self.revision, trust_remote_code=self.trust_remote_code
-            )
+        return self.beside(AutoTokenizer)
 
     def valid(self, batch: TextBatch) -> Tensor:
         """Everything but padding, ``(batch, seq)``."""
@@ -71,16 +47,16 @@ class LanguageModel(AblationModule):
         """What of a batch the target takes."""
         return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
 
-    def unrelated(self, kind: str, seed: int, batch: TextBatch) -> TextBatch:
+    def source(self, kind: str, seed: int, batch: TextBatch) -> TextBatch:
         """One sequence of random characters, random token ids, or generated text, as long as those of the batch."""
         makers = {"characters": self._characters, "ids": self._random_ids, "generated": self._generated}
         if kind not in makers:
-            return super().unrelated(kind, seed, batch)
+            return super().source(kind, seed, batch)
         like = batch["input_ids"]
         key = (kind, seed, like.shape[1])
-        if key not in self._unrelated_ids:
-            self._unrelated_ids[key] = makers[kind](seed_of(seed, kind), like.shape[1]).cpu()
-        ids = self._unrelated_ids[key].to(like.device).unsqueeze(0)
+        if key not in self._source_ids:
+            self._source_ids[key] = makers[kind](seed_of(seed, kind), like.shape[1]).cpu()
+        ids = self._source_ids[key].to(like.device).unsqueeze(0)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "index": ids.new_zeros(1), "labels": ids}
 
     def probes(self, batch: TextBatch) -> tuple[TextBatch, TextBatch]:
@@ -91,14 +67,6 @@ class LanguageModel(AblationModule):
     def hidden(self, batch: TextBatch) -> Sequence[Tensor]:
         """The logits of every position."""
         return [self.logits(batch)]
-
-    def describe(self) -> dict[str, Any]:
-        """Adds the revision and the attention implementation."""
-        config: Any = self.target.config
-        return super().describe() | {
-            "revision": self.revision or getattr(config, "_commit_hash", None),
-            "attn_implementation": config._attn_implementation,
-        }
 
     def on_train_batch_start(self, batch: TextBatch, batch_idx: int) -> None:
         """Refuses token ids and lengths that the target has no embedding for, at the first batch."""
@@ -116,18 +84,8 @@ class LanguageModel(AblationModule):
         )
 
     @cached_property
-    def _unrelated_ids(self) -> dict[tuple[str, int, int], Tensor]:
+    def _source_ids(self) -> dict[tuple[str, int, int], Tensor]:
         return {}
-
-    def _load(self, auto_class: Any) -> nn.Module:
-        with loading(self.name, TargetError):
-            return auto_class.from_pretrained(
-                resolve(self.name),
-                revision=self.revision,
-                dtype=self.dtype_name,
-                attn_implementation=self.attn_implementation,
-                trust_remote_code=self.trust_remote_code,
-            )
 
     def _check_fits(self, ids: Tensor) -> None:
         vocabulary = cast(Any, self.target).get_input_embeddings().num_embeddings
@@ -142,7 +100,7 @@ class LanguageModel(AblationModule):
                 if ids.shape[1] > module.num_embeddings - before:
                     raise DataError(
                         f"the sequences have {ids.shape[1]} tokens, expected at most {module.num_embeddings - before}, "
-                        f"the positions of {name}; lower --data.length"
+                        f"the positions of {name}; lower --data.max_length"
                     )
 
     @cached_property
@@ -185,7 +143,7 @@ class CausalLM(LanguageModel):
         """Loads it with AutoModelForCausalLM."""
         from transformers import AutoModelForCausalLM
 
-        target: Any = self._load(AutoModelForCausalLM)
+        target: Any = self.load(AutoModelForCausalLM)
         target.config.use_cache = False
         return target
 
@@ -218,28 +176,31 @@ class CausalLM(LanguageModel):
 class MaskedLM(LanguageModel):
     """A language model that fills in chosen tokens; scored at these.
 
-    Of each example's tokens ``rate`` are chosen: 80% of them are masked, 10% replaced by a random token, 10% kept
-    (Devlin et al. 2019). The draw depends on the seed and the example alone, so every condition, batch size and rank
-    sees the same. Calibration reads the same kind of input.
+    Of each example's tokens ``mlm_probability`` are chosen: 80% of them are masked, 10% replaced by a random token, 10%
+    kept (Devlin et al. 2019). The draw depends on the seed and the example alone, so every condition, batch size and
+    rank sees the same. Calibration reads the same kind of input.
 
     Args:
         name: see :class:`LanguageModel`.
-        rate: share of an example's ordinary tokens that is chosen, above 0 and at most 1; at least one is.
+        mlm_probability: share of an example's ordinary tokens that is chosen, above 0 and at most 1; at least one is.
         mask_seed: of the draw.
         options: see :class:`LanguageModel`.
     """
 
-    def __init__(self, name: str, *, rate: float = 0.15, mask_seed: int = 0, **options: Any) -> None:
-        if not 0 < rate <= 1:
-            raise ConfigError(f"rate is {rate}, expected a share of the tokens above 0 and at most 1")
+    def __init__(self, name: str, *, mlm_probability: float = 0.15, mask_seed: int = 0, **options: Any) -> None:
+        if not 0 < mlm_probability <= 1:
+            raise ConfigError(
+                f"mlm_probability is {mlm_probability}, expected a share of the tokens above 0 and at most 1 "
+                "(--model.mlm_probability)"
+            )
         super().__init__(name, **options)
-        self.rate, self.mask_seed = rate, mask_seed
+        self.mlm_probability, self.mask_seed = mlm_probability, mask_seed
 
     def build_target(self) -> nn.Module:
         """Loads it with AutoModelForMaskedLM."""
         from transformers import AutoModelForMaskedLM
 
-        return self._load(AutoModelForMaskedLM)
+        return self.load(AutoModelForMaskedLM)
 
     def on_before_batch_transfer(self, batch: TextBatch, dataloader_idx: int) -> TextBatch:
         """Adds ``labels`` (-100 where nothing is asked) and masks ``input_ids``, unless the data bring labels.
@@ -266,7 +227,7 @@ class MaskedLM(LanguageModel):
         mask_token = self._mask_token()
         generator = torch.Generator().manual_seed(seed_of(self.mask_seed, "mask", index))
         candidates = (attention_mask.bool() & torch.isin(ids, self._ordinary)).nonzero().squeeze(1)
-        count = min(len(candidates), max(1, round(self.rate * len(candidates))))
+        count = min(len(candidates), max(1, round(self.mlm_probability * len(candidates))))
         chosen = candidates[torch.randperm(len(candidates), generator=generator)[:count]]
         fate = torch.rand(count, generator=generator)
         random = self._ordinary[torch.randint(len(self._ordinary), (count,), generator=generator)]

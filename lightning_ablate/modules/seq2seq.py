@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_ablate.masks import seed_of
+from lightning_ablate.choices import seed_of
 from lightning_ablate.metrics import Scored
 from lightning_ablate.modules.language import LanguageModel, TextBatch
 from lightning_ablate.sites import Site
@@ -23,7 +23,7 @@ class Seq2SeqLM(LanguageModel):
         """Loads it with AutoModelForSeq2SeqLM."""
         from transformers import AutoModelForSeq2SeqLM
 
-        target: Any = self._load(AutoModelForSeq2SeqLM)
+        target: Any = self.load(AutoModelForSeq2SeqLM)
         target.config.use_cache = False
         return target
 
@@ -51,10 +51,13 @@ class Seq2SeqLM(LanguageModel):
         output = self._run(batch)
         return [output.encoder_last_hidden_state, output.logits]
 
-    def unrelated(self, kind: str, seed: int, batch: TextBatch) -> TextBatch:
+    def source(self, kind: str, seed: int, batch: TextBatch) -> TextBatch:
         """Two texts of random characters or token ids, as long as those of the batch; there is no generated text."""
-        second = super().unrelated(kind, seed_of(seed, "second"), {**batch, "input_ids": batch["labels"]})
-        return {**super().unrelated(kind, seed, batch), "labels": second["input_ids"]}
+        first = super().source(kind, seed, batch)
+        if kind == "example":
+            return first
+        second = super().source(kind, seed_of(seed, "second"), {**batch, "input_ids": batch["labels"]})
+        return {**first, "labels": second["input_ids"]}
 
     @cached_property
     def _encoder(self) -> set[nn.Module]:

@@ -9,17 +9,17 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_ablate.choices import seed_of
 from lightning_ablate.demo import resolve
 from lightning_ablate.errors import TargetError, loading
-from lightning_ablate.masks import seed_of
 from lightning_ablate.metrics import Scored
-from lightning_ablate.modules.base import AblationModule
+from lightning_ablate.modules.hub import HubModule
 
 ImageBatch = Mapping[str, Tensor]
 
 
-class ImageClassifier(AblationModule):
-    """An image classifier with the preprocessing it was trained with.
+class ImageClassifier(HubModule):
+    """An image classifier of timm or transformers with the preprocessing it was trained with.
 
     Batches are mappings of ``pixel_values`` ``(batch, channels, height, width)`` float32, ``label`` ``(batch,)`` int64
     and ``index`` ``(batch,)`` int64, the example's place in the data, below 0 for examples that only fill a rank's last
@@ -29,31 +29,23 @@ class ImageClassifier(AblationModule):
         name: a timm name (``vit_base_patch16_224``), a hub name, a local folder, or ``demo:vit``.
         library: whose model it is; by default a folder's ``config.json`` tells, and a name with a slash is that of
             transformers unless it begins with ``timm/`` or ``hf-hub:``.
-        revision: branch, tag or commit on the hub (transformers).
-        dtype: ``auto`` (that of the weights), ``float32``, ``bfloat16`` or ``float16``.
-        attn_implementation: ``eager``, ``sdpa`` or another one that transformers knows; None lets it choose.
-        trust_remote_code: runs the code that comes with a hub model. Off unless you have read that code.
+        options: see :class:`HubModule`.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        library: Literal["timm", "transformers"] | None = None,
-        revision: str | None = None,
-        dtype: str = "auto",
-        attn_implementation: str | None = None,
-        trust_remote_code: bool = False,
-    ) -> None:
-        super().__init__(name)
+    def __init__(self, name: str, *, library: Literal["timm", "transformers"] | None = None, **options: Any) -> None:
+        super().__init__(name, **options)
         self.library = library or _library_of(resolve(name))
-        self.revision, self.dtype_name, self.attn_implementation = revision, dtype, attn_implementation
-        self.trust_remote_code = trust_remote_code
 
     def build_target(self) -> nn.Module:
         """Loads it with timm or AutoModelForImageClassification."""
+        from transformers import AutoModelForImageClassification
+
+        if self._given:
+            self.library = "transformers" if hasattr(self._given[0], "config") else "timm"
+        if self._given or self.library == "transformers":
+            return self.load(AutoModelForImageClassification)
         with loading(self.name, TargetError):
-            return self._build_timm() if self.library == "timm" else self._build_transformers()
+            return self._build_timm()
 
     def evaluate(self, batch: ImageBatch) -> Scored:
         """One scored position an image."""
@@ -85,10 +77,10 @@ class ImageClassifier(AblationModule):
         """Maps a PIL image to what the target takes, ``(channels, height, width)`` float32."""
         return self._timm_transform() if self.library == "timm" else self._transformers_transform()
 
-    def unrelated(self, kind: str, seed: int, batch: ImageBatch) -> ImageBatch:
+    def source(self, kind: str, seed: int, batch: ImageBatch) -> ImageBatch:
         """One image of pixels drawn uniformly from the 256 levels, preprocessed as any other."""
         if kind != "pixels":
-            return super().unrelated(kind, seed, batch)
+            return super().source(kind, seed, batch)
         from PIL import Image
 
         like = batch["pixel_values"]
@@ -100,13 +92,8 @@ class ImageClassifier(AblationModule):
         return {"pixel_values": pixels.unsqueeze(0).to(like.device), "label": index, "index": index}
 
     def describe(self) -> dict[str, Any]:
-        """Adds the library, the revision and the attention implementation."""
-        config = getattr(self.target, "config", None)
-        return super().describe() | {
-            "library": self.library,
-            "revision": self.revision or getattr(config, "_commit_hash", None),
-            "attn_implementation": getattr(config, "_attn_implementation", "timm's own"),
-        }
+        """Adds the library."""
+        return super().describe() | {"library": self.library}
 
     def _build_timm(self) -> nn.Module:
         import timm
@@ -119,17 +106,6 @@ class ImageClassifier(AblationModule):
         target = timm.create_model(name, pretrained=True)
         return target if self.dtype_name == "auto" else target.to(getattr(torch, self.dtype_name))
 
-    def _build_transformers(self) -> nn.Module:
-        from transformers import AutoModelForImageClassification
-
-        return AutoModelForImageClassification.from_pretrained(
-            resolve(self.name),
-            revision=self.revision,
-            dtype=self.dtype_name,
-            attn_implementation=self.attn_implementation,
-            trust_remote_code=self.trust_remote_code,
-        )
-
     def _timm_transform(self) -> Callable[[Any], Tensor]:
         from timm.data import create_transform, resolve_data_config
 
@@ -140,10 +116,7 @@ class ImageClassifier(AblationModule):
     def _transformers_transform(self) -> Callable[[Any], Tensor]:
         from transformers import AutoImageProcessor
 
-        with loading(self.name, TargetError):
-            processor = AutoImageProcessor.from_pretrained(
-                resolve(self.name), revision=self.revision, trust_remote_code=self.trust_remote_code
-            )
+        processor = self.beside(AutoImageProcessor)
         return lambda image: processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
 
 

@@ -1,6 +1,37 @@
 """``python -m lightning_ablate.results RUN RUN ...``."""
 
-from lightning_ablate.join import main
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from lightning_ablate.errors import AblationError
+from lightning_ablate.results import figures
+from lightning_ablate.results.folder import write_whole
+from lightning_ablate.results.join import load
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the tables of each target, and writes one table and one figure of all."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lightning_ablate.results", description="Joins the results of several runs."
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, which holds results.csv and run.json")
+    parser.add_argument("--out", type=Path, default=Path(), help="folder for joined.csv and joined.png")
+    given = parser.parse_args(arguments)
+    try:
+        targets = load(given.runs)
+        given.out.mkdir(parents=True, exist_ok=True)
+        paths = [given.out / name for name in ("joined.csv", "joined.png")]
+        table = pd.concat([results.table for results in targets])
+        write_whole(paths[0], table.to_csv(index=False, lineterminator="\n"))
+        write_whole(paths[1], figures.png(figures.degradation(*targets)))
+    except (AblationError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print("\n\n\n".join(map(str, targets)), *paths, sep="\n\n")
+
 
 if __name__ == "__main__":
     main()

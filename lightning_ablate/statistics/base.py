@@ -1,8 +1,7 @@
 """What every statistic of a site's neurons has in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from importlib.util import find_spec
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, Self, TypeVar
 
 import torch
@@ -62,10 +61,10 @@ class SiteStatistics:
 class ActivationStatistic(Metric, ABC):
     """A statistic of each neuron of one site, gathered batch by batch. Subclass it to gather another one.
 
-    States are added with ``persistent=True`` (they are the checkpoint) and their ``dist_reduce_fx`` (it merges the
-    ranks), and must not depend on how the activations are split into batches. Calibration merges the ranks at the end
-    of an epoch; from then on the states and what is derived from them are read directly. ``compute`` merges by itself,
-    as in any torchmetrics.Metric, for use without a calibration.
+    States are added with ``persistent=True`` (what the checkpoint holds) and their ``dist_reduce_fx`` (it merges the
+    ranks), and must not depend on how the activations are split into batches. At the end of an epoch, calibration
+    merges the ranks, calls ``check`` and then ``reduce``; from then on the states and what is derived from them are
+    read directly. ``compute`` merges by itself, as in any torchmetrics.Metric, for use without a calibration.
 
     Args:
         neurons: width of the site.
@@ -102,6 +101,9 @@ class ActivationStatistic(Metric, ABC):
 
     def check(self) -> None:
         """Raises StatisticsError if what was gathered can't be right; called once the epoch is complete."""
+
+    def reduce(self) -> None:
+        """Lets go of what is needed no longer once the epoch is complete and described."""
 
     @classmethod
     def epoch(cls) -> int:
@@ -142,6 +144,9 @@ def by_example(activations: Tensor, valid: Tensor | None) -> tuple[Tensor, Tenso
     return rows, valid.expand(rows.shape[:2])
 
 
-def has_kernels(rows: Tensor) -> bool:
-    """Whether the Triton kernels can take these activations: on a GPU, neurons side by side, where Triton is there."""
-    return rows.is_cuda and rows.stride(-1) == 1 and find_spec("triton") is not None
+def with_needs(kinds: Iterable[type[ActivationStatistic]]) -> list[type[ActivationStatistic]]:
+    """These statistics and all that they need, each once, what is needed first."""
+    found: dict[type[ActivationStatistic], None] = {}
+    for kind in kinds:
+        found |= dict.fromkeys([*with_needs(kind.needs), kind])
+    return list(found)

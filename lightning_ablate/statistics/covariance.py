@@ -15,8 +15,8 @@ _DOUBLE = 2048  # neurons up to which sums are float64; above, float32 keeps 32 
 class Covariance(ActivationStatistic):
     """Means and covariances of all neurons of a site over the valid positions, in one pass.
 
-    Every batch gives the sums of products of the deviations from its own mean; such parts merge by the pairwise formula
-    of Chan, Golub & LeVeque (1979). Sums are float64 up to 2,048 neurons and float32 above: 4 n² bytes a site, 67 MB
+    Every batch gives the sums of products of the deviations from its own mean; these merge by the pairwise formula of
+    Chan, Golub & LeVeque (1979). Sums are float64 up to 2,048 neurons and float32 above: 4 n² bytes a site, 67 MB
     for 4,096 neurons.
 
     Args:
@@ -31,25 +31,25 @@ class Covariance(ActivationStatistic):
         ([2.0, 4.0], [[[1.0, 2.0], [2.0, 4.0]]])
     """
 
-    parts: Tensor
+    sums: Tensor
 
     def __init__(self, neurons: int, earlier: SiteStatistics | None = None, blocks: int = 1) -> None:
         super().__init__(neurons, earlier)
         self.blocks, width = blocks, neurons // blocks
         dtype = torch.float64 if neurons <= _DOUBLE else torch.float32
         # of every block: the count in every column, the mean, and the sums of products
-        parts = torch.zeros(blocks, width + 2, width, dtype=dtype)
-        self.add_state("parts", parts, dist_reduce_fx=_merged, persistent=True)
+        sums = torch.zeros(blocks, width + 2, width, dtype=dtype)
+        self.add_state("sums", sums, dist_reduce_fx=_merged, persistent=True)
 
     def update(self, activations: Tensor, valid: Tensor | None = None) -> None:
         """Adds a batch, see :meth:`ActivationStatistic.update`."""
-        rows = positions(activations, valid).to(self.parts.dtype)
+        rows = positions(activations, valid).to(self.sums.dtype)
         if len(rows):
             rows = rows.view(len(rows), self.blocks, -1).transpose(0, 1)
             mean = rows.mean(1, keepdim=True)
             deviations = rows - mean
             with torch.autocast(rows.device.type, enabled=False):
-                _add(self.parts, torch.full_like(mean, rows.shape[1]), mean, deviations.mT @ deviations)
+                _add(self.sums, torch.full_like(mean, rows.shape[1]), mean, deviations.mT @ deviations)
 
     def compute(self) -> Tensor:
         """See :attr:`covariance`."""
@@ -58,17 +58,17 @@ class Covariance(ActivationStatistic):
     @property
     def count(self) -> Tensor:
         """The positions seen, ``()`` int64."""
-        return self.parts[0, 0, 0].long()
+        return self.sums[0, 0, 0].long()
 
     @property
     def mean(self) -> Tensor:
         """The means, ``(neurons,)`` float64 or float32."""
-        return self.parts[:, 1].flatten()
+        return self.sums[:, 1].flatten()
 
     @property
     def covariance(self) -> Tensor:
         """The covariances over the positions seen (divided by their number), ``(blocks, width, width)``."""
-        return self.parts[:, 2:] / self.parts[:, :1]
+        return self.sums[:, 2:] / self.sums[:, :1]
 
     def check(self) -> None:
         """Raises StatisticsError if there was no valid position."""
@@ -77,7 +77,7 @@ class Covariance(ActivationStatistic):
 
     def finite(self) -> Tensor:
         """Whether the means are finite, which they are if every activation was."""
-        return self.parts[:, 1].isfinite().all()
+        return self.sums[:, 1].isfinite().all()
 
 
 class HeadCovariance(Covariance):
@@ -93,25 +93,25 @@ class HeadCovariance(Covariance):
         if site.heads is None:
             raise StatisticsError(
                 f"{site.name} ({site.kind}) has no heads that lie side by side, by which to take its covariance; use "
-                "the method conditional, or leave the site out (--ablation.sites)"
+                "the method conditional-mean, or leave the site out (--ablation.sites)"
             )
         return cls(site.width, earlier, blocks=site.heads)
 
 
-def _add(parts: Tensor, count: Tensor, mean: Tensor, products: Tensor) -> Tensor:
-    """Adds a part to others, in place; count and mean are ``(blocks, 1, width)``."""
-    total = (parts[:, :1] + count).clamp_min(1)
-    shift = mean - parts[:, 1:2]
-    parts[:, 2:] += products
-    parts[:, 2:].baddbmm_((shift * (parts[:, :1] * count / total)).mT, shift)
-    parts[:, 1:2] += shift * (count / total)
-    parts[:, :1] += count
-    return parts
+def _add(sums: Tensor, count: Tensor, mean: Tensor, products: Tensor) -> Tensor:
+    """Adds those of a batch or a rank, in place; count and mean are ``(blocks, 1, width)``."""
+    total = (sums[:, :1] + count).clamp_min(1)
+    shift = mean - sums[:, 1:2]
+    sums[:, 2:] += products
+    sums[:, 2:].baddbmm_((shift * (sums[:, :1] * count / total)).mT, shift)
+    sums[:, 1:2] += shift * (count / total)
+    sums[:, :1] += count
+    return sums
 
 
 def _merged(stacked: Tensor) -> Tensor:
-    """Merges ``(parts, blocks, width + 2, width)`` into one of them."""
+    """Merges ``(ranks, blocks, width + 2, width)`` into one of them."""
     merged = torch.zeros_like(stacked[0])
-    for part in stacked:
-        _add(merged, part[:, :1], part[:, 1:2], part[:, 2:])
+    for own in stacked:
+        _add(merged, own[:, :1], own[:, 1:2], own[:, 2:])
     return merged

@@ -1,87 +1,156 @@
-"""The histogram in which the paper looks for a neuron's peak."""
+"""The histogram of each neuron, and where its values are centred."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_ablate.errors import StatisticsError
+from lightning_ablate.statistics import estimators
 from lightning_ablate.statistics.base import ActivationStatistic, SiteStatistics, positions
-from lightning_ablate.statistics.lattice import LatticeHistogram
+from lightning_ablate.statistics.moments import Moments
 
 # Another batch composition moves an activation by about 6e-7 of its size; a change of the data moves it by far more.
 _TOLERANCE = 1e-4
+_BLOCK = 2**16  # values at a time, which a core's cache holds
+_CHUNK = 4096  # neurons at a time, whose estimates take some 350 MB
 
 
-class RangeHistogram(ActivationStatistic):
+class Histogram(ActivationStatistic):
     """Equal bins between each neuron's own minimum and maximum, exact, in the epoch after these are known.
 
-    The bins are half-open, the last one closed, and their edges are ``low + k * (high - low) / bins`` in float64, as
-    numpy's ``histogram`` defines them.
+    Ten bins make one of the 100 in which the paper looks for a neuron's peak. All are half-open, the last one closed,
+    and the edges of the 100 are ``low + k * (high - low) / 100`` in float64, as numpy's ``histogram`` defines them.
+
+    While it is gathered, a neuron takes 8 bytes a bin, however many positions there are; once :meth:`reduce` was
+    called, five numbers, which are all that the checkpoint holds.
+
+    A neuron that was 0 at least as often as not has 0 as its mode, median and half-sample mode.
 
     Args:
         neurons: width of the site.
-        earlier: holds the :class:`LatticeHistogram` of the same activations.
+        earlier: holds the :class:`Moments` of the same activations.
 
     Example:
-        >>> activations = torch.tensor([[[0.0], [0.25], [0.75], [1.0]]])
-        >>> first = LatticeHistogram(neurons=1)
-        >>> first.update(activations)
-        >>> histogram = RangeHistogram(neurons=1, earlier=SiteStatistics("site", {LatticeHistogram: first}))
+        >>> activations = torch.tensor([[[0.0], [0.25], [0.25], [1.0]]])
+        >>> moments = Moments(neurons=1)
+        >>> moments.update(activations)
+        >>> histogram = Histogram(neurons=1, earlier=SiteStatistics("site", {Moments: moments}))
         >>> histogram.update(activations)
-        >>> histogram.compute()[0].nonzero().squeeze(1).tolist(), int(histogram.compute().sum())
-        ([0, 25, 75, 99], 4)
-        >>> round(histogram.peak().item(), 6)
-        0.005
+        >>> histogram.counts.nonzero().tolist(), round(histogram.peak.item(), 6)
+        ([[0, 0], [0, 250], [0, 999]], 0.255)
     """
 
-    bins = 100
-    needs = (LatticeHistogram,)
+    bins = 1000
+    paper_bins = 100
+    needs = (Moments,)
     low: Tensor
     high: Tensor
+    values: Tensor
     counts: Tensor
+    zeros: Tensor
     outside: Tensor
 
     def __init__(self, neurons: int, earlier: SiteStatistics | None = None) -> None:
         super().__init__(neurons, earlier)
-        zeros = torch.zeros(neurons, dtype=torch.float64)
-        self.register_buffer("low", zeros if earlier is None else earlier[LatticeHistogram].low.clone())
-        self.register_buffer("high", zeros.clone() if earlier is None else earlier[LatticeHistogram].high.clone())
-        counts = torch.zeros(neurons, self.bins, dtype=torch.int64, device=self.low.device)
-        self.add_state("counts", counts, dist_reduce_fx="sum", persistent=True)
-        self.add_state("outside", counts.new_zeros(()), dist_reduce_fx="sum", persistent=True)
+        low = torch.zeros(neurons, dtype=torch.float64) if earlier is None else earlier[Moments].low
+        self.register_buffer("low", low.clone())
+        self.register_buffer("high", low.clone() if earlier is None else earlier[Moments].high.clone())
+        self.register_buffer("values", low.new_full((5, neurons), torch.nan))
+        zeros = torch.zeros(neurons, dtype=torch.int64, device=low.device)
+        # without bins until the first batch: torchmetrics keeps a copy of what a state begins with
+        self.add_state("counts", zeros.new_zeros(neurons, 0), dist_reduce_fx="sum")
+        self.add_state("zeros", zeros, dist_reduce_fx="sum", persistent=True)
+        self.add_state("outside", zeros.new_zeros(()), dist_reduce_fx="sum", persistent=True)
 
     def update(self, activations: Tensor, valid: Tensor | None = None) -> None:
         """Adds a batch, see :meth:`ActivationStatistic.update`."""
-        rows = positions(activations, valid).double()
-        width = self.high - self.low
+        rows = positions(activations, valid)
+        self._begin()
+        width, step = self.high - self.low, self._step
         slack = _TOLERANCE * width + torch.finfo(torch.float32).tiny
-        # not (inside), so that NaN counts as outside
-        self.outside += (~((rows >= self.low - slack) & (rows <= self.high + slack))).sum()
-        step = width / self.bins
-        index = torch.where(width > 0, (rows - self.low) / step, 0.0).nan_to_num(0.0).floor().clamp(0, self.bins - 1)
-        # the division may land one bin off an edge: the edges decide
-        index -= ((rows < self.low + index * step) & (index > 0)).double()
-        index += ((rows >= self.low + (index + 1) * step) & (index < self.bins - 1) & (width > 0)).double()
-        cells = index.long() + torch.arange(self.neurons, device=rows.device) * self.bins
-        self.counts += torch.bincount(cells.flatten(), minlength=self.counts.numel()).view_as(self.counts)
+        lowest, highest = self.low - slack, self.high + slack
+        share = self.bins // self.paper_bins
+        scale = (share / step).nan_to_num(posinf=0.0)  # a constant neuron's values are all in the first bin
+        first = torch.arange(self.neurons, device=rows.device) * self.bins
+        one = torch.ones((), dtype=torch.int64, device=rows.device)
+        for block in torch.split(rows, max(1, _BLOCK // self.neurons)):
+            self.zeros += (block == 0).sum(0)
+            exact = block.double()
+            inside = exact.clamp(lowest, highest)
+            self.outside += (inside != exact).sum()  # NaN too
+            edge = (inside - self.low).mul_(scale).round_()  # the nearest one, and it decides on which side a value is
+            below = exact < (edge / share).mul_(step).add_(self.low)
+            cells = (edge.long() - below.long()).clamp_(0, self.bins - 1).add_(first).flatten()
+            self.counts.view(-1).index_add_(0, cells, one.expand(len(cells)))
 
     def compute(self) -> Tensor:
-        """The counts, ``(neurons, bins)`` int64."""
-        return self.counts
+        """See :meth:`described`."""
+        return self.described()
 
+    def sync(self, *args: Any, **kwargs: Any) -> None:
+        """Merges the ranks, see :meth:`torchmetrics.Metric.sync`, some of which may have seen nothing."""
+        self._begin()
+        super().sync(*args, **kwargs)
+
+    def reduce(self) -> None:
+        """Keeps what :meth:`compute` gives, and lets go of the counts."""
+        self.values = self.described()
+        self.counts = self.counts.new_zeros(self.neurons, 0)
+        self._cache = None  # the counts of this rank alone, which torchmetrics keeps for a return
+
+    def described(self) -> Tensor:
+        """Peak, mode, median, half-sample mode and the number of modes, ``(5, neurons)`` float64."""
+        if not self.counts.numel():  # reduced, or from a checkpoint
+            return self.values
+        fullest = self.counts.view(self.neurons, self.paper_bins, -1).sum(2).argmax(1)  # the first of equal ones
+        peak = self.low + (fullest + 0.5) * self._step
+        places = torch.cat([estimators.described(some.double()) for some in torch.split(self.counts, _CHUNK)], 1)
+        found = (self.low + places[:3] * ((self.high - self.low) / self.bins)).clamp(self.low, self.high)
+        found = torch.where(2 * self.zeros >= self.counts.sum(1), 0.0, found)
+        return torch.cat([peak.unsqueeze(0), found, places[3:]])
+
+    @property
     def peak(self) -> Tensor:
-        """The centre of the fullest bin, ties to the lowest; a constant neuron's value: ``(neurons,)`` float64."""
-        fullest = self.counts == self.counts.amax(1, keepdim=True)
-        lowest = fullest.to(torch.int8).argmax(1)  # argmax promises the first of equal values
-        return self.low + (lowest + 0.5) * ((self.high - self.low) / self.bins) * (self.high > self.low)
+        """The paper's: the centre of the fullest of 100 bins, ties to the lowest, ``(neurons,)`` float64."""
+        return self.described()[0]
+
+    @property
+    def mode(self) -> Tensor:
+        """The modes, see :func:`~lightning_ablate.statistics.estimators.smoothed_mode`, ``(neurons,)`` float64."""
+        return self.described()[1]
+
+    @property
+    def median(self) -> Tensor:
+        """The medians, ``(neurons,)`` float64."""
+        return self.described()[2]
+
+    @property
+    def half_sample_mode(self) -> Tensor:
+        """See :func:`~lightning_ablate.statistics.estimators.half_sample_mode`, ``(neurons,)`` float64."""
+        return self.described()[3]
+
+    @property
+    def modes(self) -> Tensor:
+        """How many modes each neuron has, ``(neurons,)`` int64."""
+        return self.described()[4].long()
 
     def finite(self) -> Tensor:
-        """Always true: :class:`LatticeHistogram`, one epoch earlier, saw the same activations."""
-        return torch.ones((), dtype=torch.bool, device=self.counts.device)
+        """Always true: :class:`Moments`, one epoch earlier, saw the same activations."""
+        return torch.ones((), dtype=torch.bool, device=self.low.device)
 
     def check(self) -> None:
         """Raises StatisticsError if activations fell outside the range of the epoch before."""
         if int(self.outside):
             raise StatisticsError(
-                f"{int(self.outside)} activations lie outside the range of the first calibration epoch: the exact peak "
+                f"{int(self.outside)} activations lie outside the range of the first calibration epoch: the histogram "
                 "needs the same data in both; turn shuffling, augmentation and time limits off in the training loader"
             )
+
+    @property
+    def _step(self) -> Tensor:
+        return (self.high - self.low) / self.paper_bins
+
+    def _begin(self) -> None:
+        if not self.counts.numel():
+            self.counts = self.counts.new_zeros(self.neurons, self.bins)

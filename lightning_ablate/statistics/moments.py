@@ -1,44 +1,54 @@
-"""The moments of each neuron."""
+"""The moments of each neuron, its minimum and its maximum."""
 
 import torch
 from torch import Tensor
 
 from lightning_ablate.errors import StatisticsError
-from lightning_ablate.statistics.base import ActivationStatistic, SiteStatistics, has_kernels, positions
+from lightning_ablate.statistics.base import ActivationStatistic, SiteStatistics, positions
 
 _BLOCK = 256  # positions at a time, which a core's cache holds
 
 
 class Moments(ActivationStatistic):
-    """Mean, standard deviation, skewness and kurtosis of each neuron over the valid positions, in float64.
+    """Mean, standard deviation, skewness, kurtosis, minimum and maximum of each neuron over the valid positions.
 
-    Every batch gives its own mean and sums of powers of the deviations from it; such parts merge by the formulas of
-    Pébay (2008, "Formulas for robust, one-pass parallel computation of covariances and arbitrary-order statistical
+    Every batch gives its own mean and sums of powers of the deviations from it, in float64; these merge by the formulas
+    of Pébay (2008, "Formulas for robust, one-pass parallel computation of covariances and arbitrary-order statistical
     moments"), so that neurons far from zero keep their digits.
+
+    Attributes:
+        sums: ``(5, neurons)`` float64: count, mean, and sums of the second to fourth powers of the deviations from it.
+        low: ``(neurons,)`` float64, the minima; infinity before the first position.
+        high: ``(neurons,)`` float64, the maxima.
 
     Example:
         >>> statistic = Moments(neurons=2)
         >>> statistic.update(torch.tensor([[[1.0, 2.0], [3.0, 6.0]]]))
-        >>> statistic.mean.tolist(), statistic.sd.tolist()
-        ([2.0, 4.0], [1.0, 2.0])
+        >>> statistic.mean.tolist(), statistic.sd.tolist(), statistic.high.tolist()
+        ([2.0, 4.0], [1.0, 2.0], [3.0, 6.0])
     """
 
-    parts: Tensor
+    sums: Tensor
+    low: Tensor
+    high: Tensor
 
     def __init__(self, neurons: int, earlier: SiteStatistics | None = None) -> None:
         super().__init__(neurons, earlier)
         zeros = torch.zeros(5, neurons, dtype=torch.float64)
-        self.add_state("parts", zeros, dist_reduce_fx=_merged, persistent=True)
+        nothing = torch.full((neurons,), torch.inf, dtype=torch.float64)
+        self.add_state("sums", zeros, dist_reduce_fx=_merged, persistent=True)
+        self.add_state("low", nothing, dist_reduce_fx="min", persistent=True)
+        self.add_state("high", -nothing, dist_reduce_fx="max", persistent=True)
 
     def update(self, activations: Tensor, valid: Tensor | None = None) -> None:
         """Adds a batch, see :meth:`ActivationStatistic.update`."""
         rows = positions(activations, valid)
         if len(rows):
-            first = rows[:_BLOCK].double()
-            # near the mean, and exactly the value of a constant neuron
-            start = torch.where((first == first[0]).all(0), first[0], first.mean(0))
-            reference = torch.where(self.parts[0] > 0, self.parts[1], start)
-            self.parts = _merged(torch.stack([self.parts, _part(rows, reference)]))
+            start = rows[:_BLOCK].mean(0, dtype=torch.float64)
+            reference = torch.where(self.sums[0] > 0, self.sums[1], start)
+            self.sums = _merged(torch.stack([self.sums, _sums(rows, reference)]))
+            self.low = torch.minimum(self.low, rows.amin(0))
+            self.high = torch.maximum(self.high, rows.amax(0))
 
     def compute(self) -> Tensor:
         """Mean, standard deviation, skewness and excess kurtosis, ``(4, neurons)`` float64."""
@@ -47,27 +57,27 @@ class Moments(ActivationStatistic):
     @property
     def count(self) -> Tensor:
         """The positions seen, ``()`` int64."""
-        return self.parts[0, 0].long()
+        return self.sums[0, 0].long()
 
     @property
     def mean(self) -> Tensor:
         """The means, ``(neurons,)`` float64."""
-        return self.parts[1] / (self.parts[0] > 0)
+        return self.sums[1] / (self.sums[0] > 0)
 
     @property
     def sd(self) -> Tensor:
         """The standard deviations of the positions seen (divided by their number), ``(neurons,)`` float64."""
-        return (self.parts[2] / self.parts[0]).sqrt()
+        return (self.sums[2] / self.sums[0]).sqrt()
 
     @property
     def skewness(self) -> Tensor:
         """The third standardised moments, ``(neurons,)`` float64; 0 for a constant neuron."""
-        return torch.where(self.sd == 0, 0.0, self.parts[3] / self.parts[0] / self.sd.pow(3))
+        return torch.where(self.sd == 0, 0.0, self.sums[3] / self.sums[0] / self.sd.pow(3))
 
     @property
     def kurtosis(self) -> Tensor:
         """The fourth standardised moments less the 3 of a normal density, ``(neurons,)``; 0 for a constant neuron."""
-        return torch.where(self.sd == 0, 0.0, self.parts[4] / self.parts[0] / self.sd.pow(4) - 3)
+        return torch.where(self.sd == 0, 0.0, self.sums[4] / self.sums[0] / self.sd.pow(4) - 3)
 
     def check(self) -> None:
         """Raises StatisticsError if there was no valid position."""
@@ -76,10 +86,10 @@ class Moments(ActivationStatistic):
 
     def finite(self) -> Tensor:
         """Whether the means are finite, which they are if every activation was."""
-        return self.parts[1].isfinite().all()
+        return self.sums[1].isfinite().all()
 
 
-def _part(rows: Tensor, reference: Tensor) -> Tensor:
+def _sums(rows: Tensor, reference: Tensor) -> Tensor:
     """Count, mean, and sums of the second to fourth powers of the deviations from it, ``(5, neurons)`` float64.
 
     Args:
@@ -103,10 +113,6 @@ def _part(rows: Tensor, reference: Tensor) -> Tensor:
 
 def _power_sums(rows: Tensor, reference: Tensor) -> Tensor:
     """Sums of the first to fourth powers of the deviations from the reference, ``(4, neurons)`` float64."""
-    if has_kernels(rows):
-        from lightning_ablate.statistics import kernels
-
-        return kernels.power_sums(rows, reference)
     sums = reference.new_zeros(4, len(reference))
     for block in torch.split(rows, _BLOCK):
         deviation = block.double() - reference  # not in place: float64 rows are the target's own
@@ -118,9 +124,9 @@ def _power_sums(rows: Tensor, reference: Tensor) -> Tensor:
     return sums
 
 
-def _merged(parts: Tensor) -> Tensor:
-    """Merges ``(parts, 5, neurons)``, see :func:`_part`, into one of them."""
-    count, mean, second, third, fourth = parts.unbind(1)
+def _merged(sums: Tensor) -> Tensor:
+    """Merges ``(batches or ranks, 5, neurons)``, see :func:`_sums`, into one of them."""
+    count, mean, second, third, fourth = sums.unbind(1)
     total, reference = count.sum(0), mean[count[:, 0].argmax()]  # of equal means the merged one is exactly that
     center = reference + (count / total.clamp_min(1) * (mean - reference)).sum(0)
     shift = mean - center

@@ -16,14 +16,12 @@ COMMANDS = [
     "sweep",
     "sweep --shape gpt2 --rounds 5",
     "sweep --shape digits --rounds 5",
-    "sweep --fold",
     "sweep --memory --tokens 2048",
     "calibration --memory",
     "startup",
     "scale",
     "scale --processes",
     "peaks",
-    "kernel",
     "peers --tokens 2048",
 ]
 
@@ -43,9 +41,8 @@ def main() -> None:
             continue
         options += ["--environments", given.environments] if name == "peers" else []
         print(command, flush=True)
-        run = subprocess.run(
-            [sys.executable, "-m", f"tests.benchmarks.{name}", *options], capture_output=True, text=True
-        )
+        words = [sys.executable, "-m", f"tests.benchmarks.{name}", *options]
+        run = subprocess.run(words, capture_output=True, text=True)
         said = run.stdout if not run.returncode else f"failed: {run.stderr.strip().splitlines()[-1]}\n"
         parts.append(f"$ python -m tests.benchmarks.{command}\n{said}")
         given.file.write_text("\n".join(parts), encoding="utf-8")

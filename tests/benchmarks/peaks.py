@@ -9,33 +9,10 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_ablate.statistics import (
-    HalfSampleMode,
-    LatticeHistogram,
-    Median,
-    RangeHistogram,
-    SiteStatistics,
-    SmoothedMode,
-)
+from lightning_ablate.statistics import Histogram, Moments, SiteStatistics
 
-ESTIMATORS = {"mode": SmoothedMode(), "half-sample": HalfSampleMode(), "median": Median()}
+ESTIMATORS = ("peak", "mode", "median", "half_sample_mode")
 SIZES = (10_000, 100_000)
-
-
-def normal(shape: tuple[int, int]) -> Tensor:
-    return torch.randn(shape)
-
-
-def laplace(shape: tuple[int, int]) -> Tensor:
-    return torch.distributions.Laplace(0.0, 1.0).sample(shape)
-
-
-def gamma(shape: tuple[int, int]) -> Tensor:
-    return torch.distributions.Gamma(3.0, 1.0).sample(shape)
-
-
-def student(shape: tuple[int, int]) -> Tensor:
-    return torch.distributions.StudentT(3.0).sample(shape)
 
 
 def mixture(shape: tuple[int, int]) -> Tensor:
@@ -50,10 +27,10 @@ def _mode_of_mixture() -> float:
 
 
 DISTRIBUTIONS = {
-    "normal": (normal, 0.0),
-    "Laplace": (laplace, 0.0),
-    "gamma(3)": (gamma, 2.0),
-    "t(3)": (student, 0.0),
+    "normal": (torch.randn, 0.0),
+    "Laplace": (torch.distributions.Laplace(0.0, 1.0).sample, 0.0),
+    "gamma(3)": (torch.distributions.Gamma(3.0, 1.0).sample, 2.0),
+    "t(3)": (torch.distributions.StudentT(3.0).sample, 0.0),
     "mixture": (mixture, _mode_of_mixture()),
 }
 
@@ -62,33 +39,29 @@ def errors(name: str, size: int, neurons: int, batch: int = 5_000) -> dict[str, 
     """The root mean squared error of each estimator, in raw units."""
     draw, mode = DISTRIBUTIONS[name]
     torch.manual_seed(size)
-    batches = [draw((batch, neurons)).unsqueeze(0) for _ in range(size // batch)]
-    bounds, lattice = LatticeHistogram(neurons), LatticeHistogram(neurons)
+    batches = [draw((batch, neurons)) for _ in range(size // batch)]
+    moments = Moments(neurons)
     for x in batches:
-        bounds.update(x)
-        lattice.update(x)
-    histogram = RangeHistogram(neurons, SiteStatistics(name, {LatticeHistogram: bounds}))
+        moments.update(x)
+    histogram = Histogram(neurons, SiteStatistics(name, {Moments: moments}))
     for x in batches:
         histogram.update(x)
-    found = {"peak": histogram.peak()}
-    found |= {estimator: estimate(lattice.histogram) for estimator, estimate in ESTIMATORS.items()}
-    return {estimator: math.sqrt((values - mode).square().mean().item()) for estimator, values in found.items()}
+    histogram.reduce()
+    return {by: math.sqrt((getattr(histogram, by) - mode).square().mean().item()) for by in ESTIMATORS}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prints the error of each estimator of the peak.")
     parser.add_argument("--neurons", type=int, default=200, help="repetitions of each")
     neurons = parser.parse_args().neurons
-    names = ["peak", *ESTIMATORS]
-    print(f"{'distribution':14}{'n':>8}  " + "".join(f"{name:>13}" for name in names) + f"{'peak / mode':>13}")
-    worst = math.inf
+    print(f"{'distribution':14}{'n':>8}" + "".join(f"{name:>18}" for name in (*ESTIMATORS, "peak / mode")))
+    ratios = []
     for size in SIZES:
         for name in DISTRIBUTIONS:
             found = errors(name, size, neurons)
-            ratio = found["peak"] / found["mode"]
-            worst = min(worst, ratio)
-            print(f"{name:14}{size:8}  " + "".join(f"{found[n]:13.4f}" for n in names) + f"{ratio:13.2f}")
-    print(f"smallest ratio {worst:.2f}")
+            ratios.append(found["peak"] / found["mode"])
+            print(f"{name:14}{size:8}" + "".join(f"{error:18.4f}" for error in found.values()) + f"{ratios[-1]:18.2f}")
+    print(f"smallest ratio {min(ratios):.2f}")
 
 
 if __name__ == "__main__":

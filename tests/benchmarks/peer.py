@@ -17,26 +17,12 @@ torch.set_grad_enabled(False)
 
 
 def ours(folder, target, masks):
-    from lightning_ablate.calibration import Calibration
-    from lightning_ablate.masks import Selection
-    from lightning_ablate.methods import Zero
-    from lightning_ablate.sweep import BASELINE, Condition, Sweep
+    from lightning_ablate import ablated
 
-    class Given:
-        """The masks that every library gets."""
-
-        def mask(self, selection, site, statistics=None):
-            return masks[int(site.name.split(".layers.")[1].split(".")[0])]
-
-    calibration = Calibration(target, [])
-    calibration.find(lambda: target(torch.zeros(1, 8, dtype=torch.int64)))
-    condition = Condition("zero", 0.5, 1)
-    assert Selection(0.5, 1)
-    sweep = Sweep(calibration, [Zero()], [BASELINE, condition], Given())
-    sweep.prepare()
+    named = {f"model.decoder.layers.{layer}.self_attn.out_proj": mask for layer, mask in enumerate(masks)}
 
     def run(ids):
-        with sweep.applied(condition):
+        with ablated(target, named, once=True):
             return target(input_ids=ids).logits
 
     return run
@@ -79,10 +65,10 @@ def taker(folder, target, masks):
 
 
 def score(logits, ids):
-    """Sums of cross-entropy and of right answers, as a bare evaluation computes them."""
+    """The summed cross-entropy, and right answers counted as well, as a bare evaluation does."""
     logits, targets = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-    right = int((logits.argmax(1) == targets).sum())
-    return functional.cross_entropy(logits.float(), targets, reduction="sum").item(), right
+    int((logits.argmax(1) == targets).sum())
+    return functional.cross_entropy(logits.float(), targets, reduction="sum").item()
 
 
 def main():
@@ -97,7 +83,7 @@ def main():
     for _ in range(rounds + 1):  # the first one warms up
         for which, run in runs.items():
             began = time.perf_counter()
-            loss[which] = sum(score(run(batch), batch)[0] for batch in ids)
+            loss[which] = sum(score(run(batch), batch) for batch in ids)
             seconds[which].append(time.perf_counter() - began)
     positions = ids[:, :, 1:].numel()
     found = {"version": importlib.metadata.version("lightning_ablate" if name == "ours" else name)}

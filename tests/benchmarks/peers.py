@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from lightning_ablate.masks import RandomNeurons, Selection
-from lightning_ablate.sites import Site
+from lightning_ablate import Random, Site
+from lightning_ablate.conditions import Selection
 from tests import tiny
 from tests.benchmarks import targets
 
@@ -44,18 +44,15 @@ def save(folder: Path, shape: str, batches: int, batch: int, length: int) -> Non
     tiny.tokenizer(longest=2048).save_pretrained(folder)
     torch.save(torch.randint(5, 200, (batches, batch, length)), folder / "ids.pt")
     layers, width = target.config.num_hidden_layers, target.config.hidden_size
-    chosen = Selection(0.5, 1)
-    masks = [RandomNeurons().mask(chosen, Site(f"layers.{layer}.out_proj", width)) for layer in range(layers)]
+    masks = [Random().mask(Selection(0.5, 1), Site(f"layers.{layer}.out_proj", width)) for layer in range(layers)]
     torch.save(torch.stack(masks), folder / "masks.pt")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compares ablated evaluations by several libraries.")
     parser.add_argument("--shape", choices=("tiny", "opt-125m"), default="opt-125m")
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
+    for name, value in {"tokens": 4096, "batch": 8, "length": 256, "rounds": 5}.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--environments", type=Path, help="folder of the libraries' environments, which are kept")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     given = parser.parse_args()

@@ -10,7 +10,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from typing import Any
 
 from tests.benchmarks import targets
@@ -29,27 +28,23 @@ def measured(given: dict[str, int], rounds: int) -> tuple[float, float]:
         return targets.opt(**shape, num_hidden_layers=given["layers"], vocab_size=8192)
 
     targets.MAKERS["scale"] = lambda: targets.Text(make)
-    rig = Rig("scale", given["tokens"], 4, 128, methods=["zero"], fractions=fractions)
-    rig.bare()
-    found = [(rig.sweep(), targets.seconds(lambda: targets.repeat(rig.bare, rig.conditions))) for _ in range(rounds)]
-    return statistics.median(ours for ours, _ in found), statistics.median(ours / bare for ours, bare in found)
+    found = Rig("scale", given["tokens"], 4, 128, methods=["zero"], fractions=fractions).ratios(rounds)
+    return statistics.median(ours for _, ours in found), statistics.median(ours / bare for bare, ours in found)
 
 
 def processes(rounds: int) -> None:
     command = [sys.executable, "-m", "lightning_ablate", "fit", "--config", "configs/demo_gpt2.yaml"]
     command += ["--trainer.accelerator=cpu", "--trainer.logger=false", "--ablation.seeds=[1]"]
-    several = {1: [], 2: ["--trainer.devices=2", "--trainer.strategy=ddp"]}
-    seconds: dict[int, list[float]] = {1: [], 2: []}
-    for _ in range(rounds):
-        for number, options in several.items():
-            with tempfile.TemporaryDirectory() as folder:
-                began = time.perf_counter()
-                subprocess.run([*command, *options, f"--ablation.folder={folder}"], check=True, capture_output=True)
-                seconds[number].append(time.perf_counter() - began)
-    for number, times in seconds.items():
-        print(f"{number} process{'es' * (number > 1)}: {statistics.median(times):6.1f} s")
-    ratio = statistics.median(two / one for one, two in zip(seconds[1], seconds[2], strict=True))
-    print(f"two processes / one: {ratio:.3f}")
+
+    def run(*options: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([*command, *options, f"--ablation.dirpath={folder}"], check=True, capture_output=True)
+
+    several = [], ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    times = [[targets.seconds(run, *options) for options in several] for _ in range(rounds)]
+    for number, found in enumerate(zip(*times, strict=True), 1):
+        print(f"{number} process{'es' * (number > 1)}: {statistics.median(found):6.1f} s")
+    print(f"one process / two: {statistics.median(one / two for one, two in times):.3f}")
 
 
 def main() -> None:

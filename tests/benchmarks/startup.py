@@ -1,8 +1,8 @@
 """How long the command takes before it does anything.
 
 ``python -m tests.benchmarks.startup`` times whole processes, interleaved: one that only imports torch, lightning and
-transformers, ``--help``, and a run up to the end of its first batch. The last line is what ``--help`` takes beyond
-the imports, in seconds (the median over the rounds).
+transformers, ``--help``, and a run on one batch. The last line is what ``--help`` takes beyond the imports, in seconds
+(the median over the rounds).
 """
 
 import argparse
@@ -10,12 +10,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from functools import partial
+
+from tests.benchmarks.targets import seconds
 
 COMMANDS = {
     "imports": ["-c", "import torch, lightning.pytorch.cli, transformers"],
     "--help": ["-m", "lightning_ablate", "fit", "--help"],
-    "first batch": ["-m", "lightning_ablate", "fit", "--ablation.plan_only=true", "--trainer.logger=false"],
+    "one batch": ["-m", "lightning_ablate", "fit", "--trainer.fast_dev_run=true"],
 }
 
 
@@ -23,17 +25,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Prints what the command line adds to its imports.")
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    seconds: dict[str, list[float]] = {name: [] for name in COMMANDS}
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(rounds):
-            for name, words in COMMANDS.items():
-                began = time.perf_counter()
-                subprocess.run([sys.executable, *words], cwd=folder, check=True, capture_output=True)
-                seconds[name].append(time.perf_counter() - began)
-    for name, times in seconds.items():
-        print(f"{name:18} {statistics.median(times):6.2f} s")
-    added = statistics.median(a - b for a, b in zip(seconds["--help"], seconds["imports"], strict=True))
-    print(f"--help beyond the imports: {added:.2f} s")
+        start = partial(subprocess.run, cwd=folder, check=True, capture_output=True)
+        times = [[seconds(start, [sys.executable, *words]) for words in COMMANDS.values()] for _ in range(rounds)]
+    for name, found in zip(COMMANDS, zip(*times, strict=True), strict=True):
+        print(f"{name:18} {statistics.median(found):6.2f} s")
+    print(f"--help beyond the imports: {statistics.median(shown - bare for bare, shown, _ in times):.2f} s")
 
 
 if __name__ == "__main__":

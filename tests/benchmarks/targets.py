@@ -1,8 +1,13 @@
 """Targets with random weights in the shapes of known models, the embedded ones, and batches for them."""
 
-import itertools
+import argparse
+import os
+import re
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,14 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from lightning_ablate import CausalLM, ImageClassifier
-from lightning_ablate.data.base import AblationDataModule
-from lightning_ablate.data.demo import Digits, PythonTexts
-from lightning_ablate.modules import AblationModule
+from lightning_ablate import AblationModule, CausalLM, Digits, ImageClassifier, PythonTexts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL_OPT = {"hidden_size": 64, "ffn_dim": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-LARGE_OPT = {"hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24, "num_attention_heads": 32}
 
 
 class Text(CausalLM):
@@ -34,18 +35,6 @@ class Text(CausalLM):
         """It has no tokenizer to make them with."""
 
 
-class Image(ImageClassifier):
-    """A ViT-B/16 with random weights."""
-
-    def __init__(self) -> None:
-        super().__init__("vit_base_patch16_224")
-
-    def build_target(self) -> Any:
-        import timm
-
-        return on_device(lambda: timm.create_model(self.name))
-
-
 def on_device(make: Callable[[], Any]) -> Any:
     """Made where it runs, in bfloat16 on a GPU."""
     torch.manual_seed(0)
@@ -56,8 +45,7 @@ def on_device(make: Callable[[], Any]) -> Any:
     finally:
         torch.set_default_dtype(torch.float32)
     target.eval().requires_grad_(False)
-    if hasattr(target, "config"):
-        target.config.use_cache = False
+    target.config.use_cache = False
     return target
 
 
@@ -78,30 +66,25 @@ MAKERS: dict[str, Callable[[], AblationModule]] = {
     "gpt2": lambda: CausalLM("demo:gpt2"),
     "tiny": lambda: Text(lambda: opt(**SMALL_OPT)),
     "opt-125m": lambda: Text(opt),
-    "vit-b16": Image,
-    "opt-1.3b": lambda: Text(lambda: opt(**LARGE_OPT)),
     "mistral-7b": lambda: Text(mistral),
 }
-EMBEDDED: dict[str, Callable[[], AblationDataModule]] = {"digits": Digits, "gpt2": PythonTexts}
+EMBEDDED = {"digits": Digits, "gpt2": PythonTexts}
 
 
 def batches(shape: str, module: AblationModule, tokens: int, batch: int, length: int) -> list[dict[str, Tensor]]:
-    """The embedded data, or random tokens or pixels: ``tokens`` counts images for a ViT."""
+    """The embedded data, or random tokens."""
     if shape in EMBEDDED:
         data = EMBEDDED[shape]()
         data.trainer = type("Trainer", (), {"lightning_module": module, "global_rank": 0, "world_size": 1})()
         module.configure_model()
         made = list(data.val_dataloader())
     else:
-        generator, made = torch.Generator().manual_seed(0), []
-        for number in range(max(1, tokens // (batch * (1 if shape == "vit-b16" else length)))):
-            index = torch.arange(batch) + number * batch
-            if shape == "vit-b16":
-                pixels = torch.randn(batch, 3, 224, 224, generator=generator)
-                made.append({"pixel_values": pixels, "label": torch.randint(1000, (batch,)), "index": index})
-            else:
-                ids = torch.randint(1000, (batch, length), generator=generator)
-                made.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "index": index})
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(1000, (max(1, tokens // (batch * length)), batch, length), generator=generator)
+        index = torch.arange(len(ids) * batch).view(len(ids), batch)
+        made = [
+            {"input_ids": i, "attention_mask": torch.ones_like(i), "index": n} for i, n in zip(ids, index, strict=True)
+        ]
     return [{name: tensor.to(DEVICE) for name, tensor in one.items()} for one in made]
 
 
@@ -114,8 +97,7 @@ def loader(made: list[dict[str, Tensor]]) -> DataLoader[Any]:
 def bare(target: Any, batch: dict[str, Tensor]) -> tuple[float, int]:
     """One forward pass with a plain cross-entropy and argmax: their sums."""
     if "pixel_values" in batch:
-        output = target(batch["pixel_values"].to(next(target.parameters()).dtype))
-        logits, labels = output if isinstance(output, Tensor) else output.logits, batch["label"]
+        logits, labels = target(batch["pixel_values"]), batch["label"]
     else:
         ids, mask = batch["input_ids"], batch["attention_mask"]
         logits = target(input_ids=ids, attention_mask=mask).logits[:, :-1].flatten(0, 1)
@@ -124,20 +106,48 @@ def bare(target: Any, batch: dict[str, Tensor]) -> tuple[float, int]:
     return loss.item(), int((logits.argmax(1) == labels).sum())
 
 
-def seconds(run: Callable[[], object]) -> float:
-    """How long something takes."""
-    wait()
-    began = time.perf_counter()
-    run()
-    wait()
-    return time.perf_counter() - began
-
-
 def wait() -> None:
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
 
-def repeat(run: Callable[[], object], times: int) -> None:
-    for _ in itertools.repeat(None, times):
+def seconds(run: Callable[..., object], *arguments: Any) -> float:
+    """How long something takes."""
+    wait()
+    began = time.perf_counter()
+    run(*arguments)
+    wait()
+    return time.perf_counter() - began
+
+
+def parser(description: str, shapes: Sequence[str], measured: Sequence[str], rounds: int) -> argparse.ArgumentParser:
+    """Sizes, and of what an own process prints the largest memory."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--shape", choices=shapes, default="opt-125m")
+    for name, value in {"tokens": 8192, "batch": 8, "length": 256, "rounds": rounds}.items():
+        made.add_argument(f"--{name}", type=int, default=value)
+    made.add_argument("--memory", action="store_true", help="what is added to the largest memory")
+    made.add_argument("--only", choices=measured, help="prints the largest memory in KiB")
+    return made
+
+
+def largest_memory(run: Callable[[], object]) -> int:
+    """The most memory in use during a run, in KiB; on a CPU that of the process (Linux)."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
         run()
+        return torch.cuda.max_memory_allocated() // 1024
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the high-water mark
+    run()
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def memory_of(benchmark: str, given: argparse.Namespace, what: str, **changed: int) -> int:
+    """The largest memory of a part of a benchmark in a process of its own, in KiB."""
+    sizes = {name: vars(given)[name] for name in ("shape", "tokens", "batch", "length")} | changed
+    options = [f"--{name}={size}" for name, size in sizes.items()]
+    command = [sys.executable, "-m", f"tests.benchmarks.{benchmark}", *options, f"--only={what}"]
+    # large tensors in memory of their own, which is given back at once: the largest is then what was in use
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return int(run.stdout.split()[-1])

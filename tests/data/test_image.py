@@ -47,7 +47,7 @@ def test_images_go_through_the_targets_preprocessing(parquet):
 
 def test_no_image_is_used_for_both_and_all_budgets_are_met(parquet):
     made = data(parquet)
-    seen = {p: {made.examples[p].content(i) for i in range(len(made.examples[p]))} for p in made.examples}
+    seen = {purpose: set(examples.contents) for purpose, examples in made.examples.items()}
     assert len(seen["evaluation"]) == 15 and len(seen["calibration"]) == 10
     assert not seen["evaluation"] & seen["calibration"]
 
@@ -59,7 +59,7 @@ def test_other_forms_give_the_same_images(kind, tmp_path, parquet):
             (tmp_path / "train" / str(number % 3)).mkdir(parents=True, exist_ok=True)
             PIL.fromarray(pixels).save(tmp_path / "train" / str(number % 3) / f"{number:02}.png")
         made = data(tmp_path, shuffle_seed=None, evaluation_images=20)
-        shown = {made.examples["evaluation"].example(i)["pixel_values"].numpy().tobytes() for i in range(20)}
+        shown = {made.examples["evaluation"][i]["pixel_values"].numpy().tobytes() for i in range(20)}
         assert shown <= {(torch.from_numpy(p).float() / 255).numpy().tobytes() for p in PIXELS} and len(shown) == 20
     else:
         one, other = data(parquet, shuffle_seed=None), data(parquet, shuffle_seed=None, streaming=True)
@@ -91,7 +91,7 @@ def test_labels_that_are_no_class_are_refused(tmp_path):
 def test_images_without_a_preprocessing_are_refused(parquet):
     made = data(parquet, module=lightning.LightningModule())
     with pytest.raises(ConfigError, match="transform"):
-        made.examples["evaluation"].example(0)
+        made.examples["evaluation"][0]
 
 
 def test_a_broken_image_is_one_error(tmp_path):

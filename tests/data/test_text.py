@@ -27,40 +27,34 @@ def parquet(tmp_path_factory):
 
 
 def data(name, tokenizers, kind="causal", **options):
-    defaults = {"length": 16, "calibration_tokens": 100, "evaluation_tokens": 200, "batch_size": 4}
+    defaults = {"max_length": 16, "calibration_tokens": 100, "evaluation_tokens": 200, "batch_size": 4}
     made = TextData(str(name), tokenizer=str(tokenizers / kind), **(defaults | options))
     made.setup("fit")
     return made
 
 
 def rows(made, purpose):
-    examples = made.examples[purpose]
-    return [examples.ids[i, : examples.lengths[i]].tolist() for i in range(len(examples))]
+    examples = [made.examples[purpose][i] for i in range(len(made.examples[purpose]))]
+    return [one["input_ids"][one["attention_mask"].bool()].tolist() for one in examples]
 
 
 def test_sequences_hold_the_documents_tokens_calibration_first(parquet, tokenizers):
-    made, tokenizer = data(parquet, tokenizers, calibration_tokens=100, evaluation_tokens=200), tiny.tokenizer()
-    expected, used = [], {}
-    for text in TEXTS:
-        ids = tokenizer(text)["input_ids"]
-        expected.append([ids[start : start + 16] for start in range(0, len(ids), 16)])
-    flat = [ids for document in expected for ids in document if len(ids) > 1]
-    used["calibration"] = rows(made, "calibration")
-    assert used["calibration"] == flat[: len(used["calibration"])]
-    assert 100 <= sum(map(len, used["calibration"])) < 116
+    made, tokenizer = data(parquet, tokenizers), tiny.tokenizer()
+    tokens = [tokenizer(text)["input_ids"] for text in TEXTS]
+    documents = [[ids[start : start + 16] for start in range(0, len(ids), 16)] for ids in tokens]
+    calibrated, evaluated = rows(made, "calibration"), rows(made, "evaluation")
+    begun = next(n for n in range(len(TEXTS)) if sum(map(len, documents[:n])) >= len(calibrated))
     # evaluation begins with the next document
-    begun = next(n for n in range(len(TEXTS)) if sum(map(len, expected[:n])) >= len(used["calibration"]))
-    rest = [ids for document in expected[begun:] for ids in document if len(ids) > 1]
-    used["evaluation"] = rows(made, "evaluation")
-    assert used["evaluation"] == rest[: len(used["evaluation"])]
-    assert 200 <= sum(map(len, used["evaluation"])) < 216
+    for used, following, budget in ((calibrated, documents, 100), (evaluated, documents[begun:], 200)):
+        assert used == [ids for document in following for ids in document if len(ids) > 1][: len(used)]
+        assert budget <= sum(map(len, used)) < budget + 16
 
 
 def test_padding_is_masked(parquet, tokenizers):
     made = data(parquet, tokenizers)
     batch = next(iter(made.val_dataloader()))
-    lengths = made.examples["evaluation"].lengths[:4]
-    assert batch["attention_mask"].sum(1).tolist() == lengths.tolist() and min(lengths) < 16
+    lengths = [len(ids) for ids in rows(made, "evaluation")[:4]]
+    assert batch["attention_mask"].sum(1).tolist() == lengths and min(lengths) < 16
     assert batch["input_ids"].dtype == batch["attention_mask"].dtype == torch.int64
     assert batch["index"].tolist() == [0, 1, 2, 3]
 
@@ -89,17 +83,17 @@ def test_no_text_is_used_for_both(tmp_path, tokenizers):
     # every text stands twice, the second time far from the first
     path = tmp_path / "twice.parquet"
     Dataset.from_dict({"text": TEXTS + TEXTS}).to_parquet(path)
-    made = data(path, tokenizers, evaluation_tokens=800, calibration_tokens=400, length=64)
+    made = data(path, tokenizers, evaluation_tokens=800, calibration_tokens=400, max_length=64)
     evaluated, calibrated = ([tuple(ids) for ids in rows(made, purpose)] for purpose in ("evaluation", "calibration"))
     assert max(map(len, evaluated)) < 64  # so a sequence is a whole text
     assert calibrated and not set(evaluated) & set(calibrated)
 
 
 def test_validate_with_other_options_never_evaluates_what_calibrated(parquet, tokenizers):
-    fitted = data(parquet, tokenizers, length=64)
+    fitted = data(parquet, tokenizers, max_length=64)
     calibrated = {tuple(ids) for ids in rows(fitted, "calibration")}
     for options in ({"evaluation_tokens": 1500}, {"shuffle_seed": 3, "evaluation_tokens": 1500}):
-        defaults = {"length": 64, "calibration_tokens": 100, "batch_size": 4}
+        defaults = {"max_length": 64, "calibration_tokens": 100, "batch_size": 4}
         later = TextData(parquet, tokenizer=str(tokenizers / "causal"), **(defaults | options))
         later.setup("validate")
         later.load_state_dict(fitted.state_dict())  # as Lightning does, from the checkpoint, after setup
@@ -117,12 +111,12 @@ def test_setup_reads_anew(parquet, tokenizers):
     before = made.examples["evaluation"]
     made.setup("fit")
     assert made.examples["evaluation"] is not before
-    assert torch.equal(made.examples["evaluation"].ids, before.ids)
+    assert made.examples["evaluation"].contents == before.contents
 
 
-@pytest.mark.parametrize("kind", ["json", "csv", "txt", "folder", "saved"])
+@pytest.mark.parametrize("kind", ["json", "csv", "txt", "folder", "saved", "streamed"])
 def test_every_local_form_gives_the_same_sequences(kind, tmp_path, parquet, tokenizers):
-    source = Dataset.from_dict({"text": TEXTS})
+    source, name, options = Dataset.from_dict({"text": TEXTS}), parquet, {"streaming": kind == "streamed"}
     if kind == "json":
         name = tmp_path / "texts.jsonl"
         name.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
@@ -137,29 +131,20 @@ def test_every_local_form_gives_the_same_sequences(kind, tmp_path, parquet, toke
         name = tmp_path / "folder"
         name.mkdir()
         source.to_parquet(name / "train.parquet")
-    else:
+    elif kind == "saved":
         name = tmp_path / "saved"
         source.save_to_disk(name)
-    assert rows(data(name, tokenizers), "evaluation") == rows(data(parquet, tokenizers), "evaluation")
+    found, expected = data(name, tokenizers, **options), data(parquet, tokenizers)
+    for purpose in ("calibration", "evaluation"):
+        assert rows(found, purpose) == rows(expected, purpose)
 
 
-def test_streaming_gives_the_same_sequences(parquet, tokenizers):
-    streamed = data(parquet, tokenizers, streaming=True)
-    assert rows(streamed, "evaluation") == rows(data(parquet, tokenizers), "evaluation")
-    assert rows(streamed, "calibration") == rows(data(parquet, tokenizers), "calibration")
-
-
-def test_shuffle_depends_on_its_seed_alone(parquet, tokenizers):
-    first, again, other = (rows(data(parquet, tokenizers, shuffle_seed=seed), "evaluation") for seed in (1, 1, 2))
-    assert first == again != other
-
-
-def test_describe_says_budgets_and_fingerprint(parquet, tokenizers):
-    facts = data(parquet, tokenizers).describe()
+def test_shuffle_depends_on_its_seed_alone_and_describe_says_budgets_and_fingerprint(parquet, tokenizers):
+    first, again, other = (data(parquet, tokenizers, shuffle_seed=seed) for seed in (1, 1, 2))
+    assert rows(first, "evaluation") == rows(again, "evaluation") != rows(other, "evaluation")
+    facts, same, different = (made.describe() for made in (first, again, other))
     assert facts["evaluation_tokens"]["asked"] == 200 <= facts["evaluation_tokens"]["reached"] < 216
-    again = data(parquet, tokenizers).describe()
-    other = data(parquet, tokenizers, shuffle_seed=3).describe()
-    assert facts["evaluation"]["sha256"] == again["evaluation"]["sha256"] != other["evaluation"]["sha256"]
+    assert facts["evaluation"]["sha256"] == same["evaluation"]["sha256"] != different["evaluation"]["sha256"]
 
 
 @pytest.mark.parametrize(
@@ -168,8 +153,8 @@ def test_describe_says_budgets_and_fingerprint(parquet, tokenizers):
         ({"evaluation_tokens": 10**6}, DataError, "evaluation tokens, expected 1,000,000; bring more"),
         ({"calibration_tokens": 10**6}, DataError, "calibration tokens, expected 1,000,000; bring more"),
         ({"text_column": "body"}, DataError, "no column 'body', it has text"),
-        ({"length": 65}, ConfigError, "length is 65, expected above 1 and at most 64"),
-        ({"length": 1}, ConfigError, "length is 1"),
+        ({"max_length": 65}, ConfigError, "max_length is 65, expected above 1 and at most 64"),
+        ({"max_length": 1}, ConfigError, "max_length is 1"),
         ({"evaluation_tokens": 0}, ConfigError, "evaluation_tokens is 0"),
         ({"batch_size": 0}, ConfigError, "batch_size is 0"),
         ({"evaluation_split": "test"}, DataError, "could not load"),

@@ -1,10 +1,9 @@
 import pytest
 import torch
-from torch.nn import functional as F
 
 from lightning_ablate import CausalLM, MaskedLM
 from lightning_ablate.errors import ConfigError, DataError, TargetError
-from tests import tiny
+from tests import reference, tiny
 
 
 def built(module):
@@ -26,12 +25,8 @@ def test_target_is_loaded_frozen_and_in_eval_mode_whatever_is_asked(causal):
     assert not any(parameter.requires_grad for parameter in causal.target.parameters())
     causal.train()
     assert causal.training and not any(module.training for module in causal.target.modules())
-    reference = tiny.gpt2().state_dict()
-    assert all(torch.equal(value, reference[name]) for name, value in causal.target.state_dict().items())
-
-
-def test_target_is_built_once(causal):
-    target = causal.target
+    own, target = tiny.gpt2().state_dict(), causal.target
+    assert all(torch.equal(value, own[name]) for name, value in target.state_dict().items())
     causal.configure_model()
     assert causal.target is target
 
@@ -51,11 +46,9 @@ def test_causal_scores_every_position_with_a_next_token(causal):
     # by hand: example 0 has 14 tokens and so 13 targets, example 2 has 16 and 15
     assert scored.example[counted].tolist() == [4] * 13 + [6] * 15
     with torch.no_grad():
-        logits = causal.target(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    expected = F.cross_entropy(logits[0, :13], batch["input_ids"][0, 1:14], reduction="sum")
-    expected += F.cross_entropy(logits[2, :15], batch["input_ids"][2, 1:], reduction="sum")
-    found = F.cross_entropy(scored.logits[counted], scored.targets[counted], reduction="sum")
-    torch.testing.assert_close(found, expected)
+        logits, targets = reference.scored(causal.target, {name: value[[0, 2]] for name, value in batch.items()})
+    assert torch.equal(scored.targets[counted], targets)
+    torch.testing.assert_close(scored.logits[counted], logits)
 
 
 def test_valid_leaves_out_padding_and_filling_examples(causal):
@@ -78,7 +71,7 @@ def test_masking_depends_on_seed_and_example_alone(masked):
 
 
 def test_masking_follows_the_protocol(roberta_folder):
-    module = built(MaskedLM(roberta_folder, rate=0.15))
+    module = built(MaskedLM(roberta_folder, mlm_probability=0.15))
     tokenizer, examples, length = module.tokenizer, 400, 60
     ids = torch.randint(5, len(tokenizer), (examples, length))
     ids[:, 0], ids[:, -1] = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -112,44 +105,40 @@ def test_masking_chooses_at_least_one_and_keeps_given_labels(masked):
 def test_masked_scores_the_chosen_positions(masked):
     batch = masked.on_before_batch_transfer(tiny.tokens(), 0)
     scored = masked.evaluate(batch)
-    chosen = batch["labels"] != -100
     counts = scored.example >= 0
-    assert scored.example[counts].tolist() == chosen.nonzero()[:, 0].tolist()
-    assert scored.targets[counts].tolist() == batch["labels"][chosen].tolist()
+    assert scored.example[counts].tolist() == (batch["labels"] != -100).nonzero()[:, 0].tolist()
     with torch.no_grad():
-        loss = masked.target(batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
-    torch.testing.assert_close(F.cross_entropy(scored.logits[counts], scored.targets[counts]), loss)
-    # without what was made for the GPU, as for an unrelated input
+        logits, targets = reference.scored(masked.target, batch)
+    assert torch.equal(scored.targets[counts], targets)
+    torch.testing.assert_close(scored.logits[counts], logits)
+    # without what was made for the GPU, as for a source
     again = masked.evaluate({name: value for name, value in batch.items() if name != "chosen"})
     assert all(torch.equal(one, other) for one, other in zip(scored, again, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["characters", "ids", "generated"])
 @pytest.mark.parametrize("which", ["causal", "masked"])
-def test_unrelated_input_is_as_long_as_the_batch_and_fixed_by_the_seed(which, kind, request, monkeypatch):
+def test_source_is_as_long_as_the_batch_and_fixed_by_the_seed(which, kind, request):
     module = request.getfixturevalue(which)
     batch = tiny.tokens()
     state = torch.random.get_rng_state()
-    made = module.unrelated(kind, 42, batch)
+    made = module.source(kind, 42, batch)
     assert torch.equal(state, torch.random.get_rng_state())
     assert made["input_ids"].shape == (1, tiny.LENGTH) and bool(made["attention_mask"].all())
-    module.__dict__.pop("_unrelated_ids")
-    assert torch.equal(module.unrelated(kind, 42, batch)["input_ids"], made["input_ids"])
-    assert not torch.equal(module.unrelated(kind, 123, batch)["input_ids"], made["input_ids"])
+    again = built(type(module)(module.name))
+    assert torch.equal(again.source(kind, 42, batch)["input_ids"], made["input_ids"])
+    assert not torch.equal(module.source(kind, 123, batch)["input_ids"], made["input_ids"])
     assert module.evaluate(made).logits.shape[-1] == tiny.VOCABULARY
+    text = module.tokenizer.decode(made["input_ids"][0], skip_special_tokens=True)
+    assert kind != "characters" or (len(set(text)) > 10 and text.isascii() and text.isprintable())
     ordinary = made["input_ids"][0] if which == "causal" else made["input_ids"][0, 1:-1]
     special = torch.tensor(module.tokenizer.all_special_ids)
     assert int(torch.isin(ordinary, special).sum()) <= (kind == "generated" and which == "causal") * tiny.LENGTH
 
 
-def test_random_characters_are_characters(causal):
-    text = causal.tokenizer.decode(causal.unrelated("characters", 42, tiny.tokens(length=60))["input_ids"][0])
-    assert len(set(text)) > 20 and text.isascii() and text.isprintable()
-
-
 def test_language_models_make_no_pixels(causal):
-    with pytest.raises(ConfigError, match="resample-pixels needs an unrelated input of the kind 'pixels'"):
-        causal.unrelated("pixels", 42, tiny.tokens())
+    with pytest.raises(ConfigError, match="resampling needs an input of the kind 'pixels', which CausalLM doesn't"):
+        causal.source("pixels", 42, tiny.tokens())
 
 
 @pytest.mark.parametrize("name", ["some/typo", "demo:bert", "./nowhere"])
@@ -173,10 +162,10 @@ def test_remote_code_is_not_run(tmp_path, gpt2_folder):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("rate", [0, -0.1, 1.5])
-def test_rate_outside_its_range_is_refused(rate, roberta_folder):
-    with pytest.raises(ConfigError, match=f"rate is {rate}"):
-        MaskedLM(roberta_folder, rate=rate)
+@pytest.mark.parametrize("share", [0, 1.5])
+def test_mlm_probability_outside_its_range_is_refused(share, roberta_folder):
+    with pytest.raises(ConfigError, match=f"mlm_probability is {share}"):
+        MaskedLM(roberta_folder, mlm_probability=share)
 
 
 def test_a_causal_tokenizer_has_no_mask(gpt2_folder):
@@ -203,8 +192,8 @@ def test_what_the_target_has_no_embedding_for_is_refused(make, longest, gpt2_fol
 def test_probes_differ_in_the_first_token_of_one_example(causal, masked):
     for module in (causal, masked):
         batch = tiny.tokens()
-        batch["input_ids"][0, 0] = module._ordinary[0]
         first, second = module.probes(batch)
         assert (first["input_ids"] != second["input_ids"]).nonzero().tolist() == [[0, 0]]
-        assert second["input_ids"][0, 0] in module._ordinary and torch.equal(first["index"], batch["index"][:1])
+        assert int(second["input_ids"][0, 0]) not in module.tokenizer.all_special_ids
+        assert torch.equal(first["index"], batch["index"][:1])
         assert torch.equal(module.hidden(first)[0], module.logits(first))

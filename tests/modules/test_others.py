@@ -1,5 +1,6 @@
 """Text classifiers and encoder-decoders."""
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -7,9 +8,11 @@ from torch.nn import functional as F
 
 from lightning_ablate import AblationCallback, Seq2SeqLM, SequenceClassifier
 from lightning_ablate.data import LabelledTexts, TextPairs
-from lightning_ablate.errors import ConfigError, DataError
+from lightning_ablate.errors import AblationError, ConfigError, DataError
 from lightning_ablate.statistics import Moments
-from tests import tiny
+from tests import reference, tiny
+
+READ = ("input_ids", "attention_mask")
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +38,12 @@ def folder(tmp_path_factory):
 
 
 def texts(folder, **options):
-    budgets = {"calibration_examples": 20, "evaluation_examples": 21, "length": 40, "batch_size": 8}
+    budgets = {"calibration_examples": 20, "evaluation_examples": 21, "max_length": 40, "batch_size": 8}
     return LabelledTexts(str(folder / "train.parquet"), evaluation_split="train", **(budgets | options))
 
 
 def pairs(folder, **options):
-    budgets = {"calibration_examples": 10, "evaluation_examples": 11, "length": 40, "batch_size": 4}
+    budgets = {"calibration_examples": 10, "evaluation_examples": 11, "max_length": 40, "batch_size": 4}
     columns = {"source_column": "text", "target_column": "second", "evaluation_split": "train"}
     return TextPairs(str(folder / "train.parquet"), **(columns | budgets | options))
 
@@ -48,40 +51,56 @@ def pairs(folder, **options):
 def fitted(tmp_path, module, data, methods=("zero", "mean"), **options):
     callback = AblationCallback(methods, [0.5, 1.0], [1], **options)
     tiny.trainer(tmp_path, callback).fit(module, datamodule=data)
-    return callback.results
+    return callback
 
 
-def batches(data, purpose):
-    return list(data.train_dataloader() if purpose == "calibration" else data.val_dataloader())
+def one_by_one(loader):
+    """Every example alone, without its padding."""
+    for batch in loader:
+        for number, mask in enumerate(batch["attention_mask"].bool()):
+            yield {
+                name: value[number, mask][None] if name in READ else value[number, None]
+                for name, value in batch.items()
+            }
+
+
+def translated(target, batch):
+    """Summed cross-entropy, hits and number of the tokens of the second text of one example without padding."""
+    labels = batch["labels"][batch["labels"] >= 0]
+    fed = torch.tensor([[target.config.decoder_start_token_id, *labels[:-1]]])
+    with torch.no_grad():
+        logits = target(batch["input_ids"], decoder_input_ids=fed).logits[0]
+    loss = F.cross_entropy(logits.double(), labels, reduction="sum").item()
+    return np.array([loss, (logits.argmax(-1) == labels).sum(), len(labels)])
 
 
 @pytest.mark.parametrize("name", ["roberta", "gpt2"])
 def test_a_classifiers_baseline_equals_plain_pytorch(folder, tmp_path, name):
     module, data = SequenceClassifier(str(folder / name)), texts(folder)
-    results = fitted(tmp_path, module, data)
-    loss, hits = 0.0, 0
-    with torch.no_grad():
-        for batch in batches(data, "evaluation"):
-            for ids, mask, label in zip(batch["input_ids"], batch["attention_mask"], batch["label"], strict=True):
-                logits = module.target(ids[mask.bool()].unsqueeze(0)).logits  # one at a time: no padding
-                loss += F.cross_entropy(logits, label.unsqueeze(0)).item()
-                hits += int(logits.argmax() == label)
-    base = results.baseline
-    assert base.n == 21 and base.top1 == pytest.approx(hits / 21) and results.classes == 3
-    assert base.cross_entropy == pytest.approx(loss / 21, abs=1e-5)
-    assert len(module.calibration.sites) == 2
+    callback = fitted(tmp_path, module, data)
+    loss, hits, n = reference.evaluation(module.target, one_by_one(data.val_dataloader()))
+    base = callback.results.baseline
+    assert base["n"] == n == 21 and base["top1"] == pytest.approx(hits) and callback.results.facts["classes"] == 3
+    assert base["cross_entropy"] == pytest.approx(loss, abs=1e-5)
+    assert len(callback.run.calibration.sites) == 2
+    evaluated, calibrated = (set(data.examples[purpose].contents) for purpose in ("evaluation", "calibration"))
+    assert len(evaluated) == 21 and len(calibrated) == 20 and not evaluated & calibrated
+    assert data.describe()["evaluation"]["examples"] == 21
 
 
 def test_a_classifier_resamples_and_generates_no_text(folder, tmp_path):
-    results = fitted(tmp_path, SequenceClassifier(str(folder / "roberta")), texts(folder), ["resample-ids"])
-    assert len(results.rows) == 3
+    callback = fitted(tmp_path, SequenceClassifier(str(folder / "roberta")), texts(folder), ["resample-ids"])
+    assert len(callback.results.table) == 3
     with pytest.raises(ConfigError, match="resample-generated needs a text .* which a SequenceClassifier doesn't"):
         fitted(tmp_path, SequenceClassifier(str(folder / "roberta")), texts(folder), ["resample-generated"])
 
 
 def test_pairs_of_texts_are_classified_together(folder):
-    module, data = SequenceClassifier(str(folder / "roberta")), texts(folder, second_text_column="second", length=60)
-    tiny.trainer(folder, AblationCallback(["zero"], [1.0], [1])).fit(module, datamodule=data)
+    module, data = (
+        SequenceClassifier(str(folder / "roberta")),
+        texts(folder, second_text_column="second", max_length=60),
+    )
+    fitted(folder, module, data)
     first = data.examples["calibration"][0]
     ids = first["input_ids"][first["attention_mask"].bool()].tolist()
     end = module.tokenizer.eos_token_id
@@ -91,78 +110,52 @@ def test_pairs_of_texts_are_classified_together(folder):
 @pytest.mark.parametrize("name", ["t5", "m2m"])
 def test_an_encoder_decoders_baseline_equals_plain_pytorch(folder, tmp_path, name):
     module, data = Seq2SeqLM(str(folder / name)), pairs(folder)
-    results = fitted(tmp_path, module, data)
-    loss, n, hits = 0.0, 0, 0
-    start = module.target.config.decoder_start_token_id
-    with torch.no_grad():
-        for batch in batches(data, "evaluation"):
-            for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
-                labels = labels[labels >= 0]
-                fed = torch.cat([torch.tensor([start]), labels[:-1]]).unsqueeze(0)
-                logits = module.target(ids[mask.bool()].unsqueeze(0), decoder_input_ids=fed).logits[0]
-                loss += F.cross_entropy(logits, labels, reduction="sum").item()
-                hits += int((logits.argmax(-1) == labels).sum())
-                n += len(labels)
-    base = results.baseline
-    assert base.n == n and base.top1 == pytest.approx(hits / n)
-    assert base.cross_entropy == pytest.approx(loss / n, abs=1e-5)
+    base = fitted(tmp_path, module, data).results.baseline
+    loss, hits, n = sum(translated(module.target, batch) for batch in one_by_one(data.val_dataloader()))
+    assert base["n"] == n and base["top1"] == pytest.approx(hits / n)
+    assert base["cross_entropy"] == pytest.approx(loss / n, abs=1e-5)
 
 
 def test_an_encoder_decoders_statistics_take_each_site_at_its_own_positions(folder, tmp_path):
     module, data = Seq2SeqLM(str(folder / "t5")), pairs(folder)
-    fitted(tmp_path, module, data)
-    read = sum(int(batch["attention_mask"].sum()) for batch in batches(data, "calibration"))
-    predicted = sum(int((batch["labels"] >= 0).sum()) for batch in batches(data, "calibration"))
+    calibration = fitted(tmp_path, module, data).run.calibration
+    loaded = list(data.train_dataloader())
+    read = sum(int(batch["attention_mask"].sum()) for batch in loaded)
+    predicted = sum(int((batch["labels"] >= 0).sum()) for batch in loaded)
     assert read != predicted
-    seen = {site.name: int(module.calibration[site][Moments].count) for site in module.calibration.sites}
+    seen = {site.name: int(calibration[site][Moments].count) for site in calibration.sites}
     assert {count for name, count in seen.items() if name.startswith("encoder")} == {read}
     assert {count for name, count in seen.items() if name.startswith("decoder")} == {predicted}
     # one mean by hand, of a site that sees the encoder from the decoder
-    name = "decoder.block.1.layer.1.EncDecAttention.o"
-    total = 0.0
-    handle = module.target.get_submodule(name).register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
-    with torch.no_grad():
-        for batch in batches(data, "calibration"):
-            kept = []
-            module.target(batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"])
-            total = total + kept[0][batch["labels"] >= 0].double().sum(0)
-    handle.remove()
-    site = next(site for site in module.calibration.sites if site.name == name)
-    torch.testing.assert_close(module.calibration[site][Moments].mean, total / predicted, rtol=1e-6, atol=1e-9)
+    site = next(site for site in calibration.sites if site.name == "decoder.block.1.layer.1.EncDecAttention.o")
+    kept = []
+    with reference.plain_hooks(module.target, {site.path: kept.append}):
+        for batch in one_by_one(data.train_dataloader()):
+            translated(module.target, batch)
+    mean = torch.cat(kept, 1).double().mean((0, 1))
+    torch.testing.assert_close(calibration[site][Moments].mean, mean, rtol=1e-5, atol=1e-7)
 
 
 def test_an_encoder_decoder_ablates_cross_attention_alone_and_resamples(folder, tmp_path):
     module, data = Seq2SeqLM(str(folder / "t5")), pairs(folder)
-    results = fitted(tmp_path, module, data, ["zero", "resample-characters"], sites="cross-attention")
-    assert [site.kind for site in module.calibration.sites] == ["cross-attention"] * 2
-    with torch.no_grad():
-        for block in module.target.decoder.block:
-            torch.nn.init.zeros_(block.layer[1].EncDecAttention.o.weight)
-        losses, n = 0.0, 0
-        for batch in batches(data, "evaluation"):
-            output = module.target(batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"])
-            losses += output.loss.item() * int((batch["labels"] >= 0).sum())
-            n += int((batch["labels"] >= 0).sum())
-    whole = next(row for row in results.rows if row.method == "zero" and row.fraction == 1.0)
-    assert whole.cross_entropy == pytest.approx(losses / n, abs=1e-5)
+    callback = fitted(tmp_path, module, data, ["zero", "resample-characters"], sites="cross-attention")
+    paths = [f"decoder.block.{number}.layer.1.EncDecAttention.o" for number in (0, 1)]
+    assert [(site.path, site.kind) for site in callback.run.calibration.sites] == [
+        (p, "cross-attention") for p in paths
+    ]
+    with reference.plain_hooks(module.target, dict.fromkeys(paths, torch.zeros_like)):
+        loss, _, n = sum(translated(module.target, batch) for batch in one_by_one(data.val_dataloader()))
+    table = callback.results.table
+    (whole,) = table[(table["method"] == "zero") & (table["fraction"] == 1.0)]["cross_entropy"]
+    assert whole == pytest.approx(loss / n, abs=1e-5)
 
 
 def test_a_prefix_stands_before_each_text(folder):
     module, data = Seq2SeqLM(str(folder / "t5")), pairs(folder, prefix="The cat says ")
-    tiny.trainer(folder, AblationCallback(["zero"], [1.0], [1])).fit(module, datamodule=data)
+    fitted(folder, module, data)
     first = data.examples["calibration"][0]
     assert module.tokenizer.decode(first["input_ids"]).startswith("<s>The cat says The")
     assert bool((first["labels"] == -100).any())
-
-
-def test_every_row_calibrates_or_is_evaluated_once(folder):
-    data = texts(folder)
-    module = SequenceClassifier(str(folder / "roberta"))
-    tiny.trainer(folder, AblationCallback(["zero"], [1.0], [1])).fit(module, datamodule=data)
-    contents = {purpose: set(data.examples[purpose].contents) for purpose in ("calibration", "evaluation")}
-    assert len(contents["calibration"]) == 20 and len(contents["evaluation"]) == 21
-    assert not contents["calibration"] & contents["evaluation"]
-    assert data.describe()["evaluation_examples"] == 21
 
 
 def test_pairs_tell_a_bert_which_text_is_which(folder, tmp_path):
@@ -170,34 +163,27 @@ def test_pairs_tell_a_bert_which_text_is_which(folder, tmp_path):
 
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"the cat dog of number is as every knows".split()]
     tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)}, model_max_length=64)
-    config = BertConfig(
-        vocab_size=len(words),
-        num_labels=3,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=32,
-    )
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
     tokenizer.save_pretrained(tmp_path / "bert")
-    BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    BertForSequenceClassification(BertConfig(vocab_size=len(words), num_labels=3, **small)).save_pretrained(
+        tmp_path / "bert"
+    )
     module, data = SequenceClassifier(str(tmp_path / "bert")), texts(folder, second_text_column="second")
-    base = fitted(tmp_path, module, data).baseline
+    base = fitted(tmp_path, module, data).results.baseline
     loss = 0.0
     with torch.no_grad():
-        for index in range(21):
-            first, second, label = (
-                data.examples["evaluation"].contents[index].decode().split("\0")[i] for i in (0, 1, 2)
-            )
-            inputs = module.tokenizer(first, second, return_tensors="pt")
+        for content in data.examples["evaluation"].contents:
+            first, second, label = content.decode().split("\0")
+            inputs = tokenizer(first, second, return_tensors="pt")
             assert bool(inputs["token_type_ids"].any())
             loss += F.cross_entropy(module.target(**inputs).logits, torch.tensor([int(label)])).item()
-    assert base.cross_entropy == pytest.approx(loss / 21, abs=1e-5)
+    assert base["cross_entropy"] == pytest.approx(loss / 21, abs=1e-5)
 
 
 def test_a_missing_text_is_refused(tmp_path):
     for column in ("source", "target"):
         row = {"source": "the cat", "target": "the dog"} | {column: None}
-        data = TextPairs("pairs", length=8)
+        data = TextPairs("pairs", max_length=8)
         with pytest.raises(DataError, match=f"pairs holds None in '{column}', expected text"):
             data.example(row, tiny.tokenizer())
 
@@ -210,11 +196,9 @@ def test_a_missing_text_is_refused(tmp_path):
         ({"text_column": "body"}, "has no column 'body', it has label, second, text"),
         ({"label_column": "second"}, "holds 'The .*' in 'second', expected a class index"),
         ({"text_column": "label"}, "holds 0|holds 1|holds 2"),
-        ({"length": 65}, "length is 65, expected above 3 and at most 64"),
+        ({"max_length": 65}, "max_length is 65, expected above 3 and at most 64"),
     ],
 )
 def test_rows_that_cannot_be_examples_are_refused(folder, tmp_path, options, message):
-    from lightning_ablate.errors import AblationError
-
     with pytest.raises(AblationError, match=message):
         fitted(tmp_path, SequenceClassifier(str(folder / "roberta")), texts(folder, **options))

@@ -53,34 +53,27 @@ def batch(pixels):
     return {"pixel_values": pixels, "label": torch.arange(len(pixels)), "index": torch.arange(len(pixels))}
 
 
-def test_timm_folder_loads_with_its_weights_and_preprocessing(timm_folder):
-    module = built(timm_folder)
-    assert module.library == "timm"
-    reference = tiny.vit()
+@pytest.mark.parametrize(
+    ("library", "mode", "mean", "std"), [("timm", "L", 0.4, 0.2), ("transformers", "RGB", 0.5, 0.25)]
+)
+def test_a_folder_loads_with_its_weights_and_preprocessing(library, mode, mean, std, request):
+    module = built(request.getfixturevalue(f"{library}_folder"))
+    assert module.library == library
     pixels = module.transform(picture())
-    expected = (torch.from_numpy(np.array(picture("L"))).float() / 255 - 0.4) / 0.2
-    torch.testing.assert_close(pixels, expected.unsqueeze(0))
+    levels = torch.from_numpy(np.array(picture(mode))).float().view(8, 8, -1)
+    torch.testing.assert_close(pixels, (levels.permute(2, 0, 1) / 255 - mean) / std)
     with torch.no_grad():
-        torch.testing.assert_close(module.evaluate(batch(pixels[None])).logits, reference(pixels[None]))
-
-
-def test_transformers_folder_loads_with_its_weights_and_preprocessing(transformers_folder):
-    module = built(transformers_folder)
-    assert module.library == "transformers"
-    pixels = module.transform(picture())
-    expected = (torch.from_numpy(np.array(picture())).permute(2, 0, 1).float() / 255 - 0.5) / 0.25
-    torch.testing.assert_close(pixels, expected)
-    with torch.no_grad():
-        torch.testing.assert_close(module.evaluate(batch(pixels[None])).logits, module.target(pixels[None]).logits)
+        expected = tiny.vit()(pixels[None]) if library == "timm" else module.target(pixels[None]).logits
+        torch.testing.assert_close(module.evaluate(batch(pixels[None])).logits, expected)
 
 
 @pytest.mark.parametrize("which", ["timm_folder", "transformers_folder"])
-def test_unrelated_image_is_random_pixels_preprocessed(which, request):
+def test_source_is_random_pixels_preprocessed(which, request):
     module = built(request.getfixturevalue(which))
     like = batch(module.transform(picture())[None])
-    made = module.unrelated("pixels", 42, like)["pixel_values"]
+    made = module.source("pixels", 42, like)["pixel_values"]
     assert made.shape == like["pixel_values"].shape
-    again, other = (module.unrelated("pixels", seed, like)["pixel_values"] for seed in (42, 123))
+    again, other = (module.source("pixels", seed, like)["pixel_values"] for seed in (42, 123))
     assert torch.equal(made, again) and not torch.equal(made, other)
     mean, std = (0.4, 0.2) if which == "timm_folder" else (0.5, 0.25)
     levels = made * std + mean

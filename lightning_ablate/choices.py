@@ -1,0 +1,275 @@
+"""Which neurons go: nested in the fraction, fixed by the seed, and the same on every machine of a run."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_ablate.conditions import Selection
+from lightning_ablate.errors import ConfigError, SiteError
+from lightning_ablate.sites import Site
+from lightning_ablate.statistics import ActivationStatistic, Histogram, Moments, SiteStatistics
+
+Unit = Literal["neuron", "head"]
+Quantity = Literal["sd", "rms", "skewness", "kurtosis", "gap"]
+
+
+class Choice(ABC):
+    """Chooses which neurons of a site are ablated. Subclass it to choose in another way.
+
+    ``statistics`` are those that calibration must gather for it.
+    """
+
+    statistics: tuple[type[ActivationStatistic], ...] = ()
+
+    @abstractmethod
+    def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
+        """What is ablated in turn, each distinct selection once and none empty; fractions ascend from 0 to 1."""
+
+    @abstractmethod
+    def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:
+        """The neurons of a site that one of :meth:`selections` ablates: ``(neurons,)`` bool on the CPU."""
+
+    def draw(self, sites: Sequence[Site], seed: int) -> Selection:
+        """What some condition could ablate, its fraction uniform from 0 to 1; values are learned under such draws."""
+        generator, found = torch.Generator().manual_seed(seed), list[Selection]()
+        while not found:  # a small fraction can come to no unit
+            found = self.selections(sites, [1 - torch.rand((), generator=generator).item()], [seed])
+        return found[int(torch.randint(len(found), (), generator=generator))]
+
+
+class Ordered(Choice):
+    """Takes the units of a site in an order: a fraction f takes the first ``round(f * units)``.
+
+    Args:
+        unit: ``neuron``, or ``head`` for all neurons of an attention head together.
+    """
+
+    seeded: ClassVar[bool] = True  # whether the order depends on the seed
+
+    def __init__(self, unit: Unit = "neuron") -> None:
+        self.unit = unit
+
+    @abstractmethod
+    def order(self, site: Site, seed: int, statistics: SiteStatistics | None = None) -> Tensor:
+        """The units of a site, first to go first: a permutation ``(units,)`` int64 on the CPU."""
+
+    def units(self, site: Site) -> int:
+        """How many units a site has."""
+        return site.width if self.unit == "neuron" else heads_of(site)
+
+    def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
+        """Every fraction with every seed; at a fraction of 1 the seed can't matter.
+
+        Of fractions that come to the same number of units in every site the first one, and none that comes to no unit.
+        """
+        taken: dict[object, float] = {}
+        for fraction in fractions:
+            units = tuple(round(fraction * self.units(site)) for site in sites) or (fraction,)
+            if any(units):
+                taken.setdefault(units, fraction)
+        pairs = [(f, seed if self.seeded and f < 1 else None) for f in taken.values() for seed in seeds]
+        return [Selection(fraction, seed) for fraction, seed in dict.fromkeys(pairs)]
+
+    def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:
+        """The first units of the order."""
+        units = self.units(site)
+        mask = torch.zeros(units, dtype=torch.bool)
+        mask[self.order(site, selection.seed or 0, statistics)[: round(selection.fraction * units)]] = True
+        return mask.repeat_interleave(site.width // units)
+
+
+class Random(Ordered):
+    """A random order of its own for every site and seed (the paper's choice).
+
+    Args:
+        unit: ``neuron``, or ``head`` for all neurons of an attention head together.
+
+    Example:
+        >>> site = Site("blocks.0.attn.proj", 10)
+        >>> half, most = (Random().mask(Selection(fraction, 42), site) for fraction in (0.5, 0.9))
+        >>> int(half.sum()), int(most.sum()), bool((half <= most).all())
+        (5, 9, True)
+    """
+
+    def order(self, site: Site, seed: int, statistics: SiteStatistics | None = None) -> Tensor:
+        """A permutation drawn from the hash of (seed, site name, units)."""
+        units = self.units(site)
+        return torch.randperm(units, generator=torch.Generator().manual_seed(seed_of(seed, site.name, units)))
+
+
+class Ranked(Ordered):
+    """The order of what the calibration measured of each unit, the same for every seed.
+
+    Args:
+        by: ``sd``, the standard deviation; ``rms``, the root of the mean square; or how far a neuron's distribution
+            is from one that is symmetric around its most frequent value: ``skewness`` or ``kurtosis`` (the excess)
+            without their sign, or ``gap``, the distance of mean and mode in standard deviations. Of a head it is the
+            mean over its neurons.
+        first: which end goes first.
+        unit: ``neuron``, or ``head`` for all neurons of an attention head together.
+
+    Example:
+        >>> site, moments = Site("blocks.0.attn.proj", 3), Moments(neurons=3)
+        >>> moments.update(torch.tensor([[[1.0, 0.1, -5.0]]]))
+        >>> statistics = SiteStatistics(site.name, {Moments: moments})
+        >>> Ranked("rms", first="highest").order(site, 0, statistics).tolist()
+        [2, 0, 1]
+    """
+
+    seeded = False
+
+    def __init__(
+        self, by: Quantity = "sd", first: Literal["lowest", "highest"] = "lowest", unit: Unit = "neuron"
+    ) -> None:
+        super().__init__(unit)
+        self.by, self.first = by, first
+        self.statistics = (Histogram,) if by == "gap" else (Moments,)
+
+    def order(self, site: Site, seed: int, statistics: SiteStatistics | None = None) -> Tensor:
+        """From the lowest, or the highest, on; of equal units the first in the site goes first."""
+        if statistics is None:
+            raise ConfigError(f"ranking by {self.by} needs the statistics of the site, and got none")
+        values = self._values(statistics).cpu().view(self.units(site), -1).mean(1)
+        return values.argsort(stable=True, descending=self.first == "highest")
+
+    def _values(self, statistics: SiteStatistics) -> Tensor:
+        moments = statistics[Moments]
+        if self.by == "gap":
+            gap = moments.mean - statistics[Histogram].mode
+            return torch.where(moments.sd > 0, gap / moments.sd, 0.0).abs()
+        if self.by == "rms":
+            return (moments.mean.square() + moments.sd.square()).sqrt()
+        return getattr(moments, self.by).abs()
+
+
+class EachHead(Choice):
+    """Every attention head alone, one after the other: a map of their importance. Fractions play no part.
+
+    Example:
+        >>> site = Site("blocks.0.attn.proj", 4, heads=2)
+        >>> selections = EachHead().selections([site], [], [])
+        >>> [EachHead().mask(selection, site).tolist() for selection in selections]
+        [[True, True, False, False], [False, False, True, True]]
+    """
+
+    def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
+        """One for every head of every site."""
+        return [Selection(1.0, None, site.name, head) for site in sites for head in range(heads_of(site))]
+
+    def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:
+        """The neurons of the one head."""
+        mask = torch.zeros(heads_of(site), dtype=torch.bool)
+        if selection.part == site.name and selection.head is not None:
+            mask[selection.head] = True
+        return mask.repeat_interleave(site.width // heads_of(site))
+
+
+class EachLayer(Choice):
+    """All chosen sites of every layer, one layer after the other. Fractions play no part.
+
+    Example:
+        >>> sites = [Site("h.0.attn.proj", 2, layer="h.0"), Site("h.1.attn.proj", 2, layer="h.1")]
+        >>> first = EachLayer().selections(sites, [], [])[0]
+        >>> [EachLayer().mask(first, site).tolist() for site in sites]
+        [[True, True], [False, False]]
+    """
+
+    def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
+        """One for every layer; a site outside of any layer is one of its own."""
+        return [Selection(1.0, None, part) for part in dict.fromkeys(site.layer or site.name for site in sites)]
+
+    def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:
+        """All neurons of the layer's sites."""
+        return torch.full((site.width,), selection.part == (site.layer or site.name))
+
+
+class Only(Choice):
+    """Exactly the given heads and neurons, all of them together. Fractions and seeds play no part.
+
+    Args:
+        heads: by name of a site, which of its heads go.
+        neurons: by name of a site, which of its neurons go.
+        label: what results call them, in the column ``part``; by default their sites and numbers.
+
+    Raises:
+        ConfigError: if neither is given.
+
+    Example:
+        >>> site = Site("h.0.attn.proj", 4, heads=2)
+        >>> choice = Only(heads={"h.0.attn.proj": [1]})
+        >>> (selection,) = choice.selections([site], [], [])
+        >>> selection.part, choice.mask(selection, site).tolist()
+        ('h.0.attn.proj head 1', [False, False, True, True])
+    """
+
+    def __init__(
+        self,
+        heads: Mapping[str, Sequence[int]] | None = None,
+        neurons: Mapping[str, Sequence[int]] | None = None,
+        label: str | None = None,
+    ) -> None:
+        self.heads, self.neurons = dict(heads or {}), dict(neurons or {})
+        if not self.heads and not self.neurons:
+            raise ConfigError("Only names no heads and no neurons, expected some by site: heads={'h.0.attn.proj': [1]}")
+        self.label = label or self._listed()
+
+    def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
+        """The one.
+
+        Raises:
+            SiteError: if the target has no such site, head or neuron.
+        """
+        known = {site.name: site for site in sites}
+        for kind, given in (("head", self.heads), ("neuron", self.neurons)):
+            for name, numbers in given.items():
+                if name not in known:
+                    raise SiteError(f"Only names the site {name!r}, expected one of {', '.join(known)}")
+                count = heads_of(known[name]) if kind == "head" else known[name].width
+                if bad := [number for number in numbers if not 0 <= number < count]:
+                    raise SiteError(f"Only names {kind} {bad[0]} of {name}, expected numbers from 0 to {count - 1}")
+        return [Selection(1.0, None, self.label)]
+
+    def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:
+        """Those of the site."""
+        mask = torch.zeros(site.width, dtype=torch.bool)
+        if site.name in self.heads:
+            mask.view(heads_of(site), -1)[list(self.heads[site.name])] = True
+        mask[list(self.neurons.get(site.name, ()))] = True
+        return mask
+
+    def _listed(self) -> str:
+        given = [("head", name, numbers) for name, numbers in self.heads.items()]
+        given += [("neuron", name, numbers) for name, numbers in self.neurons.items()]
+        listed = [f"{name} {kind}{'s' * (len(which) > 1)} {', '.join(map(str, which))}" for kind, name, which in given]
+        if len("; ".join(listed)) <= 80:
+            return "; ".join(listed)
+        counts = {"heads": sum(map(len, self.heads.values())), "neurons": sum(map(len, self.neurons.values()))}
+        counted = " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+        return f"{counted} of {len({name for _, name, _ in given})} sites"
+
+
+def choice_of(given: Choice | None) -> Choice:
+    """A choice as it is given, or the default; ConfigError if it isn't one."""
+    if given is not None and not isinstance(given, Choice):
+        raise ConfigError(f"neurons is {given!r:.80}, expected a Choice, such as EachHead() (--ablation.neurons)")
+    return given or Random()
+
+
+def heads_of(site: Site) -> int:
+    """The number of heads of a site; SiteError if it has none that lie side by side in its neurons."""
+    if site.heads is None:
+        raise SiteError(
+            f"the site {site.name} ({site.kind}, {site.width} neurons) has no heads that lie side by side; choose "
+            "neurons, or leave the site out (--ablation.sites)"
+        )
+    return site.heads
+
+
+def seed_of(*keys: object) -> int:
+    """A seed of 63 bits that depends on every key, so that nearby seeds and names give unrelated draws."""
+    digest = hashlib.sha256("\0".join(map(str, keys)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

@@ -1,0 +1,114 @@
+"""Ablation to one value a neuron: zero, or a centre of its distribution over the calibration data."""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from lightning_ablate.methods.base import Ablation, AblationMethod, Replacement, constant
+from lightning_ablate.sites import Site
+from lightning_ablate.statistics import Histogram, Moments, SiteStatistics
+
+
+class ConstantMethod(AblationMethod):
+    """A method that puts one value in each neuron's place, whatever else is ablated and whatever the seed.
+
+    The sweep computes these values once for each site, not once for each condition.
+    """
+
+    @abstractmethod
+    def values(self, site: Site, statistics: SiteStatistics) -> Tensor:
+        """The values, ``(neurons,)`` floating, on any device."""
+
+    def prepare(self, ablation: Ablation) -> Replacement:
+        """The values as a replacement."""
+        return constant(self.values(ablation.site, ablation.statistics).to(ablation.mask.device))
+
+
+class Zero(ConstantMethod):
+    """An ablated neuron is 0.
+
+    Example:
+        >>> Zero().values(Site("attn.proj", 2), SiteStatistics("attn.proj", {}))
+        tensor([0., 0.])
+    """
+
+    name = "zero"
+
+    def values(self, site: Site, statistics: SiteStatistics) -> Tensor:
+        """Zeros."""
+        return torch.zeros(site.width)
+
+
+class Mean(ConstantMethod):
+    """An ablated neuron is its mean over the calibration data.
+
+    Example:
+        >>> moments = Moments(neurons=2)
+        >>> moments.update(torch.tensor([[[1.0, 2.0], [3.0, 6.0]]]))
+        >>> Mean().values(Site("attn.proj", 2), SiteStatistics("attn.proj", {Moments: moments}))
+        tensor([2., 4.], dtype=torch.float64)
+    """
+
+    name = "mean"
+    statistics = (Moments,)
+
+    def values(self, site: Site, statistics: SiteStatistics) -> Tensor:
+        """The means."""
+        return statistics[Moments].mean
+
+
+class Peak(ConstantMethod):
+    """An ablated neuron is its most frequent value over the calibration data, the paper's proposal.
+
+    That is the centre of the fullest of 100 equal bins between the neuron's own minimum and maximum (Pochinkov et al.
+    2024, arXiv 2408.17322); of equally full bins the lowest; and a constant neuron's value.
+
+    Example:
+        >>> activations, moments = torch.tensor([[[0.0], [0.501], [0.502], [1.0]]]), Moments(neurons=1)
+        >>> moments.update(activations)
+        >>> histogram = Histogram(neurons=1, earlier=SiteStatistics("attn.proj", {Moments: moments}))
+        >>> histogram.update(activations)
+        >>> Peak().values(Site("attn.proj", 1), SiteStatistics("attn.proj", {Histogram: histogram}))
+        tensor([0.5050], dtype=torch.float64)
+    """
+
+    name = "peak"
+    statistics = (Histogram,)
+
+    def values(self, site: Site, statistics: SiteStatistics) -> Tensor:
+        """The peaks."""
+        return statistics[Histogram].peak
+
+
+class Mode(ConstantMethod):
+    """An ablated neuron is the mode of its smoothed density over the calibration data (see ``Histogram.mode``)."""
+
+    name = "mode"
+    statistics = (Histogram,)
+
+    def values(self, site: Site, statistics: SiteStatistics) -> Tensor:
+        """The modes."""
+        return statistics[Histogram].mode
+
+
+class Median(ConstantMethod):
+    """An ablated neuron is its median over the calibration data (see ``Histogram.median``)."""
+
+    name = "median"
+    statistics = (Histogram,)
+
+    def values(self, site: Site, statistics: SiteStatistics) -> Tensor:
+        """The medians."""
+        return statistics[Histogram].median
+
+
+class HalfSampleMode(ConstantMethod):
+    """An ablated neuron is its half-sample mode over the calibration data (see ``Histogram.half_sample_mode``)."""
+
+    name = "half-sample-mode"
+    statistics = (Histogram,)
+
+    def values(self, site: Site, statistics: SiteStatistics) -> Tensor:
+        """The half-sample modes."""
+        return statistics[Histogram].half_sample_mode

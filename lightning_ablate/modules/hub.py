@@ -1,0 +1,79 @@
+"""What the models from the Hugging Face hub have in common, be they there or in a local folder of the same form."""
+
+from typing import Any, Self
+
+from torch import nn
+
+from lightning_ablate.demo import resolve
+from lightning_ablate.errors import TargetError, loading
+from lightning_ablate.modules.base import AblationModule
+
+
+class HubModule(AblationModule):
+    """A target that transformers loads by its name.
+
+    Args:
+        name: a hub name, a local folder, or ``demo:gpt2``, ``demo:roberta`` and ``demo:vit`` for the embedded targets.
+        revision: branch, tag or commit on the hub.
+        dtype: ``auto`` (that of the weights), ``float32``, ``bfloat16`` or ``float16``.
+        attn_implementation: ``eager``, ``sdpa`` or another one that transformers knows; None lets it choose.
+        trust_remote_code: runs the code that comes with a hub model. Off unless you have read that code.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__(name)
+        self._given: list[nn.Module] = []  # in a list, so that it is no submodule before it is the target
+        self.revision, self.dtype_name, self.attn_implementation = revision, dtype, attn_implementation
+        self.trust_remote_code = trust_remote_code
+
+    @classmethod
+    def of(cls, model: nn.Module, *, name: str | None = None, **beside: Any) -> Self:
+        """The module of a model that is loaded already, which it freezes and puts into eval mode.
+
+        Args:
+            model: the target.
+            name: what results call it; by default where it was loaded from.
+            beside: its ``tokenizer``, or its ``transform`` of an image.
+        """
+        made = cls(name or getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
+        made._given = [model]
+        for key, value in beside.items():
+            setattr(made, key, value)
+        return made
+
+    def load(self, auto_class: Any) -> nn.Module:
+        """The model that was given, or else by one of transformers' AutoModel classes.
+
+        Raises:
+            TargetError: if it can't be loaded.
+        """
+        if self._given:
+            return self._given[0]
+        options = {"dtype": self.dtype_name, "attn_implementation": self.attn_implementation}
+        return self.beside(auto_class, **options)
+
+    def beside(self, auto_class: Any, **options: Any) -> Any:
+        """What else lies beside the model: its tokenizer or image processor.
+
+        Raises:
+            TargetError: if it can't be loaded.
+        """
+        options |= {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        with loading(self.name, TargetError):
+            return auto_class.from_pretrained(resolve(self.name), **options)
+
+    def describe(self) -> dict[str, Any]:
+        """Adds the revision and the attention implementation."""
+        config: Any = getattr(self.target, "config", None)
+        return super().describe() | {
+            "revision": self.revision or getattr(config, "_commit_hash", None),
+            "attn_implementation": getattr(config, "_attn_implementation", "its own"),
+        }

@@ -1,0 +1,108 @@
+"""Calibration: gathers the statistics of every site, epoch by epoch."""
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_ablate.errors import NonFiniteError, StatisticsError
+from lightning_ablate.metrics import checked
+from lightning_ablate.phases.phase import Phase
+from lightning_ablate.phases.resume import Run
+from lightning_ablate.sites import KINDS, Site, check_mixing, find_sites, hooked
+from lightning_ablate.statistics import ActivationStatistic
+
+if TYPE_CHECKING:
+    from lightning_ablate.modules import AblationModule
+
+
+class CalibrationPhase(Phase):
+    """Reads every site in every forward pass, and adds what it gathered to a calibration at the end of each epoch.
+
+    Args:
+        module: what evaluates the target.
+        run: whose calibration gets them; its sites are found in the first batch, unless it has some.
+        kinds: the statistics to gather, and those that they need.
+    """
+
+    title = "Calibration"
+
+    def __init__(self, module: "AblationModule", run: Run, kinds: Sequence[type[ActivationStatistic]]) -> None:
+        super().__init__(module)
+        self.kinds, self.calibration, self.seconds = kinds, run.calibration, 0.0
+        self.epochs = 1 + max(kind.epoch() for kind in kinds)
+        self._epoch = 0
+        self._gathered: dict[Site, list[ActivationStatistic]] = {}
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Makes the statistics of this epoch, from 0."""
+        self._epoch, calibration = epoch, self.calibration
+        kinds = [kind for kind in self.kinds if kind.epoch() == epoch]
+        self._gathered = {
+            site: [kind.of(site, calibration[site]).to(self.module.device) for kind in kinds]
+            for site in calibration.sites
+        }
+
+    def step(self, batch: Any, batch_idx: int) -> None:
+        """Runs the target on the batch and adds its activations.
+
+        Raises:
+            SiteError: if the sites can't be told, or a site did not run exactly as often as when they were found.
+            NonFiniteError: if an activation is NaN or infinite.
+        """
+        with torch.no_grad():
+            if not self.calibration.sites:
+                self._find_sites(batch)
+            hooks = {site: partial(self._add, site, batch) for site in self._gathered}
+            began = time.perf_counter()
+            with hooked(self.module.target, hooks, once=True):
+                scored = self.module.evaluate(batch)
+            self.seconds = time.perf_counter() - began
+        if batch_idx == 0:
+            checked(scored)
+        self._check_finite()
+
+    def end_epoch(self) -> None:
+        """Merges the processes and checks what was gathered.
+
+        Raises:
+            StatisticsError: if nothing was gathered, or the epoch doesn't agree with the one before.
+        """
+        for site, statistics in self._gathered.items():
+            for statistic in statistics:
+                statistic.sync()
+                try:
+                    statistic.check()
+                except StatisticsError as error:
+                    raise StatisticsError(f"site {site.name}: {error}") from error
+                self.calibration.add(site, statistic)
+        self._gathered = {}
+
+    def _add(self, site: Site, batch: Any, activations: Tensor) -> None:
+        valid = self.module.valid_at(site, batch)
+        for statistic in self._gathered[site]:
+            statistic.update(activations, valid)
+
+    def _find_sites(self, batch: Any) -> None:
+        module, which = self.module, self.calibration.which
+        self.calibration.locate(find_sites(module.target, lambda: module.evaluate(batch), which))
+        probes = module.probes(batch)
+        if probes is not None and any("attention" in word for word in which if word in KINDS):
+            attention = find_sites(module.target, lambda: module.evaluate(batch))  # all of it, whatever was chosen
+            check_mixing(module.target, attention, lambda number: module.hidden(probes[number]))
+        self.begin_epoch(self._epoch)
+
+    def _check_finite(self) -> None:
+        gathered = {site: statistics for site, statistics in self._gathered.items() if statistics}
+        if not gathered:
+            return
+        finite = torch.stack([torch.stack([one.finite() for one in found]).all() for found in gathered.values()])
+        if not bool(finite.all()):  # the one host synchronisation of a batch
+            bad = [site.name for site, good in zip(gathered, finite.tolist(), strict=True) if not good]
+            raise NonFiniteError(
+                f"activations at {bad[0]} are NaN or infinite ({len(bad)} of {len(gathered)} sites); "
+                "try another precision (--trainer.precision, --model.dtype), or look for it in the data or weights"
+            )

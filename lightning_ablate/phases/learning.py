@@ -1,0 +1,229 @@
+"""Learning: finds the values of a method by gradient descent, while the target stays as it is."""
+
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from math import ceil
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from lightning_ablate.choices import Choice, seed_of
+from lightning_ablate.conditions import Selection
+from lightning_ablate.errors import ConfigError, NonFiniteError
+from lightning_ablate.methods import Ablation, Edit, LearnedMethod
+from lightning_ablate.phases.phase import Phase
+from lightning_ablate.phases.resume import Run
+from lightning_ablate.sites import Site, hooked
+from lightning_ablate.statistics import Moments
+
+if TYPE_CHECKING:
+    from lightning_ablate.modules import AblationModule
+
+_HELD_OUT = 10  # one step of so many is held out
+
+
+class Course(NamedTuple):
+    """How the learning of a method's values goes.
+
+    Attributes:
+        epochs: over the calibration data.
+        batches: in an epoch, of each process.
+        accumulated: of these in a step.
+
+    Example:
+        >>> course = Course.of(steps=200, examples=32, batch_size=16, batches=25)
+        >>> course, [batch for batch in range(25) if course.is_held_out(batch)]
+        (Course(epochs=17, batches=25, accumulated=2), [18, 19])
+    """
+
+    epochs: int
+    batches: int
+    accumulated: int
+
+    @classmethod
+    def of(cls, *, steps: int, examples: int, batch_size: int, batches: int) -> Self:
+        """That with the fewest epochs which give so many steps.
+
+        Args:
+            steps: of the optimizer.
+            examples: of one step.
+            batch_size: of all processes together.
+            batches: in an epoch, of each process.
+        """
+        one = cls(1, batches, min(batches, max(1, round(examples / batch_size))))
+        return one._replace(epochs=ceil(steps / one.taken))
+
+    @property
+    def steps(self) -> int:
+        """The steps of an epoch, those held out among them."""
+        return ceil(self.batches / self.accumulated)
+
+    @property
+    def taken(self) -> int:
+        """The steps of an epoch that are taken."""
+        return sum(not self.is_held_out(step * self.accumulated) for step in range(self.steps))
+
+    def is_held_out(self, batch: int) -> bool:
+        """Whether a batch belongs to a step that is held out: every tenth, or the last one of fewer."""
+        each = min(_HELD_OUT, max(2, self.steps))
+        return batch // self.accumulated % each == each - 1
+
+    def is_due(self, batch: int) -> bool:
+        """Whether a step ends with this batch."""
+        return (batch + 1) % self.accumulated == 0 or batch + 1 == self.batches
+
+
+class LearningPhase(Phase):
+    """Learns the values of one method at all sites.
+
+    Gradients are taken of the sum over the scored positions, and divided by their number over all processes when a step
+    is due; so a step is the same, but for rounding, however its examples are dealt to batches and processes. What is
+    learned is float32 whatever the precision of the target.
+
+    Args:
+        module: what evaluates the target.
+        run: whose calibration is complete, and gets the values at the end.
+        method: whose values.
+        choice: which neurons go.
+        course: how it goes.
+
+    Attributes:
+        deltas: what is learned of each site, ``(neurons,)`` float32: the distance from the mean, in standard
+            deviations.
+        taken: steps of the optimizer so far.
+    """
+
+    def __init__(
+        self, module: "AblationModule", run: Run, method: LearnedMethod, choice: Choice, course: Course
+    ) -> None:
+        super().__init__(module)
+        self.method, self.course, self._run, self._choice = method, course, run, choice
+        self._calibration = calibration = run.calibration
+        self.title, self.epochs = f"Learning {method.name}", course.epochs
+        moments = {site: calibration[site][Moments] for site in calibration.sites}
+        self._mean = {site: found.mean.float() for site, found in moments.items()}
+        self._sd = {site: found.sd.float() for site, found in moments.items()}
+        self.deltas = {site: nn.Parameter(torch.zeros_like(mean)) for site, mean in self._mean.items()}
+        self.optimizer = method.optimizer(self.deltas.values())
+        self.scheduler = CosineAnnealingLR(self.optimizer, T_max=course.epochs * course.steps)
+        self.taken, self._epoch = 0, 0
+        for delta in self.deltas.values():  # which a process that ablates nothing at a site has as well
+            delta.grad = torch.zeros_like(delta)
+        self._sums = torch.zeros(2, dtype=torch.float64, device=module.device)  # positions, cross-entropy
+        self._held_sums = torch.zeros(3, dtype=torch.float64, device=module.device)  # and with the means
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Begins to sum what is held out anew."""
+        self._epoch = epoch
+        self._held_sums.zero_()
+
+    def step(self, batch: Any, batch_idx: int) -> None:
+        """Adds the gradient on one batch, and takes a step where one is due; or checks a batch that is held out.
+
+        Raises:
+            ConfigError: if the logits have no gradient.
+            NonFiniteError: if the cross-entropy or what is learned becomes NaN or infinite.
+        """
+        held_out = self.course.is_held_out(batch_idx)
+        if held_out:
+            with torch.no_grad():
+                losses = [self._loss(batch, batch_idx, "held out", values) for values in (self._mean, self.values)]
+            self._held_sums += torch.stack([losses[0][1], *(loss for loss, _ in losses)])
+        else:
+            loss, positions = self._loss(batch, batch_idx, f"epoch {self._epoch}", self.values)
+            if not loss.requires_grad:
+                raise ConfigError(
+                    f"{self.method.name} can't learn: the logits that `evaluate` gives have no gradient; is there a "
+                    "torch.no_grad() in it?"
+                )
+            loss.backward()  # type: ignore[no-untyped-call]
+            self._sums += torch.stack([positions, loss.detach()])
+        if self.course.is_due(batch_idx):
+            if not held_out:
+                self._take_step()
+            self.scheduler.step()
+
+    def end_epoch(self) -> None:
+        """Merges what was held out; the last epoch's values go to the calibration."""
+        positions, *losses = self.module.summed(self._held_sums).tolist()
+        before, after = (loss / max(positions, 1) for loss in losses)
+        if positions:
+            name = f"learning/{self.method.name} held out"
+            self.module.log_at(self.taken, **{f"{name}, mean": before, name: after})
+        if self._epoch == self.epochs - 1:
+            if after > before:
+                warnings.warn(
+                    f"{self.method.name}: what was learned is worse than the mean on examples held out, {after:.4f} "
+                    f"nats against {before:.4f}; give it more steps, more calibration data or a lower lr",
+                    stacklevel=2,
+                )
+            self._run.held_out[self.method.name] = (before, after) if positions else None
+            self._calibration.learned[self.method.name] = {s: v.detach().clone() for s, v in self.values.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far it has come, at the end of an epoch."""
+        return {
+            "deltas": [delta.detach().cpu() for delta in self.deltas.values()],
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "taken": self.taken,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a :meth:`state_dict`."""
+        with torch.no_grad():
+            for delta, saved in zip(self.deltas.values(), state["deltas"], strict=True):
+                delta.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.taken = state["taken"]
+
+    @property
+    def values(self) -> dict[Site, Tensor]:
+        """The values learned so far, of each site ``(neurons,)`` float32."""
+        return {site: self._mean[site] + self._sd[site] * delta for site, delta in self.deltas.items()}
+
+    def _take_step(self) -> None:
+        gradients = [cast(Tensor, delta.grad) for delta in self.deltas.values()]
+        whole = self.module.summed(torch.cat([*(gradient.double() for gradient in gradients), self._sums]))
+        positions, loss = whole[-2:].tolist()
+        for gradient, merged in zip(gradients, torch.split(whole[:-2], [len(g) for g in gradients]), strict=True):
+            gradient.copy_(merged / max(positions, 1))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+        self._sums.zero_()
+        self.taken += 1
+        mean = loss / max(positions, 1)
+        if not bool(whole.isfinite().all()):
+            raise NonFiniteError(
+                f"{self.method.name}: the cross-entropy is {mean} after {self.taken} steps, or its gradient isn't "
+                "finite; lower the method's lr, or try another precision (--trainer.precision)"
+            )
+        self.module.log_at(self.taken, **{f"learning/{self.method.name}": mean})
+
+    def _loss(self, batch: Any, batch_idx: int, when: str, values: Mapping[Site, Tensor]) -> tuple[Tensor, Tensor]:
+        """The cross-entropy summed over the scored positions, with other neurons ablated in every example.
+
+        Returns:
+            It and the number of these positions, both ``()`` float64.
+        """
+        sites, examples = self._calibration.sites, self.module.examples_of(batch, batch_idx).tolist()
+        drawn = [self._choice.draw(sites, seed_of("learning", when, index)) for index in examples]
+        with hooked(self.module.target, {s: partial(self._ablate, s, values[s], drawn) for s in sites}, once=True):
+            scored = self.module.evaluate(batch)
+        counts = scored.example >= 0
+        each = functional.cross_entropy(scored.logits.float(), scored.targets, reduction="none")
+        return torch.where(counts, each, 0.0).sum(dtype=torch.float64), counts.sum().double()
+
+    def _ablate(self, site: Site, values: Tensor, drawn: list[Selection], activations: Tensor) -> Tensor:
+        statistics = self._calibration.with_learned(site, {self.method.name: values})
+        mask = torch.stack([self._choice.mask(one, site, statistics) for one in drawn]).to(activations.device)
+        if len(activations) % len(mask):  # its first dimension isn't that of the examples
+            mask = mask[:1]
+        mask, by_example = mask.unsqueeze(1), activations.reshape(len(mask), -1, site.width)
+        edit = Edit(mask, self.method.prepare(Ablation(site, mask, statistics, None)))
+        return edit(by_example).reshape(activations.shape)

@@ -1,0 +1,191 @@
+"""What a run has done so far; kept in its folder while unfinished, so that the same command goes on from there."""
+
+import io
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from lightning_ablate.calibration import Calibration, check_target
+from lightning_ablate.errors import ConfigError, StatisticsError, loading
+from lightning_ablate.results.folder import write_whole
+
+FOLDER, RUN = "unfinished", "run.json"
+
+
+class Progress(NamedTuple):
+    """What a run has done.
+
+    Attributes:
+        epochs: of calibration and learning.
+        batches: of the sweep, which comes behind them.
+    """
+
+    epochs: int = 0
+    batches: int = 0
+
+    def __str__(self) -> str:
+        """What is done, in words."""
+        swept = f" and {self.batches} batches of the sweep" if self.batches else ""
+        return f"of which {self.epochs} epochs of calibration and learning{swept} are done"
+
+
+@dataclass
+class Run:
+    """What a run has found out, and how far it has come.
+
+    Attributes:
+        target: the target's fingerprint.
+        calibration: of it.
+        held_out: by method that learned, the cross-entropy in nats on examples that were held out, with the means and
+            with the learned values; None where none were.
+        partial: why it doesn't cover all its data.
+        progress: what it has done.
+    """
+
+    target: str
+    calibration: Calibration
+    held_out: dict[str, tuple[float, float] | None] = field(default_factory=dict)
+    partial: list[str] = field(default_factory=list)
+    progress: Progress = field(default_factory=Progress)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the progress, as tensors on the CPU and plain values."""
+        about = {"target": self.target, "held_out": dict(self.held_out), "partial": list(self.partial)}
+        return {**about, "calibration": self.calibration.state_dict()}
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], target: nn.Module, device: torch.device, **options: Any
+    ) -> None:
+        """Takes it from a :meth:`state_dict`.
+
+        Args:
+            state: what was saved.
+            target: the model at hand.
+            device: where statistics go.
+            options: see :meth:`Calibration.from_state_dict`.
+
+        Raises:
+            StatisticsError: if there is no calibration in it.
+            TargetError: if it is of another target.
+        """
+        check_target(state, self.target)
+        with loading("the checkpoint", StatisticsError):
+            self.calibration = Calibration.from_state_dict(state["calibration"], target, **options)
+            self.held_out = {str(name): found for name, found in dict(state["held_out"]).items()}
+            self.partial = list(map(str, state["partial"]))
+
+
+class Unfinished:
+    """The progress of one process of a run, in files.
+
+    Every process writes its own file, whole or not at all, and keeps the last two, since one of them may be ahead of
+    the others when the run dies. What is gone on from is the last progress that all of them know.
+
+    Args:
+        folder: of the run.
+        rank: of this process.
+        processes: how many there are.
+        every: seconds from one save in the sweep to the next; 0 saves behind every batch.
+    """
+
+    def __init__(self, folder: Path, rank: int, processes: int, every: float) -> None:
+        self.folder = folder / FOLDER
+        self._rank, self._processes, self._every, self._last = rank, processes, every, time.monotonic()
+        self._run: dict[str, Any] | None = None
+
+    def claim(self, run: Mapping[str, Any], broadcast: Callable[[Any], Any]) -> Progress:
+        """Takes the folder for a run, on all processes; how far an earlier one has come in it.
+
+        Args:
+            run: what two runs must have in common for one to go on with the other.
+            broadcast: gives all processes what the first one has.
+
+        Raises:
+            ConfigError: if the folder holds an unfinished run of another configuration.
+        """
+        problem, progress = "", Progress()
+        if self._rank == 0:
+            self._run = json.loads(json.dumps(run, default=str))
+            problem = self._other(self._run)
+            progress = progress if problem else self._latest()
+        problem, progress = broadcast((problem, progress))
+        if problem:
+            raise ConfigError(problem)
+        return progress
+
+    def read(self, progress: Progress) -> dict[str, Any]:
+        """What this process saved at that progress; StatisticsError if the file is damaged."""
+        path = self._path(progress)
+        with loading(str(path), StatisticsError):
+            return torch.load(path, map_location="cpu", weights_only=True)
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for the next save."""
+        return time.monotonic() - self._last >= self._every
+
+    def save(self, progress: Progress, state: Mapping[str, Any]) -> None:
+        """Saves the state of this process at a progress; the one that claimed the folder says first for which run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._run is not None:
+            write_whole(self.folder / RUN, json.dumps(self._run, indent=2) + "\n")
+            self._run = None
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        write_whole(self._path(progress), buffer.getvalue())
+        for path in sorted(self.folder.glob(f"*.{self._rank}.pt"), key=_progress)[:-2]:
+            path.unlink()
+        self._last = time.monotonic()
+
+    def close(self) -> None:
+        """Forgets the run, which has ended."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _other(self, run: Mapping[str, Any]) -> str:
+        """What tells an unfinished run in the folder from this one; empty if nothing does."""
+        if not is_unfinished(self.folder.parent):
+            return ""
+        path = self.folder / RUN
+        with loading(str(path), ConfigError):
+            found = json.loads(path.read_text(encoding="utf-8"))
+        if found == run:
+            return ""
+        name, here, there = _difference(run, found)
+        return (
+            f"{self.folder.parent} holds an unfinished run of another configuration: {name} is {here!s:.60} here, was "
+            f"{there!s:.60} there; name another folder (--ablation.dirpath), or delete {self.folder}"
+        )
+
+    def _latest(self) -> Progress:
+        """The last progress that every process saved."""
+        known = [{_progress(path) for path in self.folder.glob(f"*.{rank}.pt")} for rank in range(self._processes)]
+        return max(set.intersection(*known), default=Progress())
+
+    def _path(self, progress: Progress) -> Path:
+        return self.folder / f"{progress.epochs}.{progress.batches}.{self._rank}.pt"
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder holds a run that died."""
+    return (folder / FOLDER / RUN).exists()
+
+
+def _difference(here: Any, there: Any) -> tuple[str, Any, Any]:
+    """The first place in which two values differ, by the names on the way, and what stands there in each."""
+    names = []
+    while isinstance(here, dict) and isinstance(there, dict):
+        names.append(next(key for key in [*here, *there] if here.get(key) != there.get(key)))
+        here, there = here.get(names[-1]), there.get(names[-1])
+    return ".".join(names), here, there
+
+
+def _progress(path: Path) -> Progress:
+    epochs, batches, *_ = path.name.split(".")
+    return Progress(int(epochs), int(batches))

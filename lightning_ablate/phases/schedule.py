@@ -1,0 +1,91 @@
+"""The order of the epochs of a run, and what it all amounts to."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from lightning_ablate.choices import Choice
+from lightning_ablate.conditions import Condition
+from lightning_ablate.errors import ConfigError
+from lightning_ablate.methods import AblationMethod, LearnedMethod
+from lightning_ablate.phases.calibration import CalibrationPhase
+from lightning_ablate.phases.learning import Course, LearningPhase
+from lightning_ablate.phases.phase import Phase
+from lightning_ablate.phases.resume import Run
+from lightning_ablate.statistics import ActivationStatistic
+
+if TYPE_CHECKING:
+    from lightning_ablate.modules import AblationModule
+
+_BACKWARD = 3.0  # what a pass back and forth costs, in forward passes
+
+
+class Epoch(NamedTuple):
+    """An epoch over the calibration data.
+
+    Attributes:
+        number: of its phase, from 0.
+        make: makes the phase.
+        cost: of a batch, in forward passes.
+    """
+
+    number: int
+    make: Callable[["AblationModule", Run], Phase]
+    cost: float
+
+
+def schedule(
+    kinds: Sequence[type[ActivationStatistic]],
+    methods: Sequence[AblationMethod],
+    choice: Choice,
+    batches: float,
+    batch_size: int,
+    steps: int | None = None,
+) -> list[Epoch]:
+    """The epochs that gather these kinds of statistics, and behind them those in which methods learn.
+
+    ``batches`` are those of an epoch and process, ``batch_size`` that of all processes together; of ``steps`` None
+    takes each method's own.
+
+    Raises:
+        ConfigError: if there is something to learn from data without a length.
+    """
+    calibrate = partial(CalibrationPhase, kinds=kinds)
+    found = [Epoch(number, calibrate, 1.0) for number in range(1 + max(kind.epoch() for kind in kinds))]
+    for method in methods:
+        if not isinstance(method, LearnedMethod):
+            continue
+        if batches == float("inf"):
+            raise ConfigError(
+                f"{method.name} learns in steps over the calibration data, which tell no length; give the loader one, "
+                "or set --trainer.limit_train_batches"
+            )
+        sizes = {"examples": method.examples, "batch_size": batch_size, "batches": int(batches)}
+        course = Course.of(steps=steps or method.steps, **sizes)
+        learn = partial(LearningPhase, method=method, choice=choice, course=course)
+        found += [Epoch(number, learn, _BACKWARD) for number in range(course.epochs)]
+    return found
+
+
+def plan(
+    epochs: Sequence[Epoch],
+    conditions: Sequence[Condition],
+    methods: Sequence[AblationMethod],
+    phase: CalibrationPhase,
+    batches: tuple[float, float],
+) -> str:
+    """One line on what a run amounts to, with ``batches`` in an epoch of ``fit`` and in the sweep, of each process."""
+    sources = {method.name: method.source for method in methods}
+    resampled = {(sources[c.method], c.seed) for c in conditions[1:] if sources[c.method] is not None}
+    passes = batches[0] * sum(epoch.cost for epoch in epochs) + batches[1] * (len(conditions) + len(resampled))
+    about = f"plan: {len(conditions):,} conditions"
+    if passes == float("inf"):
+        return f"{about}, {_duration(phase.seconds)} a forward pass; the data tell no length"
+    return f"{about}, {passes:,.0f} forward passes, about {_duration(passes * phase.seconds)}"
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"

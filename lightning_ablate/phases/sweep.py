@@ -1,0 +1,197 @@
+"""The sweep: evaluates every condition on every batch."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from lightning_ablate.ablation import ablated
+from lightning_ablate.calibration import Calibration
+from lightning_ablate.choices import Choice, Random
+from lightning_ablate.conditions import BASELINE, Condition
+from lightning_ablate.errors import DataError, NonFiniteError, StatisticsError
+from lightning_ablate.methods import (
+    Ablation,
+    AblationMethod,
+    Batch,
+    ConstantMethod,
+    Edit,
+    Replacement,
+    Source,
+    constant,
+)
+from lightning_ablate.metrics import Clean, SweepMetrics, checked
+from lightning_ablate.phases.phase import Phase
+from lightning_ablate.sites import Site, hooked
+from lightning_ablate.statistics.base import by_example
+
+if TYPE_CHECKING:
+    from lightning_ablate.modules import AblationModule
+
+_ROOM = 2**30  # bytes
+
+
+class SweepPhase(Phase):
+    """Applies every condition to a calibrated target, and keeps the scores.
+
+    A batch is loaded once and all conditions see it, so that they are compared on the same positions.
+
+    Args:
+        module: what evaluates the target.
+        calibration: the sites and their statistics.
+        methods: what replaces a neuron.
+        conditions: of these methods, the baseline first (see :func:`~lightning_ablate.conditions.distinct_conditions`).
+        choice: which neurons go.
+        examples: how many examples are evaluated, to keep what each of them scores; 0 where that isn't known.
+
+    Attributes:
+        metrics: the scores so far, of this process until :meth:`end_epoch`.
+        batches: that are done.
+        classes: of the target, once it has run.
+        announce: is told each condition before it is evaluated.
+
+    Raises:
+        StatisticsError: if a method's statistics are missing.
+    """
+
+    title = "Sweep"
+
+    def __init__(
+        self,
+        module: "AblationModule",
+        calibration: Calibration,
+        methods: Sequence[AblationMethod],
+        conditions: Sequence[Condition],
+        choice: Choice | None = None,
+        examples: int = 0,
+    ) -> None:
+        super().__init__(module)
+        self.conditions, self.batches, self.classes = tuple(conditions), 0, 0
+        self.metrics = SweepMetrics(len(self.conditions), examples).to(module.device)
+        self.announce: Callable[[Condition], None] = lambda condition: None
+        self._calibration, self._choice = calibration, choice or Random()
+        self._methods = {method.name: method for method in methods}
+        self._batch = Batch()
+        self._constants: dict[tuple[str, Site], Replacement] = {}
+        self._edits: dict[Condition, dict[Site, Edit]] = {}
+        # kept while it takes less memory than the target, or 1 GiB; the rest is made anew for every batch
+        room = max(_ROOM, sum(parameter.nbytes for parameter in module.target.parameters()))
+        for condition in self.conditions[1:]:
+            edits = self._prepared(condition)
+            if (size := sum(edit.nbytes for edit in edits.values())) <= room:
+                room -= size
+                self._edits[condition] = edits
+
+    @property
+    def sources(self) -> list[tuple[str, int]]:
+        """The (kind, seed) of every input that the conditions resample from."""
+        pairs = [(self._methods[c.method].source, c.seed or 0) for c in self.conditions[1:]]
+        return list(dict.fromkeys((kind, seed) for kind, seed in pairs if kind is not None))
+
+    def step(self, batch: Any, batch_idx: int) -> None:
+        """Evaluates every condition on one batch.
+
+        Raises:
+            DataError: if what ``evaluate`` gives doesn't fit together.
+            NonFiniteError: if a condition's logits are NaN or infinite.
+        """
+        if batch_idx < self.batches:  # of an earlier run
+            return
+        clean = None
+        with torch.no_grad():
+            self._batch.examples = self.module.examples_of(batch, batch_idx)
+            for kind, seed in self.sources:
+                self._read(kind, seed, batch)
+            for index, condition in enumerate(self.conditions):
+                self.announce(condition)
+                with self.applied(condition):
+                    scored = self.module.evaluate(batch)
+                if clean is None:
+                    self._check_examples(checked(scored).example)
+                    clean, self.classes = Clean.of(scored), scored.logits.shape[1]
+                with record_function("scoring"):
+                    self.metrics.update(index, scored, clean)
+                del scored  # or the next pass would hold the logits of two conditions
+        self._check_finite()
+        self.batches = batch_idx + 1
+
+    def end_epoch(self) -> None:
+        """Merges the processes.
+
+        Raises:
+            DataError: if nothing was scored.
+        """
+        self.metrics.sync()
+        if not int(self.metrics.n.sum()):
+            raise DataError("the evaluation data have no scored position; is everything padding, or too short?")
+
+    @contextmanager
+    def applied(self, condition: Condition) -> Iterator[None]:
+        """Ablates the target for the one forward pass inside."""
+        edits = self._edits.get(condition) or self._prepared(condition)
+        with record_function(str(condition)), ablated(self.module.target, edits, once=True):
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scores so far, of this process."""
+        return {"batches": self.batches, "classes": self.classes, "metrics": self.metrics.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a :meth:`state_dict`."""
+        self.batches, self.classes = state["batches"], state["classes"]
+        self.metrics.load_state_dict(dict(state["metrics"]))
+
+    def _read(self, kind: str, seed: int, batch: Any) -> None:
+        """Runs an input that is resampled from, and keeps what the sites do."""
+        other = self.module.source(kind, seed, batch)  # which may run the target to generate it
+        found = self._batch.sources[kind, seed] = {}
+
+        def keep(site: Site, activations: Tensor) -> None:
+            found[site] = Source(*(part.clone() for part in by_example(activations, self.module.valid_at(site, other))))
+
+        with hooked(self.module.target, {s: partial(keep, s) for s in self._calibration.sites}, once=True):
+            self.module.evaluate(other)
+
+    def _prepared(self, condition: Condition) -> dict[Site, Edit]:
+        """What a condition does to each site; those it leaves alone are left out."""
+        sites = self._calibration.sites if condition != BASELINE else ()
+        edits = {site: self._edit(condition, site) for site in sites}
+        return {site: edit for site, edit in edits.items() if edit is not None}
+
+    def _edit(self, condition: Condition, site: Site) -> Edit | None:
+        method, statistics = self._methods[condition.method], self._calibration[site]
+        mask = self._choice.mask(condition, site, statistics)
+        if not bool(mask.any()):
+            return None
+        mask = mask.to(self.module.device)
+        try:
+            if not isinstance(method, ConstantMethod):
+                return Edit(mask, method.prepare(Ablation(site, mask, statistics, condition.seed, self._batch)))
+            if (method.name, site) not in self._constants:
+                self._constants[method.name, site] = constant(method.values(site, statistics).to(mask.device))
+            return Edit(mask, self._constants[method.name, site])
+        except StatisticsError as error:
+            raise StatisticsError(f"the method {method.name!r} {error}") from error
+
+    def _check_examples(self, example: Tensor) -> None:
+        """Raises DataError if a batch holds an example that an earlier one held, as the intervals are over examples."""
+        known = self.metrics.by_example
+        here = example[(example >= 0) & (example < self.metrics.examples)]
+        if known is not None and bool((again := known[0][here] > 0).any()):
+            raise DataError(
+                f"example {int(here[again][0])} comes in two batches: Scored's `example` must be its place in the "
+                "whole data, such as batch['index'], not in the batch"
+            )
+
+    def _check_finite(self) -> None:
+        finite = self.metrics.finite
+        if not bool(finite.all()):
+            bad = [str(c) for c, good in zip(self.conditions, finite.tolist(), strict=True) if not good]
+            raise NonFiniteError(
+                f"the logits under {bad[0]!r} are NaN or infinite ({len(bad)} of {len(self.conditions)} conditions); "
+                "try another precision (--trainer.precision, --model.dtype)"
+            )

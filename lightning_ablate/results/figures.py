@@ -1,0 +1,295 @@
+"""The figures of results: curves by fraction, paired differences, and what each site, layer or head costs."""
+
+import io
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from lightning_ablate.errors import ConfigError
+from lightning_ablate.results.text import halfway, title
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from lightning_ablate.results.table import Results
+
+# Okabe & Ito's palette and, behind it, Tol's muted one, told apart by colour-blind readers; markers and dashes tell
+# them apart in grey
+_STYLES: tuple[dict[str, Any], ...] = (
+    {"color": "#D55E00", "marker": "o", "linestyle": "-"},
+    {"color": "#0072B2", "marker": "s", "linestyle": "--"},
+    {"color": "#009E73", "marker": "^", "linestyle": "-."},
+    {"color": "#CC79A7", "marker": "D", "linestyle": ":"},
+    {"color": "#E69F00", "marker": "v", "linestyle": "-"},
+    {"color": "#56B4E9", "marker": "P", "linestyle": "--"},
+    {"color": "#000000", "marker": "X", "linestyle": "-."},
+    {"color": "#999999", "marker": "<", "linestyle": ":"},
+    {"color": "#882255", "marker": ">", "linestyle": "-"},
+    {"color": "#332288", "marker": "*", "linestyle": "--"},
+    {"color": "#117733", "marker": "p", "linestyle": "-."},
+    {"color": "#AA4499", "marker": "h", "linestyle": ":"},
+    {"color": "#DDCC77", "marker": "d", "linestyle": "-"},
+    {"color": "#661100", "marker": "1", "linestyle": "--"},
+)
+_ZERO: dict[str, Any] = {"color": "0.35", "linewidth": 0.9, "linestyle": (0, (5, 2))}
+_CHANCE: dict[str, Any] = _ZERO | {"linestyle": (0, (1, 1.5))}
+_PANELS = 9  # pairs of methods that have one each
+_ACROSS = 4  # maps beside one another
+_CHARACTER = 0.065  # inches that one takes at 8 points
+
+
+def degradation(*results: "Results") -> "Figure":
+    """Top-1 accuracy and cross-entropy by the ablated fraction: a column a target, a curve a method.
+
+    Bands are the 95% intervals over examples, where these are known; bars are ± 1 standard deviation over the seeds.
+    """
+    methods = list(dict.fromkeys(method for one in results for method in one.methods))
+    labels = _labels(methods, 44)
+    columns = len(results) * (2 if max(map(len, methods), default=0) <= 20 else 1)
+    lines = sum(label.count("\n") for label in labels.values()) + -(-(len(methods) + 2) // columns)
+    figure = blank(0.4 + 3.1 * len(results), 4.4 + 0.17 * lines)
+    axes = figure.subplots(2, len(results), sharex="col", squeeze=False)
+    handles: dict[str, Any] = {}
+    for (top, bottom), one in zip(axes.T, results, strict=True):
+        classes = one.facts.get("classes")
+        for panel, metric, scale in ((top, "top1", 100), (bottom, "cross_entropy", 1)):
+            _curves(panel, one.summary(), methods, metric, scale)
+            panel.axhline(scale * one.baseline[metric], **_ZERO, label="nothing ablated")
+            if classes:
+                chance = 1 / classes if metric == "top1" else math.log(classes)
+                panel.axhline(scale * chance, **_CHANCE, label="chance")
+        bottom.set_xlabel("neurons ablated (%)", fontsize=9)
+        top.set_title(_title(one, 40), fontsize=9)
+        found, names = top.get_legend_handles_labels()
+        handles |= dict(zip(names, found, strict=True))
+    for row, label in zip(axes[:, 0], ("top-1 accuracy (%)", "cross-entropy (nats)"), strict=True):
+        row.set_ylabel(label, fontsize=9)
+    names = [name for name in (*methods, "nothing ablated", "chance") if name in handles]
+    shown = [handles[name] for name in names], [labels.get(name, name) for name in names]
+    figure.legend(*shown, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    return figure
+
+
+def differences(results: "Results") -> "Figure":
+    """How much more top-1 accuracy one method leaves than another, by the ablated fraction, with 95% intervals.
+
+    Raises:
+        ConfigError: if there are no two methods, or conditions are confined to parts.
+    """
+    compared = results.compare()
+    if compared.empty or results.parts:
+        raise ConfigError(f"differences by fraction need two methods or more and no single parts: {results!r}")
+    pairs = list(dict.fromkeys(zip(compared["method"], compared["other"], strict=True)))
+    if len(pairs) > _PANELS:
+        return _matrix(results, halfway(compared))
+    columns = min(3, len(pairs))
+    lines = -(-len(pairs) // columns)
+    titles = [textwrap.fill(f"{one} − {other}", 32) for one, other in pairs]
+    height = 1.7 + 0.13 * max(name.count("\n") for name in titles)
+    figure = blank(1.2 + 2.2 * columns, 1.0 + height * lines)
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for panel, pair, name in zip(panels, pairs, titles, strict=False):
+        own = compared[(compared["method"] == pair[0]) & (compared["other"] == pair[1])]
+        x, y = 100 * own["fraction"].to_numpy(), 100 * own["top1"].to_numpy()
+        ends = [y - 100 * own["top1_low"].to_numpy(), 100 * own["top1_high"].to_numpy() - y]
+        line = "o-" if len(own) > 1 else "o"
+        panel.errorbar(x, y, yerr=np.clip(ends, 0, None), fmt=line, color="#0072B2", markersize=3, linewidth=1)
+        panel.axhline(0, **_ZERO)
+        panel.set_title(name, fontsize=8)
+        _plain(panel, 7)
+    _fraction_ticks(panels[0], sorted({0.0, *compared["fraction"]}), 7, most=6)
+    for panel in panels[len(pairs) :]:
+        panel.set_visible(False)
+    figure.suptitle(_title(results, 20 + 30 * columns), fontsize=9)
+    figure.supxlabel("neurons ablated (%)", fontsize=8)
+    figure.supylabel("top-1 difference (points)", fontsize=8)
+    return figure
+
+
+def importance(results: "Results") -> "Figure":
+    """What each head costs when it alone is ablated, as a map a method; or each site or layer, as a line a method.
+
+    Where what examples scored is known, a dot marks a head, and a band around a line shows, what they tell from 0.
+    """
+    damage = results.compare(other="none")
+    names = short(results.parts)
+    if damage["head"].notna().any():
+        return _maps(results, damage, names)
+    methods, labels = results.methods, _labels(results.methods, 64)
+    columns = max(1, min(3, 66 // (6 + max(map(len, labels.values())))))
+    tilted = len(names) > 8 or max(map(len, names)) > 30 / len(names)
+    below = 0.055 * max(map(len, names)) * tilted + 0.17 * -(-len(methods) // columns)
+    figure = blank(max(5.0, 1.0 + 0.2 * len(names)), 3.0 + below)
+    axes = figure.subplots()
+    place = {part: number for number, part in enumerate(results.parts)}
+    for method, style in zip(methods, _cycled(len(methods)), strict=True):
+        own = damage[damage["method"] == method]
+        x = own["part"].map(place).to_numpy()
+        axes.plot(x, own["cross_entropy"].to_numpy(), label=labels[method], markersize=3.5, linewidth=1.2, **style)
+        ends = own["cross_entropy_low"].to_numpy(), own["cross_entropy_high"].to_numpy()
+        axes.fill_between(x, *ends, color=style["color"], alpha=0.15, linewidth=0)
+    axes.axhline(0, **_ZERO)
+    axes.set_xticks(range(len(names)), names, rotation=90 if tilted else 0)
+    axes.set_xlabel(_kind(names), fontsize=9)
+    axes.set_ylabel("added cross-entropy (nats)", fontsize=9)
+    _plain(axes, 8)
+    figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    figure.suptitle(_title(results, 70), fontsize=9)
+    return figure
+
+
+def png(figure: "Figure") -> bytes:
+    """A figure as a PNG of 300 dots per inch."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=300, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def blank(width: float, height: float) -> "Figure":
+    """An empty figure of so many inches, which needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _title(results: "Results", width: int) -> str:
+    return textwrap.fill(title(results) + (" (partial run)" if results.partial else ""), width)
+
+
+def _labels(methods: Sequence[str], width: int) -> dict[str, str]:
+    return {method: textwrap.fill(method, width) for method in methods}
+
+
+def _cycled(count: int) -> list[dict[str, Any]]:
+    return [_STYLES[number % len(_STYLES)] for number in range(count)]
+
+
+def _plain(axes: "Axes", size: int) -> None:
+    axes.tick_params(labelsize=size)
+    axes.grid(alpha=0.25, linewidth=0.5)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def _curves(axes: "Axes", summary: pd.DataFrame, methods: Sequence[str], metric: str, scale: float) -> None:
+    """A curve a method from the baseline on; or a point a method, side by side, where there is one fraction only."""
+    fractions = sorted(summary["fraction"].unique())
+    alone = len(fractions) == 2
+    here = [method for method in methods if method in set(summary["method"])]
+    for method, style in zip(methods, _cycled(len(methods)), strict=True):
+        own = summary[summary["method"] == method]
+        if own.empty:
+            continue
+        if len(own) > 1:
+            own = pd.concat([summary.iloc[:1], own])
+        else:
+            style = style | {"linestyle": "none"}
+        x, y = 100 * own["fraction"].to_numpy(), scale * own[metric].to_numpy()
+        if alone:
+            x = x + min(4, 52 / len(here)) * (here.index(method) - (len(here) - 1) / 2)
+        axes.plot(x, y, label=method, markersize=3.5, linewidth=1.2, **style)
+        sd = scale * own[f"{metric}_sd"].fillna(0.0).to_numpy()
+        axes.errorbar(x, y, yerr=sd, fmt="none", ecolor=style["color"], elinewidth=0.8, capsize=1.5, alpha=0.7)
+        low, high = (scale * own[f"{metric}_{end}"].to_numpy() for end in ("low", "high"))
+        if len(own) > 1:
+            axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        else:
+            axes.vlines(x, low, high, color=style["color"], alpha=0.25, linewidth=5)
+    if alone:
+        axes.set_xlim(100 * fractions[1] - 30, 100 * fractions[1] + 30)
+    _plain(axes, 8)
+    _fraction_ticks(axes, fractions, 8, most=11)
+
+
+def _fraction_ticks(axes: "Axes", fractions: Sequence[float], size: int, most: int) -> None:
+    """Ticks at the fractions themselves, where they are few and far enough apart; only above 0 if there is but one."""
+    shown = fractions[1:] if len(fractions) == 2 else fractions
+    gaps = np.diff(shown) / max(shown[-1], 1e-9)
+    if len(shown) <= most and (gaps > 0.075).all():
+        axes.set_xticks([100 * fraction for fraction in shown], [f"{100 * f:g}" for f in shown], fontsize=size)
+
+
+def _matrix(results: "Results", here: pd.DataFrame) -> "Figure":
+    """Every method against every other at one fraction, where there are too many for a panel each."""
+    compared = {*here["method"], *here["other"]}
+    methods = [method for method in results.ranking()["method"] if method in compared]
+    count, labels = len(methods), list(_labels(methods, 32).values())
+    longest = _CHARACTER * min(32, max(map(len, methods)))
+    lines = 1 + max(label.count("\n") for label in labels)
+    size = count * max(0.46, 0.2 * lines), count * max(0.32, 0.15 * lines)
+    figure = blank(1.0 + size[0] + longest, 1.2 + size[1] + 0.7 * longest)
+    axes = figure.subplots()
+    grid = np.full((count, count), np.nan)
+    for _, row in here.iterrows():
+        above, below = methods.index(row["method"]), methods.index(row["other"])
+        grid[above, below], grid[below, above] = 100 * row["top1"], -100 * row["top1"]
+        bold = "bold" if row["top1_low"] > 0 or row["top1_high"] < 0 else "normal"
+        for cell in ((above, below), (below, above)):
+            axes.text(*cell[::-1], f"{grid[cell]:+.1f}", ha="center", va="center", fontsize=7, fontweight=bold)
+    largest = 1.3 * np.nanmax(abs(grid)) or 1.0
+    axes.imshow(grid, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")
+    axes.set_xticks(range(count), labels, fontsize=8, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(count), labels, fontsize=8)
+    what = f"top-1 of the row's method above the column's, points, {100 * here['fraction'].iloc[0]:g}% ablated"
+    said = [_title(results, 999), what, "(bold: the 95% interval over examples leaves out 0)"]
+    figure.suptitle("\n".join(textwrap.fill(line, 22 + 7 * count) for line in said), fontsize=8)
+    return figure
+
+
+def _maps(results: "Results", damage: pd.DataFrame, names: Sequence[str]) -> "Figure":
+    methods, place = results.methods, {part: number for number, part in enumerate(results.parts)}
+    heads = 1 + int(damage["head"].max())
+    across = min(_ACROSS, len(methods))
+    lines = -(-len(methods) // across)
+    panel_width = max(1.5, 0.6 + 0.17 * heads)
+    titles = _labels(methods, int(panel_width / 0.08))
+    width = across * panel_width + 1.2 + _CHARACTER * max(map(len, names))
+    above = 0.5 + 0.15 * max(name.count("\n") for name in titles.values())
+    figure = blank(width, 1.2 + lines * (above + max(1.2, 0.17 * len(names))))
+    panels = figure.subplots(lines, across, sharey=True, sharex=True, squeeze=False).ravel()
+    largest = damage["cross_entropy"].abs().max() or 1.0
+    for panel, method in zip(panels, methods, strict=False):
+        own = damage[(damage["method"] == method) & damage["head"].notna()]
+        rows, columns = own["part"].map(place).to_numpy(), own["head"].astype(int).to_numpy()
+        values = np.full((len(names), heads), np.nan)
+        values[rows, columns] = own["cross_entropy"].to_numpy()
+        image = panel.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
+        told = ((own["cross_entropy_low"] > 0) | (own["cross_entropy_high"] < 0)).to_numpy()
+        panel.plot(columns[told], rows[told], "o", markersize=2.5, color="white", mec="black", mew=0.5)
+        panel.set_title(titles[method], fontsize=9)
+        step = 1 + (heads - 1) // 16
+        panel.set_xticks(range(0, heads, step), [str(head) for head in range(0, heads, step)], fontsize=8)
+        panel.set_yticks(range(len(names)), names, fontsize=8)
+    for panel in panels[len(methods) :]:
+        panel.set_visible(False)
+    figure.supxlabel("head", fontsize=9)
+    figure.supylabel(_kind(names), fontsize=9)
+    scale = figure.colorbar(image, ax=list(panels))
+    scale.set_label("added cross-entropy (nats)", fontsize=9)
+    scale.ax.tick_params(labelsize=8)
+    note = "dot: the 95% interval over examples leaves out 0"
+    known = [note] if damage["cross_entropy_low"].notna().any() else []
+    lines_above = [textwrap.fill(line, int(13 * width)) for line in (_title(results, 999), *known)]
+    figure.suptitle("\n".join(lines_above), fontsize=9)
+    return figure
+
+
+def _kind(names: Sequence[str]) -> str:
+    return "layer" if all(name.isdigit() for name in names) else "site"
+
+
+def short(parts: Sequence[str]) -> list[str]:
+    """The names without what all of them begin or end with, cut at the dots."""
+    names = [part.split(".") for part in parts]
+    for end in (0, -1):
+        while all(len(name) > 1 for name in names) and len({name[end] for name in names}) == 1:
+            names = [name[1:] if end == 0 else name[:-1] for name in names]
+    return [".".join(name) for name in names]

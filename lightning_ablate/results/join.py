@@ -1,0 +1,116 @@
+"""Results of several runs, read back and joined into one table and one figure."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from lightning_ablate.errors import DataError
+from lightning_ablate.results import figures
+from lightning_ablate.results.table import BASELINE, Results
+
+_SAME = 1e-4  # nats that baselines of the same data may differ by, on other machines
+_SAME_EXAMPLES = ["example", "n"]
+
+
+def load(folders: Sequence[Path | str]) -> list[Results]:
+    """The results of runs, joined where they are of the same target and data.
+
+    Methods of runs with other neurons or sites are named by what differs, like ``mean (unit=head)``; a method that
+    several runs hold alike by the end of the folder that tells them apart, like ``mean (a/version_0)``.
+
+    Args:
+        folders: of the runs; one that is given twice counts once.
+
+    Returns:
+        One for each target and data, in the order of the folders.
+
+    Raises:
+        DataError: if a folder holds no results, or what can't be joined: single parts, or runs of other data.
+    """
+    found: dict[tuple[str, str], dict[Path, Results]] = {}
+    for folder in dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders):
+        results = Results.load(folder)
+        if results.parts:
+            raise DataError(f"{folder} holds single sites, layers or heads, which make no curve; draw it by itself")
+        runs = found.setdefault((results.baseline["model"], results.baseline["data"]), {})
+        for base in [run.baseline for run in runs.values()][:1]:
+            _refuse_other_data(folder, base, results.baseline)
+        runs[folder] = results
+    return [_joined(runs) if len(runs) > 1 else next(iter(runs.values())) for runs in found.values()]
+
+
+def _refuse_other_data(folder: Path, base: pd.Series, again: pd.Series) -> None:
+    if base["n"] != again["n"] or abs(base["cross_entropy"] - again["cross_entropy"]) > _SAME:
+        raise DataError(
+            f"{folder} has {again['n']:,} scored positions and a baseline cross-entropy of "
+            f"{again['cross_entropy']:.6f}, the runs of {base['model']} on {base['data']} before it {base['n']:,} and "
+            f"{base['cross_entropy']:.6f}: they were evaluated on other data, and can't be compared"
+        )
+
+
+def _joined(runs: dict[Path, Results]) -> Results:
+    (first, *_), names = runs.values(), _names(runs)
+    tables = [first.table.iloc[:1]]
+    for run, named in zip(runs.values(), names, strict=True):
+        own = run.table[run.table["method"] != BASELINE]
+        tables.append(own.assign(method=own["method"].map(named)))
+    partial = dict.fromkeys(reason for run in runs.values() for reason in run.partial)
+    facts = {"classes": first.facts.get("classes"), "partial": list(partial), "runs": list(map(str, runs))}
+    return Results(pd.concat(tables), _examples(list(runs.values())), facts)
+
+
+def _examples(runs: Sequence[Results]) -> pd.DataFrame | None:
+    """Those of the joined conditions; None unless all runs have the same ones in the same order."""
+    known = [run.examples for run in runs if run.examples is not None]
+    bases = [examples[examples["condition"] == 0] for examples in known]
+    if len(known) < len(runs) or any(not base[_SAME_EXAMPLES].equals(bases[0][_SAME_EXAMPLES]) for base in bases):
+        return None
+    pieces, start = [bases[0]], 0
+    for run, examples in zip(runs, known, strict=True):
+        own = examples[examples["condition"] > 0]
+        pieces.append(own.assign(condition=own["condition"] + start))
+        start += len(run.table) - 1
+    return pd.concat(pieces)
+
+
+def _names(runs: dict[Path, Results]) -> list[dict[str, str]]:
+    """Of each run its methods' names, which no other run's have."""
+    differs = [[*pair] for pair in zip(_options(list(runs.values())), _sites(list(runs.values())), strict=True)]
+    told = [[label for label in labels if label] for labels in differs]
+    held = Counter((method, *labels) for run, labels in zip(runs.values(), told, strict=True) for method in run.methods)
+    depth = next(depth for depth in range(1, 999) if len({folder.parts[-depth:] for folder in runs}) == len(runs))
+    names = []
+    for (folder, run), labels in zip(runs.items(), told, strict=True):
+        tail = "/".join(folder.parts[-depth:])
+        ends = {m: [*labels, *([tail] if held[(m, *labels)] > 1 else [])] for m in run.methods}
+        names.append({method: f"{method} ({', '.join(end)})" if end else method for method, end in ends.items()})
+    return names
+
+
+def _options(runs: Sequence[Results]) -> list[str]:
+    """Of each run what its choice of neurons has that not all have."""
+    choices: list[dict[str, Any]] = [run.facts.get("neurons") or {} for run in runs]
+    options = dict.fromkeys(name for choice in choices for name in choice)
+    differ = [name for name in options if any(choice.get(name) != choices[0].get(name) for choice in choices)]
+    said = [[f"{name}={choice[name]}" for name in differ if name in choice] for choice in choices]
+    return [", ".join(each).replace("class=", "") for each in said]
+
+
+def _sites(runs: Sequence[Results]) -> list[str]:
+    """Of each run what its sites are, if not all have the same: the shortest that tells them apart."""
+    sites = [tuple(str(site["name"]) for site in run.facts.get("sites") or ()) for run in runs]
+    kinds = [list(dict.fromkeys(re.sub(r"\d+", "*", name) for name in own)) for own in sites]
+    known = sorted({kind for own in kinds for kind in own})
+    brief = dict(zip(known, figures.short(known), strict=True))
+    ways = [
+        ["+".join(brief[kind] for kind in own) for own in kinds],
+        [f"{len(own)} site{'s' * (len(own) != 1)}" for own in sites],
+        [f"{own[0]} to {own[-1]}" if own else "" for own in sites],
+        ["+".join(own) for own in sites],
+    ]
+    return next(way for way in ways if len(set(way)) == len(set(sites))) if len(set(sites)) > 1 else [""] * len(runs)

@@ -1,0 +1,302 @@
+"""The results of a sweep as DataFrames, and the files they are kept in."""
+
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from lightning_ablate.errors import ConfigError, DataError, loading
+from lightning_ablate.metrics import METRICS
+from lightning_ablate.results import figures, text
+from lightning_ablate.results.bootstrap import intervals
+from lightning_ablate.results.folder import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COMPARED = ("top1", "cross_entropy")
+BASELINE = "none"
+_SCORES = dict.fromkeys(METRICS, "float64")
+_TABLE = {"model": "str", "data": "str", "method": "str", "fraction": "float64", "seed": "Int64", "part": "str"}
+_TABLE |= {"head": "Int64", "n": "int64"} | _SCORES
+_FLOATS = {name: lambda cell: float(cell or "nan") for name, kind in _TABLE.items() if kind == "float64"}
+_EXAMPLES = dict.fromkeys(("condition", "example", "n"), "int64") | _SCORES
+# rows of the table, (seeds, conditions) int64, and the weights of these conditions' scores
+_Contrast = tuple[np.ndarray, np.ndarray]
+_Cell = tuple[float, str, int | None]  # fraction, part, head
+
+
+class Results:
+    """What every condition of a sweep scored, and what follows from it.
+
+    Every interval is of 95%, over examples, the choices of neurons being those of the run; NaN where the data don't
+    tell examples apart.
+
+    Args:
+        table: a row a condition, the baseline (method ``none``) first: model, data, method, fraction (share of the
+            neurons that was ablated, in each site or in the part the condition is confined to), seed (missing where it
+            can't matter), part (the one site or layer that was ablated; empty for all), head (missing for all), n
+            (scored positions), top1 and top5 (share of them whose target has the largest logit, or one of the five
+            largest), cross_entropy, and kl, that of the ablated from the clean prediction (nats per scored position).
+        examples: a row a condition and example, the same examples in the same order for every condition: condition (row
+            of the table), example, n (its scored positions), and the sums of the four scores over these. None where the
+            data don't tell examples apart.
+        facts: what run.json says; ``classes``, their number or the size of the vocabulary, and ``partial``, why the run
+            doesn't cover all its data, are used here.
+
+    Raises:
+        DataError: if a column is missing, the baseline isn't first, or the conditions' examples are not the same.
+
+    Example:
+        >>> rows = [("none", 0.0, 0.9, 1.0), ("zero", 0.5, 0.6, 2.0), ("mean", 0.5, 0.8, 1.5)]
+        >>> table = pd.DataFrame(rows, columns=["method", "fraction", "top1", "cross_entropy"])
+        >>> table = table.assign(model="gpt2", data="demo", seed=1, part="", head=None, n=10, top5=1.0, kl=0.1)
+        >>> Results(table).ranking()["method"].tolist()
+        ['mean', 'zero']
+    """
+
+    def __init__(
+        self, table: pd.DataFrame, examples: pd.DataFrame | None = None, facts: Mapping[str, Any] | None = None
+    ) -> None:
+        self.table = _typed(table, _TABLE, "the table")
+        self.examples = None if examples is None else _typed(examples, _EXAMPLES, "the table of examples")
+        self.facts = dict(facts or {})
+        if not len(self.table) or self.baseline["method"] != BASELINE:
+            raise DataError(f"the first row of the table must be the baseline, of the method {BASELINE!r}")
+        if self.examples is not None and not _rectangular(self.examples, len(self.table)):
+            raise DataError("every condition needs a row for each example, the same ones in the same order")
+        self._cells: dict[str, dict[_Cell, dict[int | None, int]]] = {}
+        for row, one in enumerate(self.table.itertuples(index=False)):
+            cell = one.fraction, one.part, None if pd.isna(one.head) else int(one.head)
+            seeds = self._cells.setdefault(one.method, {}).setdefault(cell, {})
+            seeds[None if pd.isna(one.seed) else int(one.seed)] = row
+        for method, cells in self._cells.items():
+            self._cells[method] = dict(sorted(cells.items(), key=lambda item: item[0][0]))
+
+    @property
+    def baseline(self) -> pd.Series:
+        """The row with nothing ablated."""
+        return self.table.iloc[0]
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods, in the order of the sweep."""
+        return [method for method in self._cells if method != BASELINE]
+
+    @property
+    def parts(self) -> list[str]:
+        """The sites or layers that were ablated alone, in the order of the sweep; empty where all of them were."""
+        return [part for part in self.table["part"].unique() if part]
+
+    @property
+    def figure_name(self) -> str:
+        """``importance`` of conditions confined to parts, or else ``degradation``."""
+        return "importance" if self.parts else "degradation"
+
+    @property
+    def partial(self) -> list[str]:
+        """Why the run doesn't cover all its data; empty for a whole run."""
+        return list(self.facts.get("partial") or [])
+
+    def summary(self) -> pd.DataFrame:
+        """A row a method and fraction, the baseline first: what it scored.
+
+        Its columns are method, fraction, (part and head where conditions are confined to them,) seeds (their number),
+        n, and of each metric m: ``m``, the mean over the seeds; ``m_low`` and ``m_high``, the ends of its interval;
+        ``m_sd``, the standard deviation over the seeds, NaN for a single one.
+        """
+        keys, contrasts = [], []
+        for method, cells in self._cells.items():
+            for cell, seeds in cells.items():
+                rows = np.array(list(seeds.values()))[:, None]
+                keys.append({"method": method, **self._key(cell, rows)})
+                contrasts.append((rows, np.ones(1)))
+        return self._frame(["method", *self._key()], keys, contrasts, METRICS)
+
+    def compare(self, method: str | None = None, other: str | None = None) -> pd.DataFrame:
+        """How much more one method scores than another, on the same neurons and the same examples.
+
+        Conditions are paired by seed; where a seed can't matter to one method, its only condition is paired with all
+        of the other's.
+
+        Args:
+            method: the one; None for each.
+            other: the other; None for each behind the first; ``none`` for the baseline.
+
+        Returns:
+            A row a pair and fraction, like :meth:`summary` with the differences, first above second.
+
+        Raises:
+            ConfigError: if there is no such method.
+        """
+        for name, known in ((method, self.methods), (other, [*self.methods, BASELINE])):
+            if name is not None and name not in known:
+                raise ConfigError(f"there is no method {name!r} here; those there are: {', '.join(known)}")
+        if method is None and other is None:
+            pairs = list(combinations(self.methods, 2))
+        else:
+            firsts, seconds = ([name] if name else self.methods for name in (method, other))
+            pairs = [(one, two) for one in firsts for two in seconds if one != two or method == other]
+        keys, contrasts = [], []
+        for one, two in pairs:
+            for cell, seeds in self._cells[one].items():
+                against = self._cells[two].get((0.0, "", None) if two == BASELINE else cell)
+                if against:
+                    rows = np.array(_paired(seeds, against))
+                    keys.append({"method": one, "other": two, **self._key(cell, rows)})
+                    contrasts.append((rows, np.array([1.0, -1.0])))
+        return self._frame(["method", "other", *self._key()], keys, contrasts, COMPARED)
+
+    def ranking(self) -> pd.DataFrame:
+        """A row a method, the least damage first: its scores above the baseline's, averaged over the fractions.
+
+        That is the area between both curves, by trapezoids, from 0 to the largest fraction that all methods reach.
+
+        ``to`` is that fraction; the columns of cross_entropy (what is added) and top1 (below 0: what is lost) are like
+        those of :meth:`summary`.
+
+        Raises:
+            ConfigError: if conditions are confined to parts, which make no curve.
+        """
+        if self.parts:
+            raise ConfigError("single sites, layers or heads make no curve to rank by: see compare(other='none')")
+        to = min((max(self._cells[method])[0] for method in self.methods), default=1.0)
+        keys = [{"method": m, "to": to} for m in self.methods]
+        contrasts = [_area({cell[0]: rows for cell, rows in self._cells[m].items()}, to) for m in self.methods]
+        ranked = self._frame(["method", "to"], keys, contrasts, COMPARED[::-1])
+        return ranked.sort_values("cross_entropy", kind="stable", ignore_index=True)
+
+    def flat(self) -> dict[str, float]:
+        """Each condition's scores by a name of their own, as loggers take them: ``top1/mean 0.5 seed 42``."""
+        found = dict[str, float]()
+        for row in self.table.to_dict("records"):
+            where = row["part"] or f"{row['fraction']:g}"
+            words = [row["method"], where, *(f"{n} {row[n]}" for n in ("head", "seed") if not pd.isna(row[n]))]
+            name = "baseline" if row["method"] == BASELINE else " ".join(words)
+            found |= {f"{metric}/{name}": float(row[metric]) for metric in METRICS}
+        return found
+
+    def plot(self) -> "Figure":
+        """The curves of the methods by fraction; or, of conditions confined to parts, what each part costs."""
+        return figures.importance(self) if self.parts else figures.degradation(self)
+
+    def save(self, folder: Path | str) -> list[Path]:
+        """Writes results.csv, run.json, examples.parquet and figures into a folder, each whole or not at all."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        makers: dict[str, Callable[[], str | bytes]] = {
+            "results.csv": lambda: str(self.table.to_csv(index=False, lineterminator="\n")),
+            "run.json": lambda: json.dumps(self.facts, indent=2, default=str) + "\n",
+        }
+        if self.examples is None:
+            (folder / "examples.parquet").unlink(missing_ok=True)  # another run's
+        else:
+            makers["examples.parquet"] = lambda: _parquet(self.examples)
+        makers[f"{self.figure_name}.png"] = lambda: figures.png(self.plot())
+        if self.examples is not None and len(self.methods) > 1 and not self.parts:
+            makers["comparisons.png"] = lambda: figures.png(figures.differences(self))
+        for name, make in makers.items():  # one by one: what is measured is safe before it is drawn
+            write_whole(folder / name, make())
+        return [folder / name for name in makers]
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "Results":
+        """Those that :meth:`save` wrote, bit for bit.
+
+        Raises:
+            DataError: if the folder holds none, or a file of it isn't one of them.
+        """
+        paths = [Path(folder) / name for name in ("results.csv", "run.json", "examples.parquet")]
+        kinds = {name: kind for name, kind in _TABLE.items() if name not in _FLOATS}
+        empty = {name: [""] for name in ("seed", "head")}  # a method may be called "none", a model "NA"
+        options = {"dtype": kinds, "keep_default_na": False, "na_values": empty, "converters": _FLOATS}
+        with loading(str(paths[0]), DataError):
+            table = _typed(pd.read_csv(paths[0], **options), _TABLE, str(paths[0]))
+        with loading(str(paths[1]), DataError):
+            facts = dict(json.loads(paths[1].read_text(encoding="utf-8")))
+        examples = None
+        if paths[2].is_file():
+            with loading(str(paths[2]), DataError):
+                examples = _typed(pd.read_parquet(paths[2]), _EXAMPLES, str(paths[2]))
+        try:
+            return cls(table, examples, facts)
+        except DataError as error:
+            raise DataError(f"could not load {str(folder)!r}: {error}") from error
+
+    def __str__(self) -> str:
+        """The tables that the terminal shows."""
+        return text.tables(self)
+
+    def __repr__(self) -> str:
+        """One line."""
+        return f"Results({text.title(self)}: {', '.join(self.methods)}; {len(self.table)} conditions)"
+
+    def _repr_html_(self) -> str:
+        return text.html(self)
+
+    def _key(self, cell: _Cell = (0.0, "", None), rows: np.ndarray | None = None) -> dict[str, Any]:
+        """What tells rows of a summary apart beside the methods."""
+        confined = {"part": cell[1], "head": cell[2]} if self.parts else {}
+        count = {} if rows is None else {"seeds": len(rows), "n": self.table["n"].iloc[rows[0, 0]]}
+        return {"fraction": cell[0], **confined, "seeds": 0, "n": 0, **count}
+
+    def _frame(
+        self, names: Sequence[str], keys: list[dict[str, Any]], contrasts: list[_Contrast], metrics: Sequence[str]
+    ) -> pd.DataFrame:
+        """The keys, and of each metric the contrasts' mean over the seeds, its interval and standard deviation."""
+        frame = pd.DataFrame(keys, columns=list(names)).astype({"head": "Int64"} if "head" in names else {})
+        ends = np.full((2, len(metrics), len(keys)), np.nan)
+        if self.examples is not None and keys:
+            own = {metric: self.examples[metric].to_numpy().reshape(len(self.table), -1) for metric in metrics}
+            sums = [weights @ own[metric][rows].mean(0) for metric in metrics for rows, weights in contrasts]
+            positions = self.examples["n"].to_numpy()[: len(sums[0])]
+            ends = intervals(np.stack(sums), positions).reshape(ends.shape)
+        for metric, (low, high) in zip(metrics, ends.swapaxes(0, 1), strict=True):
+            scores = self.table[metric].to_numpy()
+            by_seed = [scores[rows] @ weights for rows, weights in contrasts]
+            frame[metric] = np.array([values.mean() for values in by_seed])
+            frame[f"{metric}_low"], frame[f"{metric}_high"] = low, high
+            frame[f"{metric}_sd"] = np.array([v.std(ddof=1) if len(v) > 1 else np.nan for v in by_seed])
+        return frame
+
+
+def _typed(frame: pd.DataFrame, types: Mapping[str, str], name: str) -> pd.DataFrame:
+    missing = [column for column in types if column not in frame.columns]
+    if missing:
+        raise DataError(f"{name} lacks the columns {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}")
+    return frame[list(types)].astype(types).reset_index(drop=True)
+
+
+def _rectangular(examples: pd.DataFrame, conditions: int) -> bool:
+    if len(examples) % conditions:
+        return False
+    condition, *same = (examples[name].to_numpy().reshape(conditions, -1) for name in ("condition", "example", "n"))
+    return bool((condition.T == np.arange(conditions)).all() and all((one == one[0]).all() for one in same))
+
+
+def _parquet(frame: pd.DataFrame) -> bytes:
+    buffer = io.BytesIO()
+    frame.to_parquet(buffer, index=False, compression="zstd")
+    return buffer.getvalue()
+
+
+def _paired(one: Mapping[int | None, int], other: Mapping[int | None, int]) -> list[tuple[int, int]]:
+    """The conditions of the same seeds; where a seed can't matter to one, its only one with all of the other."""
+    same = [(row, other[seed]) for seed, row in one.items() if seed in other]
+    return same or [(a, b) for a in one.values() for b in other.values()]
+
+
+def _area(curve: Mapping[float, Mapping[int | None, int]], to: float) -> _Contrast:
+    """A curve's mean height above the baseline, the table's first row, over the fractions from 0 to ``to``."""
+    seeds = max(curve.values(), key=len)
+    points: dict[float, Mapping[int | None, int]] = {0.0: {None: 0}, **curve}
+    grid = sorted({fraction for fraction in points if fraction < to} | {to})
+    shares = [np.trapezoid(np.interp(grid, list(points), hat), grid) / to for hat in np.eye(len(points))]
+    rows = [[0, *(at.get(seed, next(iter(at.values()))) for at in points.values())] for seed in seeds]
+    used = np.array([True, *(share > 0 for share in shares)])
+    return np.array(rows)[:, used], np.array([-1.0, *shares])[used]

@@ -1,0 +1,127 @@
+"""What results say in the terminal and in a notebook."""
+
+import os
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+if TYPE_CHECKING:
+    from lightning_ablate.results.table import Results
+
+_PAIRS, _PARTS = 6, 5  # that the tables show
+_NOTE = "95% interval over examples, the choices of neurons being those of the run"
+
+
+def title(results: "Results") -> str:
+    """``MODEL on DATA``, without the folders they came from."""
+    return " on ".join(base_name(results.baseline[name]) for name in ("model", "data"))
+
+
+def base_name(name: str) -> str:
+    """A path's last name; hub names stay whole."""
+    return (Path(name).name or name) if name.startswith(("/", ".", "~")) or os.path.exists(name) else name
+
+
+def halfway(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows at the fraction closest to a half."""
+    fractions = sorted(frame["fraction"].unique(), key=lambda fraction: abs(fraction - 0.5))
+    return frame[frame["fraction"].isin(fractions[:1])]
+
+
+def tables(results: "Results") -> str:
+    """The baseline; the methods' scores, ranks and differences, or the most important parts."""
+    found = [_head(results)]
+    if results.parts:
+        found.append(_parts(results))
+    elif results.methods:
+        found += [_scores(results), _ranks(results), _differences(results)]
+    return "\n\n".join(filter(None, found))
+
+
+def html(results: "Results") -> str:
+    """The baseline, and the summary as a table."""
+    lines = "<br>".join(escape(line) for line in _head(results).splitlines())
+    return f"<p>{lines}</p>\n{results.summary().to_html(index=False)}"
+
+
+def _head(results: "Results") -> str:
+    base = results.baseline
+    first = (
+        f"{title(results)}: {base['n']:,} scored positions; nothing ablated: "
+        f"top-1 {100 * base['top1']:.2f}%, cross-entropy {base['cross_entropy']:.4f} nats"
+    )
+    return "\n".join([first, *(f"PARTIAL: {reason}" for reason in results.partial)])
+
+
+def _scores(results: "Results") -> str:
+    """Top-1 and cross-entropy at up to three fractions, mean ± sd over the seeds."""
+    summary = results.summary().iloc[1:]
+    shown = _shown(sorted(summary["fraction"].unique()))
+    heads = (("top-1 %", "top1", 100, 2), ("cross-entropy", "cross_entropy", 1, 4))
+    columns = [(head, f"{100 * fraction:g}%") for head, *_ in heads for fraction in shown]
+    cells = pd.DataFrame("", index=results.methods, columns=pd.MultiIndex.from_tuples(columns, names=["", "ablated"]))
+    for _, row in summary[summary["fraction"].isin(shown)].iterrows():
+        for head, metric, scale, digits in heads:
+            spread = "" if pd.isna(row[f"{metric}_sd"]) else f" ± {scale * row[f'{metric}_sd']:.{digits}f}"
+            value = f"{scale * row[metric]:.{digits}f}{spread}"
+            cells.loc[row["method"], (head, f"{100 * row['fraction']:g}%")] = value
+    seeds = int(summary["seeds"].max())
+    return f"{cells.to_string()}\n\nmean ± standard deviation over {seeds} seed{'s' * (seeds != 1)}"
+
+
+def _shown(fractions: list[float]) -> list[float]:
+    if len(fractions) <= 3:
+        return fractions
+    usual = [fraction for fraction in (0.1, 0.5, 0.9) if fraction in fractions]
+    return usual or [fractions[0], fractions[len(fractions) // 2], fractions[-1]]
+
+
+def _ranks(results: "Results") -> str:
+    """The methods, the one that costs the least first."""
+    ranking = results.ranking()
+    cells = {
+        "added cross-entropy": [_with_interval(row, "cross_entropy", 1, 4) for _, row in ranking.iterrows()],
+        "lost top-1, points": [_with_interval(row, "top1", -100, 2) for _, row in ranking.iterrows()],
+    }
+    frame = pd.DataFrame(cells, index=ranking["method"].tolist())
+    frame.columns.name = f"mean over 0 to {100 * ranking['to'].iloc[0]:g}%"
+    return str(frame.to_string())
+
+
+def _differences(results: "Results") -> str:
+    """A line a pair at the fraction closest to a half; of many pairs, those of neighbours in rank."""
+    here = halfway(results.compare()) if results.examples is not None else pd.DataFrame()
+    if here.empty or here["top1_low"].isna().all():
+        return ""
+    note = f"[{_NOTE}]"
+    if len(here) > _PAIRS:
+        note = f"{note}; all {len(here)} pairs: Results.compare()"
+        ranks = {method: rank for rank, method in enumerate(results.ranking()["method"])}
+        here = here[(here["method"].map(ranks) - here["other"].map(ranks)).abs() == 1]
+    lines = []
+    for _, row in here.iterrows():
+        first = f"{row['method']} − {row['other']} at {100 * row['fraction']:g}%: "
+        lines.append((first + _with_interval(row, "top1", 100, 2, " points"), row))
+    width = max(len(line) for line, _ in lines)
+    found = [f"{line.ljust(width)}   {_with_interval(row, 'cross_entropy', 1, 4, ' nats')}" for line, row in lines]
+    return "\n".join([*found, "", note])
+
+
+def _parts(results: "Results") -> str:
+    """The most important sites, layers or heads of each method."""
+    damage = results.compare(other="none").sort_values("cross_entropy", ascending=False, kind="stable")
+    cells = {}
+    for method in results.methods:
+        for _, row in damage[damage["method"] == method].head(_PARTS).iterrows():
+            name = row["part"] if pd.isna(row["head"]) else f"{row['part']} head {row['head']}"
+            cells[method, name] = _with_interval(row, "cross_entropy", 1, 4)
+    lines = pd.Series(cells).to_frame().to_string(header=False)
+    return f"most important first: added cross-entropy, nats\n{lines}"
+
+
+def _with_interval(row: pd.Series, metric: str, scale: float, digits: int, unit: str = "") -> str:
+    mean, *ends = (round(scale * row[name], digits) + 0.0 for name in (metric, f"{metric}_low", f"{metric}_high"))
+    known = "" if pd.isna(ends[0]) else f" [{', '.join(f'{end:+.{digits}f}' for end in sorted(ends))}]"
+    return f"{mean:+.{digits}f}{unit}{known}"

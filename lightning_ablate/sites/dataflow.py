@@ -1,0 +1,297 @@
+"""Follows the data through one forward pass, to see which projections read what attention and the MLPs made."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+T = TypeVar("T")
+_ByTensor = MutableMapping[Tensor, T]
+
+_PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum"}
+_PROJECTIONS = {"linear", "addmm", "mm", "conv1d", "conv2d", "conv3d", "embedding", "bilinear"}
+# move numbers without changing them: what they do to the activations, they do to the labels
+_MOVES = set(
+    "T __get__ __getitem__ broadcast_to cat chunk clone concat concatenate contiguous expand expand_as "
+    "flatten flip hsplit hstack index_select mT moveaxis movedim narrow permute ravel repeat "
+    "repeat_interleave reshape reshape_as roll select split split_with_sizes squeeze stack swapaxes "
+    "swapdims t tensor_split tile transpose unbind unflatten unfold unsqueeze view view_as vsplit vstack".split()
+)
+_NONLINEAR = set(
+    "__pow__ celu clamp clamp_min elu erf exp expm1 gelu glu hardsigmoid hardswish hardtanh leaky_relu "
+    "log1p logsigmoid mish pow prelu relu relu6 relu_ rrelu selu sigmoid sigmoid_ silu silu_ softplus "
+    "softsign square swiglu tanh tanh_ threshold".split()
+)
+_SUMS = {"add", "__add__", "__radd__", "add_", "__iadd__", "sub", "__sub__"}
+# attention and its projection in one piece, without a module in between
+_FUSED = {"multi_head_attention_forward", "_transformer_encoder_layer_fwd", "_native_multi_head_attention"}
+_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class Read:
+    """A projection that ran.
+
+    Attributes:
+        path: of the module.
+        width: features of its input.
+        positions: how many positions it read: the elements of its input by its width.
+        made_by: ``attention`` or ``mlp``, by what its input came from; empty for anything else.
+        heads: of attention, if the input holds them side by side in pieces of equal size; else None.
+    """
+
+    path: str
+    width: int
+    positions: int
+    made_by: str
+    heads: int | None = None
+
+
+class Trace(NamedTuple):
+    """What one forward pass showed.
+
+    Attributes:
+        reads: every projection that ran, in order.
+        lost: the modules in which attention ran whose output no projection read.
+        shared: the modules in which attention ran whose output several projections read.
+        runs: how often the target itself ran.
+    """
+
+    reads: list[Read]
+    lost: list[str]
+    shared: list[str]
+    runs: int
+
+
+def features(module: nn.Module) -> int | None:
+    """The number of features a projection reads; None for a module that is no projection."""
+    width = getattr(module, "in_features", None)
+    if isinstance(width, int) and isinstance(getattr(module, "out_features", None), int):
+        return width
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or isinstance(module, nn.Embedding):
+        return None
+    # transformers' Conv1D keeps its weight as (inputs, outputs), every other projection as (outputs, inputs)
+    return weight.shape[0 if hasattr(module, "nx") else 1]
+
+
+def trace(target: nn.Module, run: Callable[[], object]) -> Trace:
+    """Tells what the projections read in one forward pass, which ``run`` runs on anything, without gradients.
+
+    What attention makes (the weighted sum of the values, by ``scaled_dot_product_attention`` or by a softmax and a
+    product) is followed, with a label for every position of every head, through all that moves or scales it, to the
+    projection that reads it. What an MLP makes is a projection's output behind a nonlinearity.
+    """
+    tracer = _Tracer()
+    with ExitStack() as stack:
+        for path, module in target.named_modules():
+            stack.callback(module.register_forward_pre_hook(tracer.entering(path)).remove)
+            stack.callback(module.register_forward_hook(tracer.leaving, always_call=True).remove)
+        stack.enter_context(tracer)
+        run()
+    lost = [path for call, path in enumerate(tracer.made) if not tracer.readers.get(call)]
+    shared = [path for call, path in enumerate(tracer.made) if len(tracer.readers.get(call, ())) > 1]
+    reads = [
+        replace(read, made_by="") if read.made_by == "mlp" and number in tracer.asked else read
+        for number, read in enumerate(tracer.reads, 1)
+    ]
+    return Trace(reads, lost, shared, tracer.runs)
+
+
+class _Attended(NamedTuple):
+    labels: Tensor  # int64, in the tensor's shape: which position of which head; -1 for what came from elsewhere
+    calls: frozenset[int]  # the attention calls it came from
+
+
+class _Projected(NamedTuple):
+    read: int  # the projection's run that made it
+    activated: bool  # whether behind a nonlinearity
+
+
+class _Tracer(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads: list[Read] = []
+        self.made: list[str] = []  # where each attention call ran
+        self.readers: dict[int, set[str]] = {}  # which projections read what each of them made
+        self.asked: set[int] = set()  # the projections, by the number of their run, that made queries, keys and values
+        self.runs = 0
+        self._stack: list[tuple[str, bool]] = []  # the modules that are running, and whether they are projections
+        self._labels = 0
+        # keyed by tensor, and forgotten with it
+        self._weights: _ByTensor[bool] = WeakTensorKeyDictionary()  # attention weights
+        self._attended: _ByTensor[_Attended] = WeakTensorKeyDictionary()
+        self._projected: _ByTensor[_Projected] = WeakTensorKeyDictionary()
+
+    def entering(self, path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            projection = features(module) is not None
+            outermost = not any(is_projection for _, is_projection in self._stack)
+            self._stack.append((path, projection))
+            self.runs += path == ""
+            if projection and outermost and inputs and isinstance(inputs[0], Tensor):
+                self._read(path, inputs[0])
+
+        return hook
+
+    def leaving(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if not self._stack:  # another hook failed before this module was entered
+            return
+        _, projection = self._stack.pop()
+        if projection and isinstance(output, Tensor) and output not in self._weights:
+            self._attended.pop(output, None)
+            self._projected[output] = _Projected(len(self.reads), False)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        name, given = getattr(func, "__name__", ""), list(_tensors([args, kwargs]))
+        attended = any(tensor in self._attended for tensor in given)
+        weights = [tensor for tensor in given if tensor in self._weights]
+        output = func(*args, **kwargs)
+        made = list(_tensors(output))
+        if name in _PRODUCTS or name == "scaled_dot_product_attention":
+            self.asked |= {entry.read for tensor in given if (entry := self._projected.get(tensor)) is not None}
+        if name == "__setitem__":
+            self._set(*args)
+        elif not made or not given:
+            pass
+        elif name in _FUSED:
+            self._note_call()
+        elif name == "scaled_dot_product_attention":
+            self._label(output, -1)
+        elif name in _PRODUCTS and weights:
+            self._label(output, _value_axis(args, given, weights[0], output.ndim))
+        elif name == "softmax":
+            self._weights[output] = True
+        elif weights:
+            for tensor in made:
+                if len(given) == 1 or name in _MOVES or any(tensor.shape == w.shape for w in weights):
+                    self._weights[tensor] = True
+        elif name in _PRODUCTS or name in _PROJECTIONS:
+            pass
+        elif attended:
+            self._follow(func, name, args, kwargs, given, made)
+        else:
+            self._follow_projected(name, given, made)
+        return output
+
+    def _read(self, path: str, activations: Tensor) -> None:
+        width = activations.shape[-1]
+        entry = self._attended.get(activations)
+        projected = self._projected.get(activations)
+        made_by = "attention" if entry is not None else "mlp" if projected is not None and projected.activated else ""
+        heads = None if entry is None else _side_by_side(entry.labels)
+        for call in () if entry is None else entry.calls:
+            self.readers.setdefault(call, set()).add(path)
+        self.reads.append(Read(path, width, activations.numel() // max(1, width), made_by, heads))
+
+    def _label(self, output: Tensor, axis: int | None) -> None:
+        """Labels an attention output: everything along the axis of a head's values has one label."""
+        if axis is None:
+            labels = torch.full_like(output, -1, dtype=torch.int64)
+        else:
+            shape = list(output.shape)
+            shape[axis] = 1
+            count = output.numel() // max(1, output.shape[axis])
+            labels = torch.arange(count, device=output.device) + self._labels
+            labels = labels.view(shape).expand(output.shape)
+            self._labels += count
+        self._attended[output] = _Attended(labels, frozenset([len(self.made)]))
+        self._note_call()
+
+    def _note_call(self) -> None:
+        """Notes where attention runs."""
+        self.made.append(self._stack[-1][0] if self._stack else "")
+
+    def _follow(self, func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor], made: list[Tensor]) -> None:
+        attended = [entry for tensor in given if (entry := self._attended.get(tensor)) is not None]
+        others = [tensor for tensor in given if tensor not in self._attended and not isinstance(tensor, nn.Parameter)]
+        calls = frozenset[int]().union(*(entry.calls for entry in attended))
+        if name in _MOVES:
+            labels = list(_tensors(func(*_mapped(self._labels_of, args), **_mapped(self._labels_of, kwargs))))
+        elif name in _SUMS and any(tensor.ndim for tensor in others):
+            return  # a residual stream is no longer what attention made
+        else:
+            same = {entry.labels.shape: entry.labels for entry in reversed(attended)}
+            labels = [same.get(tensor.shape, tensor) for tensor in made]
+            if any(not (tensor.is_floating_point() or tensor.dtype == torch.bool) for tensor in others):
+                labels = [torch.full_like(label, -1, dtype=torch.int64) for label in labels]  # moved by an index
+        for tensor, label in zip(made, labels, strict=True):
+            if label is not tensor and tensor.is_floating_point() and label.shape == tensor.shape:
+                self._attended[tensor] = _Attended(label, calls)
+
+    def _labels_of(self, tensor: Tensor) -> Tensor:
+        entry = self._attended.get(tensor)
+        if entry is not None:
+            return entry.labels
+        return torch.full_like(tensor, -1, dtype=torch.int64) if tensor.is_floating_point() else tensor
+
+    def _set(self, whole: Tensor, place: Any, value: Any) -> None:
+        entry = self._attended.get(value) if isinstance(value, Tensor) else None
+        if entry is not None:
+            before = self._attended.get(whole)
+            labels = self._labels_of(whole).clone()
+            labels[place] = entry.labels
+            self._attended[whole] = _Attended(labels, entry.calls | (before.calls if before else frozenset()))
+
+    def _follow_projected(self, name: str, given: list[Tensor], made: list[Tensor]) -> None:
+        known = [entry for tensor in given if (entry := self._projected.get(tensor)) is not None]
+        others = [t for t in given if t not in self._projected and not isinstance(t, nn.Parameter) and t.ndim]
+        if not known or (name in _SUMS and (others or len({entry.read for entry in known}) > 1)):
+            return  # a residual stream is no longer what a projection made
+        activated = name in _NONLINEAR or any(entry.activated for entry in known)
+        for tensor in made:
+            if tensor.is_floating_point():
+                self._projected[tensor] = _Projected(known[0].read, activated)
+
+
+def _side_by_side(labels: Tensor) -> int | None:
+    """The number of heads, if every position holds each of them in one piece, in the same order, all of one size."""
+    rows = labels.reshape(-1, labels.shape[-1])[:_ROWS]
+    heads = len(set(rows[0].tolist()))
+    if rows.shape[1] % heads or bool((rows < 0).any()):
+        return None
+    pieces = rows.view(len(rows), heads, -1)
+    first = pieces[:, :, 0]
+    return heads if bool((pieces == first.unsqueeze(2)).all() & (first[:, 1:] > first[:, :-1]).all()) else None
+
+
+def _value_axis(args: tuple[Any, ...], given: list[Tensor], weights: Tensor, ndim: int) -> int | None:
+    """The axis of a product of weights and values along which one head's values lie; None where that can't be told."""
+    if args and isinstance(args[0], str):
+        match = re.fullmatch(r"([\w.]+),([\w.]+)->([\w.]+)", args[0].replace(" ", ""))
+        if match is None:
+            return None
+        first, second, made = match.groups()
+        values, others = (second, first) if given[0] is weights else (first, second)
+        own = [letter for letter in made if letter in values and letter not in others]
+        return made.index(own[0]) - len(made) if len(own) == 1 else None
+    if ndim < 2 or (args and not isinstance(args[0], Tensor)):
+        return None
+    return -2 if given[-1] is weights else -1
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, tuple | list):
+        return type(value)(_mapped(change, item) for item in value)
+    return {name: _mapped(change, item) for name, item in value.items()} if isinstance(value, dict) else value

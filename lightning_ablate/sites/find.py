@@ -1,0 +1,244 @@
+"""Finds the sites of a target by one forward pass, whatever its architecture."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ablate.errors import SiteError
+from lightning_ablate.sites.dataflow import Trace, features, trace
+from lightning_ablate.sites.site import Site, hooked
+
+KINDS = {
+    "attention": ("self-attention", "cross-attention"),
+    "self-attention": ("self-attention",),
+    "cross-attention": ("cross-attention",),
+    "mlp": ("mlp",),
+}
+_DIGITS = re.compile(r"(?<=[._])\d+")
+_CROSS_PATH = re.compile(r"(^|[._])(cross|encoder_att|encdecatt)", re.IGNORECASE)
+
+
+def find_sites(target: nn.Module, run: Callable[[], object], which: Sequence[str] = ("attention",)) -> list[Site]:
+    """The sites of a target, in the order in which they run.
+
+    Nothing is known of any architecture: one forward pass shows which projections read what attention made, in how
+    many heads, and which read what an MLP made (see :func:`~lightning_ablate.sites.dataflow.trace`).
+
+    Args:
+        target: the model under study.
+        run: runs one forward pass, on any input.
+        which: ``attention``, or ``self-attention`` and ``cross-attention`` alone; ``mlp``; and shell-style patterns of
+            module paths (``*.0.attn.c_proj``) for projections of any other kind.
+
+    Raises:
+        SiteError: if a kind or pattern isn't there, or can't be told from what runs.
+
+    Example:
+        >>> from timm.models.vision_transformer import Block
+        >>> block = Block(dim=8, num_heads=2).eval()
+        >>> find_sites(block, lambda: block(torch.zeros(1, 3, 8)))
+        [Site(name='attn.proj', width=8, heads=2, kind='self-attention', layer='', uses=1)]
+    """
+    with torch.no_grad():
+        seen = trace(target, run)
+    if seen.runs > 1:
+        raise SiteError(f"the target ran {seen.runs} times for one batch, expected once: `evaluate` must run it once")
+    found = _sites(target, seen)
+    for word in which:
+        if word in KINDS:
+            _check_kind(target, seen, found, word)
+        else:
+            _check_pattern(target, found, word)
+    return [site for site in found if any(is_asked(site, word) for word in which)]
+
+
+def is_asked(site: Site, word: str) -> bool:
+    """Whether a word of ``which`` (see :func:`find_sites`) means this site."""
+    return site.kind in KINDS[word] if word in KINDS else fnmatchcase(site.path, word)
+
+
+def is_covered(target: nn.Module, word: str, sites: Sequence[Site], which: Sequence[str]) -> bool:
+    """Whether ``sites``, found in the target for ``which``, hold all that a word asks for."""
+    if word in which:
+        return True
+    if word in KINDS:
+        return set(KINDS[word]) <= {kind for known in which for kind in KINDS.get(known, ())}
+    asked = {n for n, module in target.named_modules() if fnmatchcase(n, word) and features(module) is not None}
+    return bool(asked) and asked <= {site.path for site in sites}
+
+
+def check_mixing(target: nn.Module, sites: Sequence[Site], hidden: Callable[[int], Sequence[Tensor]]) -> None:
+    """Refuses a target whose positions see one another by other ways than these sites.
+
+    With every site at 0, a token or pixel that changes may move the hidden state of its own position only.
+
+    Args:
+        target: the model.
+        sites: all its attention sites.
+        hidden: runs the target on input 0 or 1, which differ in one place, and gives its last hidden states, each
+            ``(1, ..., features)``.
+
+    Raises:
+        SiteError: if another position moved as well.
+    """
+    with torch.no_grad(), hooked(target, dict.fromkeys(sites, torch.zeros_like)):
+        states = hidden(0), hidden(1)
+    tolerance = torch.finfo(states[0][0].dtype).eps ** 0.5
+    for before, after in zip(*states, strict=True):
+        limit = torch.finfo(before.dtype).max / 2  # masked features, at -inf or the least number, say nothing
+        before, after = (
+            torch.where(state.abs() < limit, state, 0).double().flatten(0, -2) for state in (before, after)
+        )
+        change = (after - before).abs().amax(1)
+        if len(change) < 2:
+            raise SiteError(
+                "the last hidden state has a single position, so it can't show whether the target mixes positions by "
+                "other ways than attention; name the sites by a pattern (--ablation.sites)"
+            )
+        moved = int((change > tolerance * before.abs().max()).sum())
+        if moved > 1:
+            raise SiteError(
+                f"one changed place moves the last hidden state at {moved} of {len(change)} positions although every "
+                "attention site is constant: the target also mixes positions by other ways (convolution, pooling, "
+                "a state space, linear attention), which an ablation of attention would pass by; to study these "
+                "sites all the same, name them by a pattern (--ablation.sites)"
+            )
+
+
+def _sites(target: nn.Module, seen: Trace) -> list[Site]:
+    """A site for each projection that ran."""
+    uses, used = Counter(read.path for read in seen.reads), Counter[str]()
+    attention = [read.path for read in seen.reads if read.made_by == "attention"]
+    # an MLP within an attention module (a bias table, a low-rank query) is no MLP of the layer
+    within = _modules_around(attention)
+    mlps = [read.path for read in seen.reads if read.made_by == "mlp" and not read.path.startswith(within)]
+    layers = {path: _layer(path, mlps) for path in attention}
+    for mlp in mlps:  # those of the layers with attention, and those shaped like them in layers without
+        around = [layers[path] for path in attention if layers[path] and mlp.startswith(layers[path] + ".")]
+        if around:
+            layers[mlp] = around[0]
+    shapes = {_DIGITS.sub("*", path) for path in layers if path in mlps}
+    layers |= {mlp: _layer(mlp, mlps) for mlp in mlps if mlp not in layers and _DIGITS.sub("*", mlp) in shapes}
+    sites = []
+    for read in seen.reads:
+        number = used[read.path]
+        used[read.path] += 1
+        suffix = f"#{number}" if number else ""
+        layer, kind = layers.get(read.path), "other"
+        if read.path in attention:
+            kind = "cross-attention" if _is_cross(target, read.path) else "self-attention"
+        elif layer is not None:
+            kind = "mlp"
+        name = f"{layer}{suffix}" if layer else ""
+        sites.append(Site(read.path + suffix, read.width, read.heads, kind, name, uses[read.path]))
+    return sites
+
+
+def _modules_around(attention: Sequence[str]) -> tuple[str, ...]:
+    """The attention modules that hold these projections, as prefixes of paths; not a layer that holds one itself."""
+    modules = {path.rpartition(".")[0] for path in attention}
+    return tuple(module + "." for module in modules if not module.rpartition(".")[2].isdigit())
+
+
+def _layer(path: str, mlps: Sequence[str]) -> str:
+    """The closest numbered module around an attention site that has an MLP as well; else the closest numbered one."""
+    parts = path.split(".")
+    numbered = [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1) if parts[end - 1].isdigit()]
+    whole = [name for name in numbered if any(mlp.startswith(name + ".") for mlp in mlps)]
+    return next(iter(whole or numbered), "")
+
+
+def _is_cross(target: nn.Module, path: str) -> bool:
+    parts = path.split(".")
+    around = [type(target.get_submodule(".".join(parts[:end]))).__name__ for end in range(1, len(parts) + 1)]
+    return bool(_CROSS_PATH.search(path)) or any("CrossAtt" in name for name in around)
+
+
+def _check_kind(target: nn.Module, seen: Trace, found: Sequence[Site], word: str) -> None:
+    if seen.lost:
+        raise SiteError(
+            f"no projection module reads what attention makes in {seen.lost[0] or 'the target itself'} "
+            f"({len(seen.lost)} such places): it goes through a fused implementation, bare weights, a keyword or a "
+            f"sum; name the sites by a pattern (--ablation.sites); the projections that ran are {_candidates(found)}"
+        )
+    if seen.shared:
+        readers = [site.name for site in found if is_asked(site, "attention")]
+        raise SiteError(
+            f"what attention makes in {seen.shared[0] or 'the target itself'} is read by several projections, among "
+            f"{', '.join(readers[:12])}, or isn't attention at all (a softmax that weighs experts); name the sites by "
+            "a pattern (--ablation.sites)"
+        )
+    if not any(is_asked(site, "attention") for site in found):
+        raise SiteError(
+            "found no attention in the target: neither scaled_dot_product_attention nor a softmax and a product ran "
+            "(with a fused kernel, choose --model.attn_implementation sdpa or eager); otherwise name the sites by a "
+            f"pattern (--ablation.sites); the projections that ran are {_candidates(found)}"
+        )
+    if word == "mlp":
+        _check_mlps(target, seen, found)
+    if not any(is_asked(site, word) for site in found):
+        kinds = ", ".join(sorted({site.kind for site in found} - {"other"}))
+        raise SiteError(f"the target has no site of the kind {word!r}, it has {kinds}")
+
+
+def _check_mlps(target: nn.Module, seen: Trace, found: Sequence[Site]) -> None:
+    positions = {read.path: read.positions for read in seen.reads}
+    layers: dict[str, list[Site]] = {}
+    for site in found:
+        layers.setdefault(site.layer.partition("#")[0], []).append(site)
+    for layer, sites in layers.items():
+        attention = [site.path for site in sites if is_asked(site, "attention")]
+        mlps = [site.path for site in sites if site.kind == "mlp"]
+        if not attention:
+            continue
+        _check_experts(target, layer, attention, mlps, positions)
+        if not mlps:
+            raise SiteError(
+                f"found no MLP down projection in {layer or 'the target'}; name it by a pattern (--ablation.sites); "
+                f"the projections that ran are {_candidates(found)}"
+            )
+
+
+def _check_experts(
+    target: nn.Module, layer: str, attention: Sequence[str], mlps: Sequence[str], positions: Mapping[str, int]
+) -> None:
+    within = _modules_around(attention)
+    for name, parameter in target.get_submodule(layer).named_parameters(prefix=layer):
+        if parameter.ndim == 3 and min(parameter.shape) > 1 and not name.startswith(within):
+            raise SiteError(
+                f"the experts of {layer} are one parameter {name} {tuple(parameter.shape)} without a module for the "
+                "down projection, so its input can't be read or replaced; leave `mlp` out"
+            )
+    projections = [n for n, m in target.get_submodule(layer).named_modules(prefix=layer) if features(m) is not None]
+    for path in mlps:
+        alike = [name for name in projections if _DIGITS.sub("*", name) == _DIGITS.sub("*", path)]
+        if len(alike) > 1 and min(positions.get(other, 0) for other in alike) < max(positions[a] for a in attention):
+            reads = ", ".join(f"{other} {positions.get(other, 0)}" for other in alike)
+            raise SiteError(
+                f"not every position is read by {path} ({reads} positions): they are experts, whose neurons don't run "
+                "at every position; leave `mlp` out"
+            )
+
+
+def _check_pattern(target: nn.Module, found: Sequence[Site], pattern: str) -> None:
+    if any(is_asked(site, pattern) for site in found):
+        return
+    others = [name for name, _ in target.named_modules() if fnmatchcase(name, pattern)]
+    if not others:
+        raise SiteError(
+            f"the site pattern {pattern!r} matches no module; the projections that ran are {_candidates(found)}"
+        )
+    module = target.get_submodule(others[0])
+    reason = "which is no projection; a site is a linear module"
+    if features(module) is not None:
+        reason = "which didn't run by itself: a fused implementation goes past it"
+    raise SiteError(f"the site {others[0]!r} is a {type(module).__name__}, {reason}")
+
+
+def _candidates(found: Sequence[Site]) -> str:
+    named = [f"{site.name} ({site.width})" for site in found]
+    return ", ".join(named[:12]) + (f" and {len(named) - 12} more" if len(named) > 12 else "") or "none"

@@ -1,0 +1,96 @@
+"""What the figures hold."""
+
+import pytest
+
+from lightning_ablate.results import Results, figures
+
+HEADS = [(f"h.{layer}.attn.proj", head) for layer in (0, 1) for head in range(3)]
+
+
+def labels(axes):
+    return [line.get_label() for line in axes.lines if line.get_label()[0] != "_"]
+
+
+def test_degradation_draws_a_curve_a_method_the_baseline_and_chance(made):
+    results = made()
+    table = results.table.assign(model="/runs/gpt2")
+    figure = figures.degradation(Results(table, results.examples, results.facts))
+    top, bottom = figure.axes
+    assert top.get_title() == "gpt2 on some, data"
+    for axes, metric, scale in ((top, "top1", 100), (bottom, "cross_entropy", 1)):
+        assert labels(axes) == ["zero", "peak", "nothing ablated", "chance"]
+        assert axes.lines[0].get_xdata() == pytest.approx([0, 10, 50, 90, 100])
+        last = table[(table["method"] == "zero") & (table["fraction"] == 1.0)][metric].item()
+        assert axes.lines[0].get_ydata()[[0, -1]] == pytest.approx([scale * table[metric][0], scale * last])
+        for label in (*axes.get_xticklabels(), *axes.get_yticklabels(), axes.yaxis.label, axes.title):
+            assert label.get_fontsize() >= 8
+    assert [label.get_text() for label in bottom.get_xticklabels()] == ["0", "10", "50", "90", "100"]
+    assert top.lines[-1].get_ydata()[0] == pytest.approx(10)
+    assert all(text.get_fontsize() >= 8 for text in figure.legends[0].get_texts())
+    assert figure.get_figwidth() <= 3.5  # inches: a column's width, so that 8 points stay 8 points
+    assert figures.degradation(results, results).get_figwidth() <= 7.0
+
+
+def test_degradation_of_one_fraction_draws_points_at_one_tick(made):
+    top, bottom = figures.degradation(made(fractions=[0.5])).axes
+    assert [label.get_text() for label in bottom.get_xticklabels()] == ["50"]
+    points = [line for line in top.lines if line.get_label() in ("zero", "peak")]
+    assert [line.get_linestyle() for line in points] == ["None", "None"]
+    assert [line.get_xdata().tolist() for line in points] == [[48], [52]]  # side by side
+
+
+def test_differences_show_every_pair_with_its_interval(made):
+    results = made(("zero", "mean", "peak"), [0.1, 0.5])
+    figure = figures.differences(results)
+    assert [axes.get_title() for axes in figure.axes] == ["zero − mean", "zero − peak", "mean − peak"]
+    assert all(len(axes.containers) == 1 for axes in figure.axes)
+    assert figure.get_suptitle() == "a model on some, data"
+    means = results.table.groupby("method")["top1"].mean()
+    line = figure.axes[0].containers[0].lines[0].get_ydata()
+    assert line.mean() == pytest.approx(100 * (means["zero"] - means["mean"]))
+
+
+def test_differences_of_many_methods_are_a_matrix_in_the_order_of_the_ranks(made):
+    results = made(("a", "b", "c", "d", "e"), [0.5])
+    axes = figures.differences(results).axes[0]
+    means = results.table.groupby("method")["cross_entropy"].mean().drop("none")
+    ranks = sorted(means.index, key=lambda method: means[method])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ranks
+    top1 = results.table.groupby("method")["top1"].mean()
+    texts = {text.get_position(): text.get_text() for text in axes.texts}
+    assert len(texts) == 20 and texts[1, 0] == f"{100 * (top1[ranks[0]] - top1[ranks[1]]):+.1f}"
+
+
+def test_importance_draws_each_heads_damage_where_it_belongs_and_marks_what_is_known(made):
+    results = made(places=HEADS)
+    results.table.loc[2, "cross_entropy"] = results.baseline["cross_entropy"]
+    same = results.examples["condition"] == 2
+    results.examples.loc[same, "cross_entropy"] = results.examples["cross_entropy"][:40].to_numpy()
+    figure = results.plot()
+    maps = [axes for axes in figure.axes if axes.images]
+    losses = (results.table["cross_entropy"] - results.baseline["cross_entropy"]).tolist()
+    assert [axes.get_title() for axes in maps] == ["zero", "peak"]
+    assert maps[0].images[0].get_array().ravel().tolist() == pytest.approx(losses[1:7])
+    assert maps[1].images[0].norm.vmin == -maps[1].images[0].norm.vmax == pytest.approx(-max(losses))
+    assert [label.get_text() for label in maps[0].get_yticklabels()] == ["0", "1"]
+    dots = list(zip(maps[0].lines[0].get_ydata(), maps[0].lines[0].get_xdata(), strict=True))
+    assert dots == [(0, 0), (0, 2), (1, 0), (1, 1), (1, 2)] and "dot: the 95% interval" in figure.get_suptitle()
+    assert "dot" not in Results(results.table).plot().get_suptitle()
+
+
+def test_importance_of_layers_is_a_line_a_method(made):
+    results = made(places=[("h.0", None), ("h.1", None)])
+    axes = results.plot().axes[0]
+    losses = (results.table["cross_entropy"] - results.baseline["cross_entropy"]).tolist()
+    assert list(axes.lines[0].get_ydata()) == pytest.approx(losses[1:3]) and axes.lines[1].get_label() == "peak"
+
+
+@pytest.mark.parametrize("count", [1, 30])
+def test_figures_keep_their_boxes(made, count):
+    methods = [f"a-rather-long-method-{i}" for i in range(12)]
+    layers = [(f"encoder.block.{i}.self_attention.out", None) for i in range(count)]
+    for results in (made(methods, places=layers, examples=5), made(methods, places=[(part, 0) for part, _ in layers])):
+        figure = results.plot()
+        figures.png(figure)
+        assert all(min(axes.get_window_extent().size) > 100 for axes in figure.axes[: len(methods)] if axes.get_title())
+        assert min(figure.axes[0].get_window_extent().size) > 100

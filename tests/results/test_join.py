@@ -1,0 +1,112 @@
+"""Results of several runs, joined."""
+
+import shutil
+import statistics
+
+import pandas as pd
+import pytest
+
+from lightning_ablate.errors import DataError
+from lightning_ablate.results import Results, load
+from lightning_ablate.results.__main__ import main
+
+NEURONS, HEADS = ({"class": "Random", "unit": unit} for unit in ("neuron", "head"))
+
+
+@pytest.fixture
+def runs(made, tmp_path, monkeypatch):
+    """Saves results in a folder of that name; undrawn, as nothing here looks at a run's own figures."""
+
+    def saved(name, results):
+        with monkeypatch.context() as undrawn:
+            undrawn.setattr("lightning_ablate.results.figures.png", lambda figure: b"")
+            results.save(tmp_path / name)
+        return tmp_path / name
+
+    return saved
+
+
+def same_base(made, methods, fractions=(0.5,), **options):
+    """Results that share their baseline with all others made here."""
+    results, base = made(methods, fractions, **options), made(("zero",), [0.5])
+    examples = results.examples.copy()
+    examples.loc[examples["condition"] == 0] = base.examples[base.examples["condition"] == 0].to_numpy()
+    return Results(pd.concat([base.table[:1], results.table[1:]]), examples, results.facts)
+
+
+def test_load_joins_runs_of_one_base_name_to_half_and_by_heads(made, runs):
+    folders = [runs("a/version_0", same_base(made, ["zero", "mean"], [0.1, 0.5, 0.9, 1.0], neurons=NEURONS))]
+    folders.append(runs("b/version_0", same_base(made, ["mean"], neurons=NEURONS)))
+    folders.append(runs("c/version_0", same_base(made, ["mean"], [0.5, 1.0], neurons=HEADS)))
+    (joined,) = load([*folders, folders[0]])
+    names = ["zero (unit=neuron)", "mean (unit=neuron, a/version_0)", "mean (unit=neuron, b/version_0)"]
+    assert joined.methods == [*names, "mean (unit=head)"]
+    assert joined.ranking()["to"].tolist() == [0.5] * 4
+    half = joined.table[(joined.table["method"] == names[2])]["cross_entropy"].tolist()
+    rank = joined.ranking().set_index("method").loc[names[2], "cross_entropy"]
+    assert rank == pytest.approx((statistics.mean(half) - joined.baseline["cross_entropy"]) / 2)
+    known = joined.compare("mean (unit=head)", names[2])
+    assert known["fraction"].tolist() == [0.5] and known["top1_low"].notna().all()
+    lines = {line.get_label(): line for line in joined.plot().axes[0].lines}
+    assert lines[names[1]].get_xdata() == pytest.approx([0, 10, 50, 90, 100])
+    assert lines[names[2]].get_linestyle() == "None" and lines[names[2]].get_xdata() == pytest.approx([50])
+
+
+def test_load_names_only_what_several_runs_hold(made, runs):
+    folders = [runs("first", same_base(made, ["zero", "mean"])), runs("second", same_base(made, ["mean", "peak"]))]
+    (joined,) = load(folders)
+    assert joined.methods == ["zero", "mean (first)", "mean (second)", "peak"] and joined.facts["classes"] == 10
+    second = Results.load(folders[1])
+    peak = second.summary()[second.summary()["method"] == "peak"].reset_index(drop=True)
+    same = joined.summary()[joined.summary()["method"] == "peak"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(same, peak, check_exact=False, rtol=1e-12)
+    assert joined.partial == [] and joined.compare("zero", "peak")["top1_low"].notna().all()
+
+
+def test_load_says_which_sites_differ(made, runs):
+    def sites(*names):
+        return [{"name": name} for name in names]
+
+    attention, mlp = sites("h.0.attn.proj", "h.1.attn.proj"), sites("h.0.mlp.proj", "h.1.mlp.proj")
+    made_of = {"attention": attention, "mlp": mlp, "all": attention + mlp, "first": attention[:1]}
+    folders = {name: runs(name, same_base(made, ["zero"], sites=own)) for name, own in made_of.items()}
+    named = [load([folders[name] for name in pair])[0].methods for pair in (("attention", "mlp"), ("all", "first"))]
+    assert named[0] == ["zero (attn)", "zero (mlp)"] and named[1] == ["zero (attn+mlp)", "zero (attn)"]
+    (joined,) = load([folders["attention"], folders["first"]])
+    assert joined.methods == ["zero (2 sites)", "zero (1 site)"]
+
+
+def test_load_drops_examples_that_are_not_the_same(made, runs):
+    other = same_base(made, ["peak"])
+    folders = [runs("one", same_base(made, ["zero"]))]
+    for name, examples in (("none", None), ("other", other.examples.assign(example=other.examples["example"] + 1))):
+        (joined,) = load([*folders, runs(name, Results(other.table, examples, other.facts))])
+        assert joined.examples is None and joined.methods == ["zero", "peak"]
+
+
+def test_load_refuses_other_data_and_single_parts(made, runs):
+    one = runs("one", made(["zero"], [0.5]))
+    for name, change in (("less", {"n": 58}), ("other", {"cross_entropy": 9.0})):
+        results = same_base(made, ["zero"])
+        folder = runs(name, Results(results.table.assign(**change), results.examples, results.facts))
+        with pytest.raises(DataError, match=f"{name} has .* evaluated on other data") as raised:
+            load([one, folder])
+        assert "\n" not in str(raised.value)
+    with pytest.raises(DataError, match="single sites, layers or heads"):
+        load([runs("heads", made(["zero"], places=[("h.0", 1)]))])
+
+
+def test_the_command_prints_and_draws_the_targets(made, runs, tmp_path, capsys):
+    another = made(["zero"], [0.5])
+    another = Results(another.table.assign(model="another"), another.examples, another.facts)
+    folders = [runs("one", made(["zero"], [0.5])), runs("two", another)]
+    main([*map(str, folders), "--out", str(tmp_path / "joined")])
+    printed = capsys.readouterr().out
+    assert "a model on some, data: " in printed and "another on some, data: " in printed
+    assert str(tmp_path / "joined" / "joined.png") in printed
+    assert (tmp_path / "joined" / "joined.png").read_bytes().startswith(b"\x89PNG")
+    assert pd.read_csv(tmp_path / "joined" / "joined.csv")["model"].tolist() == ["a model"] * 4 + ["another"] * 4
+    shutil.rmtree(folders[1])
+    with pytest.raises(SystemExit) as ended:
+        main([str(folders[1])])
+    assert str(ended.value).startswith("error: ") and "\n" not in str(ended.value)

@@ -1,0 +1,254 @@
+"""The table, what follows from it by plain loops, and its files."""
+
+import itertools
+import statistics
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lightning_ablate.errors import ConfigError, DataError
+from lightning_ablate.results import Results
+
+HEADER = "model,data,method,fraction,seed,part,head,n,top1,top5,cross_entropy,kl"
+HEADS = [(f"h.{layer}.proj", head) for layer in (0, 1) for head in range(3)]
+
+
+def same(one, other):
+    pd.testing.assert_frame_equal(one, other, check_exact=True)
+
+
+def own(results, method, fraction, metric="cross_entropy"):
+    """A method's scores at a fraction by seed."""
+    rows = [row for _, row in results.table.iterrows() if (row["method"], row["fraction"]) == (method, fraction)]
+    return {row["seed"]: row[metric] for row in rows}
+
+
+def per_example(results, row, metric="cross_entropy"):
+    of = results.examples[results.examples["condition"] == row]
+    return of[metric].to_numpy(), of["n"].to_numpy()
+
+
+def plain(points, examples=None, **facts):
+    """Results of (method, fraction, seed, cross-entropy) alone."""
+    table = pd.DataFrame(points, columns=["method", "fraction", "seed", "cross_entropy"])
+    table = table.assign(model="m", data="d", part="", head=None, n=5, top1=1 - table["cross_entropy"] / 10)
+    return Results(table.assign(top5=1.0, kl=0.0), examples, {"classes": 10, **facts})
+
+
+def by_example(positions, *sums):
+    """Examples of conditions whose four scores are the same."""
+    count = len(positions)
+    frame = pd.DataFrame({"condition": np.repeat(np.arange(len(sums)), count), "example": [*range(count)] * len(sums)})
+    scores = np.concatenate(sums).astype(float)
+    return frame.assign(n=np.tile(positions, len(sums)), top1=scores, top5=scores, cross_entropy=scores, kl=scores)
+
+
+def test_save_and_load_keep_every_bit(made, tmp_path):
+    results = made(("zero", "NA", "none yet"), places=HEADS)
+    results.table.loc[1:2, "seed"] = 2**62 + 1
+    results.table.loc[3, "kl"] = np.nan
+    results.save(tmp_path)
+    loaded = Results.load(tmp_path)
+    same(loaded.table, results.table)
+    same(loaded.examples, results.examples)
+    assert loaded.facts == results.facts and str(loaded) == str(results)
+    lines = (tmp_path / "results.csv").read_text().splitlines()
+    assert lines[0] == HEADER and len(lines) == 1 + len(results.table)
+
+
+def test_save_writes_the_same_bytes_twice_and_only_what_there_is(made, tmp_path):
+    names = ["results.csv", "run.json", "examples.parquet", "degradation.png", "comparisons.png"]
+    for folder in ("one", "two"):
+        assert [path.name for path in made().save(tmp_path / folder)] == names
+    assert all((tmp_path / "one" / n).read_bytes() == (tmp_path / "two" / n).read_bytes() for n in names)
+    without = Results(made().table, None, made().facts)
+    assert [path.name for path in without.save(tmp_path / "one")] == [*names[:2], names[3]]
+    assert Results.load(tmp_path / "one").examples is None
+    assert [path.name for path in made(places=HEADS).save(tmp_path / "three")] == [*names[:3], "importance.png"]
+    assert not list(tmp_path.glob("**/*.part"))
+
+
+def test_load_says_in_one_line_what_is_wrong(made, tmp_path):
+    results = made(examples=5)
+    results.save(tmp_path)
+    whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def told(name, content, match):
+        (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=match) as raised:
+            Results.load(tmp_path)
+        assert "\n" not in str(raised.value) and str(tmp_path) in str(raised.value)
+        (tmp_path / name).write_bytes(whole[name])
+
+    told("results.csv", None, "No such file")
+    told("results.csv", b"", "could not load")
+    told("results.csv", b"a,b\n1,2\n", "lacks the columns model, .*; it has a, b")
+    told("results.csv", b"\x80\x81", "could not load")
+    told("results.csv", results.table.to_csv(index=False).replace("zero,0.1", "zero,much").encode(), "much")
+    told("run.json", None, "No such file")
+    told("run.json", b"[1]", "could not load")
+    told("examples.parquet", b"PAR1", "could not load")
+    with_more = results.table.to_csv(index=False) + results.table.tail(1).to_csv(index=False, header=False)
+    told("results.csv", with_more.encode(), "every condition needs a row for each example")
+    told("results.csv", results.table.iloc[1:].to_csv(index=False).encode(), "must be the baseline")
+
+
+def test_summary_is_mean_and_standard_deviation_over_seeds(made):
+    results = made()
+    summary = results.summary()
+    assert summary[["method", "fraction"]].to_numpy().tolist() == [
+        ["none", 0.0],
+        *([m, f] for m in ("zero", "peak") for f in (0.1, 0.5, 0.9, 1.0)),
+    ]
+    for _, row in summary.iterrows():
+        for metric in ("top1", "top5", "cross_entropy", "kl"):
+            values = [*own(results, row["method"], row["fraction"], metric).values()]
+            assert row["seeds"] == len(values) and row["n"] == results.examples["n"].head(40).sum()
+            assert row[metric] == pytest.approx(statistics.mean(values), rel=1e-14)
+            if len(values) == 1:
+                assert np.isnan(row[f"{metric}_sd"])
+            else:
+                assert row[f"{metric}_sd"] == pytest.approx(statistics.stdev(values))
+
+
+def test_summary_has_the_intervals_of_a_bootstrap_by_hand(made):
+    results = made(("zero",), [0.5], [1, 2])
+    row = results.summary().iloc[1]
+    sums = (per_example(results, 1)[0] + per_example(results, 2)[0]) / 2
+    positions = per_example(results, 1)[1]
+    counted = positions > 0
+    generator, ratios = np.random.default_rng(0), []
+    for _ in range(2000):
+        drawn = generator.multinomial(counted.sum(), [1 / counted.sum()] * counted.sum())
+        ratios.append((drawn * sums[counted]).sum() / (drawn * positions[counted]).sum())
+    assert 0 < counted.sum() < 40
+    expected = np.quantile(ratios, [0.025, 0.975])
+    assert [row["cross_entropy_low"], row["cross_entropy_high"]] == pytest.approx(expected, rel=1e-12)
+
+
+def test_intervals_are_missing_where_examples_are_unknown_or_too_few(made):
+    one = plain([("none", 0.0, None, 1.0), ("zero", 1.0, None, 2.0)], by_example([0, 5], [0, 5], [0, 10]))
+    for results in (one, Results(made().table)):
+        assert results.summary()["top1_low"].isna().all() and results.ranking()["cross_entropy_high"].isna().all()
+        assert "[" not in str(results)
+
+
+def test_compare_pairs_seeds_and_takes_a_condition_without_one_against_all(made):
+    results = made(("zero", "mean"), [0.5], [1, 2, 3])
+    kept = results.table.drop(index=[5, 6])  # of mean at one half, only its first seed, which it doesn't need
+    kept.loc[4, "seed"] = pd.NA
+    for one, match in ((results, lambda seed: seed), (Results(kept), lambda seed: pd.NA)):
+        row = one.compare("mean", "zero").iloc[0]
+        mean, zero = own(one, "mean", 0.5), own(one, "zero", 0.5)
+        each = [(mean[s] if match(s) is s else next(iter(mean.values()))) - zero[s] for s in zero]
+        assert row["cross_entropy"] == pytest.approx(statistics.mean(each))
+        assert row["cross_entropy_sd"] == pytest.approx(statistics.stdev(each)) and row["seeds"] == 3
+
+
+def test_compare_takes_every_pair_one_method_or_the_baseline(made):
+    results = made(("zero", "mean", "peak"), [0.1, 0.5])
+    pairs = [tuple(pair) for pair in results.compare()[["method", "other"]].to_numpy()]
+    assert list(dict.fromkeys(pairs)) == [*itertools.combinations(("zero", "mean", "peak"), 2)] and len(pairs) == 6
+    assert set(results.compare(other="mean")["method"]) == {"zero", "peak"}
+    first = results.compare("peak", "none").iloc[0]
+    expected = statistics.mean(own(results, "peak", 0.1).values()) - results.baseline["cross_entropy"]
+    assert first["cross_entropy"] == pytest.approx(expected) and first["cross_entropy_low"] < expected
+    for names in (("medain", None), ("zero", "medain"), ("none", None)):
+        with pytest.raises(ConfigError, match="there is no method '(medain|none)' here; .* zero, mean, peak"):
+            results.compare(*names)
+
+
+def test_compare_of_equals_is_nothing_and_of_known_examples_is_known():
+    points = [("none", 0.0, None, 1.0), ("zero", 1.0, None, 2.0), ("mean", 1.0, None, 2.0)]
+    equal = by_example([10] * 20, *[np.arange(20)] * 3)
+    row = plain(points, equal).compare().iloc[0]
+    assert (row["top1"], row["top1_low"], row["top1_high"]) == (0, 0, 0)
+    uneven = by_example([10] * 100, np.zeros(100), np.arange(100) % 2 * 2, np.zeros(100))
+    row = plain(points, uneven).compare().iloc[0]  # 0.1 ± 0.1 a position
+    assert row["top1_high"] - row["top1_low"] == pytest.approx(2 * 1.96 * 0.1 / 10, rel=0.1)
+
+
+def test_compare_holds_the_truth_in_95_percent_of_the_intervals():
+    """60 examples of unlike lengths whose difference is known."""
+    generator, truth, held = np.random.default_rng(0), 0.05, 0
+    points = [("none", 0.0, None, 1.0), ("zero", 1.0, None, 2.0), ("mean", 1.0, None, 2.0)]
+    for _ in range(150):
+        positions = generator.integers(5, 60, 60)
+        mean = generator.binomial(positions, generator.beta(4, 6, 60))
+        zero = mean + positions * (truth + 0.1 * generator.standard_normal(60))
+        row = plain(points, by_example(positions, mean, zero, mean)).compare().iloc[0]
+        held += row["top1_low"] <= truth <= row["top1_high"]
+    assert 0.89 <= held / 150 <= 0.99
+
+
+def test_ranking_is_the_area_above_the_baseline():
+    points = [("none", 0.0, None, 1.0), ("zero", 0.5, 1, 2.0), ("zero", 0.5, 2, 4.0), ("zero", 1.0, None, 5.0)]
+    (row,) = plain(points).ranking().to_dict("records")  # of 0, 1 and 4 above the baseline, and of 0, 3 and 4
+    assert row["cross_entropy"] == pytest.approx((1.5 + 2.5) / 2) and row["to"] == 1.0
+    assert row["cross_entropy_sd"] == pytest.approx(statistics.stdev([1.5, 2.5]))
+    assert row["top1"] == pytest.approx(-0.2)
+
+
+def test_ranking_goes_as_far_as_all_methods_do():
+    points = [("none", 0.0, None, 1.0), ("mean", 0.5, 1, 2.0)]  # 1/2 above on average
+    points += [("zero", 0.25, 1, 1.0), ("zero", 0.75, 1, 3.0), ("zero", 1.0, None, 9.0)]  # 0 to 1/4, then 0 to 1 at 1/2
+    ranking = plain(points).ranking()
+    assert ranking["method"].tolist() == ["zero", "mean"] and ranking["to"].tolist() == [0.5, 0.5]
+    assert ranking["cross_entropy"].tolist() == pytest.approx([0.25 * 0.5 / 0.5, 0.5])
+
+
+def test_ranking_has_the_interval_of_the_examples_own_areas(made):
+    results = made(("zero",), [0.5], [1])
+    sums = [per_example(results, row)[0] for row in (0, 1)]
+    area = plain([("none", 0.0, None, 0.0), ("zero", 0.5, 1, 0.0)], by_example(per_example(results, 0)[1], *sums))
+    expected, found = area.compare(other="none").iloc[0], results.ranking().iloc[0]
+    for end in ("low", "high"):  # a triangle
+        assert found[f"cross_entropy_{end}"] == pytest.approx(expected[f"cross_entropy_{end}"] / 2)
+
+
+def test_str_shows_scores_ranks_and_differences(made):
+    results = made(partial=["evaluation was cut to 1 of 9 batches"])
+    text = str(results)
+    first, scores, _, ranks, differences, note = text.split("\n\n")
+    base = results.baseline
+    assert first.splitlines()[0] == (
+        f"a model on some, data: {base['n']:,} scored positions; nothing ablated: "
+        f"top-1 {100 * base['top1']:.2f}%, cross-entropy {base['cross_entropy']:.4f} nats"
+    )
+    assert first.splitlines()[1] == "PARTIAL: evaluation was cut to 1 of 9 batches"
+    values = [100 * value for value in own(results, "zero", 0.9, "top1").values()]
+    assert f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" in scores
+    assert [word for word in scores.split() if word.endswith("%")][-6:] == ["10%", "50%", "90%"] * 2
+    assert ranks.startswith("mean over 0 to 100%") and ranks.count("[") == 4
+    assert differences.startswith("zero − peak at 50%: +") and " points [+" in differences and " nats [-" in differences
+    assert note.startswith("[95% interval over examples")
+    assert repr(results).count("\n") == 0 and "PARTIAL: " in results._repr_html_() and "<table" in results._repr_html_()
+
+
+def test_str_compares_many_methods_with_their_neighbours_in_rank():
+    names, levels = ["a", "b", "c", "d", "e"], (3, 1, 5, 2, 4)
+    points = [("none", 0.0, None, 0.0), *((name, 0.5, 1, level) for name, level in zip(names, levels, strict=True))]
+    text = str(plain(points, by_example([9] * 20, *[np.full(20, level) for level in (0, *levels)])))
+    pairs = [line.partition(" at 50%")[0] for line in text.splitlines() if " at 50%" in line]
+    assert pairs == ["a − d", "a − e", "b − d", "c − e"] and "all 10 pairs" in text
+
+
+def test_str_shortens_paths_and_keeps_hub_names(made):
+    table = made().table
+    names = {"/home/me/runs/gpt2": "gpt2", "./models/vit": "vit", "facebook/opt-125m": "facebook/opt-125m"}
+    for name, shown in names.items():
+        assert str(Results(table.assign(model=name))).startswith(f"{shown} on some, data: ")
+
+
+def test_str_of_parts_shows_the_most_important_first(made):
+    results = made(("zero",), places=HEADS)
+    losses = results.table["cross_entropy"].tolist()
+    ranked = sorted(range(6), key=lambda place: -losses[1 + place])[:5]
+    lines = str(results).partition("most important first: added cross-entropy, nats\n")[2].splitlines()
+    for place, line in zip(ranked, lines, strict=True):
+        assert (
+            f"{HEADS[place][0]} head {HEADS[place][1]} " in line and f" {losses[1 + place] - losses[0]:+.4f} [" in line
+        )
+    with pytest.raises(ConfigError, match="make no curve"):
+        results.ranking()

@@ -1,0 +1,162 @@
+"""Which places are sites, of which kind and layer; and what is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_ablate.errors import SiteError
+from lightning_ablate.sites import Site, check_mixing, find_sites
+from tests import reference, tiny
+from tests.sites.parts import Parts, attention, found, linear, three
+
+
+@pytest.mark.parametrize(
+    ("make", "layer", "projection", "width", "down", "mlp_width"),
+    [
+        (tiny.gpt2, "transformer.h.{}", "attn.c_proj", 16, "mlp.c_proj", 64),
+        (tiny.mistral, "model.layers.{}", "self_attn.o_proj", 32, "mlp.down_proj", 32),  # of a hidden size of 24
+        (tiny.roberta, "roberta.encoder.layer.{}", "attention.output.dense", 16, "output.dense", 32),
+        (tiny.opt, "model.decoder.layers.{}", "self_attn.out_proj", 16, "fc2", 32),
+        (tiny.vit, "blocks.{}", "attn.proj", 16, "mlp.fc2", 64),
+    ],
+)
+def test_find_sites_takes_every_output_and_down_projection(make, layer, projection, width, down, mlp_width):
+    layers = [layer.format(number) for number in (0, 1)]
+    heads = [Site(f"{name}.{projection}", width, 4, "self-attention", name) for name in layers]
+    mlps = [Site(f"{name}.{down}", mlp_width, None, "mlp", name) for name in layers]
+    model = make()
+    assert tiny.sites(model) == heads
+    assert tiny.sites(model, "mlp") == mlps
+    assert tiny.sites(model, "mlp", "attention") == [heads[0], mlps[0], heads[1], mlps[1]]
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_both_implementations_of_attention_give_the_same_sites(implementation):
+    model = tiny.mistral()
+    model.set_attn_implementation(implementation)
+    assert tiny.sites(model) == tiny.sites(tiny.mistral())
+
+
+def test_encoder_decoders_tell_self_from_cross_attention():
+    model = tiny.t5()
+    kinds = [(site.name.split(".")[0], site.kind) for site in tiny.sites(model)]
+    decoder = [("decoder", "self-attention"), ("decoder", "cross-attention")]
+    assert kinds == [("encoder", "self-attention")] * 2 + decoder * 2
+    crossed = tiny.sites(model, "cross-attention")
+    assert [site.layer for site in crossed] == ["decoder.block.0", "decoder.block.1"]
+    assert len(tiny.sites(model, "self-attention")) == 4 and len(tiny.sites(model, "mlp")) == 4
+
+
+def test_find_sites_pattern_chooses_modules_of_any_kind():
+    model = tiny.gpt2()
+    assert [site.name for site in tiny.sites(model, "*.1.attn.c_proj")] == ["transformer.h.1.attn.c_proj"]
+    assert tiny.sites(model, "*.0.mlp.c_proj") == tiny.sites(model, "mlp")[:1]
+    (fused,) = tiny.sites(model, "*.0.attn.c_attn")
+    assert (fused.kind, fused.width, fused.heads) == ("other", 16, None)
+
+
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        ("*.7.attn.c_proj", r"'\*.7.attn.c_proj' matches no module.*h.0.attn.c_attn \(16\)"),
+        ("transformer.h.0.ln_1", "LayerNorm, which is no projection"),
+        ("cross-attention", "no site of the kind 'cross-attention', it has mlp, self-attention"),
+    ],
+)
+def test_what_isnt_there_is_refused(which, message):
+    with pytest.raises(SiteError, match=message):
+        tiny.sites(tiny.gpt2(), which)
+
+
+def test_experts_without_a_down_projection_of_their_own_are_refused():
+    with pytest.raises(SiteError, match=r"are one parameter model.layers.0.mlp.experts.\w+ \(4, .*leave `mlp`"):
+        tiny.sites(tiny.mixtral(), "mlp")
+    assert len(tiny.sites(tiny.mixtral())) == 2
+
+    def routed(parts, x):
+        mixed, layer = parts["h"][0]["o"](attention(parts, x)), parts["h"][0]
+        shares = zip(layer["experts"], (mixed[:, :3], mixed[:, 3:]), strict=True)
+        return torch.cat([expert["down"](expert["up"](share).relu()) for expert, share in shares], 1)
+
+    experts = [nn.ModuleDict({"up": nn.Linear(8, 16), "down": nn.Linear(16, 8)}) for _ in range(2)]
+    layer = nn.ModuleDict({"o": nn.Linear(8, 8), "experts": nn.ModuleList(experts)})
+    read = r"\S+h.0.experts.0.down 6, \S+h.0.experts.1.down 4 positions\): they are experts"
+    with pytest.raises(SiteError, match=rf"not every position is read by .*{read}"):
+        found(Parts(routed, **three(), h=nn.ModuleList([layer])), "mlp")
+
+
+def blocks(layers, x):
+    """Layers of attention and an MLP with residual streams."""
+    for layer in layers:
+        x = x + layer["o"](attention(layer, x))
+        x = x + layer["down"](layer["up"](x).relu())
+    return x
+
+
+def two_layers():
+    parts = [{**three(), **linear(o=8, up=16), "down": nn.Linear(16, 8)} for _ in range(2)]
+    return nn.ModuleList(map(nn.ModuleDict, parts))
+
+
+def test_a_stem_with_a_nonlinearity_makes_no_mlp_of_what_follows():
+    target = Parts(lambda parts, x: blocks(parts["h"], parts["stem"](x).relu()), **linear(stem=8), h=two_layers())
+    assert [site.name for site in found(target)] == ["parts.h.0.o", "parts.h.1.o"]
+    assert [site.name for site in found(target, "mlp")] == ["parts.h.0.down", "parts.h.1.down"]
+
+
+def test_mlps_of_layers_without_attention_are_sites_too():
+    def run(parts, x):
+        first, second = parts["h"]
+        return blocks([second], x + first["down"](first["up"](x).relu()))
+
+    assert [site.name for site in found(Parts(run, h=two_layers()), "mlp")] == ["parts.h.0.down", "parts.h.1.down"]
+
+
+def test_a_target_that_runs_twice_is_refused():
+    model = tiny.gpt2()
+    with pytest.raises(SiteError, match="the target ran 2 times for one batch, expected once"):
+        find_sites(model, lambda: (tiny.run(model), tiny.run(model)))
+
+
+def test_finding_changes_nothing_and_leaves_no_hook():
+    model = tiny.gpt2()
+    clean = tiny.run(model)
+    read = []
+    find_sites(model, lambda: read.append(tiny.run(model)))
+    assert torch.equal(read[0], clean) and reference.hooks(model) == 0
+
+
+def last(parts, x):
+    return parts["o"](attention(parts, x))
+
+
+def test_check_mixing_passes_attention_and_refuses_other_ways():
+    conv = nn.Conv1d(8, 8, 3, padding=1)
+    pure = Parts(last, **three(), o=nn.Linear(8, 8))
+    mixed = Parts(lambda parts, x: last(parts, x) + parts["c"](x.mT).mT, **three(), o=nn.Linear(8, 8), c=conv)
+    inputs = differing()
+    check_mixing(pure, found(pure), lambda number: [pure(inputs[number])])
+    with pytest.raises(SiteError, match="moves the last hidden state at 3 of 5 positions although every attention"):
+        check_mixing(mixed, found(mixed), lambda number: [mixed(inputs[number])])
+
+
+def test_check_mixing_needs_two_positions_and_looks_past_masked_features():
+    target, inputs = Parts(last, **three(), o=nn.Linear(8, 8)), differing()
+    with pytest.raises(SiteError, match="the last hidden state has a single position"):
+        check_mixing(target, found(target), lambda number: [target(inputs[number])[:, :1]])
+
+    def masked(number):
+        logits = target(inputs[number]) + inputs[number].roll(1, 1)
+        logits[..., 0] = torch.finfo(torch.float32).min
+        return [logits + inputs[number]]
+
+    with pytest.raises(SiteError, match="moves the last hidden state at 2 of 5 positions"):
+        check_mixing(target, found(target), masked)
+
+
+def differing():
+    """Two inputs that differ at the third of five positions."""
+    first = torch.randn(1, 5, 8)
+    second = first.clone()
+    second[:, 2] += 1
+    return first, second

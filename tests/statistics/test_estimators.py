@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter1d
+
+from lightning_ablate.statistics import Histogram
+
+SHAPE = 10_000, 60
+
+
+@pytest.fixture
+def histogram_of(gathered):
+    return lambda x: gathered(Histogram, [torch.from_numpy(x)])
+
+
+def half_sample_mode(x):
+    x = np.sort(x)
+    while len(x) > 2:
+        half = (len(x) + 1) // 2
+        start = (x[half - 1 :] - x[: len(x) - half + 1]).argmin()
+        x = x[start : start + half]
+    return x.mean()
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda g: g.normal(5, 2, SHAPE),
+        lambda g: g.gamma(3, 1, SHAPE),
+        lambda g: np.where(g.random(SHAPE) < 0.7, g.normal(0, 0.5, SHAPE), g.normal(4, 1, SHAPE)),
+    ],
+)
+def test_estimates_equal_the_plain_ones_to_a_bin(draw, histogram_of):
+    x = draw(np.random.default_rng(0))
+    histogram, width = histogram_of(x), np.ptp(x, axis=0) / 1000
+    assert (np.abs(histogram.median.numpy() - np.median(x, axis=0)) <= width).all()
+    plain = np.apply_along_axis(half_sample_mode, 0, x)  # other halves may be as short but for the bins
+    assert np.median(np.abs(histogram.half_sample_mode.numpy() - plain) / width) < 2
+    for neuron in range(5):
+        column = x[:, neuron]
+        spread = min(column.std(), np.diff(np.quantile(column, [0.25, 0.75]))[0] / 1.349)
+        counts, edges = np.histogram(column, bins=1000)
+        density = gaussian_filter1d(counts.astype(float), 0.9 * spread * len(x) ** (-1 / 7) / width[neuron], truncate=8)
+        top = edges[density.argmax()] + width[neuron] / 2
+        assert abs(histogram.mode[neuron] - top) <= 0.6 * width[neuron]
+
+
+@pytest.mark.parametrize(
+    ("modes", "draw"),
+    [
+        (1, lambda g: g.normal(size=SHAPE)),
+        (1, lambda g: g.random(SHAPE)),
+        (1, lambda g: np.exp(g.normal(size=SHAPE))),
+        (1, lambda g: g.normal(size=SHAPE).clip(0)),
+        (2, lambda g: g.normal(size=SHAPE) + 4 * (g.random(SHAPE) < 0.3)),
+        (2, lambda g: np.where(g.random(SHAPE) < 0.3, 0.0, g.normal(5, 1, SHAPE))),
+        (3, lambda g: g.normal(size=SHAPE) + 5 * g.integers(3, size=SHAPE)),
+    ],
+)
+def test_modes_are_as_many_as_the_density_has(modes, draw, histogram_of):
+    assert (histogram_of(draw(np.random.default_rng(0))).modes == modes).double().mean() >= 0.95
+
+
+def test_constants_and_atoms_at_zero_have_defined_values(histogram_of):
+    columns = [[7.0] * 4, [0.1] * 4, [0.0] * 4, [0.0, 0.0, 3.0, 5.0], [0.0, 5.0, 5.0, 5.0]]
+    histogram = histogram_of(np.array(columns).T)
+    for found in (histogram.mode, histogram.median, histogram.half_sample_mode):
+        assert found[:4].tolist() == [7.0, 0.1, 0.0, 0.0]
+        assert found[4].item() == pytest.approx(5.0, abs=0.02)
+    assert histogram.modes[:3].tolist() == [1, 1, 1]
+
+
+def test_estimates_lie_between_minimum_and_maximum(histogram_of):
+    x = np.concatenate([6 * np.random.default_rng(0).random(100), np.full(300, 6.0)])
+    found = histogram_of(np.stack([x, -x], 1)).compute()[:4]
+    assert bool((found[:, 0] <= 6).all() and (found[:, 1] >= -6).all())

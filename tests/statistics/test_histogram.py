@@ -1,0 +1,89 @@
+import numpy as np
+import pytest
+import torch
+
+from lightning_ablate.errors import StatisticsError
+from lightning_ablate.statistics import Histogram, Moments, SiteStatistics
+
+
+def papers(histogram):
+    """The counts in the paper's bins, ten of ours each."""
+    return histogram.counts.unflatten(1, (100, 10)).sum(2).numpy()
+
+
+def test_ten_bins_are_one_of_numpys_and_the_peak_is_its_fullest(adversarial, gathered):
+    histogram = gathered(Histogram, adversarial.split(50))
+    histogram.check()
+    for neuron, column in enumerate(adversarial.double().numpy().T):
+        if column.min() == column.max():
+            assert histogram.peak[neuron] == column[0]
+            continue
+        counts, edges = np.histogram(column, bins=100)
+        assert np.array_equal(papers(histogram)[neuron], counts)
+        centre = (edges[counts.argmax()] + edges[counts.argmax() + 1]) / 2
+        np.testing.assert_allclose(histogram.peak[neuron], centre, rtol=1e-12, atol=1e-12 * np.ptp(column))
+
+
+def test_counts_are_identical_in_every_way(adversarial, every_way):
+    whole, *others = every_way(Histogram, adversarial)
+    assert whole.counts.sum(1).tolist() == [len(adversarial)] * 10
+    assert whole.zeros.tolist() == (adversarial == 0).sum(0).tolist()
+    for other in others:
+        assert torch.equal(other.counts, whole.counts) and torch.equal(other.zeros, whole.zeros)
+        assert torch.equal(other.compute(), whole.compute())
+
+
+@pytest.mark.parametrize(("low", "high", "step"), [(-128, 129, 2**-6), (0, 101, 1), (-3, 998, 0.1), (7, 50, 1e-30)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_values_on_a_grid_fall_where_numpy_puts_them(gathered, low, high, step, dtype):
+    x = (step * torch.arange(low, high, dtype=torch.float64).unsqueeze(1)).to(dtype)
+    assert np.array_equal(papers(gathered(Histogram, [x]))[0], np.histogram(x.double(), bins=100)[0])
+
+
+def test_values_on_the_edges_belong_to_the_bin_above(gathered):
+    """There a division by the width lands on either side of a whole number."""
+    low, high = np.sort(np.random.default_rng(0).normal(size=(2, 50)), axis=0)
+    edges = low + np.arange(1001)[:, None] / 10 * ((high - low) / 100)
+    assert (np.floor((edges - low) / ((high - low) / 1000)) != np.arange(1001)[:, None]).sum() > 1000
+    inner = edges[1:1000]
+    for values, ends in ((inner, [1, 2]), (np.nextafter(inner, low), [2, 1])):
+        counts = gathered(Histogram, [torch.tensor(np.vstack([low, values, high]))]).counts
+        assert counts[:, [0, -1]].tolist() == [ends] * 50 and bool((counts[:, 1:-1] == 1).all())
+
+
+def test_ties_go_to_the_lowest_bin_and_zeros_have_no_sign(gathered):
+    histogram = gathered(Histogram, [torch.tensor([[0.0, -0.0, 1.0, 0.255, 0.255, 0.705, 0.255, 0.705, 0.705]]).T])
+    assert histogram.peak.item() == pytest.approx(0.255, abs=1e-9) and histogram.zeros.tolist() == [2]
+
+
+@pytest.mark.parametrize("other", [2.0, torch.nan, torch.inf])
+def test_other_data_than_the_range_was_of_are_refused(gathered, other):
+    x = torch.linspace(-1, 1, 40).view(10, 4)
+    gathered(Histogram, [x * (1 + 1e-6)], first=[x]).check()
+    changed = x.clone()
+    changed[3:5, 2] = other
+    with pytest.raises(StatisticsError, match="2 activations lie outside the range of the first calibration epoch"):
+        gathered(Histogram, [changed], first=[x]).check()
+
+
+def test_what_is_left_is_small_and_tells_the_same(adversarial, gathered):
+    histogram, copy = gathered(Histogram, [adversarial]), Histogram(10)
+    before = histogram.compute()
+    assert (
+        sum(state.nbytes for state in histogram.metric_state.values()) == 10 * 8 * (1000 + 1) + 8
+    )  # for any positions
+    histogram.reduce()
+    copy.load_state_dict(histogram.state_dict())
+    assert sum(tensor.nbytes for tensor in histogram.state_dict().values()) == 10 * 8 * (2 + 5 + 1) + 8
+    for one in (histogram, copy):
+        found = torch.stack([one.peak, one.mode, one.median, one.half_sample_mode, one.modes.double()])
+        assert torch.equal(found, before) and not one.counts.numel()
+
+
+def test_ranks_merge_even_if_one_has_seen_nothing(gathered):
+    x = torch.linspace(0, 1, 300).square().view(100, 3)
+    busy, idle = gathered(Histogram, [x]), Histogram(3, SiteStatistics("here", {Moments: gathered(Moments, [x])}))
+    theirs = iter(busy.metric_state.values())
+    idle.sync(lambda own, group: [own, next(theirs)], distributed_available=lambda: True)
+    idle.reduce()
+    assert torch.equal(idle.values, busy.compute())

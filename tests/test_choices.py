@@ -1,0 +1,124 @@
+"""Which units go."""
+
+import subprocess
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from lightning_ablate import EachHead, EachLayer, Only, Random, Ranked, Site
+from lightning_ablate.choices import seed_of
+from lightning_ablate.conditions import Condition, Selection
+from lightning_ablate.errors import ConfigError, SiteError, StatisticsError
+from lightning_ablate.statistics import Histogram, Moments, SiteStatistics
+
+SITE = Site("model.layers.3.self_attn.o_proj", 37)
+HEADS = Site("h.0.attn.proj", 12, heads=3, layer="h.0")
+MLP = Site("h.0.mlp.down", 20, kind="mlp", layer="h.0")
+NEXT = Site("h.1.attn.proj", 12, heads=3, layer="h.1")
+
+
+def mask_of(site, fraction, seed, unit="neuron"):
+    return Random(unit).mask(Selection(fraction, seed), site)
+
+
+@pytest.mark.parametrize("width", [1, 7, 37, 4096])
+def test_a_mask_takes_the_rounded_share_and_masks_are_nested_in_the_fraction(width):
+    masks = [mask_of(Site("a", width), step / 20, 42) for step in range(21)]
+    assert [int(mask.sum()) for mask in masks] == [round(step / 20 * width) for step in range(21)]
+    assert all(bool((smaller <= larger).all()) for smaller, larger in pairwise(masks))
+
+
+def test_a_mask_depends_on_seed_site_and_width_alone_whatever_the_process():
+    mask, state = mask_of(SITE, 0.5, 42), torch.random.get_rng_state()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(mask, Random().mask(Condition(0.5, 42, method="peak"), SITE))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert mask.device.type == "cpu" and mask.dtype == torch.bool and torch.equal(state, torch.random.get_rng_state())
+    for other in (mask_of(SITE, 0.5, 43), mask_of(Site("model.layers.4.self_attn.o_proj", 37), 0.5, 42)):
+        assert not torch.equal(mask, other)
+    assert seed_of(1, "ab", "c") != seed_of(1, "a", "bc") and 0 <= seed_of(42, "x") < 2**63
+    chosen = torch.stack([mask_of(SITE, 0.5, seed) for seed in range(400)]).float().mean(0)
+    assert bool(((chosen > 0.38) & (chosen < 0.62)).all())  # 0.5 within 4.5 standard errors of 400 draws
+    code = (
+        "from lightning_ablate import Random, Site; from lightning_ablate.conditions import Selection;"
+        f"print(Random().mask(Selection(0.5, 42), Site({SITE.name!r}, 37)).tolist())"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert other.strip() == str(mask_of(SITE, 0.5, 42).tolist())
+
+
+def test_a_head_goes_whole():
+    for seed in range(5):
+        mask, larger = (mask_of(HEADS, fraction, seed, "head").view(3, 4) for fraction in (1 / 3, 2 / 3))
+        assert mask.sum(1).sort().values.tolist() == [0, 0, 4] and larger.sum(1).sort().values.tolist() == [0, 4, 4]
+        assert bool((mask <= larger).all())
+    assert {int(mask_of(HEADS, 1 / 3, seed, "head").nonzero()[0]) for seed in range(20)} == {0, 4, 8}
+    for choice in (Random("head"), EachHead(), Only(heads={MLP.name: [0]})):
+        with pytest.raises(SiteError, match="h.0.mlp.down .mlp, 20 neurons. has no heads that lie side by side"):
+            choice.mask(Selection(0.5, 1, MLP.name, 0), MLP)
+    fractions = [0.1, 0.2, 0.3, 0.4, 1.0]  # 0, 1, 1, 1 and 3 of 3 heads
+    assert Random("head").selections([HEADS, NEXT], fractions, [1]) == [Selection(0.2, 1), Selection(1.0)]
+
+
+def test_each_head_and_each_layer_is_taken_once_and_alone():
+    selections = EachHead().selections([HEADS, NEXT], [0.5], [1, 2])
+    assert selections == [Selection(1.0, None, site.name, head) for site in (HEADS, NEXT) for head in range(3)]
+    masks = torch.stack([torch.cat([EachHead().mask(s, site) for site in (HEADS, NEXT)]) for s in selections])
+    assert torch.equal(masks, torch.eye(6, dtype=torch.bool).repeat_interleave(4, dim=1))
+    assert {EachHead().draw([HEADS, NEXT], seed) for seed in range(200)} == set(selections)
+    sites, parts = [HEADS, MLP, NEXT, Site("head.o", 4, kind="other")], ["h.0", "h.1", "head.o"]
+    selections = EachLayer().selections(sites, [0.5], [1, 2])
+    assert selections == [Selection(1.0, None, part) for part in parts]
+    taken = [[EachLayer().mask(s, site).unique().tolist() for site in sites] for s in selections]
+    assert taken == [[[part == (site.layer or site.name)] for site in sites] for part in parts]
+
+
+def test_only_the_given_heads_and_neurons_go():
+    choice = Only(heads={HEADS.name: [0, 2]}, neurons={MLP.name: [19], HEADS.name: [5]})
+    label = "h.0.attn.proj heads 0, 2; h.0.mlp.down neuron 19; h.0.attn.proj neuron 5"
+    assert choice.selections([HEADS, MLP, NEXT], [0.5], [1, 2]) == [Selection(1.0, None, label)]
+    taken = [choice.mask(Selection(1.0, None, label), s).nonzero().flatten().tolist() for s in (HEADS, MLP, NEXT)]
+    assert taken == [[0, 1, 2, 3, 5, 8, 9, 10, 11], [19], []]
+    assert Only(heads={HEADS.name: [1]}, label="copying").selections([HEADS], [], [])[0].part == "copying"
+    assert Only(heads={f"layers.{n}.self_attn.o_proj": [0, 1] for n in range(9)}).label == "18 heads of 9 sites"
+    for wrong, message in (
+        (Only(heads={"h.9": [0]}), "Only names the site 'h.9', expected one of h.0.attn.proj, h.0.mlp.down"),
+        (Only(heads={HEADS.name: [3]}), "Only names head 3 of h.0.attn.proj, expected numbers from 0 to 2"),
+        (Only(neurons={MLP.name: [-1]}), "Only names neuron -1 of h.0.mlp.down, expected numbers from 0 to 19"),
+    ):
+        with pytest.raises(SiteError, match=message):
+            wrong.selections([HEADS, MLP], [], [])
+    with pytest.raises(ConfigError, match="Only names no heads and no neurons"):
+        Only()
+
+
+@pytest.mark.parametrize(("first", "sign"), [("lowest", 1), ("highest", -1)])
+@pytest.mark.parametrize("by", ["sd", "rms", "skewness", "kurtosis", "gap"])
+def test_ranked_orders_neurons_as_numpy_does(by, first, sign):
+    x, gathered = (torch.randn(4, 500, 12) * torch.rand(12) + torch.randn(12)).exp(), {}
+    for kind in (Moments, Histogram):
+        gathered[kind] = kind(12, SiteStatistics("here", gathered))
+        gathered[kind].update(x)
+    flat, mode = x.flatten(0, 1).double().numpy(), gathered[Histogram].mode.numpy()  # tested where it is made
+    value = {
+        "sd": flat.std(0),
+        "rms": np.sqrt((flat**2).mean(0)),
+        "skewness": np.abs(stats.skew(flat)),
+        "kurtosis": np.abs(stats.kurtosis(flat)),
+        "gap": np.abs(flat.mean(0) - mode) / flat.std(0),
+    }[by]
+    expected, statistics = np.argsort(sign * value), SiteStatistics("here", gathered)
+    mask = Ranked(by, first).mask(Selection(0.25), HEADS, statistics)
+    assert mask.nonzero().flatten().tolist() == sorted(expected[:3].tolist())
+    assert Ranked(by, first).order(HEADS, 0, statistics).tolist() == expected.tolist()
+    heads = np.argsort(sign * value.reshape(3, 4).mean(1))
+    assert Ranked(by, first, unit="head").order(HEADS, 0, statistics).tolist() == heads.tolist()
+    assert Ranked(by).selections([HEADS], [0.0, 0.5, 1.0], [1, 2]) == [Selection(0.5), Selection(1.0)]
+    with pytest.raises(StatisticsError, match="needs the statistic Moments of the site here"):
+        Ranked(by).mask(Selection(0.5), HEADS, SiteStatistics("here", {}))

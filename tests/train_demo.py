@@ -1,0 +1,220 @@
+"""The recipes of the embedded targets: ``python -m tests.train_demo {gpt2,roberta,vit} FOLDER``."""
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_ablate.data.demo import digits, python_texts
+
+LENGTH = 128
+
+
+class Recipe(lightning.LightningModule):
+    """Trains a network with AdamW and a warm-up followed by a cosine decay.
+
+    Args:
+        network: what is trained.
+        loss: maps the batch to the loss, in nats.
+        learning_rate: its peak.
+        steps: optimiser steps in all.
+    """
+
+    def __init__(
+        self, network: nn.Module, loss: Callable[[list[Tensor]], Tensor], learning_rate: float, steps: int
+    ) -> None:
+        super().__init__()
+        self.network, self.loss, self.learning_rate, self.steps = network, loss, learning_rate, steps
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """The loss of one batch, shown in the progress bar."""
+        loss = self.loss(batch)
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """AdamW; weight decay on matrices only."""
+        matrices = [p for p in self.network.parameters() if p.ndim > 1]
+        others = [p for p in self.network.parameters() if p.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.98))
+
+        def rate(step: int) -> float:
+            warm_up = 0.05 * self.steps
+            return min(1.0, (step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / self.steps)))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def run(self, data: TensorDataset, batch_size: int) -> None:
+        """Trains for the given number of steps on shuffled batches of ``data``."""
+        loader = DataLoader(data, batch_size=batch_size, shuffle=True, drop_last=True)
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            max_steps=self.steps,
+            max_epochs=-1,
+            gradient_clip_val=1.0,
+            logger=False,
+            enable_checkpointing=False,
+        )
+        trainer.fit(self, loader)
+        self.network.eval()
+
+
+def train_gpt2(folder: Path, steps: int = 1_500) -> None:
+    """A GPT-2 of 4 layers and 128 features on Python's documentation and sources."""
+    from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
+
+    tokenizer = GPT2TokenizerFast(**_bpe(2_048, ["<|endoftext|>"]), model_max_length=LENGTH)
+    ids = _token_rows(tokenizer.encode, tokenizer.eos_token_id, LENGTH)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=LENGTH,
+        n_embd=128,
+        n_layer=4,
+        n_head=4,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    model = GPT2LMHeadModel(config)
+    recipe = Recipe(model, lambda batch: model(input_ids=batch[0], labels=batch[0]).loss, 3e-3, steps)
+    recipe.run(TensorDataset(ids), batch_size=32)
+    _save(model, tokenizer, folder)
+
+
+def train_roberta(folder: Path, steps: int = 3_000) -> None:
+    """A RoBERTa of 4 layers and 128 features on the same text, 20% of the positions chosen."""
+    from transformers import RobertaConfig, RobertaForMaskedLM, RobertaTokenizerFast
+
+    tokenizer = RobertaTokenizerFast(
+        **_bpe(1_024, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]), model_max_length=LENGTH
+    )
+    rows = _token_rows(lambda text: tokenizer.encode(text, add_special_tokens=False), None, LENGTH - 2)
+    ends = torch.full((len(rows), 1), tokenizer.eos_token_id)
+    ids = torch.cat([torch.full_like(ends, tokenizer.bos_token_id), rows, ends], dim=1)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=LENGTH + 2,
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=512,
+        type_vocab_size=1,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    model = RobertaForMaskedLM(config)
+
+    def loss(batch: list[Tensor]) -> Tensor:
+        inputs = batch[0].clone()
+        chosen = torch.rand(inputs.shape) < 0.2
+        chosen[:, 0] = chosen[:, -1] = False
+        fate = torch.rand(inputs.shape)
+        inputs[chosen & (fate < 0.8)] = tokenizer.mask_token_id
+        swapped = chosen & (fate >= 0.8) & (fate < 0.9)
+        inputs[swapped] = torch.randint(5, len(tokenizer), (int(swapped.sum()),))
+        hidden = model.roberta(inputs).last_hidden_state
+        return F.cross_entropy(model.lm_head(hidden[chosen]), batch[0][chosen])
+
+    Recipe(model, loss, 2.5e-3, steps).run(TensorDataset(ids), batch_size=32)
+    _save(model, tokenizer, folder)
+
+
+def train_vit(folder: Path, steps: int = 3_000) -> None:
+    """A ViT of 4 layers, 64 features and 16 patches on the digits, shifted, scaled, turned and dimmed a little."""
+    import timm
+    from timm.models import save_for_hf
+
+    shape: dict[str, Any] = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4}
+    shape["num_classes"] = 10
+    levels = {"input_size": (1, 8, 8), "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0, "interpolation": "bilinear"}
+    config = {**levels, "num_classes": 10, "license": "mit"}
+    model = timm.create_model("vit_tiny_patch16_224", pretrained_cfg=config, drop_path_rate=0.1, **shape)
+    data = digits("train").with_format("torch")[:]
+    images, labels = torch.stack(list(data["image"])).float() / 255, torch.as_tensor(data["label"])
+
+    def loss(batch: list[Tensor]) -> Tensor:
+        logits = model((_jitter(batch[0]) - 0.5) / 0.5)
+        return F.cross_entropy(logits, batch[1], label_smoothing=0.1)
+
+    Recipe(model, loss, 2e-3, steps).run(TensorDataset(images, labels), batch_size=128)
+    save_for_hf(model, str(folder), model_args=shape, safe_serialization=True)
+
+
+def _jitter(images: Tensor) -> Tensor:
+    n = len(images)
+    angle = (torch.rand(n) - 0.5) * 0.5
+    scale = 1 + (torch.rand(n, 2) - 0.5) * 0.3
+    shift = (torch.rand(n, 2) - 0.5) * 0.5
+    cos, sin = angle.cos(), angle.sin()
+    rows = [torch.stack([cos * scale[:, 0], -sin * scale[:, 0], shift[:, 0]], 1)]
+    rows += [torch.stack([sin * scale[:, 1], cos * scale[:, 1], shift[:, 1]], 1)]
+    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    moved = F.grid_sample(images, grid, align_corners=False)
+    return (moved * (0.8 + 0.4 * torch.rand(n, 1, 1, 1))).clamp(0, 1)
+
+
+def _bpe(size: int, special: list[str]) -> dict[str, Any]:
+    trainer = ByteLevelBPETokenizer()
+    trainer.train_from_iterator(
+        python_texts("train"), vocab_size=size, min_frequency=2, special_tokens=special, show_progress=False
+    )
+    model = trainer._tokenizer.model
+    vocabulary = trainer.get_vocab()
+    return {"vocab": vocabulary, "merges": _merges(model)}
+
+
+def _merges(model: Any) -> list[tuple[str, str]]:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        merges = next(Path(path) for path in model.save(folder) if path.endswith("merges.txt"))
+        lines = merges.read_text(encoding="utf-8").splitlines()
+    return [(left, right) for left, right in (line.split(" ") for line in lines if not line.startswith("#version"))]
+
+
+def _token_rows(encode: Callable[[str], list[int]], separator: int | None, length: int) -> Tensor:
+    ids: list[int] = []
+    for text in python_texts("train"):
+        ids += encode(text)
+        if separator is not None:
+            ids.append(separator)
+    rows = len(ids) // length
+    return torch.tensor(ids[: rows * length]).view(rows, length)
+
+
+def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+RECIPES: dict[str, Callable[..., None]] = {"gpt2": train_gpt2, "roberta": train_roberta, "vit": train_vit}
+
+
+def main() -> None:
+    """Trains one target and writes its folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("target", choices=RECIPES)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, help="optimiser steps (default: the recipe's own)")
+    arguments = parser.parse_args()
+    lightning.seed_everything(0)
+    RECIPES[arguments.target](arguments.folder, **({"steps": arguments.steps} if arguments.steps else {}))
+
+
+if __name__ == "__main__":
+    main()
