@@ -16,106 +16,63 @@ LENGTH = 16
 VIT = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 4, "num_classes": 10}
 
 
-def gpt2(**options):
-    from transformers import GPT2Config, GPT2LMHeadModel
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+WIDE = {"intermediate_size": 32, "max_position_embeddings": 64}
 
-    torch.manual_seed(1)
-    config = GPT2Config(
-        vocab_size=VOCABULARY, n_positions=64, n_embd=16, n_layer=2, n_head=4, initializer_range=0.4, **options
-    )
-    return GPT2LMHeadModel(config).eval()
+
+def made(seed, model, config, **options):
+    """A model of transformers by the names of its classes."""
+    import transformers
+
+    torch.manual_seed(seed)
+    return getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
+
+
+def gpt2(**options):
+    sizes = {"vocab_size": VOCABULARY, "n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 4}
+    return made(1, "GPT2LMHeadModel", "GPT2Config", **sizes, initializer_range=0.4, **options)
 
 
 def mistral():
     """Grouped-query attention whose heads together (4 x 8) are wider than the hidden state (24)."""
-    from transformers import MistralConfig, MistralForCausalLM
-
-    torch.manual_seed(2)
-    config = MistralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        initializer_range=0.4,
-        max_position_embeddings=64,
-    )
-    return MistralForCausalLM(config).eval()
+    sizes = {**SMALL, **WIDE, "hidden_size": 24, "num_key_value_heads": 2, "head_dim": 8}
+    return made(2, "MistralForCausalLM", "MistralConfig", **sizes, initializer_range=0.4)
 
 
 def roberta():
-    from transformers import RobertaConfig, RobertaForMaskedLM
+    sizes = {**SMALL, **WIDE, "max_position_embeddings": 66, "type_vocab_size": 1}
+    return made(3, "RobertaForMaskedLM", "RobertaConfig", **sizes, initializer_range=0.4)
 
-    torch.manual_seed(3)
-    config = RobertaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=66,
-        type_vocab_size=1,
-        initializer_range=0.4,
-    )
-    return RobertaForMaskedLM(config).eval()
+
+def opt():
+    sizes = {**SMALL, "word_embed_proj_dim": 16, "ffn_dim": 32, "max_position_embeddings": 64}
+    return made(6, "OPTForCausalLM", "OPTConfig", **sizes)
 
 
 def mixtral():
     """Experts held as three-dimensional parameters."""
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    torch.manual_seed(7)
-    config = MixtralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        max_position_embeddings=64,
-    )
-    return MixtralForCausalLM(config).eval()
+    return made(7, "MixtralForCausalLM", "MixtralConfig", **SMALL, **WIDE, num_key_value_heads=2, num_local_experts=4)
 
 
 def albert():
     """One layer used three times."""
-    from transformers import AlbertConfig, AlbertForMaskedLM
-
-    torch.manual_seed(8)
-    config = AlbertConfig(
-        vocab_size=VOCABULARY,
-        embedding_size=8,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=64,
+    return made(
+        8, "AlbertForMaskedLM", "AlbertConfig", **{**SMALL, **WIDE, "embedding_size": 8, "num_hidden_layers": 3}
     )
-    return AlbertForMaskedLM(config).eval()
 
 
 def t5():
     """An encoder and a decoder of two layers each, whose heads together (4 x 8) are wider than the hidden state."""
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    torch.manual_seed(9)
-    config = T5Config(
-        vocab_size=VOCABULARY, d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=4, decoder_start_token_id=0
-    )
-    return T5ForConditionalGeneration(config).eval()
+    sizes = {"vocab_size": VOCABULARY, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4}
+    return made(9, "T5ForConditionalGeneration", "T5Config", **sizes, decoder_start_token_id=0)
 
 
 def m2m():
     """An encoder-decoder that only makes its decoder's inputs from labels itself."""
-    from transformers import M2M100Config, M2M100ForConditionalGeneration
-
-    torch.manual_seed(10)
     layers = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
     wide = {"d_model": 16, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 64}
-    return M2M100ForConditionalGeneration(M2M100Config(vocab_size=VOCABULARY, init_std=0.4, **layers, **wide)).eval()
+    options = {"vocab_size": VOCABULARY, "init_std": 0.4, **layers, **wide}
+    return made(10, "M2M100ForConditionalGeneration", "M2M100Config", **options)
 
 
 def vit():
@@ -274,19 +231,3 @@ def fit(folder, module=None, train=None, val=None, callback=None, more=(), **opt
     val = loader(seed=2) if val is None else val  # a stream has no length, and so no truth
     trainer(folder, callback, *more, **options).fit(module, loader(seed=1) if train is None else train, val)
     return module, callback
-
-
-def opt():
-    from transformers import OPTConfig, OPTForCausalLM
-
-    torch.manual_seed(6)
-    config = OPTConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        word_embed_proj_dim=16,
-        ffn_dim=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-    )
-    return OPTForCausalLM(config).eval()
