@@ -1,6 +1,6 @@
 """Which architectures are covered: tiny random models of each, from the libraries' own classes.
 
-``python -m tests.coverage`` prints the table, ``--write`` also puts it into README.md; test_coverage.py holds it true.
+``python -m tests.coverage`` prints the table, ``--write`` also writes architectures.md; test_coverage.py holds it true.
 """
 
 import argparse
@@ -17,8 +17,7 @@ from lightning_ablate.errors import SiteError
 from lightning_ablate.sites import Site, check_mixing, find_sites
 from tests import reference
 
-README = Path(__file__).parent.parent / "README.md"
-MARKS = ("<!-- coverage: python -m tests.coverage --write -->\n", "<!-- end of coverage -->\n")
+FILE = Path(__file__).parent / "architectures.md"
 LARGEST = 3_000_000  # parameters of a tiny model
 
 # set where an architecture's configuration has such a field
@@ -41,6 +40,8 @@ SMALL = {
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
 LATENT |= {"num_key_value_heads": 4, "head_dim": 4}
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4}
+WINDOWS = {"embed_dim": 32, "depths": [2, 2], "num_heads": [4, 4], "window_size": 8}
+SWIN: dict[str, Any] = {"sites": 4, "width": (32, 64), "mlps": 4}  # two stages of two layers
 EXPERTS = "experts"
 
 
@@ -96,14 +97,7 @@ COVERED = [
         mlps=4,
     ),
     *cases("vision", "beit data2vec-vision deit dinov2 dinov2_with_registers ijepa vit vit_msn"),
-    Case(
-        "vision",
-        "swin",
-        sites=4,
-        width=(32, 64),
-        mlps=4,
-        options={"image_size": 64, "embed_dim": 32, "depths": [2, 2], "num_heads": [4, 4], "window_size": 8},
-    ),
+    Case("vision", "swin", **SWIN, options={"image_size": 64, **WINDOWS}),
     *cases(
         "timm",
         "vit_tiny_patch16_224 vit_base_patch32_clip_224 vit_base_patch16_siglip_224 vit_small_patch14_reg4_dinov2 "
@@ -120,10 +114,8 @@ COVERED = [
     *cases(
         "timm",
         "swin_tiny_patch4_window7_224 swinv2_tiny_window8_256 swinv2_cr_tiny_224",
-        sites=4,
-        width=(32, 64),
-        mlps=4,
-        options={"img_size": 64, "embed_dim": 32, "depths": (2, 2), "num_heads": (4, 4), "window_size": 8},
+        **SWIN,
+        options={"img_size": 64, **WINDOWS},
     ),
 ]
 _NONE, _BARE, _MIXES = "no attention in the target", "no projection module reads", "also mixes positions by other ways"
@@ -245,8 +237,9 @@ def reason(case: Case) -> str:
 
 
 def table() -> str:
-    """As it stands in README.md."""
-    rows = ["| covered | architectures |", "| --- | --- |"]
+    """As it stands in architectures.md."""
+    rows = ["# Architectures, checked on tiny random models of each (`python -m tests.coverage` checks again)", ""]
+    rows += ["| covered | architectures |", "| --- | --- |"]
     for kind in dict.fromkeys(case.kind for case in COVERED):
         names = sorted(case.name for case in COVERED if case.kind == kind)
         rows.append(f"| {len(names)} {KINDS[kind]} | {', '.join(names)} |")
@@ -258,11 +251,9 @@ def table() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prints which architectures are covered.")
-    parser.add_argument("--write", action="store_true", help="write it into README.md")
+    parser.add_argument("--write", action="store_true", help="write it into architectures.md")
     if parser.parse_args().write:
-        text = README.read_text(encoding="utf-8")
-        before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
-        README.write_text(before + MARKS[0] + table() + MARKS[1] + after, encoding="utf-8")
+        FILE.write_text(table(), encoding="utf-8")
     print(table())
 
 

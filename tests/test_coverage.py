@@ -15,7 +15,6 @@ def names(cases):
 
 @pytest.fixture(autouse=True)
 def _as_the_libraries_are():
-    """Loading the libraries' many models may warn of what they themselves do."""
     import warnings
 
     with warnings.catch_warnings():
@@ -24,7 +23,7 @@ def _as_the_libraries_are():
 
 
 @pytest.mark.parametrize("case", COVERED, ids=names(COVERED))
-def test_sites_are_as_counted_by_hand_and_hold_all_mixing(case):
+def test_sites_and_mlps_are_as_counted_by_hand_and_sites_hold_all_mixing(case):
     target = tiny(case)
     sites = find_sites(target.model, lambda: target.run(0))
     assert len(sites) == case.sites
@@ -36,11 +35,6 @@ def test_sites_are_as_counted_by_hand_and_hold_all_mixing(case):
         assert moved(target, sites[:left_out] + sites[left_out + 1 :]) > 1
     with pytest.raises(SiteError, match="also mixes positions by other ways"):
         check_mixing(target.model, sites[1:], target.run)
-
-
-@pytest.mark.parametrize("case", COVERED, ids=names(COVERED))
-def test_mlp_sites_are_as_counted_by_hand(case):
-    target = tiny(case)
     if isinstance(case.mlps, int):
         sites = find_sites(target.model, lambda: target.run(0), ["mlp"])
         assert len(sites) == case.mlps and {site.kind for site in sites} == {"mlp"}
@@ -55,12 +49,11 @@ def test_what_mixes_without_attention_is_refused(case, why):
     assert why in coverage.reason(case)
 
 
-def test_enough_are_covered_and_the_readme_says_which():
+def test_enough_are_covered_and_the_table_says_which():
     assert len([case for case in COVERED if case.kind != "timm"]) >= 40
     assert len([case for case in COVERED if case.kind == "timm"]) >= 15
     assert {case.kind for case in COVERED} == {"decoder", "encoder", "encoder-decoder", "vision", "timm"}
-    text = coverage.README.read_text(encoding="utf-8")
-    assert coverage.MARKS[0] + coverage.table() + coverage.MARKS[1] in text
+    assert coverage.FILE.read_text(encoding="utf-8") == coverage.table()
 
 
 # by hand: which projection makes the values, in rows from where on, of how many heads; and where the site is
