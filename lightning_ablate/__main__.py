@@ -13,8 +13,6 @@ EXPECTED = (
     "You have overridden `on_before_batch_transfer`",  # masking belongs to MaskedLM, whatever the data
     ".*LeafSpec.*",  # Lightning's own call of torch
 )
-
-
 COMMANDS = {
     "fit": "calibrates (and learns, where a method asks for it), leaves ablation.ckpt, and sweeps all conditions",
     "validate": "sweeps again with the statistics of a checkpoint (--ckpt_path), under other options if you like",
@@ -54,7 +52,8 @@ def main() -> None:
     except (AblationError, MisconfigurationException) as error:
         sys.exit(f"error: {error}")
     except ArgumentError as error:
-        print(f"error: {_in_a_line(str(error))} (--help lists the options)", file=sys.stderr)
+        lines = [line.strip().removeprefix("- ") for line in str(error).splitlines() if not _TRIED.search(line)]
+        print(f"error: {' '.join(filter(None, lines))} (--help lists the options)", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a full disk, a folder that can't be written
         if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EFBIG):
@@ -63,11 +62,6 @@ def main() -> None:
     except SIGTERMException:  # Lightning's, with which Python would exit as if all were well
         print("stopped by SIGTERM; the same command with the same --ablation.dirpath goes on", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)
-
-
-def _in_a_line(message: str) -> str:
-    lines = [line.strip().removeprefix("- ") for line in message.splitlines() if not _TRIED.match(line.strip())]
-    return " ".join(filter(None, lines))
 
 
 if __name__ == "__main__":

@@ -19,21 +19,15 @@ from lightning_ablate.statistics import ActivationStatistic, SiteStatistics
 class Calibration:
     """The statistics of a target's sites, and the values learned for them, as methods and choices ask for them.
 
-    Only what is complete enters it: statistics of whole epochs, merged over all processes.
-
-    Args:
-        which: kinds of sites, and patterns of their paths (see :func:`~lightning_ablate.sites.find_sites`).
-        sites: of the target.
-
-    Attributes:
-        statistics: of each site, by class.
-        learned: the values that a method learned, of each site ``(neurons,)`` float32, by the method's name.
+    Only what is complete enters it: statistics of whole epochs, merged over all processes. ``which`` are kinds of
+    ``sites``, and patterns of their paths (see :func:`~lightning_ablate.sites.find_sites`); ``statistics`` are by site
+    and class; ``learned`` holds, by a method's name and site, the values it learned, ``(neurons,)`` float32.
     """
 
     def __init__(self, which: Sequence[str] = ("attention",), sites: Sequence[Site] = ()) -> None:
-        self.which, self.sites = tuple(which), tuple(sites)
-        self.statistics: dict[Site, dict[type[ActivationStatistic], ActivationStatistic]] = {s: {} for s in self.sites}
+        self.which = tuple(which)
         self.learned: dict[str, dict[Site, Tensor]] = {}
+        self.locate(sites)
 
     def __getitem__(self, site: Site) -> SiteStatistics:
         """The statistics of one site, and what was learned for it."""
@@ -46,7 +40,7 @@ class Calibration:
     def locate(self, sites: Iterable[Site]) -> None:
         """Takes the sites, once they are found."""
         self.sites = tuple(sites)
-        self.statistics = {site: {} for site in self.sites}
+        self.statistics: dict[Site, dict[type[ActivationStatistic], ActivationStatistic]] = {s: {} for s in self.sites}
 
     def add(self, site: Site, statistic: ActivationStatistic) -> None:
         """Takes a statistic that is complete."""
@@ -63,7 +57,10 @@ class Calibration:
         sites = [
             {
                 "site": asdict(site),
-                "statistics": {kind.__name__: _on_cpu(found) for kind, found in statistics.items()},
+                "statistics": {
+                    _key(kind): {name: value.detach().cpu().clone() for name, value in found.state_dict().items()}
+                    for kind, found in statistics.items()
+                },
                 "learned": {name: values[site].cpu() for name, values in self.learned.items()},
             }
             for site, statistics in self.statistics.items()
@@ -81,10 +78,8 @@ class Calibration:
     ) -> Self:
         """Takes sites and statistics from a :meth:`state_dict` of the same target; what it lacks stays missing.
 
-        Of ``kinds`` of statistics, and the sites for ``which``, None takes all that are there.
-
-        Raises:
-            StatisticsError: if it lacks a site, or is of another version of this package.
+        Of ``kinds`` of statistics, and the sites for ``which``, None takes all that are there; StatisticsError if it
+        lacks a site, or is of another version of this package.
         """
         if "sites" not in state:
             raise StatisticsError("the checkpoint is of an older version of this package; run `fit` again")
@@ -97,7 +92,9 @@ class Calibration:
                     f"{', '.join(site.name for site in saved)}; name these with --ablation.sites, or run `fit` again"
                 )
         made = cls(which, [site for site in saved if any(is_asked(site, word) for word in which)])
-        known = {kind.__name__: kind for kind in (_all(ActivationStatistic) if kinds is None else kinds)}  # type: ignore[type-abstract]
+        if not made.sites:
+            raise StatisticsError("the checkpoint holds no site: its calibration wasn't complete; run `fit` again")
+        known = {_key(kind): kind for kind in (_all(ActivationStatistic) if kinds is None else kinds)}  # type: ignore[type-abstract]
         for site in made.sites:
             target.get_submodule(site.path)  # or raises
             if not (isinstance(site.width, int) and isinstance(site.uses, int) and site.uses > 0):
@@ -118,15 +115,12 @@ class Calibration:
     def load(cls, path: Path | str, target: nn.Module) -> Self:
         """What ``fit`` left for this target in ``ablation.ckpt``, or in another checkpoint that Lightning wrote then.
 
-        Raises:
-            TargetError: if the checkpoint can't be read, or is of another target.
-            StatisticsError: if it holds no calibration.
+        TargetError if it can't be read, or is of another target; StatisticsError if it holds no calibration.
         """
         with loading(str(path), TargetError):
             saved = torch.load(path, map_location="cpu", weights_only=True)["callbacks"]
-            state: dict[str, Any] = next(
-                (value for name, value in saved.items() if name.startswith("AblationCallback")), {}
-            )
+            states: list[dict[str, Any]] = [state for state in saved.values() if "calibration" in state]
+            state = states[0] if states else {}
         check_target(state, fingerprint(target))
         device = next(target.parameters()).device
         with loading(str(path), StatisticsError):
@@ -134,12 +128,7 @@ class Calibration:
 
 
 def check_target(state: Mapping[str, Any], target: str) -> None:
-    """Refuses a callback's state from a checkpoint that holds no calibration, or not one of this fingerprint.
-
-    Raises:
-        StatisticsError: if there is no calibration in it.
-        TargetError: if it is of another target.
-    """
+    """Refuses a callback's state without a calibration (StatisticsError), or of another fingerprint (TargetError)."""
     if "calibration" not in state:
         raise StatisticsError(
             "validate needs the statistics of a calibration: name the checkpoint that `fit` left (--ckpt_path), or run "
@@ -162,7 +151,9 @@ def fingerprint(target: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, module in target.named_modules():
         numbers = sorted((key, value) for key, value in vars(module).items() if type(value) is int)
-        digest.update(f"{name} {_class_name(module)} {numbers};".encode())
+        # below the class that sharding puts on top
+        kind = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+        digest.update(f"{name} {kind.__name__} {numbers};".encode())
     for name, tensor in sorted({**target.state_dict(), **dict(target.named_buffers())}.items()):
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
@@ -171,9 +162,20 @@ def fingerprint(target: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _class_name(module: nn.Module) -> str:
-    """The name of a module's class, below the one that sharding puts on top."""
-    return next(kind.__name__ for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+def digest(state: Any) -> str:
+    """SHA-256, in hexadecimal, of tensors on the CPU and plain values, in mappings and lists of them."""
+    if isinstance(state, Mapping):
+        state = [[str(key), digest(value)] for key, value in state.items()]
+    elif isinstance(state, list | tuple):
+        state = [digest(value) for value in state]
+    elif isinstance(state, Tensor):
+        raw = state.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+        state = [str(state.dtype), list(state.shape), hashlib.sha256(raw).hexdigest()]
+    return hashlib.sha256(repr(state).encode()).hexdigest()
+
+
+def _key(kind: type[ActivationStatistic]) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _all(kind: type[ActivationStatistic]) -> list[type[ActivationStatistic]]:
@@ -188,7 +190,3 @@ def _check_shapes(site: Site, statistic: ActivationStatistic, saved: Mapping[str
                 f"the checkpoint holds {type(statistic).__name__} of {site.name} as {tuple(saved[name].shape)}, "
                 f"expected {tuple(own.shape)}: it is of another version of this package; run `fit` again"
             )
-
-
-def _on_cpu(statistic: ActivationStatistic) -> dict[str, Any]:
-    return {name: value.detach().cpu().clone() for name, value in statistic.state_dict().items()}

@@ -1,7 +1,6 @@
 """The Lightning callback that runs the phases: calibration, learning, sweep."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_ablate import phases
 from lightning_ablate import trainer as trainers
-from lightning_ablate.calibration import Calibration, fingerprint
+from lightning_ablate.calibration import Calibration, digest, fingerprint
 from lightning_ablate.choices import Choice, choice_of
 from lightning_ablate.conditions import Condition, check_conditions, distinct_conditions, listed
 from lightning_ablate.errors import ConfigError
@@ -87,14 +86,11 @@ class AblationCallback(lightning.Callback):
         if stage == TrainerFn.FITTING:
             trainers.run_epochs(trainer, None)
 
-    def on_fit_start(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
-        """Begins with the target, which is on its device by now."""
-        self._begin(trainer, pl_module)
-
     def on_train_start(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
-        """Sets the number of epochs, now that the calibration data are there."""
-        trainers.check_counts_once(trainer, trainer.train_dataloader)
-        self._epochs = phases.schedule(self._kinds, self.methods, self.neurons, **trainers.calibration_size(trainer))
+        """Begins, now that the target is on its device and the data are there; sets the number of epochs."""
+        size = trainers.calibration_size(trainer)
+        self._begin(trainer, pl_module)
+        self._epochs = phases.schedule(self._kinds, self.methods, self.neurons, **size)
         trainers.run_epochs(trainer, max(1, len(self._epochs) - self.run.progress.epochs))
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
@@ -130,9 +126,11 @@ class AblationCallback(lightning.Callback):
         """Leaves the checkpoint, or takes the calibration from one, and begins the sweep."""
         if trainer.state.fn != TrainerFn.FITTING:
             self._begin(trainer, pl_module)
+        elif self.run.progress.epochs < len(self._epochs):
+            raise ConfigError(f"fit stopped behind {self.run.progress.epochs} of {len(self._epochs)} epochs: max_time?")
         elif self.folder is not None and not self.run.progress.batches:
             trainer.save_checkpoint(self.folder / CHECKPOINT, weights_only=False)
-        trainers.check_counts_once(trainer, trainer.val_dataloaders)
+        trainers.check_counts_once(trainer, trainers.evaluation_loader(trainer))
         conditions, examples = self._conditions(), trainers.example_count(trainer)
         sweep = phases.SweepPhase(pl_module, self.run.calibration, self.methods, conditions, self.neurons, examples)
         pl_module.phase = self._taken_up(sweep)
@@ -141,17 +139,17 @@ class AblationCallback(lightning.Callback):
         """Saves the progress now and then."""
         phase, run = cast(phases.SweepPhase, pl_module.phase), self.run
         more, run.progress = phase.batches > run.progress.batches, run.progress._replace(batches=phase.batches)
-        if more and self._unfinished and trainers.agreed(trainer, self._unfinished.due or trainer.received_sigterm):
+        if more and self._unfinished and trainer.strategy.broadcast(self._unfinished.due or trainer.received_sigterm):
             self._unfinished.save(run.progress, {"phase": phase.state_dict()})
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
         """Computes the results on every rank, and writes them on the first."""
         phase = cast(phases.SweepPhase, pl_module.phase)
         phase.end_epoch()
-        facts = trainers.run_facts(trainer, pl_module, self) | {"held_out": self.run.held_out, "classes": phase.classes}
-        facts["sites"] = list(map(asdict, self.run.calibration.sites))
-        seen, loader = trainer.num_val_batches[0], trainer.val_dataloaders
-        facts["partial"] = [*self.run.partial, *trainers.cut_short("evaluation", seen, loader)]
+        loader = trainers.evaluation_loader(trainer)
+        facts = {**trainers.run_facts(trainer, pl_module, self, self.run.target), **self.run.facts()}
+        facts["classes"] = phase.classes
+        facts["partial"] += trainers.cut_short("evaluation", trainer.num_val_batches[0], loader)
         self.results = tabulated(phase.conditions, phase.metrics, pl_module.name, data_name(trainer), facts)
         pl_module.log_dict(self.results.flat(), add_dataloader_idx=False, sync_dist=True)
         if trainer.is_global_zero:
@@ -186,21 +184,23 @@ class AblationCallback(lightning.Callback):
     def _begin(self, trainer: lightning.Trainer, module: AblationModule) -> None:
         """Takes up what a checkpoint holds, and what an earlier run in this folder has done."""
         fitting = trainer.state.fn == TrainerFn.FITTING
-        saved = self._loaded or ({} if fitting else self.state_dict())  # what this callback found out in `fit` will do
+        saved = {} if fitting else self._loaded or self.state_dict()  # of a checkpoint, or this callback's own `fit`
         self._loaded, self._earlier, self._unfinished, self.results, module.phase = {}, {}, None, None, None
         module.configure_model()
-        self.run = phases.Run(fingerprint(module.target), Calibration(self.sites))
+        run = phases.Run(fingerprint(module.target), Calibration(self.sites))
         if self.folder is not None:
             self._unfinished = phases.Unfinished(self.folder, trainer.global_rank, trainer.world_size, self.save_every)
-            progress = self._unfinished.claim(trainers.run_facts(trainer, module, self), trainer.strategy.broadcast)
-            if progress != phases.Progress():
-                trainer.print(f"going on with the run in {self.folder}, {progress}")
-                earlier = self._unfinished.read(progress)
-                self.run.progress, self._earlier = progress, earlier["phase"]
+            facts = trainers.run_facts(trainer, module, self, run.target) | {"calibration": digest(saved)}
+            run.progress = self._unfinished.claim(facts, trainer.strategy.broadcast)
+            if run.progress != phases.Progress():
+                trainer.print(f"going on with the run in {self.folder}, {run.progress}")
+                earlier = self._unfinished.read(run.progress)
+                self._earlier = earlier["phase"]
                 if fitting:
-                    saved = trainers.callback_state(self.folder / CHECKPOINT, self) if progress.batches else earlier
+                    saved = trainers.callback_state(self.folder / CHECKPOINT, self) if run.progress.batches else earlier
         if saved or not fitting:
-            self.run.load_state_dict(saved, module.target, kinds=self._kinds, which=self.sites, device=module.device)
+            run.load_state_dict(saved, module.target, kinds=self._kinds, which=self.sites, device=module.device)
+        self.run = run
 
     def _taken_up(self, phase: phases.Phase) -> phases.Phase:
         """The phase, as far as an earlier run has come in it."""

@@ -18,12 +18,9 @@ Quantity = Literal["sd", "rms", "skewness", "kurtosis", "gap"]
 
 
 class Choice(ABC):
-    """Chooses which neurons of a site are ablated. Subclass it to choose in another way.
+    """Chooses which neurons of a site are ablated. Subclass it to choose in another way."""
 
-    ``statistics`` are those that calibration must gather for it.
-    """
-
-    statistics: tuple[type[ActivationStatistic], ...] = ()
+    statistics: tuple[type[ActivationStatistic], ...] = ()  # what calibration must gather for it
 
     @abstractmethod
     def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
@@ -64,13 +61,15 @@ class Ordered(Choice):
     def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
         """Every fraction with every seed; at a fraction of 1 the seed can't matter.
 
-        Of fractions that come to the same number of units in every site the first one, and none that comes to no unit.
+        Of fractions that come to the same number of units in every site the first one, 1 of those that come to all of
+        them, and none that comes to no unit.
         """
         taken: dict[object, float] = {}
+        whole = tuple(self.units(site) for site in sites)
         for fraction in fractions:
-            units = tuple(round(fraction * self.units(site)) for site in sites) or (fraction,)
+            units = tuple(round(fraction * count) for count in whole) or (fraction,)
             if any(units):
-                taken.setdefault(units, fraction)
+                taken.setdefault(units, 1.0 if units == whole else fraction)
         pairs = [(f, seed if self.seeded and f < 1 else None) for f in taken.values() for seed in seeds]
         return [Selection(fraction, seed) for fraction, seed in dict.fromkeys(pairs)]
 
@@ -84,9 +83,6 @@ class Ordered(Choice):
 
 class Random(Ordered):
     """A random order of its own for every site and seed (the paper's choice).
-
-    Args:
-        unit: ``neuron``, or ``head`` for all neurons of an attention head together.
 
     Example:
         >>> site = Site("blocks.0.attn.proj", 10)
@@ -188,15 +184,12 @@ class EachLayer(Choice):
 
 
 class Only(Choice):
-    """Exactly the given heads and neurons, all of them together. Fractions and seeds play no part.
+    """Exactly the given heads and neurons, together (ConfigError if there are none). Fractions and seeds play no part.
 
     Args:
         heads: by name of a site, which of its heads go.
         neurons: by name of a site, which of its neurons go.
         label: what results call them, in the column ``part``; by default their sites and numbers.
-
-    Raises:
-        ConfigError: if neither is given.
 
     Example:
         >>> site = Site("h.0.attn.proj", 4, heads=2)
@@ -213,16 +206,12 @@ class Only(Choice):
         label: str | None = None,
     ) -> None:
         self.heads, self.neurons = dict(heads or {}), dict(neurons or {})
-        if not self.heads and not self.neurons:
+        if not any([*self.heads.values(), *self.neurons.values()]):
             raise ConfigError("Only names no heads and no neurons, expected some by site: heads={'h.0.attn.proj': [1]}")
         self.label = label or self._listed()
 
     def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
-        """The one.
-
-        Raises:
-            SiteError: if the target has no such site, head or neuron.
-        """
+        """The one; SiteError if the target has no such site, head or neuron."""
         known = {site.name: site for site in sites}
         for kind, given in (("head", self.heads), ("neuron", self.neurons)):
             for name, numbers in given.items():

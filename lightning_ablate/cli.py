@@ -16,22 +16,11 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from lightning_ablate.callback import AblationCallback
-from lightning_ablate.data import ImageData, LabelledTexts, TextData, TextPairs
-from lightning_ablate.data.demo import Digits, PythonTexts
+from lightning_ablate.data import demo  # noqa: F401 - once imported, its classes are found by their bare names
 from lightning_ablate.errors import AblationError, ConfigError, TargetError, loading
-from lightning_ablate.modules import (
-    AblationModule,
-    CausalLM,
-    ImageClassifier,
-    MaskedLM,
-    Seq2SeqLM,
-    SequenceClassifier,
-)
+from lightning_ablate.modules import AblationModule
 from lightning_ablate.progress import SweepProgressBar
 
-# importing these makes their bare names work as class paths
-MODULES = (CausalLM, MaskedLM, Seq2SeqLM, SequenceClassifier, ImageClassifier)
-DATA = (TextData, TextPairs, LabelledTexts, ImageData, PythonTexts, Digits)
 DEFAULT_CONFIG = Path(__file__).parent / "demo" / "default.yaml"
 
 
@@ -101,8 +90,8 @@ class AblationCLI(LightningCLI):
         options = self._get(self.config_init, "trainer")
         callbacks = options.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        wanted = options.get("enable_progress_bar") is not False
-        if wanted and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+        there = any(isinstance(callback, ProgressBar) for callback in callbacks)
+        if options.get("enable_progress_bar") is not False and not there:
             kwargs["callbacks"] = [*callbacks, SweepProgressBar()]
         return super().instantiate_trainer(**kwargs)
 
@@ -125,11 +114,11 @@ def _with_start(args: list[str]) -> list[str]:
     if not args or args[0] not in AblationCLI.subcommands():
         return args
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    known.add_argument("-c", "--config")
-    known.add_argument("--ckpt_path")
-    known.add_argument("--model")
-    known.add_argument("--data")
+    for names in (["-c", "--config"], ["--ckpt_path"], ["--model"], ["--data"]):
+        known.add_argument(*names)
     given, _ = known.parse_known_args(args[1:])
+    if args[0] == "validate":  # or Lightning prints every condition, before our table
+        args = [args[0], "--verbose=false", *args[1:]]
     if args[0] == "validate" and given.ckpt_path and (config := _config_of(given.ckpt_path)):
         return [args[0], "--config", config, *args[1:]]
     return args if given.config or given.model or given.data else [args[0], "--config", str(DEFAULT_CONFIG), *args[1:]]

@@ -13,13 +13,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which units are ablated, whatever the method.
+    """Which units are ablated, whatever the method: a ``fraction`` of them, 0 to 1, in each site or in ``part``.
 
-    Attributes:
-        fraction: share of the units that go, 0 to 1, in each site or in the part it is confined to.
-        seed: of the choice of units and of what a method draws; None where it can't matter.
-        part: the one site or layer it is confined to, or what else names its units; empty for all sites.
-        head: the one head it is confined to; None for all.
+    That is the one site or layer it is confined to, or what else names its units; ``head`` the one head. The ``seed``
+    is that of the choice of units and of what a method draws; None where it can't matter.
     """
 
     fraction: float
@@ -30,12 +27,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Condition(Selection):
-    """A selection and the method by which it is ablated, ``none`` for the baseline.
-
-    Example:
-        >>> print(Condition(0.5, 42, method="mean"), Condition(1.0, None, "h.0", 3, method="zero"), BASELINE, sep=", ")
-        mean 50% seed 42, zero h.0 head 3, baseline
-    """
+    """A selection and the method by which it is ablated, ``none`` for the baseline."""
 
     method: str = "none"
 
@@ -61,11 +53,15 @@ def check_conditions(methods: Sequence["AblationMethod"], fractions: Sequence[fl
     for name, values in (("methods", methods), ("fractions", fractions), ("seeds", seeds)):
         if not values:
             raise ConfigError(f"{name} is empty, expected at least one (--ablation.{name})")
+    if odd := [seed for seed in seeds if type(seed) is not int]:
+        raise ConfigError(f"seeds holds {odd[0]!r}, expected whole numbers (--ablation.seeds)")
     for fraction in fractions:
         if not (isinstance(fraction, int | float) and isfinite(fraction) and 0 <= fraction <= 1):
             raise ConfigError(
                 f"fractions holds {fraction!r}, expected shares of the neurons from 0 to 1 (--ablation.fractions)"
             )
+    if nameless := [method for method in methods if not hasattr(method, "name")]:
+        raise ConfigError(f"{type(nameless[0]).__name__} has no `name`, expected what results shall call the method")
     names = [method.name for method in methods]
     if repeated := {name for name in names if names.count(name) > 1 or name == BASELINE.method}:
         raise ConfigError(
@@ -77,18 +73,7 @@ def check_conditions(methods: Sequence["AblationMethod"], fractions: Sequence[fl
 def distinct_conditions(
     methods: Sequence["AblationMethod"], selections: Sequence[Selection], seeds: Sequence[int]
 ) -> list[Condition]:
-    """Every condition once, the baseline first.
-
-    Where a selection doesn't depend on the seed, only a method that draws something else from it has one condition per
-    seed.
-
-    Example:
-        >>> from lightning_ablate.choices import Random
-        >>> from lightning_ablate.methods import Zero
-        >>> selections = Random().selections([], [0, 0.5, 1], seeds=[1, 2])
-        >>> [str(condition) for condition in distinct_conditions([Zero()], selections, seeds=[1, 2])]
-        ['baseline', 'zero 50% seed 1', 'zero 50% seed 2', 'zero 100%']
-    """
+    """Every condition once, the baseline first; one per seed only where the selection or the method depends on it."""
     found = {BASELINE: None}
     for method in methods:
         for chosen in selections:

@@ -12,17 +12,9 @@ from lightning_ablate.sites import Site
 
 
 def fold(target: nn.Module, edits: Mapping[Site, Edit]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The weights and biases with which the projections do by themselves what edits do to their inputs.
+    """By path, the weights and biases with which projections do by themselves what edits do to their inputs.
 
-    Args:
-        target: the model; it is left as it is.
-        edits: by site, of constant and conditional methods.
-
-    Returns:
-        By path of a projection its weight and bias, for :func:`swapped`.
-
-    Raises:
-        SiteError: if an edit isn't affine, or a projection can't take other weights.
+    The target is left as it is. SiteError if an edit isn't affine, or a projection can't take other weights.
     """
     made = {}
     for site, edit in edits.items():
@@ -41,14 +33,8 @@ def fold(target: nn.Module, edits: Mapping[Site, Edit]) -> dict[str, tuple[Tenso
 def weights_of(target: nn.Module, site: Site) -> tuple[Tensor, Tensor | None, bool] | None:
     """The weight and bias of the projection that reads a site, and whether the weight is ``(neurons, outputs)``.
 
-    Returns:
-        None where others can't take their place: for a module that runs several times, a quantised or sharded one, or
-        one that is more than a matrix and a bias.
-
-    Example:
-        >>> weight, bias, transposed = weights_of(nn.Sequential(nn.Linear(3, 2)), Site("0", 3))
-        >>> weight.shape, bias.shape, transposed
-        (torch.Size([2, 3]), torch.Size([2]), False)
+    None where others can't take their place: for a module that runs several times, a quantised or sharded one, or one
+    that is more than a matrix and a bias.
     """
     module = target.get_submodule(site.path)
     kind, weight, bias = type(module), getattr(module, "weight", None), getattr(module, "bias", None)

@@ -15,12 +15,10 @@ _CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}
 
 
 class Scored(NamedTuple):
-    """What a target says at the scored positions of a batch.
+    """What a target says at the n scored positions of a batch: ``logits`` ``(n, classes)``, floating.
 
-    Attributes:
-        logits: ``(n, classes)``, floating.
-        targets: ``(n,)`` int64, the right classes.
-        example: ``(n,)`` int64, which example of the data each position belongs to; positions below 0 don't count.
+    ``targets`` ``(n,)`` int64 are the right classes; ``example`` ``(n,)`` int64 says which example of the data each
+    position belongs to; positions below 0 don't count.
     """
 
     logits: Tensor
@@ -57,17 +55,11 @@ class Scores(NamedTuple):
 
 
 class Clean(NamedTuple):
-    """What the target says of a batch with nothing ablated, made once for all conditions.
+    """What the target says of a batch with nothing ablated, made once for all conditions."""
 
-    Attributes:
-        probabilities: ``(n, classes)`` float32.
-        surprise: ``(n,)`` float32, their entropy, in nats.
-        rules_out: whether some class has no probability at all, its logit being -inf.
-    """
-
-    probabilities: Tensor
-    surprise: Tensor
-    rules_out: bool
+    probabilities: Tensor  # (n, classes) float32
+    surprise: Tensor  # (n,) float32, their entropy, in nats
+    rules_out: bool  # whether some class has no probability at all, its logit being -inf
 
     @classmethod
     def of(cls, scored: Scored) -> "Clean":
@@ -85,17 +77,6 @@ def scores(logits: Tensor, targets: Tensor, clean: Clean) -> Scores:
     """Scores logits against the targets and against the clean target, a few rows at a time in float32.
 
     Equal logits rank by their class index, as argmax ranks them, so that low-precision ties flatter nobody.
-
-    Args:
-        logits: ``(n, classes)``, floating.
-        targets: ``(n,)`` int64.
-        clean: what the target says of the same positions with nothing ablated.
-
-    Example:
-        >>> logits, targets = torch.tensor([[2.0, 1.0, 0.0]]), torch.tensor([1])
-        >>> score = scores(logits, targets, Clean.of(Scored(logits, targets, torch.tensor([0]))))
-        >>> bool(score.top1), bool(score.top5), round(score.cross_entropy.item(), 4), score.kl.item()
-        (False, True, 1.4076, 0.0)
     """
     parts = [_scores(*chunk, rules_out=clean.rules_out) for chunk in _chunks(logits, targets, clean.probabilities)]
     rank, cross_entropy, surprise = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -128,29 +109,12 @@ def _scores(logits: Tensor, targets: Tensor, clean: Tensor, *, rules_out: bool) 
 class SweepMetrics(Metric):
     """Sums over the scored positions of every example, for every condition of a sweep.
 
-    One metric for all conditions, so that ranks merge in one reduction. Sums are float64, exact for counts.
-
-    Args:
-        conditions: how many there are.
-        examples: how many there are, by their indices from 0; 0 where that isn't known: they aren't told apart then.
-
-    Attributes:
-        sums: ``(conditions, metrics, examples + 1)`` float64, the metrics in the order of :data:`METRICS`; in the last
-            column what belongs to no known example.
-        n: ``(examples + 1,)`` int64, scored positions, likewise.
-
-    Example:
-        >>> metrics = SweepMetrics(conditions=1, examples=2)
-        >>> logits = torch.tensor([[2.0, 1.0], [0.0, 1.0]])
-        >>> scored = Scored(logits, targets=torch.tensor([0, 0]), example=torch.tensor([0, 1]))
-        >>> metrics.update(0, scored, Clean.of(scored))
-        >>> metrics.means["top1"].tolist()
-        [0.5]
+    One metric for all conditions, so that ranks merge in one reduction. With ``examples`` 0 these aren't told apart.
     """
 
     full_state_update = False
-    sums: Tensor
-    n: Tensor
+    sums: Tensor  # in the order of METRICS; in the last column what belongs to no known example
+    n: Tensor  # scored positions, likewise
 
     def __init__(self, conditions: int, examples: int = 0) -> None:
         super().__init__()

@@ -6,8 +6,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from lightning_ablate.conditions import Condition
-from lightning_ablate.modules import AblationModule
-from lightning_ablate.phases import SweepPhase
+from lightning_ablate.phases import Phase, SweepPhase
 
 
 class SweepProgressBar(TQDMProgressBar):
@@ -15,16 +14,17 @@ class SweepProgressBar(TQDMProgressBar):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Names what this epoch is for."""
-        if batch_idx == 0 and isinstance(pl_module, AblationModule) and pl_module.phase is not None:
+        phase = getattr(pl_module, "phase", None)
+        if batch_idx == 0 and isinstance(phase, Phase):
             epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-            self.train_progress_bar.set_description(f"{pl_module.phase.title}, {epoch}")
+            self.train_progress_bar.set_description(f"{phase.title}, {epoch}")
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Counts all conditions of all batches from the first batch on."""
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
-        phase = pl_module.phase if isinstance(pl_module, AblationModule) else None
+        phase = getattr(pl_module, "phase", None)
         if not isinstance(phase, SweepPhase) or self.is_disabled:
             return
         bar, conditions = self.val_progress_bar, phase.conditions
@@ -51,7 +51,7 @@ class SweepProgressBar(TQDMProgressBar):
         dataloader_idx: int = 0,
     ) -> None:
         """Counts the last condition of the batch."""
-        phase = pl_module.phase if isinstance(pl_module, AblationModule) else None
+        phase = getattr(pl_module, "phase", None)
         if isinstance(phase, SweepPhase) and not self.is_disabled:
             self.val_progress_bar.update((batch_idx + 1) * len(phase.conditions) - self.val_progress_bar.n)
         else:

@@ -21,11 +21,7 @@ def report_neurons(trainer: lightning.Trainer, neurons: Neurons, folder: Path) -
 
 
 def report_results(trainer: lightning.Trainer, results: Results, folder: Path | None, left: tuple[str, ...]) -> str:
-    """Writes the files of the results, and gives loggers the options, TensorBoard the figure and a curve a method.
-
-    Returns:
-        What to tell the user: the table, the paths, those in ``left`` among them, and how to look at the curves.
-    """
+    """Writes the results' files, gives loggers options or figure and curves, and returns what to tell the user."""
     paths = [] if folder is None else [*results.save(folder), *(folder / name for name in left)]
     notes = []
     for logger in trainer.loggers:

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lightning_ablate.errors import AblationError, ConfigError, TargetError
 
@@ -15,8 +17,8 @@ from lightning_ablate.errors import AblationError, ConfigError, TargetError
 class ShardedStrategy(ModelParallelStrategy):
     """Shards the target over all processes, which each evaluate their own examples; ``--trainer.strategy sharded``.
 
-    It is Lightning's strategy for ``fully_shard`` with all processes in the data-parallel group. The checkpoint stays
-    one small file, since the target is no part of it.
+    It is Lightning's strategy for ``fully_shard`` with all processes in the data-parallel group; the checkpoint stays
+    one small file, without the target.
     """
 
     strategy_name = "sharded"
@@ -57,18 +59,9 @@ def check_strategy(strategy: Strategy) -> None:
 def sharded(build: Callable[[], nn.Module], mesh: Any, device: torch.device) -> nn.Module:
     """Builds a target on the first process alone, and shards it over all of them, a tensor at a time.
 
-    The others get its modules without weights, so that no process but the first ever holds the whole.
-
-    Args:
-        build: makes the target, on the CPU.
-        mesh: the one-dimensional device mesh of all processes.
-        device: of this process.
-
-    Raises:
-        TargetError: if the target can't be sent to the other processes; on all of them.
+    The others get its modules without weights, so that no process but the first ever holds the whole. ``build`` makes
+    it on the CPU; the mesh is one-dimensional, of all processes. TargetError on all of them if it can't be sent.
     """
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-
     whole, target = _shell(build)
     for layer in _layers(target):
         fully_shard(layer, mesh=mesh)
@@ -126,8 +119,6 @@ def _layers(target: nn.Module) -> list[nn.Module]:
 
 def _fill(empty: Tensor, full: Tensor | None, mesh: Any, device: torch.device) -> None:
     """Gives a tensor of the shell the first process's values, its own share of them where it is sharded."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
     values = torch.empty(empty.shape, dtype=empty.dtype, device=device) if full is None else full.detach().to(device)
     with torch.no_grad():
         if isinstance(empty, DTensor):

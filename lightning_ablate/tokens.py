@@ -1,6 +1,9 @@
-"""What a tokenizer adds to a text."""
+"""What a tokenizer adds to a text, and what fills it up."""
 
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 def special_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -8,6 +11,11 @@ def special_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     framed, plain = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     start = next(i for i in range(len(framed)) if framed[i : i + len(plain)] == plain)
     return framed[:start], framed[start + len(plain) :]
+
+
+def padded(ids: list[int], filler: int, length: int) -> Tensor:
+    """The numbers, filled up to ``(length,)`` int64."""
+    return torch.tensor(ids + [filler] * (length - len(ids)))
 
 
 def padding_id(tokenizer: Any) -> int:

@@ -1,13 +1,12 @@
 """What the callback asks of Lightning's Trainer, and tells it."""
 
-import inspect
 from collections.abc import Sized
 from pathlib import Path
 from typing import Any, cast
 
 import lightning
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
+from torch.utils.data import IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_ablate.data.base import ExactSampler
@@ -24,12 +23,7 @@ def check_trainer(trainer: lightning.Trainer) -> None:
     """Raises ConfigError for what would cut the calibration, or show hooks pieces of a target."""
     check_strategy(trainer.strategy)
     trainer.num_sanity_val_steps = 0
-    if trainer.state.fn == TrainerFn.FITTING and trainer.ckpt_path:
-        raise ConfigError(
-            f"fit was given the checkpoint {str(trainer.ckpt_path)!r}, which is for validate; a run that died goes on "
-            "by itself where its folder is named (--ablation.dirpath)"
-        )
-    if trainer.max_steps != -1 and not is_fast(trainer):
+    if trainer.max_steps != -1 and not _is_dry(trainer):
         raise ConfigError(f"max_steps is {trainer.max_steps}; shorten the calibration with limit_train_batches instead")
     if type(trainer.val_check_interval) is int or trainer.val_check_interval not in (None, 1.0):
         raise ConfigError(
@@ -45,54 +39,76 @@ def run_epochs(trainer: lightning.Trainer, epochs: int | None) -> None:
 
 
 def folder_of(trainer: lightning.Trainer, dirpath: str | Path | None) -> Path | None:
-    """Where a run's files go: into an unfinished run's folder, or one that holds no run; None for a dry run.
-
-    Raises:
-        ConfigError: if ``dirpath``, in place of which None takes the logger's folder, is that of a file.
-    """
-    given = None if is_fast(trainer) else dirpath or trainer.log_dir
+    """Where a run's files go: ``dirpath`` or the logger's folder, or a fresh one in it; None for a dry run."""
+    given = None if _is_dry(trainer) else dirpath or trainer.log_dir
     if given is not None and Path(given).is_file():
         raise ConfigError(f"{str(given)!r} is a file, expected a folder for the run's files (--ablation.dirpath)")
     folder = None
     if given is not None and trainer.is_global_zero:
-        folder = Path(given) if is_unfinished(Path(given)) else fresh_folder(Path(given))
+        folder = fresh_folder(Path(given), unless=is_unfinished)
     return trainer.strategy.broadcast(folder)
 
 
-def agreed(trainer: lightning.Trainer, wish: bool) -> bool:
-    """The first process's wish, on all of them."""
-    return trainer.strategy.broadcast(wish) if trainer.world_size > 1 else wish
-
-
 def calibration_size(trainer: lightning.Trainer) -> dict[str, Any]:
-    """What :func:`~lightning_ablate.phases.schedule` wants to know of the calibration data, once they are there."""
-    batch_size = (getattr(trainer.train_dataloader, "batch_size", None) or 1) * trainer.world_size
-    steps = 1 if is_fast(trainer) else None
+    """What :func:`~lightning_ablate.phases.schedule` wants to know of the calibration data, once they are there.
+
+    Raises:
+        ConfigError: if they give some example to two processes, or the Trainer goes on from a checkpoint.
+    """
+    if trainer.ckpt_path:
+        raise ConfigError(
+            f"fit was given the checkpoint {str(trainer.ckpt_path)!r}, which is for validate; a run that died goes on "
+            "by itself where its folder is named (--ablation.dirpath)"
+        )
+    check_counts_once(trainer, trainer.train_dataloader)
+    batch_size = _batch_size(trainer.train_dataloader) * trainer.world_size
+    steps = 1 if _is_dry(trainer) else None
     return {"batches": trainer.num_training_batches, "batch_size": batch_size, "steps": steps}
-
-
-def is_fast(trainer: lightning.Trainer) -> bool:
-    """Whether this is a ``fast_dev_run``."""
-    return bool(getattr(trainer, "fast_dev_run", False))
 
 
 def check_counts_once(trainer: lightning.Trainer, loader: Any) -> None:
     """Raises ConfigError for a loader that gives some example to two processes."""
     sampler = getattr(loader, "sampler", None)
-    if trainer.world_size == 1 or not isinstance(sampler, DistributedSampler) or isinstance(sampler, ExactSampler):
+    if trainer.world_size == 1 or isinstance(sampler, ExactSampler):
         return
-    examples = len(cast(Sized, sampler.dataset))
-    if sampler.total_size != examples:
+    if isinstance(getattr(loader, "dataset", None), IterableDataset):
         raise ConfigError(
-            f"{examples} examples don't divide by {trainer.world_size} processes, so Lightning's sampler would repeat "
-            "some; use a lightning_ablate.AblationDataModule, or drop the remainder"
+            f"a stream gives each of {trainer.world_size} processes all of its examples; use data that are read by "
+            "index, or a lightning_ablate.AblationDataModule"
         )
+    if isinstance(sampler, DistributedSampler) and sampler.total_size != len(cast(Sized, sampler.dataset)):
+        raise ConfigError(
+            f"{len(cast(Sized, sampler.dataset))} examples don't divide by {trainer.world_size} processes, so "
+            "Lightning's sampler would repeat some; use a lightning_ablate.AblationDataModule, or drop the remainder"
+        )
+
+
+def evaluation_loader(trainer: lightning.Trainer) -> Any:
+    """The one validation loader; ConfigError if there are several."""
+    loaders = trainer.val_dataloaders
+    if not isinstance(loaders, list | tuple):
+        return loaders
+    if len(loaders) != 1:
+        raise ConfigError(f"there are {len(loaders)} validation loaders, expected one: the data to evaluate")
+    return loaders[0]
 
 
 def example_count(trainer: lightning.Trainer) -> int:
     """How many examples are evaluated, by their indices; 0 where the loader doesn't tell."""
-    data = getattr(trainer.val_dataloaders, "dataset", None)
+    return _length(getattr(evaluation_loader(trainer), "dataset", None))
+
+
+def _is_dry(trainer: lightning.Trainer) -> bool:
+    return bool(cast(Any, trainer).fast_dev_run)
+
+
+def _length(data: Any) -> int:
     return len(data) if isinstance(data, Sized) else 0
+
+
+def _batch_size(loader: Any) -> int:
+    found = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    return found if isinstance(found, int) else 1
 
 
 def cut_short(what: str, seen: float, loader: Any) -> list[str]:
@@ -110,18 +126,17 @@ def data_name(trainer: lightning.Trainer) -> str:
     return "data" if data is None else getattr(data, "name", None) or type(data).__name__
 
 
-def data_facts(trainer: lightning.Trainer) -> dict[str, Any]:
-    """What run.json says about the data."""
-    describe = getattr(getattr(trainer, "datamodule", None), "describe", None)
-    return describe() if describe is not None else {"name": data_name(trainer)}
-
-
-def run_facts(trainer: lightning.Trainer, module: AblationModule, callback: Any) -> dict[str, Any]:
+def run_facts(trainer: lightning.Trainer, module: AblationModule, callback: Any, target: str) -> dict[str, Any]:
     """What run.json says of a run; and what a run must have in common with an earlier one to go on with it."""
+    describe = getattr(getattr(trainer, "datamodule", None), "describe", lambda: {"name": data_name(trainer)})
+    loaders = [loader for loader in (trainer.train_dataloader, evaluation_loader(trainer)) if loader is not None]
     return {
-        "command": str(trainer.state.fn),
-        "target": {**module.describe(), "sha256": callback.run.target},
-        "data": data_facts(trainer),
+        "command": trainer.state.fn.value if trainer.state.fn else "",
+        "target": {**module.describe(), "sha256": target},
+        "data": describe(),
+        "loaders": [
+            {"batch_size": _batch_size(one), "examples": _length(getattr(one, "dataset", None))} for one in loaders
+        ],
         **{name: _plainly(getattr(callback, name)) for name in OPTIONS},
         "precision": str(trainer.precision),
         "accelerator": type(trainer.accelerator).__name__,
@@ -143,13 +158,15 @@ def _plainly(value: Any) -> Any:
 
 
 def options_of(made: Any) -> dict[str, Any]:
-    """The class of an object, and the arguments that it was made with and keeps by their names.
+    """What an object keeps, its name and its class, with the module unless that is of this package.
 
     Example:
         >>> from lightning_ablate.choices import Random
         >>> options_of(Random(unit="head"))
         {'class': 'Random', 'unit': 'head'}
     """
-    names = [name for name in inspect.signature(type(made).__init__).parameters if name in vars(made)]
+    kind = type(made)
+    own = kind.__module__.startswith("lightning_ablate.")
     named = {"name": made.name} if hasattr(made, "name") else {}
-    return {"class": type(made).__name__, **named, **{name: vars(made)[name] for name in names}}
+    kept = {name: value for name, value in vars(made).items() if name != "statistics"}
+    return {"class": kind.__name__ if own else f"{kind.__module__}.{kind.__qualname__}", **named, **kept}

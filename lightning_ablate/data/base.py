@@ -20,9 +20,7 @@ T = TypeVar("T")
 class Examples(Dataset[dict[str, Any]]):
     """A set of examples, each of which knows its place.
 
-    Args:
-        rows: the examples, dicts of tensors; a sequence may make them when asked.
-        contents: what identifies each of them in the fingerprint.
+    ``rows`` are dicts of tensors, which a sequence may make when asked; ``contents`` identify them in the fingerprint.
     """
 
     def __init__(self, rows: Sequence[dict[str, Any]], contents: Sequence[bytes]) -> None:
@@ -38,10 +36,7 @@ class Examples(Dataset[dict[str, Any]]):
 
     def fingerprint(self) -> str:
         """SHA-256 over all examples, in hexadecimal."""
-        digest = hashlib.sha256()
-        for content in self.contents:
-            digest.update(hashlib.sha256(content).digest())
-        return digest.hexdigest()
+        return hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in self.contents)).hexdigest()
 
 
 class ExactSampler(DistributedSampler[int]):
@@ -70,9 +65,6 @@ class ExactSampler(DistributedSampler[int]):
         """How many this rank gets, fillers included."""
         return self.share
 
-    def set_epoch(self, epoch: int) -> None:
-        """Does nothing: the order is the same in every epoch."""
-
 
 class AblationDataModule(lightning.LightningDataModule, ABC):
     """Calibration and evaluation examples. Subclass it to bring data of another form.
@@ -95,20 +87,15 @@ class AblationDataModule(lightning.LightningDataModule, ABC):
 
     @abstractmethod
     def load(self, purpose: Purpose) -> Examples:
-        """Reads the examples for a purpose, the same ones on every rank, without what :meth:`may_use` refuses.
+        """Reads the examples for a purpose, the same on every rank, without what :meth:`may_use` refuses.
 
-        Raises:
-            DataError: if there are none, or fewer than asked.
+        Fewer than asked are a DataError.
         """
 
     def may_use(self, content: bytes, purpose: Purpose) -> bool:
-        """Whether a text or image is free for a purpose: what calibrated is not evaluated.
-
-        The checkpoint remembers what calibrated, so that ``validate`` with other budgets or another order keeps to it.
-        """
+        """Whether a text or image is free for a purpose: what calibrated, as the checkpoint knows, is not evaluated."""
         key = hashlib.sha256(content).hexdigest()[:16]
-        if self.calibrated is None:
-            self.calibrated = set()
+        self.calibrated = set() if self.calibrated is None else self.calibrated
         if purpose == "calibration":
             self.calibrated.add(key)
         return purpose == "calibration" or key not in self.calibrated
@@ -159,13 +146,8 @@ class AblationDataModule(lightning.LightningDataModule, ABC):
         examples, trainer = self._examples(purpose), self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         sampler = ExactSampler(len(examples), self.batch_size, rank, world_size)
-        return DataLoader(
-            examples,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
+        workers: dict[str, Any] = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
+        return DataLoader(examples, batch_size=self.batch_size, sampler=sampler, **workers)
 
 
 class SourceData(AblationDataModule):
@@ -210,31 +192,24 @@ class SourceData(AblationDataModule):
 
     @classmethod
     def of(cls, rows: Any, *, name: str = "given", **options: Any) -> Self:
-        """The data module of rows that are there already.
+        """The data module of rows that are there already: a ``datasets.Dataset``, or a list of texts or of mappings.
 
-        Args:
-            rows: a ``datasets.Dataset``, or a list of texts or of mappings.
-            name: what results call the data.
-            options: of the class.
+        ``name`` is what results call the data; ``options`` are those of the class.
         """
         from datasets import Dataset
 
         made = cls(name, **options)
-        plain = [{"text": row} if isinstance(row, str) else row for row in rows] if isinstance(rows, list) else None
-        made.given = rows if plain is None else Dataset.from_list(plain)
+        if isinstance(rows, list):
+            rows = Dataset.from_list([{"text": row} if isinstance(row, str) else row for row in rows])
+        made.given = rows
         return made
 
     def source(self, purpose: Purpose) -> Any:
         """The rows for a purpose, in order. Override it to read from elsewhere."""
         if self.given is not None:
             return self.given if self.shuffle_seed is None else self.given.shuffle(seed=self.shuffle_seed)
-        return open_source(
-            self.name,
-            subset=self.subset,
-            split=self.splits[purpose],
-            streaming=self.streaming,
-            shuffle_seed=self.shuffle_seed,
-        )
+        options: Any = {"subset": self.subset, "streaming": self.streaming, "shuffle_seed": self.shuffle_seed}
+        return open_source(self.name, split=self.splits[purpose], **options)
 
     def taken(self, purpose: Purpose, candidates: Iterable[tuple[T, int]]) -> list[T]:
         """Of candidates and their sizes, in units, as many as reach the budget; DataError if they end before."""

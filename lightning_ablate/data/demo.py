@@ -22,10 +22,7 @@ _PASSAGE_CHARACTERS = 1_200
 
 
 class PythonTexts(TextData):
-    """CPython's documentation and sources, held out from the training of the embedded language models.
-
-    Its options are those of :class:`~lightning_ablate.TextData`.
-    """
+    """CPython's documentation and sources, held out from training the demo targets; options as of :class:`TextData`."""
 
     def __init__(
         self,
@@ -37,15 +34,9 @@ class PythonTexts(TextData):
         tokenizer: str | None = None,
         batch_size: int = 16,
     ) -> None:
-        super().__init__(
-            "python-texts",
-            max_length=max_length,
-            packing=packing,
-            calibration_tokens=calibration_tokens,
-            evaluation_tokens=evaluation_tokens,
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-        )
+        options: Any = {"max_length": max_length, "packing": packing, "tokenizer": tokenizer, "batch_size": batch_size}
+        options |= {"calibration_tokens": calibration_tokens, "evaluation_tokens": evaluation_tokens}
+        super().__init__("python-texts", **options)
 
     def documents(self, purpose: Purpose) -> tuple[str, ...]:
         """The passages for a purpose."""
@@ -62,12 +53,8 @@ class Digits(ImageData):
     """
 
     def __init__(self, *, calibration_images: int = 1_348, evaluation_images: int = 449, batch_size: int = 225) -> None:
-        super().__init__(
-            "digits",
-            calibration_images=calibration_images,
-            evaluation_images=evaluation_images,
-            batch_size=batch_size,
-        )
+        images: Any = {"calibration_images": calibration_images, "evaluation_images": evaluation_images}
+        super().__init__("digits", batch_size=batch_size, **images)
 
     def source(self, purpose: Purpose) -> Any:
         """The images for a purpose."""
@@ -85,30 +72,19 @@ def python_texts(role: Role) -> tuple[str, ...]:
     """Passages of CPython's documentation topics and standard-library sources, in an order fixed by their hash.
 
     The text is that of the running interpreter, so it differs a little between Python versions; names keep their role.
-
-    Args:
-        role: ``"train"`` made the demo targets; ``"calibration"`` and ``"evaluation"`` were never trained on.
-
-    Returns:
-        Distinct passages of about 1,200 characters, cut at blank lines. A passage that also stands in a later role
-        (a licence header, say) is left to that role, so that no two roles share one.
+    Passages are distinct, of about 1,200 characters, and cut at blank lines. One that also stands in a later role (a
+    licence header, say) is left to that role. Only those of ``"train"`` made the demo targets.
     """
-    texts = {r: set(_passages(r)) for r in ROLES[ROLES.index(role) :]}
-    later = set().union(*(texts[r] for r in texts if r != role))
-    return tuple(sorted(texts[role] - later, key=_rank))
+    own, *later = (_passages(r) for r in ROLES[ROLES.index(role) :])
+    return tuple(sorted(own.difference(*later), key=_rank))
 
 
 def digits(role: Role) -> Any:
     """scikit-learn's 1,797 handwritten digits, 8x8 grey images, split by index.
 
-    Grey levels 0 to 16 are stored as the multiples of 15 up to 240, which any image library reads back exactly.
-
-    Args:
-        role: ``"evaluation"`` is every fourth image (449), never trained on; ``"train"`` and ``"calibration"`` are
-            the other 1,348.
-
-    Returns:
-        A dataset with the columns ``image`` (PIL, mode L) and ``label`` (0 to 9).
+    The dataset's columns are ``image`` (PIL, mode L) and ``label`` (0 to 9). Grey levels 0 to 16 are stored as the
+    multiples of 15 up to 240, which any image library reads back exactly. ``"evaluation"`` is every fourth image (449),
+    never trained on; ``"train"`` and ``"calibration"`` are the other 1,348.
     """
     from datasets import ClassLabel, Dataset, Features, Image
     from sklearn.datasets import load_digits
@@ -120,21 +96,16 @@ def digits(role: Role) -> Any:
     return Dataset.from_dict({"image": list(pixels), "label": source.target[chosen].tolist()}, features=features)
 
 
-def _passages(role: Role) -> list[str]:
+def _passages(role: Role) -> set[str]:
     from pydoc_data.topics import topics
 
     texts = [text for name, text in topics.items() if role_of(f"topic {name}") == role]
-    for path in _library_files(role):
-        texts.append(path.read_text(encoding="utf-8", errors="replace"))
-    return [passage for text in texts for passage in _cut(text)]
-
-
-def _library_files(role: Role) -> list[Path]:
-    root = Path(sysconfig.get_path("stdlib"))
-    names = sorted(sys.stdlib_module_names - _UNEVEN_MODULES)
-    modules = [name for name in names if "sysconfigdata" not in name and role_of(f"module {name}") == role]
-    single = [path for name in modules if (path := root / f"{name}.py").is_file()]
-    return single + [path for name in modules for path in sorted((root / name).rglob("*.py"))]
+    root, names = Path(sysconfig.get_path("stdlib")), sys.stdlib_module_names - _UNEVEN_MODULES
+    for name in names:
+        if "sysconfigdata" not in name and role_of(f"module {name}") == role:
+            paths = [path for path in (root / f"{name}.py", *(root / name).rglob("*.py")) if path.is_file()]
+            texts += [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+    return {passage for text in texts for passage in _cut(text)}
 
 
 def _cut(text: str) -> list[str]:

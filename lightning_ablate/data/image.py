@@ -14,15 +14,10 @@ from lightning_ablate.errors import ConfigError, DataError, loading
 
 
 class Decoded(Sequence[dict[str, Tensor]]):
-    """Images that are decoded and transformed when asked for.
-
-    Args:
-        images: rows of an undecoded image column, mappings with ``bytes`` or ``path``, and the right classes.
-        transform: gives what maps a PIL image to ``(channels, height, width)`` float32.
-    """
+    """Undecoded images and their classes, decoded and transformed when asked for."""
 
     def __init__(
-        self, images: Sequence[tuple[dict[str, Any], int]], transform: Callable[[], Callable[[Any], Tensor]]
+        self, images: list[tuple[dict[str, Any], int]], transform: Callable[[], Callable[[Any], Tensor]]
     ) -> None:
         self.images, self.transform = images, transform
 
@@ -68,11 +63,7 @@ class ImageData(SourceData):
         self.image_column, self.label_column = image_column, label_column
 
     def load(self, purpose: Purpose) -> Examples:
-        """Takes images until the budget is reached.
-
-        Raises:
-            DataError: if the images end before, or have no class index.
-        """
+        """Takes images until the budget is reached; DataError if they end before, or have no class index."""
         images = self.taken(purpose, ((row, 1) for row in self._fresh(purpose)))
         contents = [encoded(image) + f" {label}".encode() for image, label in images]
         return Examples(Decoded(images, self._transform), contents)
@@ -91,8 +82,7 @@ class ImageData(SourceData):
                 yield image, label
 
     def _transform(self) -> Callable[[Any], Tensor]:
-        module = self.trainer.lightning_module if self.trainer is not None else None
-        transform = getattr(module, "transform", None)
+        transform = getattr(getattr(self.trainer, "lightning_module", None), "transform", None)
         if transform is None:
             raise ConfigError("images need the target's preprocessing: give its module a `transform` (image to tensor)")
         return transform

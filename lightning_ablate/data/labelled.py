@@ -11,9 +11,7 @@ from lightning_ablate.data.base import Examples, Purpose, SourceData
 from lightning_ablate.data.source import rows
 from lightning_ablate.data.text import tokenizer_of
 from lightning_ablate.errors import DataError
-from lightning_ablate.tokens import padding_id
-
-_IGNORED = -100
+from lightning_ablate.tokens import padded, padding_id
 
 
 class TextRows(SourceData):
@@ -48,11 +46,7 @@ class TextRows(SourceData):
         """The tensors of one row."""
 
     def load(self, purpose: Purpose) -> Examples:
-        """Takes rows until the budget is reached.
-
-        Raises:
-            DataError: if the rows end before, or are not of the expected form.
-        """
+        """Takes rows until the budget is reached; DataError if they end before, or are not of the expected form."""
         tokenizer = tokenizer_of(self, self.tokenizer_name, self.max_length)
         found = self.taken(purpose, ((row, 1) for row in self._fresh(purpose)))
         return Examples([self.example(row, tokenizer) for row, _ in found], [content for _, content in found])
@@ -78,11 +72,7 @@ class TextRows(SourceData):
         """What the target takes of one text or a pair, cut and padded: each ``(length,)`` int64."""
         made = tokenizer(*texts, truncation=True, max_length=self.max_length)
         padding = {"input_ids": padding_id(tokenizer), "attention_mask": 0, "token_type_ids": 0}
-        return {name: self.padded(made[name], filler) for name, filler in padding.items() if name in made}
-
-    def padded(self, numbers: list[int], filler: int) -> Tensor:
-        """The numbers, filled up to ``(length,)`` int64."""
-        return torch.tensor(numbers + [filler] * (self.max_length - len(numbers)))
+        return {name: padded(made[name], filler, self.max_length) for name, filler in padding.items() if name in made}
 
 
 class LabelledTexts(TextRows):
@@ -145,4 +135,4 @@ class TextPairs(TextRows):
         """``input_ids``, ``attention_mask`` and ``labels`` ``(length,)`` int64, the labels -100 at padding."""
         read = self.tokens(tokenizer, self.prefix + self.text(row, self.source_column))
         target = tokenizer(text_target=self.text(row, self.target_column), truncation=True, max_length=self.max_length)
-        return {**read, "labels": self.padded(target["input_ids"], _IGNORED)}
+        return {**read, "labels": padded(target["input_ids"], -100, self.max_length)}

@@ -11,26 +11,11 @@ _COMPRESSED = (".gz", ".zst", ".xz", ".bz2")
 _BUFFER = 10_000
 
 
-def open_source(
-    name: str,
-    *,
-    subset: str | None = None,
-    split: str = "train",
-    streaming: bool = False,
-    shuffle_seed: int | None = None,
-) -> Any:
-    """One split of a data set.
+def open_source(name: str, *, subset: str | None, split: str, streaming: bool, shuffle_seed: int | None) -> Any:
+    """One split of a data set, or DataError; the options are those of :class:`~lightning_ablate.data.base.SourceData`.
 
-    Args:
-        name: a hub name; a local folder (of data files, or written by ``save_to_disk``); or a file or glob of parquet,
-            json, jsonl, csv or txt files, which are one split called ``train``. A txt file is one document.
-        subset: which configuration of a hub data set.
-        split: which split.
-        streaming: reads as it goes instead of downloading first.
-        shuffle_seed: shuffles with this seed; None keeps the order.
-
-    Raises:
-        DataError: if it can't be opened.
+    ``name`` is a hub name; a local folder (of data files, or written by ``save_to_disk``); or a file or glob of
+    parquet, json, jsonl, csv or txt files, which are one split called ``train``. A txt file is one document.
     """
     import datasets
 
@@ -50,11 +35,7 @@ def open_source(
 
 
 def rows(source: Any, name: str, *columns: str) -> Iterator[dict[str, Any]]:
-    """The rows of a source, checked to hold the columns.
-
-    Raises:
-        DataError: if a column is missing, or a row can't be read.
-    """
+    """The rows of a source; DataError if a column is missing, or a row can't be read."""
     with loading(name, DataError):
         for row in source:
             if missing := [column for column in columns if column not in row]:

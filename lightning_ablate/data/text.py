@@ -8,7 +8,7 @@ import torch
 from lightning_ablate.data.base import AblationDataModule, Examples, Purpose, SourceData
 from lightning_ablate.data.source import rows
 from lightning_ablate.errors import ConfigError, DataError, loading
-from lightning_ablate.tokens import padding_id, special_frame
+from lightning_ablate.tokens import padded, padding_id, special_frame
 
 
 class TextData(SourceData):
@@ -49,12 +49,8 @@ class TextData(SourceData):
     ) -> None:
         options |= {"evaluation_split": evaluation_split, "shuffle_seed": shuffle_seed, "batch_size": batch_size}
         super().__init__(name, "tokens", (calibration_tokens, evaluation_tokens), **options)
-        self.text_column, self.max_length, self.packing, self.tokenizer_name = (
-            text_column,
-            max_length,
-            packing,
-            tokenizer,
-        )
+        self.text_column, self.tokenizer_name = text_column, tokenizer
+        self.max_length, self.packing = max_length, packing
 
     def documents(self, purpose: Purpose) -> Iterable[str]:
         """The texts for a purpose, in order. Override it to read from elsewhere."""
@@ -71,72 +67,52 @@ class TextData(SourceData):
                 next(iter(self.documents(purpose)), None)
 
     def load(self, purpose: Purpose) -> Examples:
-        """``input_ids`` and ``attention_mask``, each ``(length,)`` int64, of sequences until the budget is reached.
-
-        Raises:
-            DataError: if the documents end before.
-        """
+        """``input_ids`` and ``attention_mask``, each ``(length,)`` int64, of sequences until the budget is reached."""
         tokenizer = tokenizer_of(self, self.tokenizer_name, self.max_length)
-        cut, filler = self._packed if self.packing == "pack" else self._padded, padding_id(tokenizer)
-        sequences = self.taken(purpose, ((one, len(one)) for one in cut(tokenizer, self._fresh(purpose))))
-        examples = []
-        for sequence in sequences:
-            short = self.max_length - len(sequence)
-            ids, mask = [*sequence, *[filler] * short], [1] * len(sequence) + [0] * short
-            examples.append({"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)})
+        filler, length = padding_id(tokenizer), self.max_length
+        sequences = self.taken(purpose, ((one, len(one)) for one in self._cut(tokenizer, purpose)))
+        examples = [
+            {"input_ids": padded(one, filler, length), "attention_mask": padded([1] * len(one), 0, length)}
+            for one in sequences
+        ]
         return Examples(examples, [torch.tensor(one, dtype=torch.int32).numpy().tobytes() for one in sequences])
 
     def describe(self) -> dict[str, Any]:
         """Adds how the text was cut."""
         return super().describe() | {"max_length": self.max_length, "packing": self.packing}
 
-    def _fresh(self, purpose: Purpose) -> Iterator[str]:
-        """The documents that are not blank and free for the purpose."""
-        for text in self.documents(purpose):
-            if text.strip() and self.may_use(text.encode(errors="surrogatepass"), purpose):
-                yield text
-
-    def _padded(self, tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
+    def _cut(self, tokenizer: Any, purpose: Purpose) -> Iterator[list[int]]:
+        """Sequences of the documents that are not blank and free for the purpose."""
         before, after = special_frame(tokenizer)
         room = self.max_length - len(before) - len(after)
-        for text in texts:
-            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            for start in range(0, len(ids), room):
-                sequence = [*before, *ids[start : start + room], *after]
+        pack = self.packing == "pack"
+        separator = [tokenizer.eos_token_id] if pack and tokenizer.eos_token_id is not None else []
+        ids: list[int] = []
+        for text in self.documents(purpose):
+            if not (text.strip() and self.may_use(text.encode(errors="surrogatepass"), purpose)):
+                continue
+            ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator
+            while len(ids) >= (room if pack else 1):
+                sequence, ids = [*before, *ids[:room], *after], ids[room:]
                 if len(sequence) > 1:  # a single token predicts nothing
                     yield sequence
 
-    def _packed(self, tokenizer: Any, texts: Iterable[str]) -> Iterator[list[int]]:
-        before, after = special_frame(tokenizer)
-        room = self.max_length - len(before) - len(after)
-        separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        stream: list[int] = []
-        for text in texts:
-            stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator
-            while len(stream) >= room:
-                yield [*before, *stream[:room], *after]
-                stream = stream[room:]
-
 
 def tokenizer_of(data: AblationDataModule, name: str | None, max_length: int) -> Any:
-    """The tokenizer of that name, or else the target's own.
-
-    Raises:
-        ConfigError: if there is none, or it doesn't allow sequences of this length.
-    """
+    """The tokenizer of that name, or else the target's own; ConfigError unless it allows sequences of this length."""
     if name is not None:
         from transformers import AutoTokenizer
 
         with loading(name, DataError):
             tokenizer = AutoTokenizer.from_pretrained(name)
     else:
-        tokenizer = getattr(data.trainer.lightning_module if data.trainer is not None else None, "tokenizer", None)
+        tokenizer = getattr(getattr(data.trainer, "lightning_module", None), "tokenizer", None)
     if tokenizer is None:
         raise ConfigError("text needs a tokenizer: name one (--data.tokenizer), as the target brings none")
-    before, after = special_frame(tokenizer)
-    if not len(before) + len(after) + 1 < max_length <= tokenizer.model_max_length:
+    least = 1 + sum(map(len, special_frame(tokenizer)))
+    if not least < max_length <= tokenizer.model_max_length:
         raise ConfigError(
-            f"max_length is {max_length}, expected above {len(before) + len(after) + 1} and at most "
-            f"{tokenizer.model_max_length}, which the tokenizer gives as the target's longest (--data.max_length)"
+            f"max_length is {max_length}, expected above {least} and at most {tokenizer.model_max_length}, "
+            "which the tokenizer gives as the target's longest (--data.max_length)"
         )
     return tokenizer

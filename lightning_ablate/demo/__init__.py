@@ -9,11 +9,7 @@ _PREFIX = "demo:"
 
 
 def resolve(name: str) -> str:
-    """The folder of an embedded target (``demo:gpt2``, ``demo:roberta``, ``demo:vit``); any other name as it is.
-
-    Raises:
-        TargetError: if no target of that name is embedded.
-    """
+    """The folder of an embedded target (``demo:vit``), TargetError if it isn't there; any other name as it is."""
     if not name.startswith(_PREFIX):
         return name
     folder = _FOLDER / name.removeprefix(_PREFIX)

@@ -57,17 +57,13 @@ __all__ = [
 
 
 def method_of(given: AblationMethod | str) -> AblationMethod:
-    """A method as it is given; or that whose class has this ``name``, with its defaults, any imported one.
-
-    Raises:
-        ConfigError: if there is none.
-
-    Example:
-        >>> method_of("peak").statistics[0].__name__
-        'Histogram'
-    """
+    """A method as it is given; or of any imported class of this ``name``, with its defaults, or else ConfigError."""
     if isinstance(given, AblationMethod):
         return given
+    if isinstance(given, type):
+        raise ConfigError(
+            f"a method is an instance or a name, got the class {given.__name__}; expected {given.__name__}()"
+        )
     name = str(given)
     known = {method.name: method for method in _concrete(AblationMethod)}  # type: ignore[type-abstract]
     if "class_path" in name:

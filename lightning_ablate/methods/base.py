@@ -17,11 +17,9 @@ Replacement = Callable[[Tensor], Tensor]
 
 
 class Source(NamedTuple):
-    """What a site does on another input.
+    """What a site does on another input: ``activations`` ``(examples, positions, neurons)``, floating.
 
-    Attributes:
-        activations: ``(examples, positions, neurons)`` floating; a single example serves all of a batch.
-        valid: ``(examples, positions)`` bool, which of the positions aren't padding.
+    A single example serves all of a batch. ``valid`` ``(examples, positions)`` bool is False at padding.
     """
 
     activations: Tensor
@@ -32,9 +30,8 @@ class Source(NamedTuple):
 class Batch:
     """What a method can know of the batch at hand. It changes with every batch, so look it up when replacing.
 
-    Attributes:
-        examples: ``(batch,)`` int64, the indices of its examples, below 0 for those that only fill it.
-        sources: what each site does on the inputs that are resampled from, by (kind, seed).
+    ``examples`` ``(batch,)`` int64 are the indices of its examples, below 0 for those that only fill it; ``sources`` is
+    what each site does on the inputs that are resampled from, by (kind, seed).
     """
 
     examples: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
@@ -45,13 +42,9 @@ class Batch:
 class Ablation:
     """One condition at one site, as a method sees it.
 
-    Attributes:
-        site: the place.
-        mask: ``(neurons,)`` bool, True for the ablated neurons, on the target's device; while values are learned
-            ``(examples, 1, neurons)``, and activations are ``(examples, positions, neurons)``.
-        statistics: those the method needs, of this site.
-        seed: the condition's seed; None where it can't matter.
-        batch: the one at hand.
+    ``mask`` is ``(neurons,)`` bool, True for the ablated neurons, on the target's device; while values are learned
+    ``(examples, 1, neurons)``, and activations are ``(examples, positions, neurons)``. ``statistics`` are those the
+    method needs; ``seed`` is the condition's, None where it can't matter.
     """
 
     site: Site
@@ -80,8 +73,7 @@ class AblationMethod(ABC):
         statistics: what calibration must gather for it.
         seeded: whether the seed matters beyond the choice of neurons.
         source: the kind of input it resamples from, if it does (see :meth:`AblationModule.source`).
-        needs_batch: whether the replacement depends on which examples and positions are run, and not on their
-            activations alone.
+        needs_batch: whether the replacement depends on which examples and positions are run, not on activations alone.
     """
 
     name: str
@@ -99,15 +91,7 @@ class AblationMethod(ABC):
 class Edit:
     """What is done to the activations of a site: the masked neurons are replaced, the others stay.
 
-    This is the one place where both are combined.
-
-    Attributes:
-        mask: ``(neurons,)`` bool, or broadcastable to the activations.
-        replacement: what takes the masked neurons' place.
-
-    Example:
-        >>> Edit(torch.tensor([True, False]), constant(torch.tensor([7.0, 8.0])))(torch.tensor([[1.0, 2.0]]))
-        tensor([[7., 2.]])
+    This is the one place where both are combined. ``mask`` is ``(neurons,)`` bool, or broadcastable to the activations.
     """
 
     mask: Tensor
@@ -115,11 +99,11 @@ class Edit:
 
     def __call__(self, activations: Tensor) -> Tensor:
         """A new tensor of the shape and dtype of ``activations`` ``(batch, ..., neurons)``."""
-        return torch.where(self.mask, self.replacement(activations), activations)
+        return torch.where(self.mask, self.replacement(activations).to(activations.dtype), activations)
 
     @property
     def nbytes(self) -> int:
-        """What its own tensors take, as far as that is known."""
+        """The bytes its own tensors take, as far as that is known."""
         return self.replacement.nbytes if isinstance(self.replacement, Affine) else 0
 
 
@@ -127,14 +111,9 @@ class Edit:
 class Affine:
     """A replacement that is affine in the neurons that are kept: ``x̂_a = offset_a + (x_k − center) slope``.
 
-    Such a replacement can be folded into the projection that reads the site, so that it costs nothing.
-
-    Attributes:
-        offset: ``(neurons,)`` floating; cast to the dtype of the activations.
-        slope: ``(kept, ablated)`` floating; None where the kept neurons don't matter, as for what follows.
-        center: ``(kept,)`` floating.
-        kept: ``(kept,)`` int64.
-        ablated: ``(ablated,)`` int64.
+    Such a replacement can be folded into the projection that reads the site, so that it costs nothing. ``offset`` is
+    ``(neurons,)``, ``slope`` ``(kept, ablated)`` and ``center`` ``(kept,)``, all floating and cast to the dtype of the
+    activations; ``kept`` and ``ablated`` are int64 indices. Without a slope the last three don't matter.
     """
 
     offset: Tensor
@@ -155,15 +134,8 @@ class Affine:
     def fold(self, weight: Tensor, bias: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias of a projection that makes of a site's activations what it makes of the ablated ones.
 
-        Args:
-            weight: ``(outputs, neurons)`` floating, left as it is.
-            bias: ``(outputs,)``, left as it is; None for none.
-            mask: ``(neurons,)`` bool, True for the ablated ones.
-
-        Example:
-            >>> weight, mask = torch.tensor([[1.0, 10.0]]), torch.tensor([False, True])
-            >>> constant(torch.tensor([7.0, 8.0])).fold(weight, None, mask)
-            (tensor([[1., 0.]]), tensor([80.]))
+        ``weight`` ``(outputs, neurons)``, floating, and ``bias`` ``(outputs,)``, None for none, are left as they are;
+        ``mask`` is ``(neurons,)`` bool, True for the ablated ones.
         """
         wide = torch.promote_types(weight.dtype, torch.float32)
         ablated, folded = weight[:, mask].to(wide), weight.masked_fill(mask, 0)
@@ -177,7 +149,7 @@ class Affine:
 
     @property
     def nbytes(self) -> int:
-        """What its tensors take."""
+        """The bytes its tensors take."""
         return sum(t.nbytes for t in (self.offset, self.slope, self.center, self.kept, self.ablated) if t is not None)
 
 

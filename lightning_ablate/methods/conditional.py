@@ -74,11 +74,7 @@ class ConditionalMean(AblationMethod):
         return Affine(offset, slope, statistics[Moments].mean.to(mask.device)[kept].float(), kept, ablated)
 
     def solved(self, among: Tensor, across: Tensor) -> Tensor:
-        """The regression on the kept neurons, ``(..., kept, ablated)`` float64.
-
-        It is made from the covariances among them, ``(..., kept, kept)``, which are changed, and across to the ablated
-        ones, ``(..., kept, ablated)``.
-        """
+        """The regression on the kept neurons, ``(..., kept, ablated)`` float64; ``among`` them is written over."""
         diagonal = among.diagonal(dim1=-2, dim2=-1)
         variances, ridge = diagonal.clone(), self.ridge
         while ridge <= 1:
@@ -95,8 +91,7 @@ class ConditionalMeanPerHead(ConditionalMean):
     """The same, but of the neurons kept only those of the same attention head tell.
 
     For targets whose whole covariances are too large: those of 32 sites with 32 heads of 128 neurons take 67 MB, where
-    the whole ones take 2.1 GB. Heads carry one another's information, so much of what ``conditional-mean`` gains is
-    lost.
+    the whole ones take 2.1 GB. Heads carry one another's information, so much of the gain is lost.
     """
 
     name = "conditional-mean-per-head"

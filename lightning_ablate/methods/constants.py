@@ -11,10 +11,7 @@ from lightning_ablate.statistics import Histogram, Moments, SiteStatistics
 
 
 class ConstantMethod(AblationMethod):
-    """A method that puts one value in each neuron's place, whatever else is ablated and whatever the seed.
-
-    The sweep computes these values once for each site, not once for each condition.
-    """
+    """A method that puts one value in each neuron's place, whatever the condition; a sweep computes it once a site."""
 
     @abstractmethod
     def values(self, site: Site, statistics: SiteStatistics) -> Tensor:

@@ -10,9 +10,7 @@ _FIRST, _SECOND = -4658895280553007687, -7723592293110705685  # 0xBF58476D1CE4E5
 def hashed(seed: int, *counters: Tensor) -> Tensor:
     """A hash of 64 bits of the seed and the counters, which are broadcast: SplitMix64 (Steele, Lea & Flood 2014).
 
-    Args:
-        seed: of 63 bits, at most.
-        counters: int64, what is drawn for: an example, a position, a neuron.
+    The seed has 63 bits, at most. The counters are int64, what is drawn for: an example, a position, a neuron.
 
     Example:
         >>> hashed(1234567, torch.tensor([0, 1])).tolist()  # the first two numbers of SplitMix64 from that seed
@@ -20,7 +18,10 @@ def hashed(seed: int, *counters: Tensor) -> Tensor:
     """
     value = torch.full((), seed, dtype=torch.int64, device=counters[0].device)
     for counter in counters:
-        value = _mixed(value + _GOLDEN * (counter + 1))
+        value = value + _GOLDEN * (counter + 1)
+        value = (value ^ _shifted(value, 30)) * _FIRST
+        value = (value ^ _shifted(value, 27)) * _SECOND
+        value = value ^ _shifted(value, 31)
     return value
 
 
@@ -37,12 +38,6 @@ def uniform(hashes: Tensor) -> Tensor:
 def below(hashes: Tensor, bound: Tensor) -> Tensor:
     """Int64 from 0 to below the bound, from hashes of 64 bits; the bounds are broadcast."""
     return _shifted(hashes, 1) % bound
-
-
-def _mixed(value: Tensor) -> Tensor:
-    value = (value ^ _shifted(value, 30)) * _FIRST
-    value = (value ^ _shifted(value, 27)) * _SECOND
-    return value ^ _shifted(value, 31)
 
 
 def _shifted(value: Tensor, bits: int) -> Tensor:

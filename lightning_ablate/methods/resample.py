@@ -16,9 +16,6 @@ class Resample(AblationMethod):
     :meth:`AblationModule.source`): one for the whole batch, or one in the place of each example. It is run once for all
     conditions with nothing ablated, and its activations are kept for that long.
 
-    Attributes:
-        source: the kind of input.
-
     Example:
         >>> from lightning_ablate.methods.base import Batch, Source
         >>> from lightning_ablate.sites import Site
@@ -36,19 +33,11 @@ class Resample(AblationMethod):
     source: ClassVar[str]
 
     def places(self, seed: int, examples: Tensor, own: Tensor, length: Tensor) -> Tensor:
-        """Which of the source's positions each position takes, counted without padding.
+        """Which of the source's positions each of a batch's ``own`` ``(positions,)`` int64 takes, without padding.
 
         By default the same ones; a shorter source begins again at its end, so that no position is left over.
-
-        Args:
-            seed: of the condition.
-            examples: ``(batch, 1)`` int64, the indices of the batch's examples.
-            own: ``(positions,)`` int64, the positions.
-            length: ``(batch, 1)`` int64, how many the source has; ``(1, 1)`` where one serves the whole batch.
-
-        Example:
-            >>> ResampleSamePosition().places(1, torch.tensor([[7]]), torch.arange(5), torch.tensor([[3]]))
-            tensor([[0, 1, 2, 0, 1]])
+        ``examples`` ``(batch, 1)`` int64 are the indices of the batch's examples; ``length`` ``(batch, 1)`` int64 says
+        how many positions the source has, ``(1, 1)`` where one serves the whole batch.
         """
         return own % length
 
@@ -99,7 +88,7 @@ class ResamplePixels(Resample):
 
 
 class ResampleSamePosition(Resample):
-    """Resamples from the same position of another example of the evaluation data, as in causal scrubbing.
+    """Resamples from the same position of another example of the evaluation data.
 
     Source: Chan et al. 2022, "Causal scrubbing". The activations take as much memory for every seed as one batch makes
     at the sites.
@@ -120,10 +109,5 @@ class ResampleAnyPosition(ResampleSamePosition):
 
 
 def others_of(examples: Tensor, seed: int, count: int) -> Tensor:
-    """Another of ``count`` examples in the place of each ``(batch,)`` int64, all others being equally likely.
-
-    Example:
-        >>> bool((others_of(torch.arange(5), 42, 5) != torch.arange(5)).all())
-        True
-    """
+    """Another of ``count`` examples in the place of each ``(batch,)`` int64, all others being equally likely."""
     return (examples.clamp_min(0) + 1 + below(hashed(seed, examples), torch.tensor(count - 1))) % count

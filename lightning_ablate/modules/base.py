@@ -20,14 +20,11 @@ from lightning_ablate.sites import Site
 class AblationModule(lightning.LightningModule, ABC):
     """Wraps a target and says how it is evaluated. Subclass it to study another kind of model.
 
-    ``build_target`` and ``evaluate`` are all a subclass must give. The target is frozen and stays in eval mode.
+    ``build_target`` and ``evaluate`` are all a subclass must give. The ``target`` is frozen and stays in eval mode.
+    The ``phase``, which :class:`~lightning_ablate.AblationCallback` provides, says what a run does with its batches.
 
     Args:
         name: what results call the target.
-
-    Attributes:
-        target: the model under study, once it is built.
-        phase: what a run does with its batches now; :class:`~lightning_ablate.AblationCallback` provides it.
     """
 
     target: nn.Module
@@ -47,10 +44,7 @@ class AblationModule(lightning.LightningModule, ABC):
 
     @abstractmethod
     def evaluate(self, batch: Any) -> Scored:
-        """Runs ``self.target`` on a batch, once.
-
-        Args:
-            batch: what the data loader gives, on the device.
+        """Runs ``self.target`` once on a batch of the data loader, which is on the device.
 
         Returns:
             The logits ``(n, classes)``, targets ``(n,)`` and example indices ``(n,)`` of the scored positions; a
@@ -71,16 +65,11 @@ class AblationModule(lightning.LightningModule, ABC):
         return self.valid(batch)
 
     def source(self, kind: str, seed: int, batch: Any) -> Any:
-        """Another input to resample from, in the form of ``batch``.
+        """Another input to resample from, in the form of ``batch`` and on its device; the seed is of all that is drawn.
 
-        ``example`` works for all data that are read by index: another example of the evaluation data in the place of
-        each, drawn from the seed. Override it for other kinds, which are one input of a batch size of 1, as long as
-        those of the batch.
-
-        Args:
-            kind: ``example``, ``characters``, ``ids``, ``generated``, ``pixels``, or what a method of one's own names.
-            seed: of everything that is drawn.
-            batch: whose form it takes, on the device.
+        The kind ``example`` works for all data that are read by index: another example of the evaluation data in the
+        place of each. Override it for other kinds (``characters``, ``ids``, ``generated``, ``pixels``, or what a method
+        of one's own names), which are one input of a batch size of 1, as long as those of the batch.
 
         Raises:
             ConfigError: if this module has no such input, or the data can't be read by index.
@@ -91,7 +80,7 @@ class AblationModule(lightning.LightningModule, ABC):
                 f"resampling needs an input of the kind {kind!r}, which {type(self).__name__} doesn't make; leave the "
                 "method out (--ablation.methods), or override `source`"
             )
-        loader: Any = self.trainer.val_dataloaders
+        loader = _first(self.trainer.val_dataloaders)
         data = getattr(loader, "dataset", None)
         if not (isinstance(batch, Mapping) and "index" in batch and isinstance(data, Sized)):
             raise ConfigError(
@@ -108,12 +97,9 @@ class AblationModule(lightning.LightningModule, ABC):
         return self.trainer.strategy.batch_to_device(examples, self.device)
 
     def probes(self, batch: Any) -> tuple[Any, Any] | None:
-        """Two inputs of one example that differ in one token or pixel, for the check that sites hold all mixing.
+        """Two inputs of a batch's first example that differ in one token or pixel: do the sites hold all mixing?
 
-        None, the default, leaves the check out; a module that gives probes gives :meth:`hidden` as well.
-
-        Args:
-            batch: whose first example they are made from, on the device.
+        None, the default, leaves this check out; a module that gives probes gives :meth:`hidden` as well.
         """
         return None
 
@@ -174,7 +160,9 @@ class AblationModule(lightning.LightningModule, ABC):
         sizes: list[int] = []
         apply_to_collection(batch, Tensor, lambda tensor: sizes.append(len(tensor)) if tensor.ndim else None)
         size = min(sizes, default=1)
-        first = (batch_idx * self.trainer.world_size + self.global_rank) * size
+        loader = self.trainer.train_dataloader if self.trainer.training else _first(self.trainer.val_dataloaders)
+        whole = getattr(loader, "batch_size", None) or size  # the last batch may be smaller
+        first = (batch_idx * self.trainer.world_size + self.global_rank) * whole
         return torch.arange(first, first + size, device=self.device)
 
     def summed(self, tensor: Tensor) -> Tensor:
@@ -191,3 +179,8 @@ class AblationModule(lightning.LightningModule, ABC):
         if self.phase is None:
             raise ConfigError("fit and validate need an AblationCallback: Trainer(callbacks=[AblationCallback()])")
         return self.phase
+
+
+def _first(loaders: Any) -> Any:
+    """The one loader of a list, or what isn't one."""
+    return loaders[0] if isinstance(loaders, list | tuple) else loaders

@@ -17,19 +17,14 @@ class SequenceClassifier(LanguageModel):
     Batches hold ``label`` ``(batch,)`` int64 beside what :class:`LanguageModel` names.
     """
 
-    def build_target(self) -> nn.Module:
-        """Loads it with AutoModelForSequenceClassification."""
-        from transformers import AutoModelForSequenceClassification
+    auto_class = "AutoModelForSequenceClassification"
 
-        target: Any = self.load(AutoModelForSequenceClassification)
-        target.config.use_cache = False
+    def build_target(self) -> nn.Module:
+        """Loads it with its ``auto_class``."""
+        target: Any = super().build_target()
         # by it decoders find an example's last token, so it must be what the data are padded with
         target.config.pad_token_id = padding_id(self.tokenizer)
         return target
-
-    def logits(self, batch: TextBatch) -> Tensor:
-        """The target's logits, ``(batch, classes)``."""
-        return super().logits(batch)
 
     def evaluate(self, batch: TextBatch) -> Scored:
         """One scored position an example."""

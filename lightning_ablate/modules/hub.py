@@ -38,10 +38,8 @@ class HubModule(AblationModule):
     def of(cls, model: nn.Module, *, name: str | None = None, **beside: Any) -> Self:
         """The module of a model that is loaded already, which it freezes and puts into eval mode.
 
-        Args:
-            model: the target.
-            name: what results call it; by default where it was loaded from.
-            beside: its ``tokenizer``, or its ``transform`` of an image.
+        ``name`` is what results call it, by default where it was loaded from; ``beside`` it come its ``tokenizer``, or
+        its ``transform`` of an image.
         """
         made = cls(name or getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__)
         made._given = [model]
@@ -49,26 +47,19 @@ class HubModule(AblationModule):
             setattr(made, key, value)
         return made
 
-    def load(self, auto_class: Any) -> nn.Module:
-        """The model that was given, or else by one of transformers' AutoModel classes.
-
-        Raises:
-            TargetError: if it can't be loaded.
-        """
+    def load(self, auto_class: str) -> Any:
+        """The model that was given, or else by one of transformers' AutoModel classes; TargetError if it can't be."""
         if self._given:
             return self._given[0]
-        options = {"dtype": self.dtype_name, "attn_implementation": self.attn_implementation}
-        return self.beside(auto_class, **options)
+        return self.beside(auto_class, dtype=self.dtype_name, attn_implementation=self.attn_implementation)
 
-    def beside(self, auto_class: Any, **options: Any) -> Any:
-        """What else lies beside the model: its tokenizer or image processor.
+    def beside(self, auto_class: str, **options: Any) -> Any:
+        """What lies under the name: the model, its tokenizer or image processor; TargetError if it can't be loaded."""
+        import transformers
 
-        Raises:
-            TargetError: if it can't be loaded.
-        """
         options |= {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         with loading(self.name, TargetError):
-            return auto_class.from_pretrained(resolve(self.name), **options)
+            return getattr(transformers, auto_class).from_pretrained(resolve(self.name), **options)
 
     def describe(self) -> dict[str, Any]:
         """Adds the revision and the attention implementation."""

@@ -4,7 +4,7 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,7 @@ from lightning_ablate.modules.hub import HubModule
 from lightning_ablate.tokens import padding_id, special_frame
 
 TextBatch = Mapping[str, Tensor]
-# names of tables of learned positions
-_POSITIONS = re.compile(r"(wpe|position_embeddings|embed_positions)$")
+_POSITIONS = re.compile(r"(wpe|position_embeddings|embed_positions)$")  # names of tables of learned positions
 _CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " "
 
 
@@ -25,15 +24,22 @@ class LanguageModel(HubModule):
     """A transformers language model and its tokenizer, see :class:`HubModule`.
 
     Batches are mappings of ``input_ids`` and ``attention_mask`` ``(batch, seq)`` int64 and ``index`` ``(batch,)``
-    int64, the example's place in the data, below 0 for examples that only fill a rank's last batch.
+    int64, the example's place in the data, below 0 for examples that only fill a rank's last batch. ``auto_class``
+    names the class of transformers that loads the target.
     """
+
+    auto_class: ClassVar[str]
+
+    def build_target(self) -> nn.Module:
+        """Loads it with its ``auto_class``."""
+        target = self.load(self.auto_class)
+        target.config.use_cache = False
+        return target
 
     @cached_property
     def tokenizer(self) -> Any:
         """The target's tokenizer."""
-        from transformers import AutoTokenizer
-
-        return self.beside(AutoTokenizer)
+        return self.beside("AutoTokenizer")
 
     def valid(self, batch: TextBatch) -> Tensor:
         """Everything but padding, ``(batch, seq)``."""
@@ -70,24 +76,9 @@ class LanguageModel(HubModule):
 
     def on_train_batch_start(self, batch: TextBatch, batch_idx: int) -> None:
         """Refuses token ids and lengths that the target has no embedding for, at the first batch."""
-        if batch_idx == 0:
-            self._check_fits(batch["input_ids"])
-
-    def on_validation_batch_start(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Refuses token ids and lengths that the target has no embedding for, at the first batch."""
-        self.on_train_batch_start(batch, batch_idx)
-
-    def _generated(self, seed: int, length: int) -> Tensor:
-        raise ConfigError(
-            f"the method resample-generated needs a text that the target generates, which a {type(self).__name__} "
-            "doesn't; leave the method out"
-        )
-
-    @cached_property
-    def _source_ids(self) -> dict[tuple[str, int, int], Tensor]:
-        return {}
-
-    def _check_fits(self, ids: Tensor) -> None:
+        if batch_idx > 0:
+            return
+        ids = batch["input_ids"]
         vocabulary = cast(Any, self.target).get_input_embeddings().num_embeddings
         if int(ids.max()) >= vocabulary:
             raise DataError(
@@ -102,6 +93,20 @@ class LanguageModel(HubModule):
                         f"the sequences have {ids.shape[1]} tokens, expected at most {module.num_embeddings - before}, "
                         f"the positions of {name}; lower --data.max_length"
                     )
+
+    def on_validation_batch_start(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Refuses token ids and lengths that the target has no embedding for, at the first batch."""
+        self.on_train_batch_start(batch, batch_idx)
+
+    def _generated(self, seed: int, length: int) -> Tensor:
+        raise ConfigError(
+            f"the method resample-generated needs a text that the target generates, which a {type(self).__name__} "
+            "doesn't; leave the method out"
+        )
+
+    @cached_property
+    def _source_ids(self) -> dict[tuple[str, int, int], Tensor]:
+        return {}
 
     @cached_property
     def _ordinary(self) -> Tensor:
@@ -123,8 +128,7 @@ class LanguageModel(HubModule):
 
     def _characters(self, seed: int, length: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
-        text = ""
-        ids: list[int] = []
+        text, ids = "", list[int]()
         while len(ids) < length:
             drawn = torch.randint(len(_CHARACTERS), (8 * length,), generator=generator)
             text += "".join(_CHARACTERS[i] for i in drawn.tolist())
@@ -139,38 +143,24 @@ class LanguageModel(HubModule):
 class CausalLM(LanguageModel):
     """A language model that predicts the next token; scored at every position whose next token isn't padding."""
 
-    def build_target(self) -> nn.Module:
-        """Loads it with AutoModelForCausalLM."""
-        from transformers import AutoModelForCausalLM
-
-        target: Any = self.load(AutoModelForCausalLM)
-        target.config.use_cache = False
-        return target
+    auto_class = "AutoModelForCausalLM"
 
     def evaluate(self, batch: TextBatch) -> Scored:
         """Every position, those without a next token marked as not scored."""
-        ids, real = batch["input_ids"], self.valid(batch)
-        example = torch.where(real, batch["index"].unsqueeze(1), -1)
-        targets, example = ids.roll(-1, 1), example.roll(-1, 1)
+        example = torch.where(self.valid(batch), batch["index"].unsqueeze(1), -1).roll(-1, 1)
         example[:, -1] = -1
+        targets = batch["input_ids"].roll(-1, 1)
         return Scored(self.logits(batch).flatten(0, 1), targets.flatten(), example.flatten())
 
     def _generated(self, seed: int, length: int) -> Tensor:
         """Sampled from the target itself, after its first special token."""
-        start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.tokenizer.eos_token_id
-        ids = torch.tensor([[start if start is not None else 0]], device=self.device)
-        with torch.random.fork_rng(devices=_cuda(self.device)):
+        tokens = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, 0
+        ids = torch.tensor([[next(token for token in tokens if token is not None)]], device=self.device)
+        options: dict[str, Any] = {"do_sample": True, "top_k": 0, "min_length": length, "max_length": length}
+        options |= {"attention_mask": torch.ones_like(ids), "pad_token_id": padding_id(self.tokenizer)}
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
-            generated = cast(Any, self.target).generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=True,
-                top_k=0,
-                min_length=length,
-                max_length=length,
-                pad_token_id=padding_id(self.tokenizer),
-            )
-        return generated[0, :length]
+            return cast(Any, self.target).generate(ids, **options)[0, :length]
 
 
 class MaskedLM(LanguageModel):
@@ -187,6 +177,8 @@ class MaskedLM(LanguageModel):
         options: see :class:`LanguageModel`.
     """
 
+    auto_class = "AutoModelForMaskedLM"
+
     def __init__(self, name: str, *, mlm_probability: float = 0.15, mask_seed: int = 0, **options: Any) -> None:
         if not 0 < mlm_probability <= 1:
             raise ConfigError(
@@ -196,11 +188,9 @@ class MaskedLM(LanguageModel):
         super().__init__(name, **options)
         self.mlm_probability, self.mask_seed = mlm_probability, mask_seed
 
-    def build_target(self) -> nn.Module:
-        """Loads it with AutoModelForMaskedLM."""
-        from transformers import AutoModelForMaskedLM
-
-        return self.load(AutoModelForMaskedLM)
+    def describe(self) -> dict[str, Any]:
+        """And how its tokens are chosen."""
+        return {**super().describe(), "mlm_probability": self.mlm_probability, "mask_seed": self.mask_seed}
 
     def on_before_batch_transfer(self, batch: TextBatch, dataloader_idx: int) -> TextBatch:
         """Adds ``labels`` (-100 where nothing is asked) and masks ``input_ids``, unless the data bring labels.
@@ -210,8 +200,17 @@ class MaskedLM(LanguageModel):
         if "labels" in batch:
             return {**batch, "chosen": _places(batch["labels"])}
         inputs, labels = batch["input_ids"].clone(), torch.full_like(batch["input_ids"], -100)
-        for row, index in enumerate(batch["index"].tolist()):
-            inputs[row], labels[row] = self._masked(batch["input_ids"][row], batch["attention_mask"][row], index)
+        ordinary = self._ordinary
+        eligible = batch["attention_mask"].bool() & torch.isin(inputs, ordinary)
+        for ids, own, candidates, index in zip(inputs, labels, eligible, batch["index"].tolist(), strict=True):
+            generator = torch.Generator().manual_seed(seed_of(self.mask_seed, "mask", index))
+            places = candidates.nonzero().squeeze(1)
+            count = min(len(places), max(1, round(self.mlm_probability * len(places))))
+            chosen = places[torch.randperm(len(places), generator=generator)[:count]]
+            fate = torch.rand(count, generator=generator)
+            random = ordinary[torch.randint(len(ordinary), (count,), generator=generator)]
+            own[chosen] = ids[chosen]
+            ids[chosen] = torch.where(fate < 0.8, self._mask_token(), torch.where(fate < 0.9, random, ids[chosen]))
         return {**batch, "input_ids": inputs, "labels": labels, "chosen": _places(labels)}
 
     def evaluate(self, batch: TextBatch) -> Scored:
@@ -222,19 +221,6 @@ class MaskedLM(LanguageModel):
         targets = batch["labels"].gather(1, place).clamp_min(0)
         example = torch.where(chosen < 0, -1, batch["index"].unsqueeze(1))
         return Scored(self.logits(batch)[rows, place].flatten(0, 1), targets.flatten(), example.flatten())
-
-    def _masked(self, ids: Tensor, attention_mask: Tensor, index: int) -> tuple[Tensor, Tensor]:
-        mask_token = self._mask_token()
-        generator = torch.Generator().manual_seed(seed_of(self.mask_seed, "mask", index))
-        candidates = (attention_mask.bool() & torch.isin(ids, self._ordinary)).nonzero().squeeze(1)
-        count = min(len(candidates), max(1, round(self.mlm_probability * len(candidates))))
-        chosen = candidates[torch.randperm(len(candidates), generator=generator)[:count]]
-        fate = torch.rand(count, generator=generator)
-        random = self._ordinary[torch.randint(len(self._ordinary), (count,), generator=generator)]
-        inputs, labels = ids.clone(), torch.full_like(ids, -100)
-        labels[chosen] = ids[chosen]
-        inputs[chosen] = torch.where(fate < 0.8, mask_token, torch.where(fate < 0.9, random, ids[chosen]))
-        return inputs, labels
 
     def _generated(self, seed: int, length: int) -> Tensor:
         """Starts from masks alone and samples a sixteenth of them at a time, at random places (Wang & Cho 2019)."""
@@ -261,7 +247,3 @@ def _places(labels: Tensor) -> Tensor:
     most = int(asked.sum(1).max())
     order = torch.argsort(asked.to(torch.int8), dim=1, descending=True, stable=True)[:, :most]
     return torch.where(asked.gather(1, order), order, -1)
-
-
-def _cuda(device: torch.device) -> list[torch.device]:
-    return [device] if device.type == "cuda" else []

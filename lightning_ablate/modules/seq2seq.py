@@ -19,22 +19,19 @@ class Seq2SeqLM(LanguageModel):
     Batches hold ``labels`` ``(batch, target_seq)`` int64, -100 at padding, beside what :class:`LanguageModel` names.
     """
 
-    def build_target(self) -> nn.Module:
-        """Loads it with AutoModelForSeq2SeqLM."""
-        from transformers import AutoModelForSeq2SeqLM
+    auto_class = "AutoModelForSeq2SeqLM"
 
-        target: Any = self.load(AutoModelForSeq2SeqLM)
-        target.config.use_cache = False
-        return target
-
-    def logits(self, batch: TextBatch) -> Tensor:
-        """The target's logits at the positions of the labels, ``(batch, target_seq, vocabulary)``."""
-        return self._run(batch).logits
+    def inputs(self, batch: TextBatch) -> dict[str, Tensor]:
+        """What of a batch the target takes, with what its decoder reads; its logits are at the labels' positions."""
+        target: Any = self.target
+        if not hasattr(target, "prepare_decoder_input_ids_from_labels"):
+            return {**super().inputs(batch), "labels": batch["labels"]}  # from these it makes them itself
+        decoded = target.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
+        return {**super().inputs(batch), "decoder_input_ids": decoded}
 
     def evaluate(self, batch: TextBatch) -> Scored:
         """Every position of the second text, padding marked as not scored."""
-        real = self._decoded(batch)
-        example = torch.where(real, batch["index"].unsqueeze(1), -1)
+        example = torch.where(self._decoded(batch), batch["index"].unsqueeze(1), -1)
         return Scored(self.logits(batch).flatten(0, 1), batch["labels"].clamp_min(0).flatten(), example.flatten())
 
     def valid_at(self, site: Site, batch: TextBatch) -> Tensor:
@@ -48,7 +45,7 @@ class Seq2SeqLM(LanguageModel):
 
     def hidden(self, batch: TextBatch) -> Sequence[Tensor]:
         """The encoder's last tokens, and the logits of every position of the second text."""
-        output = self._run(batch)
+        output = self.target(**self.inputs(batch))
         return [output.encoder_last_hidden_state, output.logits]
 
     def source(self, kind: str, seed: int, batch: TextBatch) -> TextBatch:
@@ -65,12 +62,3 @@ class Seq2SeqLM(LanguageModel):
 
     def _decoded(self, batch: TextBatch) -> Tensor:
         return (batch["labels"] >= 0) & (batch["index"] >= 0).unsqueeze(1)
-
-    def _run(self, batch: TextBatch) -> Any:
-        target: Any = self.target
-        inputs = self.inputs(batch)
-        if hasattr(target, "prepare_decoder_input_ids_from_labels"):
-            inputs["decoder_input_ids"] = target.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
-        else:
-            inputs["labels"] = batch["labels"]  # from these it makes them itself
-        return target(**inputs)

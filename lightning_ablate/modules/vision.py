@@ -38,14 +38,20 @@ class ImageClassifier(HubModule):
 
     def build_target(self) -> nn.Module:
         """Loads it with timm or AutoModelForImageClassification."""
-        from transformers import AutoModelForImageClassification
-
         if self._given:
             self.library = "transformers" if hasattr(self._given[0], "config") else "timm"
         if self._given or self.library == "transformers":
-            return self.load(AutoModelForImageClassification)
+            return self.load("AutoModelForImageClassification")
         with loading(self.name, TargetError):
-            return self._build_timm()
+            import timm
+
+            name = resolve(self.name)
+            if Path(name).is_dir():
+                name = f"local-dir:{name}"
+            elif name.startswith("timm/"):
+                name = f"hf-hub:{name}"
+            target = timm.create_model(name, pretrained=True)
+            return target if self.dtype_name == "auto" else target.to(getattr(torch, self.dtype_name))
 
     def evaluate(self, batch: ImageBatch) -> Scored:
         """One scored position an image."""
@@ -57,9 +63,8 @@ class ImageClassifier(HubModule):
         """The first image, and the same with another pixel near its middle, where overlapping windows share it."""
         one = {name: tensor[:1] for name, tensor in batch.items()}
         pixels = one["pixel_values"].clone()
-        pixels[:, :, pixels.shape[2] // 2 | 1, pixels.shape[3] // 2 | 1] += (
-            100.0  # so much that no mixing stays below the rounding of low precision
-        )
+        # so much that no mixing stays below the rounding of low precision
+        pixels[:, :, pixels.shape[2] // 2 | 1, pixels.shape[3] // 2 | 1] += 100.0
         return one, {**one, "pixel_values": pixels}
 
     def hidden(self, batch: ImageBatch) -> Sequence[Tensor]:
@@ -75,7 +80,14 @@ class ImageClassifier(HubModule):
     @cached_property
     def transform(self) -> Callable[[Any], Tensor]:
         """Maps a PIL image to what the target takes, ``(channels, height, width)`` float32."""
-        return self._timm_transform() if self.library == "timm" else self._transformers_transform()
+        if self.library == "transformers":
+            processor = self.beside("AutoImageProcessor")
+            return lambda image: processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        from timm.data import create_transform, resolve_data_config
+
+        config = resolve_data_config({}, model=self.target)
+        transform, mode = create_transform(**config), "L" if config["input_size"][0] == 1 else "RGB"
+        return lambda image: transform(image.convert(mode))
 
     def source(self, kind: str, seed: int, batch: ImageBatch) -> ImageBatch:
         """One image of pixels drawn uniformly from the 256 levels, preprocessed as any other."""
@@ -94,30 +106,6 @@ class ImageClassifier(HubModule):
     def describe(self) -> dict[str, Any]:
         """Adds the library."""
         return super().describe() | {"library": self.library}
-
-    def _build_timm(self) -> nn.Module:
-        import timm
-
-        name = resolve(self.name)
-        if Path(name).is_dir():
-            name = f"local-dir:{name}"
-        elif name.startswith("timm/"):
-            name = f"hf-hub:{name}"
-        target = timm.create_model(name, pretrained=True)
-        return target if self.dtype_name == "auto" else target.to(getattr(torch, self.dtype_name))
-
-    def _timm_transform(self) -> Callable[[Any], Tensor]:
-        from timm.data import create_transform, resolve_data_config
-
-        config = resolve_data_config({}, model=self.target)
-        transform, mode = create_transform(**config), "L" if config["input_size"][0] == 1 else "RGB"
-        return lambda image: transform(image.convert(mode))
-
-    def _transformers_transform(self) -> Callable[[Any], Tensor]:
-        from transformers import AutoImageProcessor
-
-        processor = self.beside(AutoImageProcessor)
-        return lambda image: processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
 
 
 def _library_of(name: str) -> Literal["timm", "transformers"]:

@@ -1,7 +1,6 @@
 """What a run does with its batches: it calibrates, learns, and sweeps; one Phase a file."""
 
 from lightning_ablate.phases.calibration import CalibrationPhase
-from lightning_ablate.phases.learning import LearningPhase
 from lightning_ablate.phases.phase import Done, Phase
 from lightning_ablate.phases.resume import Progress, Run, Unfinished, is_unfinished
 from lightning_ablate.phases.schedule import Epoch, plan, schedule
@@ -11,7 +10,6 @@ __all__ = [
     "CalibrationPhase",
     "Done",
     "Epoch",
-    "LearningPhase",
     "Phase",
     "Progress",
     "Run",

@@ -20,13 +20,7 @@ if TYPE_CHECKING:
 
 
 class CalibrationPhase(Phase):
-    """Reads every site in every forward pass, and adds what it gathered to a calibration at the end of each epoch.
-
-    Args:
-        module: what evaluates the target.
-        run: whose calibration gets them; its sites are found in the first batch, unless it has some.
-        kinds: the statistics to gather, and those that they need.
-    """
+    """Reads every site in every forward pass, and adds what it gathered to the run's calibration behind each epoch."""
 
     title = "Calibration"
 
@@ -47,12 +41,7 @@ class CalibrationPhase(Phase):
         }
 
     def step(self, batch: Any, batch_idx: int) -> None:
-        """Runs the target on the batch and adds its activations.
-
-        Raises:
-            SiteError: if the sites can't be told, or a site did not run exactly as often as when they were found.
-            NonFiniteError: if an activation is NaN or infinite.
-        """
+        """Adds the activations on one batch; on the first the sites are found, SiteError if they can't be told."""
         with torch.no_grad():
             if not self.calibration.sites:
                 self._find_sites(batch)
@@ -66,11 +55,7 @@ class CalibrationPhase(Phase):
         self._check_finite()
 
     def end_epoch(self) -> None:
-        """Merges the processes and checks what was gathered.
-
-        Raises:
-            StatisticsError: if nothing was gathered, or the epoch doesn't agree with the one before.
-        """
+        """Merges the processes; StatisticsError if nothing was gathered, or the epochs don't agree."""
         for site, statistics in self._gathered.items():
             for statistic in statistics:
                 statistic.sync()
@@ -100,7 +85,7 @@ class CalibrationPhase(Phase):
         if not gathered:
             return
         finite = torch.stack([torch.stack([one.finite() for one in found]).all() for found in gathered.values()])
-        if not bool(finite.all()):  # the one host synchronisation of a batch
+        if not bool(finite.all()):
             bad = [site.name for site, good in zip(gathered, finite.tolist(), strict=True) if not good]
             raise NonFiniteError(
                 f"activations at {bad[0]} are NaN or infinite ({len(bad)} of {len(gathered)} sites); "

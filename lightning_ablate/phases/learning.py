@@ -27,33 +27,15 @@ _HELD_OUT = 10  # one step of so many is held out
 
 
 class Course(NamedTuple):
-    """How the learning of a method's values goes.
+    """How the learning of a method's values goes."""
 
-    Attributes:
-        epochs: over the calibration data.
-        batches: in an epoch, of each process.
-        accumulated: of these in a step.
-
-    Example:
-        >>> course = Course.of(steps=200, examples=32, batch_size=16, batches=25)
-        >>> course, [batch for batch in range(25) if course.is_held_out(batch)]
-        (Course(epochs=17, batches=25, accumulated=2), [18, 19])
-    """
-
-    epochs: int
-    batches: int
-    accumulated: int
+    epochs: int  # over the calibration data
+    batches: int  # in an epoch, of each process
+    accumulated: int  # of these in a step
 
     @classmethod
     def of(cls, *, steps: int, examples: int, batch_size: int, batches: int) -> Self:
-        """That with the fewest epochs which give so many steps.
-
-        Args:
-            steps: of the optimizer.
-            examples: of one step.
-            batch_size: of all processes together.
-            batches: in an epoch, of each process.
-        """
+        """The fewest epochs that give so many steps; ``batch_size`` is that of all processes, ``batches`` of each."""
         one = cls(1, batches, min(batches, max(1, round(examples / batch_size))))
         return one._replace(epochs=ceil(steps / one.taken))
 
@@ -72,29 +54,13 @@ class Course(NamedTuple):
         each = min(_HELD_OUT, max(2, self.steps))
         return batch // self.accumulated % each == each - 1
 
-    def is_due(self, batch: int) -> bool:
-        """Whether a step ends with this batch."""
-        return (batch + 1) % self.accumulated == 0 or batch + 1 == self.batches
-
 
 class LearningPhase(Phase):
     """Learns the values of one method at all sites.
 
     Gradients are taken of the sum over the scored positions, and divided by their number over all processes when a step
     is due; so a step is the same, but for rounding, however its examples are dealt to batches and processes. What is
-    learned is float32 whatever the precision of the target.
-
-    Args:
-        module: what evaluates the target.
-        run: whose calibration is complete, and gets the values at the end.
-        method: whose values.
-        choice: which neurons go.
-        course: how it goes.
-
-    Attributes:
-        deltas: what is learned of each site, ``(neurons,)`` float32: the distance from the mean, in standard
-            deviations.
-        taken: steps of the optimizer so far.
+    learned is float32 whatever the precision of the target; the run's calibration gets it at the end.
     """
 
     def __init__(
@@ -107,10 +73,11 @@ class LearningPhase(Phase):
         moments = {site: calibration[site][Moments] for site in calibration.sites}
         self._mean = {site: found.mean.float() for site, found in moments.items()}
         self._sd = {site: found.sd.float() for site, found in moments.items()}
+        # what is learned, (neurons,) float32: the distance from the mean, in standard deviations
         self.deltas = {site: nn.Parameter(torch.zeros_like(mean)) for site, mean in self._mean.items()}
         self.optimizer = method.optimizer(self.deltas.values())
         self.scheduler = CosineAnnealingLR(self.optimizer, T_max=course.epochs * course.steps)
-        self.taken, self._epoch = 0, 0
+        self.taken, self._epoch = 0, 0  # steps of the optimizer so far
         for delta in self.deltas.values():  # which a process that ablates nothing at a site has as well
             delta.grad = torch.zeros_like(delta)
         self._sums = torch.zeros(2, dtype=torch.float64, device=module.device)  # positions, cross-entropy
@@ -122,12 +89,7 @@ class LearningPhase(Phase):
         self._held_sums.zero_()
 
     def step(self, batch: Any, batch_idx: int) -> None:
-        """Adds the gradient on one batch, and takes a step where one is due; or checks a batch that is held out.
-
-        Raises:
-            ConfigError: if the logits have no gradient.
-            NonFiniteError: if the cross-entropy or what is learned becomes NaN or infinite.
-        """
+        """Adds the gradient on one batch, and takes a step where one is due; or checks a batch that is held out."""
         held_out = self.course.is_held_out(batch_idx)
         if held_out:
             with torch.no_grad():
@@ -142,7 +104,8 @@ class LearningPhase(Phase):
                 )
             loss.backward()  # type: ignore[no-untyped-call]
             self._sums += torch.stack([positions, loss.detach()])
-        if self.course.is_due(batch_idx):
+        done = batch_idx + 1
+        if done % self.course.accumulated == 0 or done == self.course.batches:  # a step ends here
             if not held_out:
                 self._take_step()
             self.scheduler.step()
@@ -206,11 +169,7 @@ class LearningPhase(Phase):
         self.module.log_at(self.taken, **{f"learning/{self.method.name}": mean})
 
     def _loss(self, batch: Any, batch_idx: int, when: str, values: Mapping[Site, Tensor]) -> tuple[Tensor, Tensor]:
-        """The cross-entropy summed over the scored positions, with other neurons ablated in every example.
-
-        Returns:
-            It and the number of these positions, both ``()`` float64.
-        """
+        """The cross-entropy summed over the scored positions, other neurons gone in each example; and their number."""
         sites, examples = self._calibration.sites, self.module.examples_of(batch, batch_idx).tolist()
         drawn = [self._choice.draw(sites, seed_of("learning", when, index)) for index in examples]
         with hooked(self.module.target, {s: partial(self._ablate, s, values[s], drawn) for s in sites}, once=True):

@@ -9,18 +9,10 @@ if TYPE_CHECKING:
 
 
 class Phase(ABC):
-    """One thing that a run does with its batches, for one or several epochs.
+    """One thing that a run does with its batches, for one or several epochs."""
 
-    Args:
-        module: what evaluates the target.
-
-    Attributes:
-        title: as the progress bar shows it.
-        epochs: how many it takes.
-    """
-
-    title: str
-    epochs: int = 1
+    title: str  # as the progress bar shows it
+    epochs: int = 1  # how many it takes
 
     def __init__(self, module: "AblationModule") -> None:
         self.module = module

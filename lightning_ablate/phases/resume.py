@@ -5,7 +5,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,15 +20,10 @@ FOLDER, RUN = "unfinished", "run.json"
 
 
 class Progress(NamedTuple):
-    """What a run has done.
+    """What a run has done."""
 
-    Attributes:
-        epochs: of calibration and learning.
-        batches: of the sweep, which comes behind them.
-    """
-
-    epochs: int = 0
-    batches: int = 0
+    epochs: int = 0  # of calibration and learning
+    batches: int = 0  # of the sweep, which comes behind them
 
     def __str__(self) -> str:
         """What is done, in words."""
@@ -38,21 +33,13 @@ class Progress(NamedTuple):
 
 @dataclass
 class Run:
-    """What a run has found out, and how far it has come.
+    """What a run has found out, and how far it has come."""
 
-    Attributes:
-        target: the target's fingerprint.
-        calibration: of it.
-        held_out: by method that learned, the cross-entropy in nats on examples that were held out, with the means and
-            with the learned values; None where none were.
-        partial: why it doesn't cover all its data.
-        progress: what it has done.
-    """
-
-    target: str
+    target: str  # its fingerprint
     calibration: Calibration
+    # by method that learned, nats on the examples that were held out, with the means and with the learned values
     held_out: dict[str, tuple[float, float] | None] = field(default_factory=dict)
-    partial: list[str] = field(default_factory=list)
+    partial: list[str] = field(default_factory=list)  # why it doesn't cover all its data
     progress: Progress = field(default_factory=Progress)
 
     def state_dict(self) -> dict[str, Any]:
@@ -60,21 +47,13 @@ class Run:
         about = {"target": self.target, "held_out": dict(self.held_out), "partial": list(self.partial)}
         return {**about, "calibration": self.calibration.state_dict()}
 
-    def load_state_dict(
-        self, state: Mapping[str, Any], target: nn.Module, device: torch.device, **options: Any
-    ) -> None:
-        """Takes it from a :meth:`state_dict`.
+    def facts(self) -> dict[str, Any]:
+        """What run.json says of it."""
+        sites = [asdict(site) for site in self.calibration.sites]
+        return {"held_out": self.held_out, "sites": sites, "partial": list(self.partial)}
 
-        Args:
-            state: what was saved.
-            target: the model at hand.
-            device: where statistics go.
-            options: see :meth:`Calibration.from_state_dict`.
-
-        Raises:
-            StatisticsError: if there is no calibration in it.
-            TargetError: if it is of another target.
-        """
+    def load_state_dict(self, state: Mapping[str, Any], target: nn.Module, **options: Any) -> None:
+        """Takes it from a :meth:`state_dict`, see :func:`check_target` and :meth:`Calibration.from_state_dict`."""
         check_target(state, self.target)
         with loading("the checkpoint", StatisticsError):
             self.calibration = Calibration.from_state_dict(state["calibration"], target, **options)
@@ -86,13 +65,8 @@ class Unfinished:
     """The progress of one process of a run, in files.
 
     Every process writes its own file, whole or not at all, and keeps the last two, since one of them may be ahead of
-    the others when the run dies. What is gone on from is the last progress that all of them know.
-
-    Args:
-        folder: of the run.
-        rank: of this process.
-        processes: how many there are.
-        every: seconds from one save in the sweep to the next; 0 saves behind every batch.
+    the others when the run dies. What is gone on from is the last progress that all of them know. From one save in the
+    sweep to the next it is ``every`` seconds; 0 saves behind every batch.
     """
 
     def __init__(self, folder: Path, rank: int, processes: int, every: float) -> None:
@@ -103,18 +77,16 @@ class Unfinished:
     def claim(self, run: Mapping[str, Any], broadcast: Callable[[Any], Any]) -> Progress:
         """Takes the folder for a run, on all processes; how far an earlier one has come in it.
 
-        Args:
-            run: what two runs must have in common for one to go on with the other.
-            broadcast: gives all processes what the first one has.
-
-        Raises:
-            ConfigError: if the folder holds an unfinished run of another configuration.
+        ``run`` is what two runs must have in common for one to go on with the other, or ConfigError.
         """
         problem, progress = "", Progress()
         if self._rank == 0:
             self._run = json.loads(json.dumps(run, default=str))
             problem = self._other(self._run)
-            progress = progress if problem else self._latest()
+            if not is_unfinished(self.folder.parent):
+                self.close()  # files that another run's processes left before it was told for which run they are
+            known = [{_progress(path) for path in self.folder.glob(f"*.{rank}.pt")} for rank in range(self._processes)]
+            progress = max(set.intersection(*known), default=progress)
         problem, progress = broadcast((problem, progress))
         if problem:
             raise ConfigError(problem)
@@ -162,11 +134,6 @@ class Unfinished:
             f"{self.folder.parent} holds an unfinished run of another configuration: {name} is {here!s:.60} here, was "
             f"{there!s:.60} there; name another folder (--ablation.dirpath), or delete {self.folder}"
         )
-
-    def _latest(self) -> Progress:
-        """The last progress that every process saved."""
-        known = [{_progress(path) for path in self.folder.glob(f"*.{rank}.pt")} for rank in range(self._processes)]
-        return max(set.intersection(*known), default=Progress())
 
     def _path(self, progress: Progress) -> Path:
         return self.folder / f"{progress.epochs}.{progress.batches}.{self._rank}.pt"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from lightning_ablate.choices import Choice
 from lightning_ablate.conditions import Condition
@@ -11,27 +11,17 @@ from lightning_ablate.methods import AblationMethod, LearnedMethod
 from lightning_ablate.phases.calibration import CalibrationPhase
 from lightning_ablate.phases.learning import Course, LearningPhase
 from lightning_ablate.phases.phase import Phase
-from lightning_ablate.phases.resume import Run
 from lightning_ablate.statistics import ActivationStatistic
-
-if TYPE_CHECKING:
-    from lightning_ablate.modules import AblationModule
 
 _BACKWARD = 3.0  # what a pass back and forth costs, in forward passes
 
 
 class Epoch(NamedTuple):
-    """An epoch over the calibration data.
+    """An epoch over the calibration data."""
 
-    Attributes:
-        number: of its phase, from 0.
-        make: makes the phase.
-        cost: of a batch, in forward passes.
-    """
-
-    number: int
-    make: Callable[["AblationModule", Run], Phase]
-    cost: float
+    number: int  # of its phase, from 0
+    make: Callable[..., Phase]  # of a module and a run
+    cost: float  # of a batch, in forward passes
 
 
 def schedule(
@@ -45,16 +35,11 @@ def schedule(
     """The epochs that gather these kinds of statistics, and behind them those in which methods learn.
 
     ``batches`` are those of an epoch and process, ``batch_size`` that of all processes together; of ``steps`` None
-    takes each method's own.
-
-    Raises:
-        ConfigError: if there is something to learn from data without a length.
+    takes each method's own. ConfigError if there is something to learn from data without a length.
     """
     calibrate = partial(CalibrationPhase, kinds=kinds)
     found = [Epoch(number, calibrate, 1.0) for number in range(1 + max(kind.epoch() for kind in kinds))]
-    for method in methods:
-        if not isinstance(method, LearnedMethod):
-            continue
+    for method in (one for one in methods if isinstance(one, LearnedMethod)):
         if batches == float("inf"):
             raise ConfigError(
                 f"{method.name} learns in steps over the calibration data, which tell no length; give the loader one, "

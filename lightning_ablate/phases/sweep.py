@@ -14,19 +14,10 @@ from lightning_ablate.calibration import Calibration
 from lightning_ablate.choices import Choice, Random
 from lightning_ablate.conditions import BASELINE, Condition
 from lightning_ablate.errors import DataError, NonFiniteError, StatisticsError
-from lightning_ablate.methods import (
-    Ablation,
-    AblationMethod,
-    Batch,
-    ConstantMethod,
-    Edit,
-    Replacement,
-    Source,
-    constant,
-)
+from lightning_ablate.methods import Ablation, AblationMethod, Batch, ConstantMethod, Edit, Replacement, Source
 from lightning_ablate.metrics import Clean, SweepMetrics, checked
 from lightning_ablate.phases.phase import Phase
-from lightning_ablate.sites import Site, hooked
+from lightning_ablate.sites import Site, check_mask, hooked
 from lightning_ablate.statistics.base import by_example
 
 if TYPE_CHECKING:
@@ -38,24 +29,9 @@ _ROOM = 2**30  # bytes
 class SweepPhase(Phase):
     """Applies every condition to a calibrated target, and keeps the scores.
 
-    A batch is loaded once and all conditions see it, so that they are compared on the same positions.
-
-    Args:
-        module: what evaluates the target.
-        calibration: the sites and their statistics.
-        methods: what replaces a neuron.
-        conditions: of these methods, the baseline first (see :func:`~lightning_ablate.conditions.distinct_conditions`).
-        choice: which neurons go.
-        examples: how many examples are evaluated, to keep what each of them scores; 0 where that isn't known.
-
-    Attributes:
-        metrics: the scores so far, of this process until :meth:`end_epoch`.
-        batches: that are done.
-        classes: of the target, once it has run.
-        announce: is told each condition before it is evaluated.
-
-    Raises:
-        StatisticsError: if a method's statistics are missing.
+    A batch is loaded once and all conditions see it, the baseline first, so that they are compared on the same
+    positions; StatisticsError if a method's statistics are missing. ``examples`` is how many are evaluated, to keep
+    what each of them scores; 0 where that isn't known. ``announce`` is told each condition before it is evaluated.
     """
 
     title = "Sweep"
@@ -93,12 +69,7 @@ class SweepPhase(Phase):
         return list(dict.fromkeys((kind, seed) for kind, seed in pairs if kind is not None))
 
     def step(self, batch: Any, batch_idx: int) -> None:
-        """Evaluates every condition on one batch.
-
-        Raises:
-            DataError: if what ``evaluate`` gives doesn't fit together.
-            NonFiniteError: if a condition's logits are NaN or infinite.
-        """
+        """Evaluates every condition on one batch; DataError or NonFiniteError if what ``evaluate`` gives is wrong."""
         if batch_idx < self.batches:  # of an earlier run
             return
         clean = None
@@ -120,11 +91,10 @@ class SweepPhase(Phase):
         self.batches = batch_idx + 1
 
     def end_epoch(self) -> None:
-        """Merges the processes.
-
-        Raises:
-            DataError: if nothing was scored.
-        """
+        """Merges the processes; DataError if nothing was scored, or one example by several of them."""
+        known = self.metrics.by_example
+        if known is not None and bool((self.module.summed((known[0] > 0).double()) > 1).any()):
+            raise DataError("several processes evaluated the same example; use a lightning_ablate.AblationDataModule")
         self.metrics.sync()
         if not int(self.metrics.n.sum()):
             raise DataError("the evaluation data have no scored position; is everything padding, or too short?")
@@ -144,6 +114,7 @@ class SweepPhase(Phase):
         """Goes on from a :meth:`state_dict`."""
         self.batches, self.classes = state["batches"], state["classes"]
         self.metrics.load_state_dict(dict(state["metrics"]))
+        self.metrics.to(self.module.device)
 
     def _read(self, kind: str, seed: int, batch: Any) -> None:
         """Runs an input that is resampled from, and keeps what the sites do."""
@@ -158,24 +129,22 @@ class SweepPhase(Phase):
 
     def _prepared(self, condition: Condition) -> dict[Site, Edit]:
         """What a condition does to each site; those it leaves alone are left out."""
-        sites = self._calibration.sites if condition != BASELINE else ()
-        edits = {site: self._edit(condition, site) for site in sites}
-        return {site: edit for site, edit in edits.items() if edit is not None}
-
-    def _edit(self, condition: Condition, site: Site) -> Edit | None:
-        method, statistics = self._methods[condition.method], self._calibration[site]
-        mask = self._choice.mask(condition, site, statistics)
-        if not bool(mask.any()):
-            return None
-        mask = mask.to(self.module.device)
-        try:
-            if not isinstance(method, ConstantMethod):
-                return Edit(mask, method.prepare(Ablation(site, mask, statistics, condition.seed, self._batch)))
-            if (method.name, site) not in self._constants:
-                self._constants[method.name, site] = constant(method.values(site, statistics).to(mask.device))
-            return Edit(mask, self._constants[method.name, site])
-        except StatisticsError as error:
-            raise StatisticsError(f"the method {method.name!r} {error}") from error
+        edits: dict[Site, Edit] = {}
+        for site in self._calibration.sites if condition != BASELINE else ():
+            method, statistics = self._methods[condition.method], self._calibration[site]
+            mask = self._choice.mask(condition, site, statistics)
+            check_mask(mask, site, type(self._choice).__name__)
+            if not bool(mask.any()):
+                continue
+            ablation = Ablation(site, mask.to(self.module.device), statistics, condition.seed, self._batch)
+            try:
+                replacement = self._constants.get((method.name, site)) or method.prepare(ablation)
+            except StatisticsError as error:
+                raise StatisticsError(f"the method {method.name!r} {error}") from error
+            if type(method).prepare is ConstantMethod.prepare:
+                self._constants[method.name, site] = replacement
+            edits[site] = Edit(ablation.mask, replacement)
+        return edits
 
     def _check_examples(self, example: Tensor) -> None:
         """Raises DataError if a batch holds an example that an earlier one held, as the intervals are over examples."""

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-_RESAMPLES, _AT_A_TIME, _LEVEL = 2_000, 100, 0.95
+_RESAMPLES, _AT_A_TIME, _ENDS = 2_000, 100, (0.025, 0.975)
 _COLUMNS = 4_096  # whose ratios are held at a time
 
 
@@ -10,35 +10,27 @@ def intervals(sums: np.ndarray, positions: np.ndarray, seed: int = 0) -> np.ndar
     """The ends of the 95% intervals of scores per position, by the percentile bootstrap (Efron & Tibshirani 1993).
 
     Examples are drawn with replacement, the same ones for all scores; a score is a sum over the examples drawn by the
-    number of their scored positions.
+    number of their scored positions. The ends are ``(2, scores)`` float64, NaN where fewer than two examples count.
 
     Args:
         sums: ``(scores, examples)`` float64, each score's sum over the scored positions of each example.
         positions: ``(examples,)``, how many of each example's positions were scored; those with none are left out.
         seed: of the draws.
 
-    Returns:
-        ``(2, scores)`` float64, the lower and the upper ends; NaN where fewer than two examples count.
-
     Example:
         >>> intervals(np.array([[1.0, 2.0, 3.0]]), np.array([4, 8, 12])).tolist()
         [[0.25], [0.25]]
     """
-    counted = positions > 0
-    if counted.sum() < 2:
-        return np.full((2, len(sums)), np.nan)
-    positions = positions[counted].astype(np.float64)
-    blocks = [sums[start : start + _COLUMNS, counted] for start in range(0, len(sums), _COLUMNS)]
-    return np.concatenate([np.empty((2, 0)), *(_block(block, positions, seed) for block in blocks)], axis=1)
-
-
-def _block(sums: np.ndarray, positions: np.ndarray, seed: int) -> np.ndarray:
-    generator, examples, ratios = np.random.default_rng(seed), len(positions), []
-    columns = np.column_stack([positions, sums.T])
-    with np.errstate(invalid="ignore"):  # an infinite cross-entropy has no interval
-        for _ in range(_RESAMPLES // _AT_A_TIME):
-            drawn = generator.multinomial(examples, np.full(examples, 1 / examples), size=_AT_A_TIME)
-            totals = drawn.astype(np.float64) @ columns
-            ratios.append(totals[:, 1:] / totals[:, :1])
-        ends = np.quantile(np.concatenate(ratios), [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], axis=0, overwrite_input=True)
-    return np.asarray(ends)
+    counted, ends = positions > 0, np.full((2, len(sums)), np.nan)
+    examples = int(counted.sum())
+    for start in range(0, len(sums) if examples > 1 else 0, _COLUMNS):
+        own = slice(start, start + _COLUMNS)
+        columns = np.column_stack([positions[counted], sums[own, counted].T]).astype(np.float64)
+        generator, ratios = np.random.default_rng(seed), []
+        with np.errstate(invalid="ignore"):  # an infinite cross-entropy has no interval
+            for _ in range(_RESAMPLES // _AT_A_TIME):
+                drawn = generator.multinomial(examples, np.full(examples, 1 / examples), size=_AT_A_TIME)
+                totals = drawn.astype(np.float64) @ columns
+                ratios.append(totals[:, 1:] / totals[:, :1])
+            ends[:, own] = np.quantile(np.concatenate(ratios), _ENDS, axis=0, overwrite_input=True)
+    return ends

@@ -4,6 +4,7 @@ import io
 import math
 import textwrap
 from collections.abc import Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,22 +21,14 @@ if TYPE_CHECKING:
 
 # Okabe & Ito's palette and, behind it, Tol's muted one, told apart by colour-blind readers; markers and dashes tell
 # them apart in grey
-_STYLES: tuple[dict[str, Any], ...] = (
-    {"color": "#D55E00", "marker": "o", "linestyle": "-"},
-    {"color": "#0072B2", "marker": "s", "linestyle": "--"},
-    {"color": "#009E73", "marker": "^", "linestyle": "-."},
-    {"color": "#CC79A7", "marker": "D", "linestyle": ":"},
-    {"color": "#E69F00", "marker": "v", "linestyle": "-"},
-    {"color": "#56B4E9", "marker": "P", "linestyle": "--"},
-    {"color": "#000000", "marker": "X", "linestyle": "-."},
-    {"color": "#999999", "marker": "<", "linestyle": ":"},
-    {"color": "#882255", "marker": ">", "linestyle": "-"},
-    {"color": "#332288", "marker": "*", "linestyle": "--"},
-    {"color": "#117733", "marker": "p", "linestyle": "-."},
-    {"color": "#AA4499", "marker": "h", "linestyle": ":"},
-    {"color": "#DDCC77", "marker": "d", "linestyle": "-"},
-    {"color": "#661100", "marker": "1", "linestyle": "--"},
+_COLORS = (
+    *("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"),
+    *("#882255", "#332288", "#117733", "#AA4499", "#DDCC77", "#661100"),
 )
+_STYLES: list[dict[str, Any]] = [
+    {"color": color, "marker": marker, "linestyle": line}
+    for color, marker, line in zip(_COLORS, "os^DvPX<>*phd1", cycle(("-", "--", "-.", ":")))
+]
 _ZERO: dict[str, Any] = {"color": "0.35", "linewidth": 0.9, "linestyle": (0, (5, 2))}
 _CHANCE: dict[str, Any] = _ZERO | {"linestyle": (0, (1, 1.5))}
 _PANELS = 9  # pairs of methods that have one each
@@ -49,7 +42,7 @@ def degradation(*results: "Results") -> "Figure":
     Bands are the 95% intervals over examples, where these are known; bars are ± 1 standard deviation over the seeds.
     """
     methods = list(dict.fromkeys(method for one in results for method in one.methods))
-    labels = _labels(methods, 44)
+    labels = {method: textwrap.fill(method, 44) for method in methods}
     columns = len(results) * (2 if max(map(len, methods), default=0) <= 20 else 1)
     lines = sum(label.count("\n") for label in labels.values()) + -(-(len(methods) + 2) // columns)
     figure = blank(0.4 + 3.1 * len(results), 4.4 + 0.17 * lines)
@@ -65,8 +58,7 @@ def degradation(*results: "Results") -> "Figure":
                 panel.axhline(scale * chance, **_CHANCE, label="chance")
         bottom.set_xlabel("neurons ablated (%)", fontsize=9)
         top.set_title(_title(one, 40), fontsize=9)
-        found, names = top.get_legend_handles_labels()
-        handles |= dict(zip(names, found, strict=True))
+        handles |= {name: handle for handle, name in zip(*top.get_legend_handles_labels(), strict=True)}
     for row, label in zip(axes[:, 0], ("top-1 accuracy (%)", "cross-entropy (nats)"), strict=True):
         row.set_ylabel(label, fontsize=9)
     names = [name for name in (*methods, "nothing ablated", "chance") if name in handles]
@@ -78,8 +70,7 @@ def degradation(*results: "Results") -> "Figure":
 def differences(results: "Results") -> "Figure":
     """How much more top-1 accuracy one method leaves than another, by the ablated fraction, with 95% intervals.
 
-    Raises:
-        ConfigError: if there are no two methods, or conditions are confined to parts.
+    ConfigError if there are no two methods, or conditions are confined to parts.
     """
     compared = results.compare()
     if compared.empty or results.parts:
@@ -95,13 +86,12 @@ def differences(results: "Results") -> "Figure":
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for panel, pair, name in zip(panels, pairs, titles, strict=False):
         own = compared[(compared["method"] == pair[0]) & (compared["other"] == pair[1])]
-        x, y = 100 * own["fraction"].to_numpy(), 100 * own["top1"].to_numpy()
-        ends = [y - 100 * own["top1_low"].to_numpy(), 100 * own["top1_high"].to_numpy() - y]
-        line = "o-" if len(own) > 1 else "o"
-        panel.errorbar(x, y, yerr=np.clip(ends, 0, None), fmt=line, color="#0072B2", markersize=3, linewidth=1)
+        x, y, low, high = 100 * own[["fraction", "top1", "top1_low", "top1_high"]].to_numpy().T
+        ends, line = np.clip([y - low, high - y], 0, None), "o-" if len(own) > 1 else "o"
+        panel.errorbar(x, y, yerr=ends, fmt=line, color="#0072B2", markersize=3, linewidth=1)
         panel.axhline(0, **_ZERO)
         panel.set_title(name, fontsize=8)
-        _plain(panel, 7)
+        plain(panel, 7)
     _fraction_ticks(panels[0], sorted({0.0, *compared["fraction"]}), 7, most=6)
     for panel in panels[len(pairs) :]:
         panel.set_visible(False)
@@ -120,24 +110,23 @@ def importance(results: "Results") -> "Figure":
     names = short(results.parts)
     if damage["head"].notna().any():
         return _maps(results, damage, names)
-    methods, labels = results.methods, _labels(results.methods, 64)
-    columns = max(1, min(3, 66 // (6 + max(map(len, labels.values())))))
+    methods, labels = results.methods, [textwrap.fill(method, 64) for method in results.methods]
+    columns = max(1, min(3, 66 // (6 + max(map(len, labels)))))
     tilted = len(names) > 8 or max(map(len, names)) > 30 / len(names)
     below = 0.055 * max(map(len, names)) * tilted + 0.17 * -(-len(methods) // columns)
     figure = blank(max(5.0, 1.0 + 0.2 * len(names)), 3.0 + below)
     axes = figure.subplots()
-    place = {part: number for number, part in enumerate(results.parts)}
-    for method, style in zip(methods, _cycled(len(methods)), strict=True):
+    for method, label, style in zip(methods, labels, cycle(_STYLES)):
         own = damage[damage["method"] == method]
-        x = own["part"].map(place).to_numpy()
-        axes.plot(x, own["cross_entropy"].to_numpy(), label=labels[method], markersize=3.5, linewidth=1.2, **style)
+        x = own["part"].map(results.parts.index).to_numpy()
+        axes.plot(x, own["cross_entropy"].to_numpy(), label=label, markersize=3.5, linewidth=1.2, **style)
         ends = own["cross_entropy_low"].to_numpy(), own["cross_entropy_high"].to_numpy()
         axes.fill_between(x, *ends, color=style["color"], alpha=0.15, linewidth=0)
     axes.axhline(0, **_ZERO)
     axes.set_xticks(range(len(names)), names, rotation=90 if tilted else 0)
     axes.set_xlabel(_kind(names), fontsize=9)
     axes.set_ylabel("added cross-entropy (nats)", fontsize=9)
-    _plain(axes, 8)
+    plain(axes, 8)
     figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     figure.suptitle(_title(results, 70), fontsize=9)
     return figure
@@ -164,17 +153,11 @@ def _title(results: "Results", width: int) -> str:
     return textwrap.fill(title(results) + (" (partial run)" if results.partial else ""), width)
 
 
-def _labels(methods: Sequence[str], width: int) -> dict[str, str]:
-    return {method: textwrap.fill(method, width) for method in methods}
-
-
-def _cycled(count: int) -> list[dict[str, Any]]:
-    return [_STYLES[number % len(_STYLES)] for number in range(count)]
-
-
-def _plain(axes: "Axes", size: int) -> None:
+def plain(axes: "Axes", size: int, grid: bool = True) -> None:
+    """Small ticks, a grid or none, and no frame above and at the right."""
     axes.tick_params(labelsize=size)
-    axes.grid(alpha=0.25, linewidth=0.5)
+    if grid:
+        axes.grid(alpha=0.25, linewidth=0.5)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
@@ -184,7 +167,7 @@ def _curves(axes: "Axes", summary: pd.DataFrame, methods: Sequence[str], metric:
     fractions = sorted(summary["fraction"].unique())
     alone = len(fractions) == 2
     here = [method for method in methods if method in set(summary["method"])]
-    for method, style in zip(methods, _cycled(len(methods)), strict=True):
+    for method, style in zip(methods, cycle(_STYLES)):
         own = summary[summary["method"] == method]
         if own.empty:
             continue
@@ -205,7 +188,7 @@ def _curves(axes: "Axes", summary: pd.DataFrame, methods: Sequence[str], metric:
             axes.vlines(x, low, high, color=style["color"], alpha=0.25, linewidth=5)
     if alone:
         axes.set_xlim(100 * fractions[1] - 30, 100 * fractions[1] + 30)
-    _plain(axes, 8)
+    plain(axes, 8)
     _fraction_ticks(axes, fractions, 8, most=11)
 
 
@@ -221,7 +204,7 @@ def _matrix(results: "Results", here: pd.DataFrame) -> "Figure":
     """Every method against every other at one fraction, where there are too many for a panel each."""
     compared = {*here["method"], *here["other"]}
     methods = [method for method in results.ranking()["method"] if method in compared]
-    count, labels = len(methods), list(_labels(methods, 32).values())
+    count, labels = len(methods), [textwrap.fill(method, 32) for method in methods]
     longest = _CHARACTER * min(32, max(map(len, methods)))
     lines = 1 + max(label.count("\n") for label in labels)
     size = count * max(0.46, 0.2 * lines), count * max(0.32, 0.15 * lines)
@@ -245,28 +228,27 @@ def _matrix(results: "Results", here: pd.DataFrame) -> "Figure":
 
 
 def _maps(results: "Results", damage: pd.DataFrame, names: Sequence[str]) -> "Figure":
-    methods, place = results.methods, {part: number for number, part in enumerate(results.parts)}
-    heads = 1 + int(damage["head"].max())
+    methods, heads = results.methods, 1 + int(damage["head"].max())
     across = min(_ACROSS, len(methods))
     lines = -(-len(methods) // across)
     panel_width = max(1.5, 0.6 + 0.17 * heads)
-    titles = _labels(methods, int(panel_width / 0.08))
+    titles = [textwrap.fill(method, int(panel_width / 0.08)) for method in methods]
     width = across * panel_width + 1.2 + _CHARACTER * max(map(len, names))
-    above = 0.5 + 0.15 * max(name.count("\n") for name in titles.values())
+    above = 0.5 + 0.15 * max(name.count("\n") for name in titles)
     figure = blank(width, 1.2 + lines * (above + max(1.2, 0.17 * len(names))))
     panels = figure.subplots(lines, across, sharey=True, sharex=True, squeeze=False).ravel()
     largest = damage["cross_entropy"].abs().max() or 1.0
-    for panel, method in zip(panels, methods, strict=False):
+    for panel, method, name in zip(panels, methods, titles, strict=False):
         own = damage[(damage["method"] == method) & damage["head"].notna()]
-        rows, columns = own["part"].map(place).to_numpy(), own["head"].astype(int).to_numpy()
+        rows, columns = own["part"].map(results.parts.index).to_numpy(), own["head"].astype(int).to_numpy()
         values = np.full((len(names), heads), np.nan)
         values[rows, columns] = own["cross_entropy"].to_numpy()
         image = panel.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
         told = ((own["cross_entropy_low"] > 0) | (own["cross_entropy_high"] < 0)).to_numpy()
         panel.plot(columns[told], rows[told], "o", markersize=2.5, color="white", mec="black", mew=0.5)
-        panel.set_title(titles[method], fontsize=9)
-        step = 1 + (heads - 1) // 16
-        panel.set_xticks(range(0, heads, step), [str(head) for head in range(0, heads, step)], fontsize=8)
+        panel.set_title(name, fontsize=9)
+        ticks = range(0, heads, 1 + (heads - 1) // 16)
+        panel.set_xticks(ticks, list(map(str, ticks)), fontsize=8)
         panel.set_yticks(range(len(names)), names, fontsize=8)
     for panel in panels[len(methods) :]:
         panel.set_visible(False)
@@ -275,10 +257,10 @@ def _maps(results: "Results", damage: pd.DataFrame, names: Sequence[str]) -> "Fi
     scale = figure.colorbar(image, ax=list(panels))
     scale.set_label("added cross-entropy (nats)", fontsize=9)
     scale.ax.tick_params(labelsize=8)
-    note = "dot: the 95% interval over examples leaves out 0"
-    known = [note] if damage["cross_entropy_low"].notna().any() else []
-    lines_above = [textwrap.fill(line, int(13 * width)) for line in (_title(results, 999), *known)]
-    figure.suptitle("\n".join(lines_above), fontsize=9)
+    said = [_title(results, 999)]
+    if damage["cross_entropy_low"].notna().any():
+        said.append("dot: the 95% interval over examples leaves out 0")
+    figure.suptitle("\n".join(textwrap.fill(line, int(13 * width)) for line in said), fontsize=9)
     return figure
 
 

@@ -2,14 +2,11 @@
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-_PACKAGES = (
-    *("lightning-ablate", "lightning", "torch", "torchmetrics", "transformers", "timm", "datasets"),
-    *("numpy", "pandas", "pyarrow"),
-)
+_PACKAGES = "lightning-ablate lightning torch torchmetrics transformers timm datasets numpy pandas pyarrow"
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -26,10 +23,14 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise
 
 
-def fresh_folder(folder: Path, names: Sequence[str] = ("results.csv", "ablation.ckpt", "config.yaml")) -> Path:
-    """The folder itself, or its first ``run-2``, ``run-3`` ... that holds no earlier run's files."""
+def fresh_folder(
+    folder: Path,
+    names: Sequence[str] = ("results.csv", "ablation.ckpt", "config.yaml"),
+    unless: Callable[[Path], bool] = lambda candidate: False,
+) -> Path:
+    """The folder, or its first ``run-2``, ``run-3`` ... that holds no earlier run's files, or ``unless`` holds."""
     candidate, number = folder, 1
-    while any((candidate / name).exists() for name in names):
+    while not unless(candidate) and any((candidate / name).exists() for name in names):
         number += 1
         candidate = folder / f"run-{number}"
     return candidate
@@ -38,7 +39,7 @@ def fresh_folder(folder: Path, names: Sequence[str] = ("results.csv", "ablation.
 def versions() -> dict[str, str]:
     """Those of Python and of the packages that a run's numbers depend on."""
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
+    for package in _PACKAGES.split():
         try:
             found[package] = version(package)
         except PackageNotFoundError:  # run from a checkout that isn't installed

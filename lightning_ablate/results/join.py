@@ -18,16 +18,11 @@ _SAME_EXAMPLES = ["example", "n"]
 
 
 def load(folders: Sequence[Path | str]) -> list[Results]:
-    """The results of runs, joined where they are of the same target and data.
+    """The results of runs, joined where they are of the same target and data: one for each, in the folders' order.
 
     Methods of runs with other neurons or sites are named by what differs, like ``mean (unit=head)``; a method that
-    several runs hold alike by the end of the folder that tells them apart, like ``mean (a/version_0)``.
-
-    Args:
-        folders: of the runs; one that is given twice counts once.
-
-    Returns:
-        One for each target and data, in the order of the folders.
+    several runs hold alike by the end of the folder that tells them apart, like ``mean (a/version_0)``. A folder that
+    is given twice counts once.
 
     Raises:
         DataError: if a folder holds no results, or what can't be joined: single parts, or runs of other data.
@@ -38,19 +33,16 @@ def load(folders: Sequence[Path | str]) -> list[Results]:
         if results.parts:
             raise DataError(f"{folder} holds single sites, layers or heads, which make no curve; draw it by itself")
         runs = found.setdefault((results.baseline["model"], results.baseline["data"]), {})
-        for base in [run.baseline for run in runs.values()][:1]:
-            _refuse_other_data(folder, base, results.baseline)
+        again, base = results.baseline, next(iter(runs.values()), results).baseline
+        if base["n"] != again["n"] or abs(base["cross_entropy"] - again["cross_entropy"]) > _SAME:
+            raise DataError(
+                f"{folder} has {again['n']:,} scored positions and a baseline cross-entropy of "
+                f"{again['cross_entropy']:.6f}, the runs of {base['model']} on {base['data']} before it "
+                f"{base['n']:,} and {base['cross_entropy']:.6f}: they were evaluated on other data, and can't be "
+                "compared"
+            )
         runs[folder] = results
     return [_joined(runs) if len(runs) > 1 else next(iter(runs.values())) for runs in found.values()]
-
-
-def _refuse_other_data(folder: Path, base: pd.Series, again: pd.Series) -> None:
-    if base["n"] != again["n"] or abs(base["cross_entropy"] - again["cross_entropy"]) > _SAME:
-        raise DataError(
-            f"{folder} has {again['n']:,} scored positions and a baseline cross-entropy of "
-            f"{again['cross_entropy']:.6f}, the runs of {base['model']} on {base['data']} before it {base['n']:,} and "
-            f"{base['cross_entropy']:.6f}: they were evaluated on other data, and can't be compared"
-        )
 
 
 def _joined(runs: dict[Path, Results]) -> Results:
@@ -80,8 +72,8 @@ def _examples(runs: Sequence[Results]) -> pd.DataFrame | None:
 
 def _names(runs: dict[Path, Results]) -> list[dict[str, str]]:
     """Of each run its methods' names, which no other run's have."""
-    differs = [[*pair] for pair in zip(_options(list(runs.values())), _sites(list(runs.values())), strict=True)]
-    told = [[label for label in labels if label] for labels in differs]
+    differs = zip(_options(list(runs.values())), _sites(list(runs.values())), strict=True)
+    told = [list(filter(None, labels)) for labels in differs]
     held = Counter((method, *labels) for run, labels in zip(runs.values(), told, strict=True) for method in run.methods)
     depth = next(depth for depth in range(1, 999) if len({folder.parts[-depth:] for folder in runs}) == len(runs))
     names = []

@@ -1,14 +1,12 @@
 """What the calibration found out about each neuron: a table, a figure and TensorBoard histograms."""
 
-import io
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 import pandas as pd
 
-from lightning_ablate.results.figures import blank, png, short
+from lightning_ablate.results.figures import blank, plain, png, short
 from lightning_ablate.results.folder import write_whole
 from lightning_ablate.results.text import base_name
 from lightning_ablate.statistics import Histogram, Moments, SiteStatistics
@@ -73,9 +71,7 @@ class Neurons:
     def save(self, folder: Path) -> list[Path]:
         """Writes the files, into a folder that is made if it isn't there."""
         folder.mkdir(parents=True, exist_ok=True)
-        buffer = io.BytesIO()
-        self.table.to_parquet(buffer, index=False)
-        write_whole(folder / self.files[0], buffer.getvalue())
+        write_whole(folder / self.files[0], self.table.to_parquet(index=False))
         write_whole(folder / self.files[1], png(self.plot()))
         return [folder / name for name in self.files]
 
@@ -128,7 +124,7 @@ class Neurons:
         axes.set_xlabel("site", fontsize=9)
         axes.set_xlim(-0.7, len(places) - 0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _plain(axes)
+        plain(axes, 7, grid=False)
 
     def _histogram(self, axes: "Axes", row: int) -> None:
         neuron, counts = self.table.loc[row], self.histograms[row]
@@ -139,41 +135,21 @@ class Neurons:
         axes.set_yscale("log")
         axes.minorticks_off()  # each one costs drawing time
         shape = f"skewness {neuron['skewness']:.2f}, kurtosis {neuron['excess_kurtosis']:.1f}"
-        axes.set_title(f"{self._short(neuron['site'])}, neuron {neuron['neuron']}\n{shape}", fontsize=8)
-        _plain(axes)
-
-    def _short(self, site: str) -> str:
-        names: Sequence[str] = list(self.table["site"].cat.categories)
-        return short(names)[names.index(site)]
+        sites = list(self.table["site"].cat.categories)
+        axes.set_title(f"{short(sites)[sites.index(neuron['site'])]}, neuron {neuron['neuron']}\n{shape}", fontsize=8)
+        plain(axes, 7, grid=False)
 
 
 def _described(site: str, statistics: SiteStatistics) -> pd.DataFrame:
     moments = statistics[Moments]
-    columns: dict[str, Any] = {
-        "mean": moments.mean,
-        "sd": moments.sd,
-        "skewness": moments.skewness,
-        "excess_kurtosis": moments.kurtosis,
-        "minimum": moments.low,
-        "maximum": moments.high,
-    }
+    columns: dict[str, Any] = {"mean": moments.mean, "sd": moments.sd, "skewness": moments.skewness}
+    columns |= {"excess_kurtosis": moments.kurtosis, "minimum": moments.low, "maximum": moments.high}
     if Histogram in statistics:
-        peak, mode, median, half_sample_mode, modes = statistics[Histogram].described()
-        columns |= {
-            "zeros": statistics[Histogram].zeros.double() / moments.count,
-            "peak": peak,
-            "mode": mode,
-            "median": median,
-            "half_sample_mode": half_sample_mode,
-            "modes": modes.long(),
-            "abs_mean_minus_peak": (moments.mean - peak).abs(),
-            "abs_peak": peak.abs(),
-        }
+        columns["zeros"] = statistics[Histogram].zeros.double() / moments.count
+        names = ("peak", "mode", "median", "half_sample_mode", "modes")
+        columns |= dict(zip(names, statistics[Histogram].described(), strict=True))
+        columns["modes"] = columns["modes"].long()
+        columns["abs_mean_minus_peak"] = (moments.mean - columns["peak"]).abs()
+        columns["abs_peak"] = columns["peak"].abs()
     found = {name: column.cpu().numpy() for name, column in columns.items()}
     return pd.DataFrame({"site": site, "neuron": np.arange(moments.neurons), **found})
-
-
-def _plain(axes: "Axes") -> None:
-    axes.tick_params(labelsize=7)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)

@@ -1,9 +1,9 @@
 """The results of a sweep as DataFrames, and the files they are kept in."""
 
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
-from itertools import combinations
+from functools import partial
+from itertools import combinations, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,13 +70,11 @@ class Results:
             raise DataError(f"the first row of the table must be the baseline, of the method {BASELINE!r}")
         if self.examples is not None and not _rectangular(self.examples, len(self.table)):
             raise DataError("every condition needs a row for each example, the same ones in the same order")
-        self._cells: dict[str, dict[_Cell, dict[int | None, int]]] = {}
-        for row, one in enumerate(self.table.itertuples(index=False)):
+        self._cells: dict[str, dict[_Cell, dict[int | None, int]]] = {method: {} for method in self.table["method"]}
+        for one in self.table.sort_values("fraction", kind="stable").itertuples():
             cell = one.fraction, one.part, None if pd.isna(one.head) else int(one.head)
-            seeds = self._cells.setdefault(one.method, {}).setdefault(cell, {})
-            seeds[None if pd.isna(one.seed) else int(one.seed)] = row
-        for method, cells in self._cells.items():
-            self._cells[method] = dict(sorted(cells.items(), key=lambda item: item[0][0]))
+            seeds = self._cells[one.method].setdefault(cell, {})
+            seeds[None if pd.isna(one.seed) else int(one.seed)] = one.Index
 
     @property
     def baseline(self) -> pd.Series:
@@ -114,59 +112,48 @@ class Results:
         for method, cells in self._cells.items():
             for cell, seeds in cells.items():
                 rows = np.array(list(seeds.values()))[:, None]
-                keys.append({"method": method, **self._key(cell, rows)})
+                keys.append((method, *cell))
                 contrasts.append((rows, np.ones(1)))
-        return self._frame(["method", *self._key()], keys, contrasts, METRICS)
+        return self._frame(["method", "fraction", "part", "head"], keys, contrasts, METRICS)
 
     def compare(self, method: str | None = None, other: str | None = None) -> pd.DataFrame:
         """How much more one method scores than another, on the same neurons and the same examples.
 
-        Conditions are paired by seed; where a seed can't matter to one method, its only condition is paired with all
-        of the other's.
-
-        Args:
-            method: the one; None for each.
-            other: the other; None for each behind the first; ``none`` for the baseline.
-
-        Returns:
-            A row a pair and fraction, like :meth:`summary` with the differences, first above second.
-
-        Raises:
-            ConfigError: if there is no such method.
+        A row a pair and fraction, like :meth:`summary` with the differences. Conditions are paired by seed; where a
+        seed can't matter to one method, its only condition is paired with all of the other's. None stands for each
+        method (as the other: each behind the first), ``none`` for the baseline; any other name is a ConfigError.
         """
         for name, known in ((method, self.methods), (other, [*self.methods, BASELINE])):
             if name is not None and name not in known:
                 raise ConfigError(f"there is no method {name!r} here; those there are: {', '.join(known)}")
+        firsts, seconds = ([name] if name else self.methods for name in (method, other))
+        pairs = [(one, two) for one, two in product(firsts, seconds) if one != two or method == other]
         if method is None and other is None:
             pairs = list(combinations(self.methods, 2))
-        else:
-            firsts, seconds = ([name] if name else self.methods for name in (method, other))
-            pairs = [(one, two) for one in firsts for two in seconds if one != two or method == other]
         keys, contrasts = [], []
         for one, two in pairs:
             for cell, seeds in self._cells[one].items():
                 against = self._cells[two].get((0.0, "", None) if two == BASELINE else cell)
                 if against:
-                    rows = np.array(_paired(seeds, against))
-                    keys.append({"method": one, "other": two, **self._key(cell, rows)})
+                    same = [(row, against[seed]) for seed, row in seeds.items() if seed in against]
+                    rows = np.array(same or list(product(seeds.values(), against.values())))
+                    if not (same or None in seeds or None in against):
+                        continue  # no seed of one is a seed of the other
+                    keys.append((one, two, *cell))
                     contrasts.append((rows, np.array([1.0, -1.0])))
-        return self._frame(["method", "other", *self._key()], keys, contrasts, COMPARED)
+        return self._frame(["method", "other", "fraction", "part", "head"], keys, contrasts, COMPARED)
 
     def ranking(self) -> pd.DataFrame:
         """A row a method, the least damage first: its scores above the baseline's, averaged over the fractions.
 
-        That is the area between both curves, by trapezoids, from 0 to the largest fraction that all methods reach.
-
-        ``to`` is that fraction; the columns of cross_entropy (what is added) and top1 (below 0: what is lost) are like
-        those of :meth:`summary`.
-
-        Raises:
-            ConfigError: if conditions are confined to parts, which make no curve.
+        That is the area between both curves, by trapezoids, from 0 to ``to``, the largest fraction that all methods
+        reach. The columns of cross_entropy (added) and top1 (below 0: lost) are like those of :meth:`summary`.
+        Conditions confined to parts make no curve: ConfigError.
         """
         if self.parts:
             raise ConfigError("single sites, layers or heads make no curve to rank by: see compare(other='none')")
         to = min((max(self._cells[method])[0] for method in self.methods), default=1.0)
-        keys = [{"method": m, "to": to} for m in self.methods]
+        keys = [(method, to) for method in self.methods]
         contrasts = [_area({cell[0]: rows for cell, rows in self._cells[m].items()}, to) for m in self.methods]
         ranked = self._frame(["method", "to"], keys, contrasts, COMPARED[::-1])
         return ranked.sort_values("cross_entropy", kind="stable", ignore_index=True)
@@ -190,13 +177,13 @@ class Results:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         makers: dict[str, Callable[[], str | bytes]] = {
-            "results.csv": lambda: str(self.table.to_csv(index=False, lineterminator="\n")),
+            "results.csv": lambda: self.table.to_csv(index=False, lineterminator="\n"),
             "run.json": lambda: json.dumps(self.facts, indent=2, default=str) + "\n",
         }
         if self.examples is None:
             (folder / "examples.parquet").unlink(missing_ok=True)  # another run's
         else:
-            makers["examples.parquet"] = lambda: _parquet(self.examples)
+            makers["examples.parquet"] = partial(self.examples.to_parquet, index=False, compression="zstd")
         makers[f"{self.figure_name}.png"] = lambda: figures.png(self.plot())
         if self.examples is not None and len(self.methods) > 1 and not self.parts:
             makers["comparisons.png"] = lambda: figures.png(figures.differences(self))
@@ -206,11 +193,7 @@ class Results:
 
     @classmethod
     def load(cls, folder: Path | str) -> "Results":
-        """Those that :meth:`save` wrote, bit for bit.
-
-        Raises:
-            DataError: if the folder holds none, or a file of it isn't one of them.
-        """
+        """Those that :meth:`save` wrote, bit for bit; DataError if the folder holds none, or other files."""
         paths = [Path(folder) / name for name in ("results.csv", "run.json", "examples.parquet")]
         kinds = {name: kind for name, kind in _TABLE.items() if name not in _FLOATS}
         empty = {name: [""] for name in ("seed", "head")}  # a method may be called "none", a model "NA"
@@ -239,17 +222,15 @@ class Results:
     def _repr_html_(self) -> str:
         return text.html(self)
 
-    def _key(self, cell: _Cell = (0.0, "", None), rows: np.ndarray | None = None) -> dict[str, Any]:
-        """What tells rows of a summary apart beside the methods."""
-        confined = {"part": cell[1], "head": cell[2]} if self.parts else {}
-        count = {} if rows is None else {"seeds": len(rows), "n": self.table["n"].iloc[rows[0, 0]]}
-        return {"fraction": cell[0], **confined, "seeds": 0, "n": 0, **count}
-
     def _frame(
-        self, names: Sequence[str], keys: list[dict[str, Any]], contrasts: list[_Contrast], metrics: Sequence[str]
+        self, names: list[str], keys: list[tuple[Any, ...]], contrasts: list[_Contrast], metrics: Sequence[str]
     ) -> pd.DataFrame:
         """The keys, and of each metric the contrasts' mean over the seeds, its interval and standard deviation."""
-        frame = pd.DataFrame(keys, columns=list(names)).astype({"head": "Int64"} if "head" in names else {})
+        frame = pd.DataFrame(keys, columns=names)
+        if "head" in names:
+            frame = frame.astype({"head": "Int64"}) if self.parts else frame.drop(columns=["part", "head"])
+            frame["seeds"] = [len(rows) for rows, _ in contrasts]
+            frame["n"] = [self.table["n"].iloc[rows[0, 0]] for rows, _ in contrasts]
         ends = np.full((2, len(metrics), len(keys)), np.nan)
         if self.examples is not None and keys:
             own = {metric: self.examples[metric].to_numpy().reshape(len(self.table), -1) for metric in metrics}
@@ -277,18 +258,6 @@ def _rectangular(examples: pd.DataFrame, conditions: int) -> bool:
         return False
     condition, *same = (examples[name].to_numpy().reshape(conditions, -1) for name in ("condition", "example", "n"))
     return bool((condition.T == np.arange(conditions)).all() and all((one == one[0]).all() for one in same))
-
-
-def _parquet(frame: pd.DataFrame) -> bytes:
-    buffer = io.BytesIO()
-    frame.to_parquet(buffer, index=False, compression="zstd")
-    return buffer.getvalue()
-
-
-def _paired(one: Mapping[int | None, int], other: Mapping[int | None, int]) -> list[tuple[int, int]]:
-    """The conditions of the same seeds; where a seed can't matter to one, its only one with all of the other."""
-    same = [(row, other[seed]) for seed, row in one.items() if seed in other]
-    return same or [(a, b) for a in one.values() for b in other.values()]
 
 
 def _area(curve: Mapping[float, Mapping[int | None, int]], to: float) -> _Contrast:

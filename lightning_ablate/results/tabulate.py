@@ -16,14 +16,11 @@ from lightning_ablate.results.table import Results
 def tabulated(
     conditions: Sequence[Condition], metrics: SweepMetrics, model: str, data: str, facts: Mapping[str, Any]
 ) -> Results:
-    """The results of a sweep, from its conditions and what they scored, merged over the processes.
-
-    ``facts`` are what run.json is to say, beside the time and the versions.
-    """
+    """The results of a sweep, from its conditions and what they scored; run.json says ``facts``, time and versions."""
     found = {name: values.cpu().numpy() for name, values in metrics.means.items()}
-    rows = [(model, data, c.method, c.fraction, c.seed, c.part, c.head, int(found["n"])) for c in conditions]
-    table = pd.DataFrame(rows, columns=["model", "data", "method", "fraction", "seed", "part", "head", "n"])
-    table = table.assign(**{name: found[name] for name in METRICS})
+    rows = [(c.method, c.fraction, c.seed, c.part, c.head) for c in conditions]
+    table = pd.DataFrame(rows, columns=["method", "fraction", "seed", "part", "head"])
+    table = table.assign(model=model, data=data, **found)
     now = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
     return Results(table, _examples(metrics, len(rows)), {**facts, **now})
 
@@ -33,10 +30,6 @@ def _examples(metrics: SweepMetrics, conditions: int) -> pd.DataFrame | None:
     if metrics.by_example is None:
         return None
     n, sums = (values.cpu().numpy() for values in metrics.by_example)
-    columns = {
-        "condition": np.repeat(np.arange(conditions), len(n)),
-        "example": np.tile(np.arange(len(n)), conditions),
-        "n": np.tile(n, conditions),
-        **{name: sums[:, place].ravel() for place, name in enumerate(METRICS)},
-    }
-    return pd.DataFrame(columns)
+    pairs = pd.MultiIndex.from_product([range(conditions), range(len(n))], names=["condition", "example"])
+    scores = {name: sums[:, place].ravel() for place, name in enumerate(METRICS)}
+    return pd.DataFrame({"n": np.tile(n, conditions), **scores}, index=pairs).reset_index()

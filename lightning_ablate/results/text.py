@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from lightning_ablate.results.table import Results
 
 _PAIRS, _PARTS = 6, 5  # that the tables show
-_NOTE = "95% interval over examples, the choices of neurons being those of the run"
 
 
 def title(results: "Results") -> str:
@@ -26,8 +25,8 @@ def base_name(name: str) -> str:
 
 def halfway(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows at the fraction closest to a half."""
-    fractions = sorted(frame["fraction"].unique(), key=lambda fraction: abs(fraction - 0.5))
-    return frame[frame["fraction"].isin(fractions[:1])]
+    closest = min(frame["fraction"], key=lambda fraction: abs(fraction - 0.5), default=None)
+    return frame[frame["fraction"] == closest]
 
 
 def tables(results: "Results") -> str:
@@ -58,7 +57,10 @@ def _head(results: "Results") -> str:
 def _scores(results: "Results") -> str:
     """Top-1 and cross-entropy at up to three fractions, mean ± sd over the seeds."""
     summary = results.summary().iloc[1:]
-    shown = _shown(sorted(summary["fraction"].unique()))
+    shown = sorted(summary["fraction"].unique())
+    if len(shown) > 3:
+        usual = [fraction for fraction in (0.1, 0.5, 0.9) if fraction in shown]
+        shown = usual or [shown[0], shown[len(shown) // 2], shown[-1]]
     heads = (("top-1 %", "top1", 100, 2), ("cross-entropy", "cross_entropy", 1, 4))
     columns = [(head, f"{100 * fraction:g}%") for head, *_ in heads for fraction in shown]
     cells = pd.DataFrame("", index=results.methods, columns=pd.MultiIndex.from_tuples(columns, names=["", "ablated"]))
@@ -68,14 +70,8 @@ def _scores(results: "Results") -> str:
             value = f"{scale * row[metric]:.{digits}f}{spread}"
             cells.loc[row["method"], (head, f"{100 * row['fraction']:g}%")] = value
     seeds = int(summary["seeds"].max())
-    return f"{cells.to_string()}\n\nmean ± standard deviation over {seeds} seed{'s' * (seeds != 1)}"
-
-
-def _shown(fractions: list[float]) -> list[float]:
-    if len(fractions) <= 3:
-        return fractions
-    usual = [fraction for fraction in (0.1, 0.5, 0.9) if fraction in fractions]
-    return usual or [fractions[0], fractions[len(fractions) // 2], fractions[-1]]
+    spread = f"\n\nmean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
+    return f"{cells.to_string()}{spread}"
 
 
 def _ranks(results: "Results") -> str:
@@ -95,18 +91,19 @@ def _differences(results: "Results") -> str:
     here = halfway(results.compare()) if results.examples is not None else pd.DataFrame()
     if here.empty or here["top1_low"].isna().all():
         return ""
-    note = f"[{_NOTE}]"
+    note = "[95% interval over examples, the choices of neurons being those of the run]"
     if len(here) > _PAIRS:
         note = f"{note}; all {len(here)} pairs: Results.compare()"
         ranks = {method: rank for rank, method in enumerate(results.ranking()["method"])}
         here = here[(here["method"].map(ranks) - here["other"].map(ranks)).abs() == 1]
-    lines = []
+    lines = {}
     for _, row in here.iterrows():
         first = f"{row['method']} − {row['other']} at {100 * row['fraction']:g}%: "
-        lines.append((first + _with_interval(row, "top1", 100, 2, " points"), row))
-    width = max(len(line) for line, _ in lines)
-    found = [f"{line.ljust(width)}   {_with_interval(row, 'cross_entropy', 1, 4, ' nats')}" for line, row in lines]
-    return "\n".join([*found, "", note])
+        lines[first + _with_interval(row, "top1", 100, 2, " points")] = _with_interval(
+            row, "cross_entropy", 1, 4, " nats"
+        )
+    width = max(map(len, lines))
+    return "\n".join([*(f"{first:{width}}   {second}" for first, second in lines.items()), "", note])
 
 
 def _parts(results: "Results") -> str:

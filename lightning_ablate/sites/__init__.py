@@ -1,6 +1,6 @@
 """Where a target is read and changed: the inputs of its attention output projections and MLP down projections."""
 
 from lightning_ablate.sites.find import KINDS, check_mixing, find_sites, is_asked, is_covered
-from lightning_ablate.sites.site import Hook, Site, hooked
+from lightning_ablate.sites.site import Hook, Site, check_mask, hooked
 
-__all__ = ["KINDS", "Hook", "Site", "check_mixing", "find_sites", "hooked", "is_asked", "is_covered"]
+__all__ = ["KINDS", "Hook", "Site", "check_mask", "check_mixing", "find_sites", "hooked", "is_asked", "is_covered"]

@@ -1,14 +1,16 @@
 """Follows the data through one forward pass, to see which projections read what attention and the MLPs made."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 T = TypeVar("T")
@@ -36,37 +38,22 @@ _ROWS = 1024
 
 @dataclass(frozen=True)
 class Read:
-    """A projection that ran.
-
-    Attributes:
-        path: of the module.
-        width: features of its input.
-        positions: how many positions it read: the elements of its input by its width.
-        made_by: ``attention`` or ``mlp``, by what its input came from; empty for anything else.
-        heads: of attention, if the input holds them side by side in pieces of equal size; else None.
-    """
+    """A projection that ran, and what its input came from."""
 
     path: str
-    width: int
-    positions: int
-    made_by: str
-    heads: int | None = None
+    width: int  # features of its input
+    positions: int  # the elements of its input by its width
+    made_by: str  # attention or mlp; empty for anything else
+    heads: int | None = None  # of attention, if the input holds them side by side in pieces of equal size
 
 
 class Trace(NamedTuple):
-    """What one forward pass showed.
+    """What one forward pass showed."""
 
-    Attributes:
-        reads: every projection that ran, in order.
-        lost: the modules in which attention ran whose output no projection read.
-        shared: the modules in which attention ran whose output several projections read.
-        runs: how often the target itself ran.
-    """
-
-    reads: list[Read]
-    lost: list[str]
-    shared: list[str]
-    runs: int
+    reads: list[Read]  # every projection that ran, in order
+    lost: list[str]  # the modules in which attention ran whose output no projection read
+    shared: list[str]  # and those whose output several projections read
+    runs: int  # how often the target itself ran
 
 
 def features(module: nn.Module) -> int | None:
@@ -91,12 +78,12 @@ def trace(target: nn.Module, run: Callable[[], object]) -> Trace:
     tracer = _Tracer()
     with ExitStack() as stack:
         for path, module in target.named_modules():
-            stack.callback(module.register_forward_pre_hook(tracer.entering(path)).remove)
+            stack.callback(module.register_forward_pre_hook(partial(tracer.entering, path)).remove)
             stack.callback(module.register_forward_hook(tracer.leaving, always_call=True).remove)
         stack.enter_context(tracer)
         run()
-    lost = [path for call, path in enumerate(tracer.made) if not tracer.readers.get(call)]
-    shared = [path for call, path in enumerate(tracer.made) if len(tracer.readers.get(call, ())) > 1]
+    lost = [path for path, readers in tracer.calls if not readers]
+    shared = [path for path, readers in tracer.calls if len(readers) > 1]
     reads = [
         replace(read, made_by="") if read.made_by == "mlp" and number in tracer.asked else read
         for number, read in enumerate(tracer.reads, 1)
@@ -118,8 +105,7 @@ class _Tracer(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.reads: list[Read] = []
-        self.made: list[str] = []  # where each attention call ran
-        self.readers: dict[int, set[str]] = {}  # which projections read what each of them made
+        self.calls: list[tuple[str, set[str]]] = []  # where each attention call ran, and which projections read it
         self.asked: set[int] = set()  # the projections, by the number of their run, that made queries, keys and values
         self.runs = 0
         self._stack: list[tuple[str, bool]] = []  # the modules that are running, and whether they are projections
@@ -129,16 +115,13 @@ class _Tracer(TorchFunctionMode):
         self._attended: _ByTensor[_Attended] = WeakTensorKeyDictionary()
         self._projected: _ByTensor[_Projected] = WeakTensorKeyDictionary()
 
-    def entering(self, path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            projection = features(module) is not None
-            outermost = not any(is_projection for _, is_projection in self._stack)
-            self._stack.append((path, projection))
-            self.runs += path == ""
-            if projection and outermost and inputs and isinstance(inputs[0], Tensor):
-                self._read(path, inputs[0])
-
-        return hook
+    def entering(self, path: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        projection = features(module) is not None
+        outermost = not any(is_projection for _, is_projection in self._stack)
+        self._stack.append((path, projection))
+        self.runs += path == ""
+        if projection and outermost and inputs and isinstance(inputs[0], Tensor):
+            self._read(path, inputs[0])
 
     def leaving(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if not self._stack:  # another hook failed before this module was entered
@@ -152,11 +135,11 @@ class _Tracer(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        name, given = getattr(func, "__name__", ""), list(_tensors([args, kwargs]))
+        name, given = getattr(func, "__name__", ""), _tensors([args, kwargs])
         attended = any(tensor in self._attended for tensor in given)
         weights = [tensor for tensor in given if tensor in self._weights]
         output = func(*args, **kwargs)
-        made = list(_tensors(output))
+        made = _tensors(output)
         if name in _PRODUCTS or name == "scaled_dot_product_attention":
             self.asked |= {entry.read for tensor in given if (entry := self._projected.get(tensor)) is not None}
         if name == "__setitem__":
@@ -190,7 +173,7 @@ class _Tracer(TorchFunctionMode):
         made_by = "attention" if entry is not None else "mlp" if projected is not None and projected.activated else ""
         heads = None if entry is None else _side_by_side(entry.labels)
         for call in () if entry is None else entry.calls:
-            self.readers.setdefault(call, set()).add(path)
+            self.calls[call][1].add(path)
         self.reads.append(Read(path, width, activations.numel() // max(1, width), made_by, heads))
 
     def _label(self, output: Tensor, axis: int | None) -> None:
@@ -204,19 +187,19 @@ class _Tracer(TorchFunctionMode):
             labels = torch.arange(count, device=output.device) + self._labels
             labels = labels.view(shape).expand(output.shape)
             self._labels += count
-        self._attended[output] = _Attended(labels, frozenset([len(self.made)]))
+        self._attended[output] = _Attended(labels, frozenset([len(self.calls)]))
         self._note_call()
 
     def _note_call(self) -> None:
-        """Notes where attention runs."""
-        self.made.append(self._stack[-1][0] if self._stack else "")
+        self.calls.append((self._stack[-1][0] if self._stack else "", set()))
 
     def _follow(self, func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor], made: list[Tensor]) -> None:
         attended = [entry for tensor in given if (entry := self._attended.get(tensor)) is not None]
         others = [tensor for tensor in given if tensor not in self._attended and not isinstance(tensor, nn.Parameter)]
         calls = frozenset[int]().union(*(entry.calls for entry in attended))
         if name in _MOVES:
-            labels = list(_tensors(func(*_mapped(self._labels_of, args), **_mapped(self._labels_of, kwargs))))
+            args, kwargs = tree_map_only(Tensor, self._labels_of, (args, kwargs))
+            labels = _tensors(func(*args, **kwargs))
         elif name in _SUMS and any(tensor.ndim for tensor in others):
             return  # a residual stream is no longer what attention made
         else:
@@ -279,19 +262,5 @@ def _value_axis(args: tuple[Any, ...], given: list[Tensor], weights: Tensor, ndi
     return -2 if given[-1] is weights else -1
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-
-
-def _mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, tuple | list):
-        return type(value)(_mapped(change, item) for item in value)
-    return {name: _mapped(change, item) for name, item in value.items()} if isinstance(value, dict) else value
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]

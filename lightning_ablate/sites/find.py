@@ -26,22 +26,10 @@ def find_sites(target: nn.Module, run: Callable[[], object], which: Sequence[str
     """The sites of a target, in the order in which they run.
 
     Nothing is known of any architecture: one forward pass shows which projections read what attention made, in how
-    many heads, and which read what an MLP made (see :func:`~lightning_ablate.sites.dataflow.trace`).
-
-    Args:
-        target: the model under study.
-        run: runs one forward pass, on any input.
-        which: ``attention``, or ``self-attention`` and ``cross-attention`` alone; ``mlp``; and shell-style patterns of
-            module paths (``*.0.attn.c_proj``) for projections of any other kind.
-
-    Raises:
-        SiteError: if a kind or pattern isn't there, or can't be told from what runs.
-
-    Example:
-        >>> from timm.models.vision_transformer import Block
-        >>> block = Block(dim=8, num_heads=2).eval()
-        >>> find_sites(block, lambda: block(torch.zeros(1, 3, 8)))
-        [Site(name='attn.proj', width=8, heads=2, kind='self-attention', layer='', uses=1)]
+    many heads, and which read what an MLP made (see :func:`~lightning_ablate.sites.dataflow.trace`). ``run`` runs it,
+    on any input. ``which`` names ``attention``, or ``self-attention`` and ``cross-attention`` alone; ``mlp``; and
+    shell-style patterns of module paths (``*.0.attn.c_proj``) for projections of any other kind; SiteError if one of
+    them isn't there, or can't be told from what runs.
     """
     with torch.no_grad():
         seen = trace(target, run)
@@ -74,16 +62,9 @@ def is_covered(target: nn.Module, word: str, sites: Sequence[Site], which: Seque
 def check_mixing(target: nn.Module, sites: Sequence[Site], hidden: Callable[[int], Sequence[Tensor]]) -> None:
     """Refuses a target whose positions see one another by other ways than these sites.
 
-    With every site at 0, a token or pixel that changes may move the hidden state of its own position only.
-
-    Args:
-        target: the model.
-        sites: all its attention sites.
-        hidden: runs the target on input 0 or 1, which differ in one place, and gives its last hidden states, each
-            ``(1, ..., features)``.
-
-    Raises:
-        SiteError: if another position moved as well.
+    With all these attention sites at 0, a token or pixel that changes may move the hidden state of its own position
+    only; SiteError if another one moves as well. ``hidden`` runs the target on input 0 or 1, which differ in one place,
+    and gives its last hidden states, each ``(1, ..., features)``.
     """
     with torch.no_grad(), hooked(target, dict.fromkeys(sites, torch.zeros_like)):
         states = hidden(0), hidden(1)
@@ -110,7 +91,6 @@ def check_mixing(target: nn.Module, sites: Sequence[Site], hidden: Callable[[int
 
 
 def _sites(target: nn.Module, seen: Trace) -> list[Site]:
-    """A site for each projection that ran."""
     uses, used = Counter(read.path for read in seen.reads), Counter[str]()
     attention = [read.path for read in seen.reads if read.made_by == "attention"]
     # an MLP within an attention module (a bias table, a low-rank query) is no MLP of the layer

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_ablate.errors import SiteError
@@ -44,43 +46,36 @@ class Site:
         return int(self.name.partition("#")[2] or 0)
 
 
+def check_mask(mask: Tensor, site: Site, whose: str) -> None:
+    """Raises SiteError unless a mask is ``(neurons,)`` bool."""
+    if mask.dtype != torch.bool or mask.shape != (site.width,):
+        raise SiteError(
+            f"the mask of {whose} at {site.name} is {tuple(mask.shape)} {mask.dtype}, expected ({site.width},) "
+            "torch.bool, True for the neurons to ablate"
+        )
+
+
 @contextmanager
 def hooked(target: nn.Module, hooks: Mapping[Site, Hook], *, once: bool = False) -> Iterator[None]:
     """Runs a hook before each site's projection; leaves none behind, whatever happens.
 
-    Args:
-        target: the model the sites are in.
-        hooks: by site.
-        once: whether a single forward pass is expected inside.
-
-    Raises:
-        SiteError: if ``once``, and a site did not run, or ran more than once.
-
-    Example:
-        >>> import torch
-        >>> target = nn.Sequential(nn.Identity(), nn.Linear(2, 1, bias=False))
-        >>> with hooked(target, {Site("1", 2): torch.zeros_like}), torch.no_grad():
-        ...     target(torch.ones(1, 2))
-        tensor([[0.]])
+    With ``once``, a single forward pass is expected inside; SiteError if a site did not run in it, or ran too often.
     """
     modules: dict[str, dict[int, Site]] = {}
     for site in hooks:
         modules.setdefault(site.path, {})[site.use] = site
     runs = dict.fromkeys(modules, 0)
 
-    def before(path: str, uses: Mapping[int, Site], of: int) -> Callable[[nn.Module, tuple[Any, ...]], Any]:
-        def pre_hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            site = uses.get(runs[path] % of)
-            runs[path] += 1
-            changed = None if site is None else hooks[site](inputs[0])
-            return None if changed is None else (changed, *inputs[1:])
-
-        return pre_hook
+    def before(path: str, uses: Mapping[int, Site], of: int, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
+        site = uses.get(runs[path] % of)
+        runs[path] += 1
+        changed = None if site is None else hooks[site](inputs[0])
+        return None if changed is None else (changed, *inputs[1:])
 
     with ExitStack() as stack:
         for path, uses in modules.items():
-            pre_hook = before(path, uses, next(iter(uses.values())).uses)
-            stack.callback(target.get_submodule(path).register_forward_pre_hook(pre_hook).remove)
+            hook = partial(before, path, uses, next(iter(uses.values())).uses)
+            stack.callback(target.get_submodule(path).register_forward_pre_hook(hook).remove)
         yield
     for site in hooks if once else ():
         if runs[site.path] != site.uses:

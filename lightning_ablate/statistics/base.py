@@ -27,11 +27,7 @@ class SiteStatistics:
         self._statistics, self._learned = dict(statistics), dict(learned or {})
 
     def __getitem__(self, kind: type[S]) -> S:
-        """The statistic of that class.
-
-        Raises:
-            StatisticsError: if it was not gathered.
-        """
+        """The statistic of that class; StatisticsError if it was not gathered."""
         found = self._statistics.get(kind)
         if not isinstance(found, kind):
             raise StatisticsError(
@@ -41,11 +37,7 @@ class SiteStatistics:
         return found
 
     def learned(self, method: str) -> Tensor:
-        """The values that a method learned, ``(neurons,)`` float32.
-
-        Raises:
-            StatisticsError: if it did not.
-        """
+        """The values that a method learned, ``(neurons,)`` float32; StatisticsError if it did not."""
         if method not in self._learned:
             raise StatisticsError(
                 f"needs the values it learns for the site {self.site}, which it did not: run `fit` with this method, "
@@ -66,12 +58,8 @@ class ActivationStatistic(Metric, ABC):
     merges the ranks, calls ``check`` and then ``reduce``; from then on the states and what is derived from them are
     read directly. ``compute`` merges by itself, as in any torchmetrics.Metric, for use without a calibration.
 
-    Args:
-        neurons: width of the site.
-        earlier: the site's statistics from earlier calibration epochs, which hold at least those named in ``needs``.
-
-    Attributes:
-        needs: the statistics that must be complete first. Each link of such a chain is one more calibration epoch.
+    ``neurons`` is the width of the site. ``needs`` names the statistics that must be complete first: each link of such
+    a chain is one more calibration epoch. ``earlier`` holds these, and may hold others.
     """
 
     full_state_update = False
@@ -88,11 +76,9 @@ class ActivationStatistic(Metric, ABC):
 
     @abstractmethod
     def update(self, activations: Tensor, valid: Tensor | None = None) -> None:
-        """Adds a batch.
+        """Adds a batch of activations ``(batch, ..., neurons)``, floating.
 
-        Args:
-            activations: ``(batch, ..., neurons)``, floating.
-            valid: bool, broadcastable to ``(batch, seq)``, False at padding; None counts every position.
+        ``valid`` is bool, broadcastable to ``(batch, seq)``, False at padding; None counts every position.
         """
 
     @abstractmethod
@@ -104,6 +90,7 @@ class ActivationStatistic(Metric, ABC):
 
     def reduce(self) -> None:
         """Lets go of what is needed no longer once the epoch is complete and described."""
+        self._cache = None  # the states of this rank alone, which torchmetrics keeps for a return
 
     @classmethod
     def epoch(cls) -> int:
@@ -112,11 +99,7 @@ class ActivationStatistic(Metric, ABC):
 
 
 def positions(activations: Tensor, valid: Tensor | None) -> Tensor:
-    """The activations of the valid positions, ``(positions, neurons)``, in their own dtype.
-
-    Raises:
-        StatisticsError: if the activations don't have the shape that ``valid`` tells.
-    """
+    """The activations of the valid positions, ``(positions, neurons)``, in their own dtype; see :func:`by_example`."""
     if valid is None:
         return activations.reshape(-1, activations.shape[-1])
     if activations.ndim == 2 and len(activations) == len(valid):  # one position an example
@@ -126,11 +109,7 @@ def positions(activations: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def by_example(activations: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The activations as ``(examples, positions, neurons)``, and which positions are valid, bool.
-
-    Raises:
-        StatisticsError: if the activations don't have the shape that ``valid`` tells.
-    """
+    """Activations as ``(examples, positions, neurons)``, and which are valid; StatisticsError if both don't fit."""
     if valid is None:
         valid = torch.ones(len(activations), 1, dtype=torch.bool, device=activations.device)
     examples, length = valid.shape

@@ -17,12 +17,7 @@ class Covariance(ActivationStatistic):
 
     Every batch gives the sums of products of the deviations from its own mean; these merge by the pairwise formula of
     Chan, Golub & LeVeque (1979). Sums are float64 up to 2,048 neurons and float32 above: 4 n² bytes a site, 67 MB
-    for 4,096 neurons.
-
-    Args:
-        neurons: width of the site.
-        earlier: see :class:`ActivationStatistic`.
-        blocks: of neurons side by side, equally wide, between which nothing is kept.
+    for 4,096 neurons. Between ``blocks`` of neurons side by side, equally wide, nothing is kept.
 
     Example:
         >>> statistic = Covariance(neurons=2)
@@ -85,11 +80,7 @@ class HeadCovariance(Covariance):
 
     @classmethod
     def of(cls, site: Site, earlier: SiteStatistics | None = None) -> Self:
-        """With the heads of the site as its blocks.
-
-        Raises:
-            StatisticsError: if it has none.
-        """
+        """With the heads of the site as its blocks; StatisticsError if it has none."""
         if site.heads is None:
             raise StatisticsError(
                 f"{site.name} ({site.kind}) has no heads that lie side by side, by which to take its covariance; use "
@@ -98,7 +89,7 @@ class HeadCovariance(Covariance):
         return cls(site.width, earlier, blocks=site.heads)
 
 
-def _add(sums: Tensor, count: Tensor, mean: Tensor, products: Tensor) -> Tensor:
+def _add(sums: Tensor, count: Tensor, mean: Tensor, products: Tensor) -> None:
     """Adds those of a batch or a rank, in place; count and mean are ``(blocks, 1, width)``."""
     total = (sums[:, :1] + count).clamp_min(1)
     shift = mean - sums[:, 1:2]
@@ -106,7 +97,6 @@ def _add(sums: Tensor, count: Tensor, mean: Tensor, products: Tensor) -> Tensor:
     sums[:, 2:].baddbmm_((shift * (sums[:, :1] * count / total)).mT, shift)
     sums[:, 1:2] += shift * (count / total)
     sums[:, :1] += count
-    return sums
 
 
 def _merged(stacked: Tensor) -> Tensor:

@@ -14,44 +14,17 @@ _HILL = 5.0  # standard errors
 def described(counts: Tensor) -> Tensor:
     """The places of mode, median and half-sample mode, and the number of modes, ``(4, neurons)`` float64.
 
-    Args:
-        counts: ``(neurons, bins)`` float64, as for all estimators here; every neuron has one.
+    ``counts`` are ``(neurons, bins)`` float64 for all estimators here; every neuron has one.
     """
     smooth, bandwidth = _smoothed(counts)
-    return torch.stack([_top(smooth), median(counts), half_sample_mode(counts), _hills(smooth, bandwidth).double()])
-
-
-def smoothed_mode(counts: Tensor) -> Tensor:
-    """The mode of the histogram, smoothed by a normal density of the width ``0.9 min(sd, IQR / 1.349) n^(-1/7)``.
-
-    The exponent is that at which the error of a kernel mode falls fastest (Eddy 1982, "Optimum kernel estimators of the
-    mode"; survey: Chacon 2018, arXiv 1807.02789). A parabola through the three highest bins gives the place between.
-
-    Example:
-        >>> smoothed_mode(torch.tensor([[0.0, 1.0, 5.0, 5.0, 1.0, 0.0]], dtype=torch.float64)).tolist()
-        [3.0]
-    """
-    return _top(_smoothed(counts)[0])
-
-
-def median(counts: Tensor) -> Tensor:
-    """The median, straight between the ends of its bin, ``(neurons,)``.
-
-    Example:
-        >>> median(torch.tensor([[1.0, 4.0, 1.0]], dtype=torch.float64)).tolist()
-        [1.5]
-    """
-    return _quantile(counts, 0.5)
+    median, hills = _quantile(counts, 0.5), _hills(smooth, bandwidth).double()
+    return torch.stack([_top(smooth), median, half_sample_mode(counts), hills])
 
 
 def half_sample_mode(counts: Tensor) -> Tensor:
     """The half-sample mode: the shortest half of the values, of it the shortest half, and so on, ``(neurons,)``.
 
     Source: Bickel & Frühwirth 2006, "On a fast, robust estimator of the mode".
-
-    Example:
-        >>> half_sample_mode(torch.tensor([[1.0, 0.0, 2.0, 3.0, 1.0, 1.0]], dtype=torch.float64)).tolist()
-        [3.5]
     """
     bins = counts.shape[1]
     below = torch.cat([torch.zeros_like(counts[:, :1]), counts.cumsum(1)], 1)
@@ -78,20 +51,6 @@ def half_sample_mode(counts: Tensor) -> Tensor:
     return (weights * (number + 0.5)).sum(1) / weights.sum(1).clamp_min(1)
 
 
-def count_modes(counts: Tensor) -> Tensor:
-    """How many modes each neuron's density has, ``(neurons,)`` int64: hills of the smoothed histogram.
-
-    A hill counts if it stands out of the sampling noise: on a scale on which the noise has a standard deviation of 1
-    everywhere (the root of a Poisson count, doubled), the histogram rises by at least 5 to it, and falls by as much
-    behind it.
-
-    Example:
-        >>> count_modes(torch.tensor([[50.0, 0.0, 0.0, 0.0, 50.0], [0.0, 9.0, 0.0, 0.0, 0.0]])).tolist()
-        [2, 1]
-    """
-    return _hills(*_smoothed(counts))
-
-
 def _top(smooth: Tensor) -> Tensor:
     """Where the highest bin is, by the parabola through it and its neighbours, ``(neurons,)``."""
     bins = smooth.shape[1]
@@ -104,6 +63,11 @@ def _top(smooth: Tensor) -> Tensor:
 
 
 def _hills(smooth: Tensor, bandwidth: Tensor) -> Tensor:
+    """How many modes each neuron's density has, ``(neurons,)`` int64: hills of the smoothed histogram.
+
+    A hill counts if it stands out of the sampling noise: on a scale on which the noise has a standard deviation of 1
+    everywhere (the root of a Poisson count, doubled), the histogram rises to it and falls behind it by at least 5.
+    """
     # a normal kernel of width h averages as many independent bins as are 2 sqrt(pi) h wide
     heights = 2 * (2 * math.sqrt(math.pi) * bandwidth.unsqueeze(1) * smooth.clamp_min(0)).sqrt()
     found = torch.zeros(len(heights), dtype=torch.int64, device=smooth.device)
@@ -119,7 +83,11 @@ def _hills(smooth: Tensor, bandwidth: Tensor) -> Tensor:
 
 
 def _smoothed(counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The counts convolved with a normal density, and its standard deviation ``(neurons,)`` in bins."""
+    """The counts convolved with a normal density, and its width ``(neurons,)`` in bins.
+
+    The width is ``0.9 min(sd, IQR / 1.349) n^(-1/7)``, the exponent that at which the error of a kernel mode falls
+    fastest (Eddy 1982, "Optimum kernel estimators of the mode"; survey: Chacon 2018, arXiv 1807.02789).
+    """
     bins = counts.shape[1]
     number = torch.arange(bins, dtype=torch.float64, device=counts.device)
     n = counts.sum(1).clamp_min(1)
@@ -136,7 +104,7 @@ def _smoothed(counts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantile(counts: Tensor, share: float) -> Tensor:
-    """Where a share of the counts lies below, ``(neurons,)``."""
+    """Where a share of the counts lies below, straight between the ends of its bin, ``(neurons,)``."""
     below = counts.cumsum(1)
     wanted = share * below[:, -1:]
     bin_ = torch.searchsorted(below, wanted.contiguous()).clamp_max(counts.shape[1] - 1)

@@ -27,10 +27,6 @@ class Histogram(ActivationStatistic):
 
     A neuron that was 0 at least as often as not has 0 as its mode, median and half-sample mode.
 
-    Args:
-        neurons: width of the site.
-        earlier: holds the :class:`Moments` of the same activations.
-
     Example:
         >>> activations = torch.tensor([[[0.0], [0.25], [0.25], [1.0]]])
         >>> moments = Moments(neurons=1)
@@ -95,13 +91,12 @@ class Histogram(ActivationStatistic):
 
     def reduce(self) -> None:
         """Keeps what :meth:`compute` gives, and lets go of the counts."""
-        self.values = self.described()
-        self.counts = self.counts.new_zeros(self.neurons, 0)
-        self._cache = None  # the counts of this rank alone, which torchmetrics keeps for a return
+        self.values, self.counts = self.described(), self.counts.new_zeros(self.neurons, 0)
+        super().reduce()
 
     def described(self) -> Tensor:
         """Peak, mode, median, half-sample mode and the number of modes, ``(5, neurons)`` float64."""
-        if not self.counts.numel():  # reduced, or from a checkpoint
+        if not bool(self.values.isnan().all()):  # complete, or from a checkpoint
             return self.values
         fullest = self.counts.view(self.neurons, self.paper_bins, -1).sum(2).argmax(1)  # the first of equal ones
         peak = self.low + (fullest + 0.5) * self._step
@@ -117,7 +112,7 @@ class Histogram(ActivationStatistic):
 
     @property
     def mode(self) -> Tensor:
-        """The modes, see :func:`~lightning_ablate.statistics.estimators.smoothed_mode`, ``(neurons,)`` float64."""
+        """The modes of the histogram smoothed by a normal density, ``(neurons,)`` float64 (see ``estimators``)."""
         return self.described()[1]
 
     @property
@@ -140,12 +135,13 @@ class Histogram(ActivationStatistic):
         return torch.ones((), dtype=torch.bool, device=self.low.device)
 
     def check(self) -> None:
-        """Raises StatisticsError if activations fell outside the range of the epoch before."""
+        """Describes the neurons; StatisticsError if activations fell outside the range of the epoch before."""
         if int(self.outside):
             raise StatisticsError(
                 f"{int(self.outside)} activations lie outside the range of the first calibration epoch: the histogram "
                 "needs the same data in both; turn shuffling, augmentation and time limits off in the training loader"
             )
+        self.values = self.described()
 
     @property
     def _step(self) -> Tensor:

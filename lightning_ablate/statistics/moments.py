@@ -16,11 +16,6 @@ class Moments(ActivationStatistic):
     of Pébay (2008, "Formulas for robust, one-pass parallel computation of covariances and arbitrary-order statistical
     moments"), so that neurons far from zero keep their digits.
 
-    Attributes:
-        sums: ``(5, neurons)`` float64: count, mean, and sums of the second to fourth powers of the deviations from it.
-        low: ``(neurons,)`` float64, the minima; infinity before the first position.
-        high: ``(neurons,)`` float64, the maxima.
-
     Example:
         >>> statistic = Moments(neurons=2)
         >>> statistic.update(torch.tensor([[[1.0, 2.0], [3.0, 6.0]]]))
@@ -28,9 +23,9 @@ class Moments(ActivationStatistic):
         ([2.0, 4.0], [1.0, 2.0], [3.0, 6.0])
     """
 
-    sums: Tensor
-    low: Tensor
-    high: Tensor
+    sums: Tensor  # count, mean, and sums of the second to fourth powers of the deviations from it
+    low: Tensor  # the minima, (neurons,) float64; infinity before the first position
+    high: Tensor  # the maxima
 
     def __init__(self, neurons: int, earlier: SiteStatistics | None = None) -> None:
         super().__init__(neurons, earlier)
@@ -90,13 +85,15 @@ class Moments(ActivationStatistic):
 
 
 def _sums(rows: Tensor, reference: Tensor) -> Tensor:
-    """Count, mean, and sums of the second to fourth powers of the deviations from it, ``(5, neurons)`` float64.
-
-    Args:
-        rows: ``(positions, neurons)``, floating.
-        reference: ``(neurons,)`` float64, near the mean; powers are summed of the deviations from it.
-    """
-    sums = _power_sums(rows, reference)
+    """Count, mean, and sums of the second to fourth powers of the deviations from it, ``(5, neurons)`` float64."""
+    sums = reference.new_zeros(4, len(reference))  # of powers of the deviations from what is near the mean
+    for block in torch.split(rows, _BLOCK):
+        deviation = block.double() - reference  # not in place: float64 rows are the target's own
+        square = deviation.square()
+        sums[0] += deviation.sum(0)
+        sums[1] += square.sum(0)
+        sums[2] += deviation.mul_(square).sum(0)
+        sums[3] += square.square_().sum(0)
     n = float(len(rows))
     first, second, third, fourth = sums
     mean = first / n
@@ -109,19 +106,6 @@ def _sums(rows: Tensor, reference: Tensor) -> Tensor:
             (fourth - 4 * mean * third + 6 * mean.square() * second - 3 * n * mean.pow(4)).clamp_min(0),
         ]
     )
-
-
-def _power_sums(rows: Tensor, reference: Tensor) -> Tensor:
-    """Sums of the first to fourth powers of the deviations from the reference, ``(4, neurons)`` float64."""
-    sums = reference.new_zeros(4, len(reference))
-    for block in torch.split(rows, _BLOCK):
-        deviation = block.double() - reference  # not in place: float64 rows are the target's own
-        square = deviation.square()
-        sums[0] += deviation.sum(0)
-        sums[1] += square.sum(0)
-        sums[2] += deviation.mul_(square).sum(0)
-        sums[3] += square.square_().sum(0)
-    return sums
 
 
 def _merged(sums: Tensor) -> Tensor:
