@@ -49,6 +49,11 @@ def free_port():
         return probe.getsockname()[1]
 
 
+def assert_same_bytes(one, other):
+    for name in ("results.csv", "examples.parquet"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
 def assert_same(one, other, learned=1e-6):
     """That two runs found the same to 1e-6, for every example too; methods that learn to another tolerance."""
     optimal = one.table["method"].str.contains("optimal")

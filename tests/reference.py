@@ -11,7 +11,6 @@ from torch.nn import functional
 
 
 def hooks(model: nn.Module) -> int:
-    """How many hooks there are on a model."""
     return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
 
 
@@ -130,8 +129,3 @@ def losses(model: nn.Module, batch: dict, row: int, replace: Mapping) -> Tensor:
     with plain_hooks(model, replace):
         logits = model(input_ids=ids, attention_mask=real).logits[0, :-1]
     return functional.cross_entropy(logits.double(), ids[0, 1:], reduction="none")[real[0, 1:].bool()]
-
-
-def mean_loss(logits: Tensor, targets: Tensor) -> float:
-    """The cross-entropy in float64, nats a position."""
-    return functional.cross_entropy(logits.double(), targets).item()

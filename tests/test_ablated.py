@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_ablate import AblationCallback, Calibration, ConditionalMean, Mean, Peak, Zero, ablated
+from lightning_ablate import AblationCallback, Calibration, ConditionalMean, Mean, Peak, Site, Zero, ablated
 from lightning_ablate.errors import ConfigError, SiteError, StatisticsError, TargetError
 from tests import reference, tiny
 
@@ -63,8 +63,9 @@ def test_it_equals_plain_hooks_and_generates_with_a_cache_what_recomputing_every
 def test_each_use_of_a_module_that_runs_again_is_named_by_its_number():
     model, seen, runs = sharpened(tiny.albert), [], []
     calibration = tiny.calibrated(model, Mean())
-    path = calibration.sites[0].path
-    assert [site.name for site in calibration.sites] == [path, f"{path}#1", f"{path}#2"]
+    layer = "albert.encoder.albert_layer_groups.0.albert_layers.0"
+    path, kind = f"{layer}.attention.dense", "self-attention"
+    assert calibration.sites == tuple(Site(path + n, 16, 4, kind, layer + n, uses=3) for n in ("", "#1", "#2"))
     with reference.plain_hooks(model, {path: seen.append}):
         clean = tiny.run(model)
     change = reference.put(HALF, seen[1].double().flatten(0, 1).mean(0).float())

@@ -14,6 +14,7 @@ from lightning_ablate.choices import seed_of
 from lightning_ablate.conditions import Condition, Selection
 from lightning_ablate.errors import ConfigError, SiteError, StatisticsError
 from lightning_ablate.statistics import Histogram, Moments, SiteStatistics
+from tests import tiny
 
 SITE = Site("model.layers.3.self_attn.o_proj", 37)
 HEADS = Site("h.0.attn.proj", 12, heads=3, layer="h.0")
@@ -45,10 +46,8 @@ def test_a_mask_depends_on_seed_site_and_width_alone_whatever_the_process():
     assert seed_of(1, "ab", "c") != seed_of(1, "a", "bc") and 0 <= seed_of(42, "x") < 2**63
     chosen = torch.stack([mask_of(SITE, 0.5, seed) for seed in range(400)]).float().mean(0)
     assert bool(((chosen > 0.38) & (chosen < 0.62)).all())  # 0.5 within 4.5 standard errors of 400 draws
-    code = (
-        "from lightning_ablate import Random, Site; from lightning_ablate.conditions import Selection;"
-        f"print(Random().mask(Selection(0.5, 42), Site({SITE.name!r}, 37)).tolist())"
-    )
+    code = "from lightning_ablate import Random, Site; from lightning_ablate.conditions import Selection;"
+    code += f"print(Random().mask(Selection(0.5, 42), Site({SITE.name!r}, 37)).tolist())"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert other.strip() == str(mask_of(SITE, 0.5, 42).tolist())
 
@@ -101,11 +100,9 @@ def test_only_the_given_heads_and_neurons_go():
 @pytest.mark.parametrize(("first", "sign"), [("lowest", 1), ("highest", -1)])
 @pytest.mark.parametrize("by", ["sd", "rms", "skewness", "kurtosis", "gap"])
 def test_ranked_orders_neurons_as_numpy_does(by, first, sign):
-    x, gathered = (torch.randn(4, 500, 12) * torch.rand(12) + torch.randn(12)).exp(), {}
-    for kind in (Moments, Histogram):
-        gathered[kind] = kind(12, SiteStatistics("here", gathered))
-        gathered[kind].update(x)
-    flat, mode = x.flatten(0, 1).double().numpy(), gathered[Histogram].mode.numpy()  # tested where it is made
+    x = (torch.randn(4, 500, 12) * torch.rand(12) + torch.randn(12)).exp()
+    statistics = tiny.gathered(HEADS, [x], Moments, Histogram)
+    flat, mode = x.flatten(0, 1).double().numpy(), statistics[Histogram].mode.numpy()  # tested where it is made
     value = {
         "sd": flat.std(0),
         "rms": np.sqrt((flat**2).mean(0)),
@@ -113,7 +110,7 @@ def test_ranked_orders_neurons_as_numpy_does(by, first, sign):
         "kurtosis": np.abs(stats.kurtosis(flat)),
         "gap": np.abs(flat.mean(0) - mode) / flat.std(0),
     }[by]
-    expected, statistics = np.argsort(sign * value), SiteStatistics("here", gathered)
+    expected = np.argsort(sign * value)
     mask = Ranked(by, first).mask(Selection(0.25), HEADS, statistics)
     assert mask.nonzero().flatten().tolist() == sorted(expected[:3].tolist())
     assert Ranked(by, first).order(HEADS, 0, statistics).tolist() == expected.tolist()

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 import torch
-from datasets import Dataset
 
 from lightning_ablate import Results
 from lightning_ablate.__main__ import main
+from lightning_ablate.methods import AblationMethod, constant
 from tests import tiny
+from tests.command import QUIET, assert_same_bytes
 
-QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 # the embedded ViT on a few images
 SHORT = ["--data.calibration_images=60", "--data.evaluation_images=40", "--data.batch_size=20"]
 GPT2 = ["--model=CausalLM", "--model.name=demo:gpt2"]
@@ -48,64 +48,44 @@ def table(folder):
     return Results.load(folder).table
 
 
-def assert_same_bytes(folder, first, second):
-    assert (folder / second / "results.csv").read_bytes() == (folder / first / "results.csv").read_bytes()
-
-
 def test_fit_without_a_config_runs_the_embedded_default(run, digits):
     code, out, _ = run("fit", *SHORT, *FEW, *QUIET)
     folder = digits / "version_0"
     assert code == 0 and "demo:vit on digits: 40 scored positions" in out
+    assert table(folder)[["model", "data"]].drop_duplicates().values.tolist() == [["demo:vit", "digits"]]
     assert set(table(folder)["method"]) == {"none", "zero", "mean", "peak", "resample-pixels"}
     left = {path.name for path in folder.iterdir() if not path.name.startswith(("events", "hparams"))}
     assert left == FILES | {"curves"}
     assert all(f"lightning_logs/digits/version_0/{name}" in out for name in left - {"config.yaml"})
 
 
-def test_validate_with_the_checkpoint_alone_repeats_the_sweep(run, tmp_path, digits):
-    run("fit", *SHORT, *FEW, *QUIET)
-    code, _, _ = run("validate", "--ckpt_path", digits / "version_0" / "ablation.ckpt")
-    assert code == 0
-    assert_same_bytes(digits, "version_0", "version_1")
-    moved = shutil.copy(digits / "version_0" / "ablation.ckpt", tmp_path / "elsewhere.ckpt")
-    code, _, _ = run("validate", f"--ckpt_path={moved}", "--ablation.methods=[mean]", "--ablation.fractions=[0.25]")
-    found = table(digits / "version_2").iloc[1:]
-    assert code == 0 and found[["method", "fraction"]].values.tolist() == [["mean", 0.25]] * 2
-
-
-def test_validate_with_a_checkpoint_of_lightnings_own_repeats_the_sweep(run, tmp_path, digits):
+def test_validate_repeats_the_sweep_from_the_checkpoint_alone_or_one_of_lightnings_own(run, tmp_path, digits):
     saving = ["--trainer.callbacks=ModelCheckpoint", f"--trainer.callbacks.dirpath={tmp_path / 'own'}"]
-    code, _, err = run("fit", *SHORT, *FEW, *QUIET, "--trainer.enable_checkpointing=true", *saving)
-    assert code == 0, err
-    (checkpoint,) = (tmp_path / "own").glob("*.ckpt")
-    torch.load(checkpoint, weights_only=True)
-    code, _, err = run("validate", "--ckpt_path", checkpoint)
-    assert code == 0, err
-    assert_same_bytes(digits, "version_0", "version_1")
+    run("fit", *SHORT, *FEW, *QUIET, "--trainer.enable_checkpointing=true", *saving)
+    (theirs,), ours = (tmp_path / "own").glob("*.ckpt"), digits / "version_0" / "ablation.ckpt"
+    torch.load(theirs, weights_only=True)
+    moved = shutil.copy(ours, tmp_path / "elsewhere.ckpt")
+    for number, checkpoint in enumerate((ours, theirs, moved), 1):
+        code, _, err = run("validate", "--ckpt_path", checkpoint)
+        assert code == 0, err
+        assert_same_bytes(digits / "version_0", digits / f"version_{number}")
+    assert not (digits / "version_1" / "ablation.ckpt").exists()
+    code, _, _ = run("validate", f"--ckpt_path={moved}", "--ablation.methods=[mean]", "--ablation.fractions=[0.25]")
+    found = table(digits / "version_4").iloc[1:]
+    assert code == 0 and found[["method", "fraction"]].values.tolist() == [["mean", 0.25]] * 2
+    code, _, _ = run("validate", "--ckpt_path", ours, "--model.dtype=bfloat16")
+    assert code.startswith("error: the checkpoint is of another target, with the weights")
 
 
-def test_fit_on_ones_own_model_and_data_by_two_flags(run, tmp_path, gpt2_folder):
-    Dataset.from_dict({"text": tiny.TEXTS}).to_parquet(tmp_path / "own.parquet")
-    own = ["--model=CausalLM", f"--model.name={gpt2_folder}", "--data=TextData", f"--data.name={tmp_path}/own.parquet"]
-    sizes = ["--data.max_length=32", "--data.calibration_tokens=300", "--data.evaluation_tokens=300"]
-    methods = ["--ablation.methods=[zero,resample-ids,resample-generated]", f"--ablation.dirpath={tmp_path / 'run'}"]
-    code, out, _ = run("fit", *own, *sizes, *methods, *FEW, *QUIET)
-    assert code == 0 and "gpt2 on own.parquet: " in out
-    row = table(tmp_path / "run").iloc[0]
-    assert (row["model"], row["data"]) == (gpt2_folder, f"{tmp_path}/own.parquet")
+class Seven(AblationMethod):
+    name = "seven"
+
+    def prepare(self, ablation):
+        return constant(torch.full((ablation.site.width,), 7.0))
 
 
-def test_a_method_of_ones_own_by_its_class_path_and_sites_by_a_pattern(run, tmp_path, digits, monkeypatch):
-    (tmp_path / "own_method.py").write_text(
-        "import torch\n"
-        "from lightning_ablate.methods import AblationMethod, constant\n"
-        "class Seven(AblationMethod):\n"
-        "    name = 'seven'\n"
-        "    def prepare(self, ablation):\n"
-        "        return constant(torch.full((ablation.site.width,), 7.0))\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    own = ["--ablation.methods=[zero,own_method.Seven]", "--ablation.sites=blocks.[01].attn.proj"]
+def test_a_method_of_ones_own_by_its_class_path_and_sites_by_a_pattern(run, digits):
+    own = ["--ablation.methods=[zero,tests.test_cli.Seven]", "--ablation.sites=blocks.[01].attn.proj"]
     code, out, _ = run("fit", *own, *SHORT, *FEW, *QUIET)
     assert code == 0 and "\nseven" in out
     facts = json.loads((digits / "version_0" / "run.json").read_text())
@@ -116,12 +96,10 @@ def test_a_method_of_ones_own_by_its_class_path_and_sites_by_a_pattern(run, tmp_
     ("arguments", "message"),
     [
         (["fit", "--ablation.methods=[zero,maen]"], "unknown method 'maen'; expected one of conditional-mean, con"),
-        (["fit", "--ablation.fractions=[0.5,1.5]"], "fractions holds 1.5, expected shares"),
         (["fit", "--ablation.sites=*.o_proj"], "the site pattern '*.o_proj' matches no module"),
         (["fit", "--ablation.neurons=Only"], "Only names no heads and no neurons"),
         (["fit", "--ablation.dirpath=garbage.ckpt"], "'garbage.ckpt' is a file, expected a folder"),
         (["fit", "--model.dtype=fp16"], "could not load 'demo:vit'"),
-        (["fit", "--model.name=some/typo"], "could not load 'some/typo'"),
         (["fit", "--data.evaluation_images=5000"], "digits gives 449 evaluation images, expected 5,000"),
         (["fit", *GPT2, "--data=TextData", "--data.name=none.parquet"], "the file 'none.parquet' does not exist"),
         (["fit", "--ablation.methods=[{class_path: Optimal, init_args: {stesp: 2}}]"], "is a class path or the name"),
@@ -140,21 +118,9 @@ def test_what_a_user_can_mend_is_one_line_and_a_non_zero_exit(run, tmp_path, arg
     assert "Traceback" not in err
 
 
-def test_a_target_without_attention_is_refused_in_one_line(run, tmp_path):
-    from transformers import MambaConfig, MambaForCausalLM
-
-    config = MambaConfig(vocab_size=tiny.VOCABULARY, hidden_size=16, num_hidden_layers=2, state_size=4)
-    folder = tiny.save_language_model(tmp_path / "mamba", MambaForCausalLM(config))
-    budgets = ["--data.calibration_tokens=500", "--data.evaluation_tokens=500", "--data.max_length=32"]
-    own = ["--model=CausalLM", f"--model.name={folder}", "--data=PythonTexts"]
-    code, _, err = run("fit", *own, *budgets, *QUIET)
-    assert code.startswith("error: found no attention in the target") and "\n" not in code and "Traceback" not in err
-
-
 @pytest.mark.parametrize(
     ("choice", "options", "parts"),
     [
-        ("Random", [], 1),
         ("Ranked", ["by=gap", "first=highest"], 1),
         ("EachHead", [], 5),
         ("EachLayer", [], 5),
@@ -169,7 +135,7 @@ def test_choices_have_short_names(run, digits, choice, options, parts):
     assert json.loads((digits / "version_0/run.json").read_text())["neurons"]["class"] == choice
     code, _, err = run("validate", f"--ckpt_path={digits}/version_0/ablation.ckpt", *QUIET)
     assert code == 0, err
-    assert_same_bytes(digits, "version_0", "version_1")
+    assert_same_bytes(digits / "version_0", digits / "version_1")
 
 
 @pytest.mark.parametrize(
@@ -184,12 +150,6 @@ def test_choices_have_short_names(run, digits, choice, options, parts):
 def test_what_the_parser_refuses_ends_in_its_error(run, arguments, message):
     code, _, err = run(*arguments)
     assert code == 2 and message in err and "Traceback" not in err
-
-
-def test_a_checkpoint_of_another_target_is_refused(run, digits):
-    run("fit", *SHORT, *FEW, *QUIET)
-    code, _, _ = run("validate", "--ckpt_path", digits / "version_0/ablation.ckpt", "--model.dtype=bfloat16")
-    assert code.startswith("error: the checkpoint is of another target, with the weights")
 
 
 def test_help_names_the_options(run):

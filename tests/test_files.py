@@ -1,4 +1,4 @@
-"""Files are whole or not there; what is broken or forged ends in one line, and nothing that came in a file is run.
+"""What is broken or forged ends in one line, and nothing that came in a file is run.
 
 ``--full`` tries 2,000 broken configurations and checkpoints, and real file systems that are full or read-only.
 """
@@ -17,7 +17,6 @@ import torch
 from lightning_ablate import AblationCallback, Calibration
 from lightning_ablate.__main__ import main
 from lightning_ablate.errors import AblationError, TargetError
-from lightning_ablate.results.folder import write_whole
 from tests import tiny
 from tests.command import ROOT
 
@@ -28,14 +27,6 @@ VALUES = [
     *("!!python/object/apply:os.system [touch ran]", "os.system", "__import__('os').system('touch ran')"),
     *("{class_path: os.system, init_args: {command: touch ran}}", "lightning_ablate.ImageClassifier", "../../x", "*x"),
 ]
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    write_whole(tmp_path / "file", "before")
-    monkeypatch.setattr(os, "fsync", lambda descriptor: os.stat(tmp_path / "nothing"))
-    with pytest.raises(OSError):
-        write_whole(tmp_path / "file", "after")
-    assert (tmp_path / "file").read_text() == "before" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_payload_in_a_checkpoint_is_refused_and_not_run(tmp_path, monkeypatch):
@@ -51,9 +42,8 @@ def test_a_payload_in_a_checkpoint_is_refused_and_not_run(tmp_path, monkeypatch)
     monkeypatch.setattr(sys, "argv", ["lightning_ablate", "validate", "--ckpt_path", str(path)])
     with pytest.raises(SystemExit, match="error: could not load .*holds more than tensors and plain values"):
         main()
-    trainer = tiny.trainer(tmp_path, AblationCallback(["zero"]))
     with pytest.raises(Exception, match="Weights only load failed"):  # by Lightning
-        trainer.validate(tiny.Own(tiny.gpt2()), tiny.loader(), ckpt_path=path)
+        tiny.validate(tmp_path, path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -97,7 +87,6 @@ def test_a_mutated_configuration_is_taken_or_refused_in_a_line(tmp_path, monkeyp
 
 
 def forged(state, draw):
-    """The state with one part deleted, renamed, or replaced."""
     changed = part = copy.deepcopy(state)
     key = draw.choice(sorted(part, key=str))
     while isinstance(part[key], dict | list) and part[key] and draw.random() < 0.85:
@@ -121,7 +110,7 @@ def test_a_forged_or_mutated_checkpoint_is_taken_or_refused_in_a_line(tmp_path, 
 
     def validated(number):
         callback = AblationCallback(["mean", "peak"], [1.0], [1], dirpath=tmp_path / str(number))
-        tiny.trainer(tmp_path, callback).validate(tiny.Own(tiny.gpt2()), tiny.loader(2, seed=2), ckpt_path=path)
+        tiny.validate(tmp_path, path, callback)
 
     for number in range(many):
         for take in (validated, lambda _: Calibration.load(path, tiny.gpt2())):
@@ -136,9 +125,10 @@ def test_a_forged_or_mutated_checkpoint_is_taken_or_refused_in_a_line(tmp_path, 
     assert many < 100 or 0.05 < refused / (2 * many) < 0.95
 
 
-def last_line(folder, before="pass"):
-    """What a run that can't write says at its end."""
+def last_line(folder, before="pass", earlier=True):
     code = f"import sys; {before}; from lightning_ablate.__main__ import main; main()"
+    if earlier:
+        (folder / "results.csv").write_text("earlier")
     run = subprocess.run([sys.executable, "-c", code, *RUN], cwd=folder.parent, capture_output=True, text=True)
     assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr[-2000:]
     assert (folder / "results.csv").read_text() == "earlier" and not list(folder.rglob("*.part"))
@@ -150,7 +140,6 @@ def last_line(folder, before="pass"):
 @pytest.mark.skipif(os.name != "posix", reason="needs the limit of POSIX on the size of files")
 def test_a_full_disk_ends_in_a_line_and_leaves_earlier_results(tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "results.csv").write_text("earlier")
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)"
     limit += "; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))"
     assert "File too large" in last_line(tmp_path / "run", limit)
@@ -163,9 +152,8 @@ def test_a_small_or_read_only_disk_ends_in_a_line_and_leaves_earlier_results(tmp
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a file system")
     try:
-        (folder / "results.csv").write_text("earlier")
         assert "No space left on device" in last_line(folder)
         subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
-        assert "Read-only file system" in last_line(folder)
+        assert "Read-only file system" in last_line(folder, earlier=False)
     finally:
         subprocess.run(["umount", str(folder)], check=True)

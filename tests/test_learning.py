@@ -19,7 +19,6 @@ def data(batch_size=2):
 
 
 def fit(folder, *methods, train=None, module=None, neurons=None, **options):
-    """The values learned, by method and site; and the callback."""
     made = AblationCallback(methods, [0.5, 1.0], [1, 2], neurons=neurons)
     tiny.fit(folder, module, train=data() if train is None else train, callback=made, **options)
     return {name: {s.name: v for s, v in sites.items()} for name, sites in made.run.calibration.learned.items()}, made
@@ -78,18 +77,13 @@ def test_it_lowers_the_damage_and_leaves_the_target_to_the_bit(tmp_path):
 def test_the_values_come_back_from_the_checkpoint(tmp_path):
     methods = ["mean", Optimal(steps=5), ConditionalOptimal(steps=5)]
     again, (learned, made) = AblationCallback(methods, [0.5, 1.0], [1, 2]), fit(tmp_path, *methods)
-
-    def validate(folder):
-        module = tiny.Own(tiny.gpt2())
-        tiny.trainer(tmp_path, again).validate(module, tiny.loader(seed=2), folder / "ablation.ckpt", verbose=False)
-
-    validate(made.folder)
+    tiny.validate(tmp_path, made.folder / "ablation.ckpt", again)
     assert again.results.table.equals(made.results.table)
     for site, values in again.run.calibration.learned["optimal"].items():
         assert torch.equal(values, learned["optimal"][site.name]) and values.dtype == torch.float32
     _, without = fit(tmp_path / "without", "mean")
     with pytest.raises(StatisticsError, match="'optimal' needs the values it learns"):
-        validate(without.folder)
+        tiny.validate(tmp_path, without.folder / "ablation.ckpt", again)
 
 
 def test_learning_curves_are_logged_and_the_held_out_check_told(tmp_path):
@@ -111,11 +105,7 @@ def test_other_precisions_learn_in_float32(tmp_path, precision):
 
 
 def test_a_stream_learns_once_it_has_a_length(tmp_path):
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return iter(data())
-
-    stream, method = torch.utils.data.DataLoader(Stream(), batch_size=None), Optimal(steps=5, examples=1)
+    stream, method = tiny.stream(data()), Optimal(steps=5, examples=1)
     with pytest.raises(ConfigError, match="optimal learns in steps over the calibration data, which tell no length"):
         fit(tmp_path / "0", method, train=stream)
     learned, _ = fit(tmp_path / "1", method, train=stream, limit_train_batches=6)

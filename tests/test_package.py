@@ -30,7 +30,6 @@ def imports(tree):
 
 
 def imported():
-    """By part of the package, what its files import."""
     found = {}
     for path in PACKAGE.rglob("*.py"):
         part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")

@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import transformers
 import yaml
 from datasets import ClassLabel, Dataset, Features, Image
 
@@ -19,55 +20,46 @@ from tests import tiny
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+WIDE = {"intermediate_size": 48}
+TEXT = {**SMALL, "vocab_size": tiny.VOCABULARY}
 
 
 def opt():
-    from transformers import GPT2Tokenizer, OPTConfig, OPTForCausalLM
-
-    options = SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32, "vocab_size": tiny.VOCABULARY}
-    return OPTForCausalLM(OPTConfig(**options)), tiny.tokenizer(longest=2048), GPT2Tokenizer
+    model = tiny.made(0, "OPTForCausalLM", "OPTConfig", **TEXT, ffn_dim=48, word_embed_proj_dim=32)
+    return model, tiny.tokenizer(longest=2048), transformers.GPT2Tokenizer
 
 
 def mistral():
-    from transformers import LlamaTokenizer, MistralConfig, MistralForCausalLM
-
-    options = SMALL | {"num_key_value_heads": 2, "head_dim": 12, "intermediate_size": 48}
-    model = MistralForCausalLM(MistralConfig(**options, vocab_size=tiny.VOCABULARY))
-    texts = python_texts("train")[:200]
-    trained = LlamaTokenizer().train_new_from_iterator(texts, tiny.VOCABULARY, show_progress=False)
-    return model, trained, LlamaTokenizer
+    model = tiny.made(0, "MistralForCausalLM", "MistralConfig", **TEXT, **WIDE, num_key_value_heads=2, head_dim=12)
+    texts, kind = python_texts("train")[:200], transformers.LlamaTokenizer
+    return model, kind().train_new_from_iterator(texts, tiny.VOCABULARY, show_progress=False), kind
 
 
 def roberta():
-    from transformers import RobertaConfig, RobertaForMaskedLM, RobertaTokenizer
-
-    options = SMALL | {"intermediate_size": 48, "vocab_size": tiny.VOCABULARY, "max_position_embeddings": 514}
-    model = RobertaForMaskedLM(RobertaConfig(**options, type_vocab_size=1))
-    return model, tiny.tokenizer(masked=True, longest=512), RobertaTokenizer
+    options = {**TEXT, **WIDE, "max_position_embeddings": 514, "type_vocab_size": 1}
+    model = tiny.made(0, "RobertaForMaskedLM", "RobertaConfig", **options)
+    return model, tiny.tokenizer(masked=True, longest=512), transformers.RobertaTokenizer
 
 
 def vit():
-    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+    kind = transformers.ViTImageProcessor
+    model = tiny.made(0, "ViTForImageClassification", "ViTConfig", **SMALL, **WIDE, num_labels=10)
+    return model, kind(image_mean=[0.5] * 3, image_std=[0.5] * 3), kind
 
-    model = ViTForImageClassification(ViTConfig(**SMALL, intermediate_size=48, num_labels=10))
-    return model, ViTImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3), ViTImageProcessor
 
-
-STAND_INS = {"opt_1.3b": opt, "mistral_7b": mistral, "roberta_large": roberta, "vit_b16": vit}
+PILE = "monology/pile-uncopyrighted"
 NAMES = {
-    "opt_1.3b": ("facebook/opt-1.3b", "monology/pile-uncopyrighted"),
-    "mistral_7b": ("mistralai/Mistral-7B-v0.1", "monology/pile-uncopyrighted"),
-    "roberta_large": ("FacebookAI/roberta-large", "monology/pile-uncopyrighted"),
-    "vit_b16": ("google/vit-base-patch16-224", "ILSVRC/imagenet-1k"),
+    "opt_1.3b": (opt, "facebook/opt-1.3b", PILE),
+    "mistral_7b": (mistral, "mistralai/Mistral-7B-v0.1", PILE),
+    "roberta_large": (roberta, "FacebookAI/roberta-large", PILE),
+    "vit_b16": (vit, "google/vit-base-patch16-224", "ILSVRC/imagenet-1k"),
 }
 
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory):
-    """Local folders in place of the hub's models and data."""
     folder = tmp_path_factory.mktemp("paper")
-    for name, make in STAND_INS.items():
-        torch.manual_seed(0)
+    for name, (make, *_) in NAMES.items():
         model, processor, kind = make()
         assert type(processor) is kind
         model.save_pretrained(folder / name)
@@ -84,7 +76,7 @@ def stand_ins(tmp_path_factory):
 
 def test_the_configs_name_what_the_paper_used():
     assert {path.stem for path in CONFIGS.glob("paper_*.yaml")} == {f"paper_{name}" for name in NAMES}
-    for name, (model, data) in NAMES.items():
+    for name, (_, model, data) in NAMES.items():
         config = yaml.safe_load((CONFIGS / f"paper_{name}.yaml").read_text())
         assert (config["model"]["init_args"]["name"], config["data"]["init_args"]["name"]) == (model, data)
         assert config["ablation"]["seeds"] == [42, 123, 456]
@@ -117,7 +109,6 @@ def test_the_papers_experiment_runs_on_a_stand_in(name, stand_ins, tmp_path, mon
     assert counts == {"none": 1} | {m: drawn if m.startswith("resample") else constant for m in methods}
     facts = json.loads((run / "run.json").read_text())
     assert facts["target"]["dtype"] == ("float32" if name == "vit_b16" else "float16")
-    widths = {"mistral_7b": 48}
-    assert [site["width"] for site in facts["sites"]] == [widths.get(name, 32)] * 2
+    assert [site["width"] for site in facts["sites"]] == [48 if name == "mistral_7b" else 32] * 2
     assert {site["heads"] for site in facts["sites"]} == {4}
     assert "scored positions" in capsys.readouterr().out

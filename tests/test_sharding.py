@@ -15,8 +15,6 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA de
 
 
 class Counted(tiny.Own):
-    """Says which processes built the target, and how much of it each of them holds."""
-
     def __init__(self, folder):
         super().__init__(None, "own")
         self.folder = folder

@@ -4,24 +4,21 @@ import os
 
 import lightning
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ablate import AblationCallback, AblationModule, Calibration, CausalLM, Scored
 from lightning_ablate.phases import CalibrationPhase, Run
 from lightning_ablate.sites import find_sites
-from lightning_ablate.statistics import Moments, with_needs
+from lightning_ablate.statistics import Moments, SiteStatistics, with_needs
 
 VOCABULARY = 300
 LENGTH = 16
 VIT = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "depth": 2, "num_heads": 4, "num_classes": 10}
-
-
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 WIDE = {"intermediate_size": 32, "max_position_embeddings": 64}
 
 
 def made(seed, model, config, **options):
-    """A model of transformers by the names of its classes."""
     import transformers
 
     torch.manual_seed(seed)
@@ -56,9 +53,8 @@ def mixtral():
 
 def albert():
     """One layer used three times."""
-    return made(
-        8, "AlbertForMaskedLM", "AlbertConfig", **{**SMALL, **WIDE, "embedding_size": 8, "num_hidden_layers": 3}
-    )
+    sizes = {**SMALL, **WIDE, "embedding_size": 8, "num_hidden_layers": 3}
+    return made(8, "AlbertForMaskedLM", "AlbertConfig", **sizes)
 
 
 def t5():
@@ -91,9 +87,8 @@ def tokenizer(masked=False, longest=64):
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"] if masked else ["<|endoftext|>"]
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(TEXTS, vocab_size=VOCABULARY, special_tokens=special, show_progress=False)
-    vocabulary, merges = trained.get_vocab(), []
     kind = RobertaTokenizer if masked else GPT2Tokenizer
-    return kind(vocab=vocabulary, merges=merges, model_max_length=longest)
+    return kind(vocab=trained.get_vocab(), merges=[], model_max_length=longest)
 
 
 TEXTS = [f"The {word} of number {n} is {n * n}, as every {word} knows." for n in range(40) for word in ("cat", "dog")]
@@ -114,8 +109,25 @@ def tokens(batch=3, length=LENGTH, seed=0):
     return {"input_ids": ids, "attention_mask": mask, "index": torch.arange(batch)}
 
 
+def mixed(positions=400, far=100):
+    """Neurons that depend on one another, one far from zero, one constant, one tiny; ``(positions, 12)``."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(positions, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
+    x[:, 1], x[:, 2], x[:, 3] = x[:, 1] + far, 3.0, x[:, 3] * 1e-6
+    return x
+
+
+def gathered(site, batches, *kinds, valid=None):
+    """Statistics of a site, each with those before it."""
+    found = {}
+    for kind in kinds:
+        found[kind] = kind.of(site, SiteStatistics(site.name, found))
+        for batch in batches:
+            found[kind].update(batch, valid)
+    return SiteStatistics(site.name, found)
+
+
 def run(model):
-    """The logits of one forward pass."""
     with torch.no_grad():
         if hasattr(model, "config"):
             ids = tokens()["input_ids"]
@@ -180,8 +192,6 @@ def calibrated(model, *methods, module=None, batches=(None,)):
 
 
 class Counting(Own):
-    """Counts the forward passes."""
-
     passes = 0
 
     def evaluate(self, batch):
@@ -193,6 +203,16 @@ def loader(examples=6, batch_size=2, seed=0):
     batch = tokens(examples, seed=seed)
     rows = [{name: value[i] for name, value in batch.items()} for i in range(examples)]
     return DataLoader(rows, batch_size=batch_size)
+
+
+def stream(batches):
+    """A loader of batches that tells no length."""
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(batches)
+
+    return DataLoader(Stream(), batch_size=None)
 
 
 class Death(Exception):
@@ -231,3 +251,11 @@ def fit(folder, module=None, train=None, val=None, callback=None, more=(), **opt
     val = loader(seed=2) if val is None else val  # a stream has no length, and so no truth
     trainer(folder, callback, *more, **options).fit(module, loader(seed=1) if train is None else train, val)
     return module, callback
+
+
+def validate(folder, checkpoint, callback=None, module=None, more=()):
+    """Sweeps by ``validate``, from a checkpoint, and returns the results."""
+    callback = callback or AblationCallback(fractions=[0.5, 1.0], seeds=[1, 2])
+    made, module = trainer(folder, callback, *more), module or Own(gpt2())
+    made.validate(module, loader(seed=2), ckpt_path=checkpoint, verbose=False)
+    return callback.results

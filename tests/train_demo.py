@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,23 +20,13 @@ LENGTH = 128
 
 
 class Recipe(lightning.LightningModule):
-    """Trains a network with AdamW and a warm-up followed by a cosine decay.
+    """Trains a network by the loss of a batch, in nats, with AdamW and a warm-up followed by a cosine decay."""
 
-    Args:
-        network: what is trained.
-        loss: maps the batch to the loss, in nats.
-        learning_rate: its peak.
-        steps: optimiser steps in all.
-    """
-
-    def __init__(
-        self, network: nn.Module, loss: Callable[[list[Tensor]], Tensor], learning_rate: float, steps: int
-    ) -> None:
+    def __init__(self, network: nn.Module, loss: Callable[[list[Tensor]], Tensor], peak: float, steps: int) -> None:
         super().__init__()
-        self.network, self.loss, self.learning_rate, self.steps = network, loss, learning_rate, steps
+        self.network, self.loss, self.learning_rate, self.steps = network, loss, peak, steps
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        """The loss of one batch, shown in the progress bar."""
         loss = self.loss(batch)
         self.log("loss", loss, prog_bar=True)
         return loss
@@ -55,17 +46,9 @@ class Recipe(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def run(self, data: TensorDataset, batch_size: int) -> None:
-        """Trains for the given number of steps on shuffled batches of ``data``."""
         loader = DataLoader(data, batch_size=batch_size, shuffle=True, drop_last=True)
-        trainer = lightning.Trainer(
-            accelerator="cpu",
-            max_steps=self.steps,
-            max_epochs=-1,
-            gradient_clip_val=1.0,
-            logger=False,
-            enable_checkpointing=False,
-        )
-        trainer.fit(self, loader)
+        plain: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+        lightning.Trainer(**plain, max_steps=self.steps, max_epochs=-1, gradient_clip_val=1.0).fit(self, loader)
         self.network.eval()
 
 
@@ -74,50 +57,30 @@ def train_gpt2(folder: Path, steps: int = 1_500) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
 
     tokenizer = GPT2TokenizerFast(**_bpe(2_048, ["<|endoftext|>"]), model_max_length=LENGTH)
-    ids = _token_rows(tokenizer.encode, tokenizer.eos_token_id, LENGTH)
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=LENGTH,
-        n_embd=128,
-        n_layer=4,
-        n_head=4,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
-    model = GPT2LMHeadModel(config)
+    ids = _token_rows(tokenizer.encode, [tokenizer.eos_token_id], LENGTH)
+    sizes = {"vocab_size": len(tokenizer), "n_positions": LENGTH, "n_embd": 128, "n_layer": 4, "n_head": 4}
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **special, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
     recipe = Recipe(model, lambda batch: model(input_ids=batch[0], labels=batch[0]).loss, 3e-3, steps)
     recipe.run(TensorDataset(ids), batch_size=32)
-    _save(model, tokenizer, folder)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def train_roberta(folder: Path, steps: int = 3_000) -> None:
     """A RoBERTa of 4 layers and 128 features on the same text, 20% of the positions chosen."""
     from transformers import RobertaConfig, RobertaForMaskedLM, RobertaTokenizerFast
 
-    tokenizer = RobertaTokenizerFast(
-        **_bpe(1_024, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]), model_max_length=LENGTH
-    )
-    rows = _token_rows(lambda text: tokenizer.encode(text, add_special_tokens=False), None, LENGTH - 2)
+    words = _bpe(1_024, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    tokenizer = RobertaTokenizerFast(**words, model_max_length=LENGTH)
+    rows = _token_rows(lambda text: tokenizer.encode(text, add_special_tokens=False), [], LENGTH - 2)
     ends = torch.full((len(rows), 1), tokenizer.eos_token_id)
     ids = torch.cat([torch.full_like(ends, tokenizer.bos_token_id), rows, ends], dim=1)
-    config = RobertaConfig(
-        vocab_size=len(tokenizer),
-        max_position_embeddings=LENGTH + 2,
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=512,
-        type_vocab_size=1,
-        bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    model = RobertaForMaskedLM(config)
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": LENGTH + 2, "type_vocab_size": 1}
+    sizes |= {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = RobertaForMaskedLM(RobertaConfig(**sizes, **special, **dropout))
 
     def loss(batch: list[Tensor]) -> Tensor:
         inputs = batch[0].clone()
@@ -131,7 +94,8 @@ def train_roberta(folder: Path, steps: int = 3_000) -> None:
         return F.cross_entropy(model.lm_head(hidden[chosen]), batch[0][chosen])
 
     Recipe(model, loss, 2.5e-3, steps).run(TensorDataset(ids), batch_size=32)
-    _save(model, tokenizer, folder)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def train_vit(folder: Path, steps: int = 3_000) -> None:
@@ -169,44 +133,24 @@ def _jitter(images: Tensor) -> Tensor:
 
 
 def _bpe(size: int, special: list[str]) -> dict[str, Any]:
-    trainer = ByteLevelBPETokenizer()
-    trainer.train_from_iterator(
-        python_texts("train"), vocab_size=size, min_frequency=2, special_tokens=special, show_progress=False
-    )
-    model = trainer._tokenizer.model
-    vocabulary = trainer.get_vocab()
-    return {"vocab": vocabulary, "merges": _merges(model)}
-
-
-def _merges(model: Any) -> list[tuple[str, str]]:
-    import tempfile
-
+    trained, options = ByteLevelBPETokenizer(), {"min_frequency": 2, "show_progress": False}
+    trained.train_from_iterator(python_texts("train"), vocab_size=size, special_tokens=special, **options)
     with tempfile.TemporaryDirectory() as folder:
-        merges = next(Path(path) for path in model.save(folder) if path.endswith("merges.txt"))
+        merges = next(Path(path) for path in trained.save_model(folder) if path.endswith("merges.txt"))
         lines = merges.read_text(encoding="utf-8").splitlines()
-    return [(left, right) for left, right in (line.split(" ") for line in lines if not line.startswith("#version"))]
+    pairs = [tuple(line.split(" ")) for line in lines if not line.startswith("#version")]
+    return {"vocab": trained.get_vocab(), "merges": pairs}
 
 
-def _token_rows(encode: Callable[[str], list[int]], separator: int | None, length: int) -> Tensor:
-    ids: list[int] = []
-    for text in python_texts("train"):
-        ids += encode(text)
-        if separator is not None:
-            ids.append(separator)
-    rows = len(ids) // length
-    return torch.tensor(ids[: rows * length]).view(rows, length)
-
-
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def _token_rows(encode: Callable[[str], list[int]], separator: list[int], length: int) -> Tensor:
+    ids = [token for text in python_texts("train") for token in (*encode(text), *separator)]
+    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
 
 RECIPES: dict[str, Callable[..., None]] = {"gpt2": train_gpt2, "roberta": train_roberta, "vit": train_vit}
 
 
 def main() -> None:
-    """Trains one target and writes its folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", choices=RECIPES)
     parser.add_argument("folder", type=Path)

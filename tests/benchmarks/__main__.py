@@ -26,7 +26,7 @@ COMMANDS = [
 ]
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description="Writes the figures of all benchmarks into one file.")
     parser.add_argument("--file", type=Path, default=Path(__file__).with_name("measured.txt"))
     parser.add_argument("--environments", default="environments", help="see peers")

@@ -6,10 +6,6 @@ needs. It ends with the ratios of their times (medians over the rounds). With ``
 their own, the memory that each epoch adds, at two numbers of tokens.
 """
 
-import statistics
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
 from lightning_ablate import Scored
@@ -20,28 +16,22 @@ from lightning_ablate.statistics import Histogram, Moments
 from tests.benchmarks import targets
 
 EPOCHS = ("moments", "histogram")
-SHAPES: dict[str, Callable[[], Any]] = {
-    "tiny": lambda: targets.opt(**targets.SMALL_OPT),
-    "opt-125m": targets.opt,
-    "mistral-7b": targets.mistral,
-}
+SHAPES = {"tiny": lambda: targets.opt(**targets.SMALL_OPT), "opt-125m": targets.opt, "mistral-7b": targets.mistral}
 
 
 class Body(targets.Text):
     """A decoder without its vocabulary, whose hidden states pass for logits."""
 
-    def build_target(self) -> Any:
+    def build_target(self):
         return super().build_target().base_model
 
-    def evaluate(self, batch: Any) -> Scored:
+    def evaluate(self, batch):
         hidden = self.target(**self.inputs(batch)).last_hidden_state.flatten(0, 1)
         return Scored(hidden, *hidden.new_zeros(2, len(hidden), dtype=torch.int64))
 
 
 class Rig:
-    """A decoder, its batches, and a calibration of it."""
-
-    def __init__(self, shape: str, tokens: int, batch: int, length: int) -> None:
+    def __init__(self, shape, tokens, batch, length):
         self.module = Body(SHAPES[shape])
         self.module.configure_model()
         self.module.to(targets.DEVICE)
@@ -52,20 +42,20 @@ class Rig:
         self.phase = CalibrationPhase(self.module, run, [Moments, Histogram])
 
     @torch.no_grad()
-    def bare(self) -> None:
+    def bare(self):
         for batch in self.batches:
             self.module.evaluate(batch)
 
-    def epoch(self, number: int) -> None:
+    def epoch(self, number):
         self.phase.begin_epoch(number)
         for place, batch in enumerate(self.batches):
             self.phase.step(batch, place)
         self.phase.end_epoch()
 
 
-def main() -> None:
+def main():
     description = "Prints the cost of a calibration over that of its forward passes."
-    given = targets.parser(description, list(SHAPES), ("bare", *EPOCHS), rounds=7).parse_args()
+    given = targets.parser(description, list(SHAPES), rounds=7, measured=("bare", *EPOCHS)).parse_args()
     if given.memory:
         for tokens in (given.tokens, 2 * given.tokens):
             bare, *both = (targets.memory_of("calibration", given, w, tokens=tokens) for w in ("bare", *EPOCHS))
@@ -80,14 +70,11 @@ def main() -> None:
         return
     print(f"{given.shape} on {targets.DEVICE}, {given.tokens:,} tokens, batches of {given.batch} x {given.length}")
     rig.bare()
-    times = [
-        (targets.seconds(rig.bare), *(targets.seconds(rig.epoch, number) for number in (0, 1)))
-        for _ in range(given.rounds)
-    ]
-    for name, found in zip(("bare forward", *EPOCHS), zip(*times, strict=True), strict=True):
-        print(f"{name:14} {statistics.median(found):8.3f} s")
+    parts = (rig.bare,), (rig.epoch, 0), (rig.epoch, 1)
+    times = [[targets.seconds(*part) for part in parts] for _ in range(given.rounds)]
+    targets.show(("bare forward", *EPOCHS), times)
     for number, name in enumerate(EPOCHS, 1):
-        print(f"{name} / bare forward: {statistics.median(one[number] / one[0] for one in times):.3f}")
+        print(f"{name} / bare forward: {targets.ratio(times, number):.3f}")
 
 
 if __name__ == "__main__":

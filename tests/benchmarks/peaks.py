@@ -7,20 +7,20 @@ import argparse
 import math
 
 import torch
-from torch import Tensor
 
-from lightning_ablate.statistics import Histogram, Moments, SiteStatistics
+from lightning_ablate import Site
+from lightning_ablate.statistics import Histogram, Moments
+from tests import tiny
 
 ESTIMATORS = ("peak", "mode", "median", "half_sample_mode")
-SIZES = (10_000, 100_000)
 
 
-def mixture(shape: tuple[int, int]) -> Tensor:
+def mixture(shape):
     """80% around 0 with a standard deviation of 0.2, 20% around 1 with 0.5."""
     return torch.where(torch.rand(shape) < 0.8, 0.2 * torch.randn(shape), 1 + 0.5 * torch.randn(shape))
 
 
-def _mode_of_mixture() -> float:
+def mode_of_mixture():
     x = torch.linspace(-0.1, 0.2, 300_001, dtype=torch.float64)
     density = 0.8 / 0.2 * torch.exp(-0.5 * (x / 0.2) ** 2) + 0.2 / 0.5 * torch.exp(-0.5 * ((x - 1) / 0.5) ** 2)
     return x[density.argmax()].item()
@@ -31,32 +31,26 @@ DISTRIBUTIONS = {
     "Laplace": (torch.distributions.Laplace(0.0, 1.0).sample, 0.0),
     "gamma(3)": (torch.distributions.Gamma(3.0, 1.0).sample, 2.0),
     "t(3)": (torch.distributions.StudentT(3.0).sample, 0.0),
-    "mixture": (mixture, _mode_of_mixture()),
+    "mixture": (mixture, mode_of_mixture()),
 }
 
 
-def errors(name: str, size: int, neurons: int, batch: int = 5_000) -> dict[str, float]:
-    """The root mean squared error of each estimator, in raw units."""
+def errors(name, size, neurons, batch=5_000):
     draw, mode = DISTRIBUTIONS[name]
     torch.manual_seed(size)
     batches = [draw((batch, neurons)) for _ in range(size // batch)]
-    moments = Moments(neurons)
-    for x in batches:
-        moments.update(x)
-    histogram = Histogram(neurons, SiteStatistics(name, {Moments: moments}))
-    for x in batches:
-        histogram.update(x)
+    histogram = tiny.gathered(Site(name, neurons), batches, Moments, Histogram)[Histogram]
     histogram.reduce()
     return {by: math.sqrt((getattr(histogram, by) - mode).square().mean().item()) for by in ESTIMATORS}
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description="Prints the error of each estimator of the peak.")
     parser.add_argument("--neurons", type=int, default=200, help="repetitions of each")
     neurons = parser.parse_args().neurons
     print(f"{'distribution':14}{'n':>8}" + "".join(f"{name:>18}" for name in (*ESTIMATORS, "peak / mode")))
     ratios = []
-    for size in SIZES:
+    for size in (10_000, 100_000):
         for name in DISTRIBUTIONS:
             found = errors(name, size, neurons)
             ratios.append(found["peak"] / found["mode"])

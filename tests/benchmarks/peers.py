@@ -6,9 +6,7 @@ the same ones for all, and compares. Each library runs in its own process, inter
 pass with cross-entropy and top-1 there. The last line is our ratio to that pass.
 """
 
-import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,8 +24,7 @@ PEERS = {"transformer_lens": "transformer-lens", "nnsight": "nnsight", "taker": 
 SCRIPT = Path(__file__).with_name("peer.py")
 
 
-def python_of(environments: Path, package: str) -> str:
-    """The Python of an environment that has the package."""
+def python_of(environments, package):
     folder = environments / package
     if not (folder / "installed").exists():
         venv.create(folder, with_pip=True)
@@ -36,7 +33,7 @@ def python_of(environments: Path, package: str) -> str:
     return str(folder / "bin/python")
 
 
-def save(folder: Path, shape: str, batches: int, batch: int, length: int) -> None:
+def save(folder, shape, batches, batch, length):
     """The target, token ids, and masks of half of the neurons of each layer."""
     torch.manual_seed(0)
     target = targets.opt(**(targets.SMALL_OPT if shape == "tiny" else {}))
@@ -48,11 +45,9 @@ def save(folder: Path, shape: str, batches: int, batch: int, length: int) -> Non
     torch.save(torch.stack(masks), folder / "masks.pt")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Compares ablated evaluations by several libraries.")
-    parser.add_argument("--shape", choices=("tiny", "opt-125m"), default="opt-125m")
-    for name, value in {"tokens": 4096, "batch": 8, "length": 256, "rounds": 5}.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
+def main():
+    description = "Compares ablated evaluations by several libraries."
+    parser = targets.parser(description, ("tiny", "opt-125m"), tokens=4096, rounds=5)
     parser.add_argument("--environments", type=Path, help="folder of the libraries' environments, which are kept")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     given = parser.parse_args()
@@ -72,7 +67,7 @@ def main() -> None:
     print(f"{given.shape}, {given.tokens:,} tokens; the clean cross-entropy is {found['ours']['clean']:.6f}")
     print(f"{'library':18} {'version':10} {'ablated / bare':>14} {'cross-entropy':>14}")
     for name, one in found.items():
-        ratio = statistics.median(a / b for a, b in zip(one["ablated"], one["bare"], strict=True))
+        ratio = targets.ratio(zip(one["bare"], one["ablated"], strict=True))
         print(f"{name:18} {one['version']:10} {ratio:14.3f} {one['cross_entropy']:14.6f}")
     losses = [one["cross_entropy"] for one in found.values()]
     print(f"largest difference of the cross-entropies: {max(losses) - min(losses):.1e}")

@@ -10,7 +10,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from typing import Any
 
 from tests.benchmarks import targets
 from tests.benchmarks.sweep import Rig
@@ -18,36 +17,31 @@ from tests.benchmarks.sweep import Rig
 START = {"tokens": 1024, "conditions": 4, "layers": 4, "width": 256}
 
 
-def measured(given: dict[str, int], rounds: int) -> tuple[float, float]:
-    """Seconds of the sweep, and its ratio to the bare passes."""
+def measured(given, rounds):
     width = given["width"]
     shape = {"hidden_size": width, "ffn_dim": 4 * width, "num_attention_heads": width // 64}
     fractions = [(number + 1) / given["conditions"] for number in range(given["conditions"] - 1)]
-
-    def make() -> Any:
-        return targets.opt(**shape, num_hidden_layers=given["layers"], vocab_size=8192)
-
-    targets.MAKERS["scale"] = lambda: targets.Text(make)
-    found = Rig("scale", given["tokens"], 4, 128, methods=["zero"], fractions=fractions).ratios(rounds)
-    return statistics.median(ours for _, ours in found), statistics.median(ours / bare for bare, ours in found)
+    shape |= {"num_hidden_layers": given["layers"], "vocab_size": 8192}
+    targets.MAKERS["scale"] = lambda: targets.Text(lambda: targets.opt(**shape))
+    times = Rig("scale", given["tokens"], 4, 128, methods=["zero"], fractions=fractions).times(rounds)
+    return statistics.median(ours for _, ours in times), targets.ratio(times)
 
 
-def processes(rounds: int) -> None:
+def processes(rounds):
     command = [sys.executable, "-m", "lightning_ablate", "fit", "--config", "configs/demo_gpt2.yaml"]
     command += ["--trainer.accelerator=cpu", "--trainer.logger=false", "--ablation.seeds=[1]"]
 
-    def run(*options: str) -> None:
+    def run(*options):
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run([*command, *options, f"--ablation.dirpath={folder}"], check=True, capture_output=True)
 
     several = [], ["--trainer.devices=2", "--trainer.strategy=ddp"]
     times = [[targets.seconds(run, *options) for options in several] for _ in range(rounds)]
-    for number, found in enumerate(zip(*times, strict=True), 1):
-        print(f"{number} process{'es' * (number > 1)}: {statistics.median(found):6.1f} s")
-    print(f"one process / two: {statistics.median(one / two for one, two in times):.3f}")
+    targets.show(("1 process", "2 processes"), times)
+    print(f"one process / two: {1 / targets.ratio(times):.3f}")
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description="Prints how the cost of a sweep grows.")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--processes", action="store_true")

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from functools import partial
 
-from tests.benchmarks.targets import seconds
+from tests.benchmarks.targets import seconds, show
 
 COMMANDS = {
     "imports": ["-c", "import torch, lightning.pytorch.cli, transformers"],
@@ -21,15 +21,14 @@ COMMANDS = {
 }
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description="Prints what the command line adds to its imports.")
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     with tempfile.TemporaryDirectory() as folder:
         start = partial(subprocess.run, cwd=folder, check=True, capture_output=True)
         times = [[seconds(start, [sys.executable, *words]) for words in COMMANDS.values()] for _ in range(rounds)]
-    for name, found in zip(COMMANDS, zip(*times, strict=True), strict=True):
-        print(f"{name:18} {statistics.median(found):6.2f} s")
+    show(COMMANDS, times)
     print(f"--help beyond the imports: {statistics.median(shown - bare for bare, shown, _ in times):.2f} s")
 
 

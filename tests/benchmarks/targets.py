@@ -1,41 +1,36 @@
-"""Targets with random weights in the shapes of known models, the embedded ones, and batches for them."""
+"""Targets with random weights in the shapes of known models, the embedded ones, batches for them, and measures."""
 
 import argparse
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader
 
-from lightning_ablate import AblationModule, CausalLM, Digits, ImageClassifier, PythonTexts
+from lightning_ablate import CausalLM, Digits, ImageClassifier, PythonTexts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL_OPT = {"hidden_size": 64, "ffn_dim": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 class Text(CausalLM):
-    """A causal language model with random weights."""
-
-    def __init__(self, make: Callable[[], Any]) -> None:
+    def __init__(self, make):
         super().__init__("random")
         self.make = make
 
-    def build_target(self) -> Any:
+    def build_target(self):
         return on_device(self.make)
 
-    def probes(self, batch: Any) -> None:
+    def probes(self, batch):
         """It has no tokenizer to make them with."""
 
 
-def on_device(make: Callable[[], Any]) -> Any:
+def on_device(make):
     """Made where it runs, in bfloat16 on a GPU."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16 if DEVICE == "cuda" else torch.float32)
@@ -49,19 +44,19 @@ def on_device(make: Callable[[], Any]) -> Any:
     return target
 
 
-def opt(**shape: int) -> Any:
+def opt(**shape):
     from transformers import OPTConfig, OPTForCausalLM
 
     return OPTForCausalLM(OPTConfig(**shape, word_embed_proj_dim=shape.get("hidden_size", 768)))
 
 
-def mistral() -> Any:
+def mistral():
     from transformers import MistralConfig, MistralForCausalLM
 
     return MistralForCausalLM(MistralConfig())
 
 
-MAKERS: dict[str, Callable[[], AblationModule]] = {
+MAKERS = {
     "digits": lambda: ImageClassifier("demo:vit"),
     "gpt2": lambda: CausalLM("demo:gpt2"),
     "tiny": lambda: Text(lambda: opt(**SMALL_OPT)),
@@ -71,30 +66,23 @@ MAKERS: dict[str, Callable[[], AblationModule]] = {
 EMBEDDED = {"digits": Digits, "gpt2": PythonTexts}
 
 
-def batches(shape: str, module: AblationModule, tokens: int, batch: int, length: int) -> list[dict[str, Tensor]]:
-    """The embedded data, or random tokens."""
+def batches(shape, module, tokens, batch, length):
     if shape in EMBEDDED:
         data = EMBEDDED[shape]()
         data.trainer = type("Trainer", (), {"lightning_module": module, "global_rank": 0, "world_size": 1})()
         module.configure_model()
-        made = list(data.val_dataloader())
+        made = data.val_dataloader()
     else:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(1000, (max(1, tokens // (batch * length)), batch, length), generator=generator)
         index = torch.arange(len(ids) * batch).view(len(ids), batch)
-        made = [
-            {"input_ids": i, "attention_mask": torch.ones_like(i), "index": n} for i, n in zip(ids, index, strict=True)
-        ]
+        pairs = zip(ids, index, strict=True)
+        made = [{"input_ids": i, "attention_mask": torch.ones_like(i), "index": n} for i, n in pairs]
     return [{name: tensor.to(DEVICE) for name, tensor in one.items()} for one in made]
 
 
-def loader(made: list[dict[str, Tensor]]) -> DataLoader[Any]:
-    """The batches as they are."""
-    return DataLoader(made, batch_size=None)  # type: ignore[arg-type]
-
-
 @torch.no_grad()
-def bare(target: Any, batch: dict[str, Tensor]) -> tuple[float, int]:
+def bare(target, batch):
     """One forward pass with a plain cross-entropy and argmax: their sums."""
     if "pixel_values" in batch:
         logits, labels = target(batch["pixel_values"]), batch["label"]
@@ -106,13 +94,12 @@ def bare(target: Any, batch: dict[str, Tensor]) -> tuple[float, int]:
     return loss.item(), int((logits.argmax(1) == labels).sum())
 
 
-def wait() -> None:
+def wait():
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
 
-def seconds(run: Callable[..., object], *arguments: Any) -> float:
-    """How long something takes."""
+def seconds(run, *arguments):
     wait()
     began = time.perf_counter()
     run(*arguments)
@@ -120,18 +107,30 @@ def seconds(run: Callable[..., object], *arguments: Any) -> float:
     return time.perf_counter() - began
 
 
-def parser(description: str, shapes: Sequence[str], measured: Sequence[str], rounds: int) -> argparse.ArgumentParser:
+def show(names, times):
+    """Prints the median seconds of each, of rounds in which all were timed."""
+    for name, found in zip(names, zip(*times, strict=True), strict=True):
+        print(f"{name:14} {statistics.median(found):8.3f} s")
+
+
+def ratio(times, which=1):
+    """The median over the rounds of the seconds of one over those of the first."""
+    return statistics.median(found[which] / found[0] for found in times)
+
+
+def parser(description, shapes, *, tokens=8192, rounds, measured=()):
     """Sizes, and of what an own process prints the largest memory."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--shape", choices=shapes, default="opt-125m")
-    for name, value in {"tokens": 8192, "batch": 8, "length": 256, "rounds": rounds}.items():
+    for name, value in {"tokens": tokens, "batch": 8, "length": 256, "rounds": rounds}.items():
         made.add_argument(f"--{name}", type=int, default=value)
-    made.add_argument("--memory", action="store_true", help="what is added to the largest memory")
-    made.add_argument("--only", choices=measured, help="prints the largest memory in KiB")
+    if measured:
+        made.add_argument("--memory", action="store_true", help="what is added to the largest memory")
+        made.add_argument("--only", choices=measured, help="prints the largest memory in KiB")
     return made
 
 
-def largest_memory(run: Callable[[], object]) -> int:
+def largest_memory(run):
     """The most memory in use during a run, in KiB; on a CPU that of the process (Linux)."""
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -142,7 +141,7 @@ def largest_memory(run: Callable[[], object]) -> int:
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def memory_of(benchmark: str, given: argparse.Namespace, what: str, **changed: int) -> int:
+def memory_of(benchmark, given, what, **changed):
     """The largest memory of a part of a benchmark in a process of its own, in KiB."""
     sizes = {name: vars(given)[name] for name in ("shape", "tokens", "batch", "length")} | changed
     options = [f"--{name}={size}" for name, size in sizes.items()]

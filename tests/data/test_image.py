@@ -10,8 +10,6 @@ from lightning_ablate.errors import ConfigError, DataError
 
 
 class Module(lightning.LightningModule):
-    """Knows a preprocessing, as a target's module does."""
-
     def transform(self, image):
         return torch.from_numpy(np.array(image.convert("L"))).float().unsqueeze(0) / 255
 
@@ -38,32 +36,31 @@ def data(name, module=None, **options):
 
 
 def test_images_go_through_the_targets_preprocessing(parquet):
-    made = data(parquet, shuffle_seed=None)
-    batch = next(iter(made.val_dataloader()))
+    batch = next(iter(data(parquet, shuffle_seed=None).val_dataloader()))
     # the first ten calibrate
     torch.testing.assert_close(batch["pixel_values"][:, 0], torch.from_numpy(PIXELS[10:14]).float() / 255)
     assert batch["label"].tolist() == [1, 2, 0, 1] and batch["index"].tolist() == [0, 1, 2, 3]
 
 
 def test_no_image_is_used_for_both_and_all_budgets_are_met(parquet):
-    made = data(parquet)
-    seen = {purpose: set(examples.contents) for purpose, examples in made.examples.items()}
+    seen = {purpose: set(examples.contents) for purpose, examples in data(parquet).examples.items()}
     assert len(seen["evaluation"]) == 15 and len(seen["calibration"]) == 10
     assert not seen["evaluation"] & seen["calibration"]
 
 
-@pytest.mark.parametrize("kind", ["folder", "streaming"])
-def test_other_forms_give_the_same_images(kind, tmp_path, parquet):
-    if kind == "folder":
-        for number, pixels in enumerate(PIXELS):
-            (tmp_path / "train" / str(number % 3)).mkdir(parents=True, exist_ok=True)
-            PIL.fromarray(pixels).save(tmp_path / "train" / str(number % 3) / f"{number:02}.png")
-        made = data(tmp_path, shuffle_seed=None, evaluation_images=20)
-        shown = {made.examples["evaluation"][i]["pixel_values"].numpy().tobytes() for i in range(20)}
-        assert shown <= {(torch.from_numpy(p).float() / 255).numpy().tobytes() for p in PIXELS} and len(shown) == 20
-    else:
-        one, other = data(parquet, shuffle_seed=None), data(parquet, shuffle_seed=None, streaming=True)
-        assert one.describe()["evaluation"]["sha256"] == other.describe()["evaluation"]["sha256"]
+def test_a_stream_gives_the_same_images(parquet):
+    one, other = (data(parquet, shuffle_seed=None, streaming=streaming).describe() for streaming in (False, True))
+    assert one["evaluation"]["sha256"] == other["evaluation"]["sha256"]
+
+
+def test_a_folder_of_images_is_read(tmp_path):
+    for number, pixels in enumerate(PIXELS):
+        folder = tmp_path / "train" / str(number % 3)
+        folder.mkdir(parents=True, exist_ok=True)
+        PIL.fromarray(pixels).save(folder / f"{number:02}.png")
+    examples = data(tmp_path, shuffle_seed=None, evaluation_images=20).examples["evaluation"]
+    shown = {examples[i]["pixel_values"].numpy().tobytes() for i in range(20)}
+    assert shown <= {(torch.from_numpy(p).float() / 255).numpy().tobytes() for p in PIXELS} and len(shown) == 20
 
 
 @pytest.mark.parametrize(
@@ -80,24 +77,19 @@ def test_what_does_not_fit_is_refused(parquet, options, message):
         data(parquet, **options)
 
 
-def test_labels_that_are_no_class_are_refused(tmp_path):
+def test_labels_that_are_no_class_and_broken_images_are_refused(tmp_path):
     images = [PIL.fromarray(pixels) for pixels in PIXELS]
-    source = Dataset.from_dict({"image": images, "label": ["cat"] * 30}, features=None)
-    source.cast_column("image", Image()).to_parquet(tmp_path / "named.parquet")
+    named = Dataset.from_dict({"image": images, "label": ["cat"] * 30}).cast_column("image", Image())
+    named.to_parquet(tmp_path / "named.parquet")
     with pytest.raises(DataError, match="holds 'cat' in 'label', expected a class index"):
         data(tmp_path / "named.parquet")
+    images = [{"bytes": bytes([i]) * 20, "path": None} for i in range(30)]
+    Dataset.from_dict({"image": images, "label": [0] * 30}).to_parquet(tmp_path / "broken.parquet")
+    with pytest.raises(DataError, match="could not load"):
+        next(iter(data(tmp_path / "broken.parquet").val_dataloader()))
 
 
 def test_images_without_a_preprocessing_are_refused(parquet):
     made = data(parquet, module=lightning.LightningModule())
     with pytest.raises(ConfigError, match="transform"):
         made.examples["evaluation"][0]
-
-
-def test_a_broken_image_is_one_error(tmp_path):
-    source = Dataset.from_dict(
-        {"image": [{"bytes": bytes([i]) * 20, "path": None} for i in range(30)], "label": [0] * 30}
-    )
-    source.to_parquet(tmp_path / "broken.parquet")
-    with pytest.raises(DataError, match="could not load"):
-        next(iter(data(tmp_path / "broken.parquet").val_dataloader()))

@@ -1,4 +1,4 @@
-import json
+from itertools import chain
 
 import pytest
 import torch
@@ -7,8 +7,6 @@ from datasets import Dataset
 from lightning_ablate.data import TextData
 from lightning_ablate.errors import ConfigError, DataError
 from tests import tiny
-
-TEXTS = tiny.TEXTS
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +20,14 @@ def tokenizers(tmp_path_factory):
 @pytest.fixture(scope="module")
 def parquet(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "texts.parquet"
-    Dataset.from_dict({"text": TEXTS}).to_parquet(path)
+    Dataset.from_dict({"text": tiny.TEXTS}).to_parquet(path)
     return str(path)
 
 
-def data(name, tokenizers, kind="causal", **options):
+def data(name, tokenizers, kind="causal", purpose="fit", **options):
     defaults = {"max_length": 16, "calibration_tokens": 100, "evaluation_tokens": 200, "batch_size": 4}
     made = TextData(str(name), tokenizer=str(tokenizers / kind), **(defaults | options))
-    made.setup("fit")
+    made.setup(purpose)
     return made
 
 
@@ -40,10 +38,10 @@ def rows(made, purpose):
 
 def test_sequences_hold_the_documents_tokens_calibration_first(parquet, tokenizers):
     made, tokenizer = data(parquet, tokenizers), tiny.tokenizer()
-    tokens = [tokenizer(text)["input_ids"] for text in TEXTS]
+    tokens = [tokenizer(text)["input_ids"] for text in tiny.TEXTS]
     documents = [[ids[start : start + 16] for start in range(0, len(ids), 16)] for ids in tokens]
     calibrated, evaluated = rows(made, "calibration"), rows(made, "evaluation")
-    begun = next(n for n in range(len(TEXTS)) if sum(map(len, documents[:n])) >= len(calibrated))
+    begun = next(n for n in range(len(tiny.TEXTS)) if sum(map(len, documents[:n])) >= len(calibrated))
     # evaluation begins with the next document
     for used, following, budget in ((calibrated, documents, 100), (evaluated, documents[begun:], 200)):
         assert used == [ids for document in following for ids in document if len(ids) > 1][: len(used)]
@@ -69,21 +67,18 @@ def test_special_tokens_frame_every_sequence(parquet, tokenizers):
 
 def test_packing_fills_every_sequence_and_joins_with_the_end_token(parquet, tokenizers):
     made, tokenizer = data(parquet, tokenizers, packing="pack"), tiny.tokenizer()
-    sequences = rows(made, "evaluation")
-    assert {len(sequence) for sequence in sequences} == {16}
-    stream = [i for text in TEXTS for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
-    first = rows(made, "calibration")
-    assert [i for sequence in first for i in sequence] == stream[: 16 * len(first)]
-    evaluated = [i for sequence in sequences for i in sequence]
-    start = next(i for i in range(len(stream)) if stream[i : i + len(evaluated)] == evaluated)
-    assert start >= 16 * len(first)
+    first, second = (rows(made, purpose) for purpose in ("calibration", "evaluation"))
+    assert {len(sequence) for sequence in second} == {16}
+    stream = [i for text in tiny.TEXTS for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    calibrated, evaluated = ([*chain.from_iterable(sequences)] for sequences in (first, second))
+    assert calibrated == stream[: len(calibrated)]
+    starts = range(len(calibrated), len(stream))
+    assert any(stream[start : start + len(evaluated)] == evaluated for start in starts)
 
 
 def test_no_text_is_used_for_both(tmp_path, tokenizers):
-    # every text stands twice, the second time far from the first
-    path = tmp_path / "twice.parquet"
-    Dataset.from_dict({"text": TEXTS + TEXTS}).to_parquet(path)
-    made = data(path, tokenizers, evaluation_tokens=800, calibration_tokens=400, max_length=64)
+    Dataset.from_dict({"text": tiny.TEXTS + tiny.TEXTS}).to_parquet(tmp_path / "twice.parquet")
+    made = data(tmp_path / "twice.parquet", tokenizers, evaluation_tokens=800, calibration_tokens=400, max_length=64)
     evaluated, calibrated = ([tuple(ids) for ids in rows(made, purpose)] for purpose in ("evaluation", "calibration"))
     assert max(map(len, evaluated)) < 64  # so a sequence is a whole text
     assert calibrated and not set(evaluated) & set(calibrated)
@@ -92,49 +87,37 @@ def test_no_text_is_used_for_both(tmp_path, tokenizers):
 def test_validate_with_other_options_never_evaluates_what_calibrated(parquet, tokenizers):
     fitted = data(parquet, tokenizers, max_length=64)
     calibrated = {tuple(ids) for ids in rows(fitted, "calibration")}
-    for options in ({"evaluation_tokens": 1500}, {"shuffle_seed": 3, "evaluation_tokens": 1500}):
-        defaults = {"max_length": 64, "calibration_tokens": 100, "batch_size": 4}
-        later = TextData(parquet, tokenizer=str(tokenizers / "causal"), **(defaults | options))
-        later.setup("validate")
+    for options in ({}, {"shuffle_seed": 3}):
+        later = data(parquet, tokenizers, purpose="validate", max_length=64, evaluation_tokens=1500, **options)
         later.load_state_dict(fitted.state_dict())  # as Lightning does, from the checkpoint, after setup
         later.val_dataloader()
         assert not calibrated & {tuple(ids) for ids in rows(later, "evaluation")}
     # without a checkpoint, the same options give the same evaluation data as `fit`
-    alone = TextData(parquet, tokenizer=str(tokenizers / "causal"), evaluation_tokens=200, **defaults)
-    alone.setup("validate")
+    alone = data(parquet, tokenizers, purpose="validate", max_length=64)
     alone.val_dataloader()
     assert rows(alone, "evaluation") == rows(fitted, "evaluation")
 
 
-def test_setup_reads_anew(parquet, tokenizers):
-    made = data(parquet, tokenizers)
-    before = made.examples["evaluation"]
-    made.setup("fit")
-    assert made.examples["evaluation"] is not before
-    assert made.examples["evaluation"].contents == before.contents
+def texts_in_files(source, folder):
+    for number, text in enumerate(source["text"]):
+        (folder / f"{number:03}.txt").write_text(text)
 
 
-@pytest.mark.parametrize("kind", ["json", "csv", "txt", "folder", "saved", "streamed"])
-def test_every_local_form_gives_the_same_sequences(kind, tmp_path, parquet, tokenizers):
-    source, name, options = Dataset.from_dict({"text": TEXTS}), parquet, {"streaming": kind == "streamed"}
-    if kind == "json":
-        name = tmp_path / "texts.jsonl"
-        name.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    elif kind == "csv":
-        name = tmp_path / "texts.csv"
-        source.to_csv(name)
-    elif kind == "txt":
-        for number, text in enumerate(TEXTS):
-            (tmp_path / f"{number:03}.txt").write_text(text)
-        name = tmp_path / "*.txt"
-    elif kind == "folder":
-        name = tmp_path / "folder"
-        name.mkdir()
-        source.to_parquet(name / "train.parquet")
-    elif kind == "saved":
-        name = tmp_path / "saved"
-        source.save_to_disk(name)
-    found, expected = data(name, tokenizers, **options), data(parquet, tokenizers)
+FORMS = {
+    "texts.jsonl": lambda source, folder: source.to_json(folder / "texts.jsonl"),
+    "texts.csv": lambda source, folder: source.to_csv(folder / "texts.csv"),
+    "*.txt": texts_in_files,
+    ".": lambda source, folder: source.to_parquet(folder / "train.parquet"),
+    "saved": lambda source, folder: source.save_to_disk(folder / "saved"),
+}
+
+
+@pytest.mark.parametrize("name", [*FORMS, "streamed"])
+def test_every_local_form_gives_the_same_sequences(name, tmp_path, parquet, tokenizers):
+    if name in FORMS:
+        FORMS[name](Dataset.from_dict({"text": tiny.TEXTS}), tmp_path)
+    found = data(tmp_path / name if name in FORMS else parquet, tokenizers, streaming=name == "streamed")
+    expected = data(parquet, tokenizers)
     for purpose in ("calibration", "evaluation"):
         assert rows(found, purpose) == rows(expected, purpose)
 
@@ -143,6 +126,9 @@ def test_shuffle_depends_on_its_seed_alone_and_describe_says_budgets_and_fingerp
     first, again, other = (data(parquet, tokenizers, shuffle_seed=seed) for seed in (1, 1, 2))
     assert rows(first, "evaluation") == rows(again, "evaluation") != rows(other, "evaluation")
     facts, same, different = (made.describe() for made in (first, again, other))
+    first.shuffle_seed = 2
+    first.setup("fit")  # reads anew
+    assert rows(first, "evaluation") == rows(other, "evaluation")
     assert facts["evaluation_tokens"]["asked"] == 200 <= facts["evaluation_tokens"]["reached"] < 216
     assert facts["evaluation"]["sha256"] == same["evaluation"]["sha256"] != different["evaluation"]["sha256"]
 
@@ -165,24 +151,20 @@ def test_what_does_not_fit_is_refused(parquet, tokenizers, options, error, messa
         data(parquet, tokenizers, **options)
 
 
-def test_missing_and_empty_files_are_refused(tmp_path, tokenizers):
-    with pytest.raises(DataError, match=r"nowhere.parquet' does not exist"):
-        data("nowhere.parquet", tokenizers)
-    with pytest.raises(DataError, match="could not load 'no/such-data'"):
-        data("no/such-data", tokenizers)
+def test_missing_and_empty_files_and_a_missing_tokenizer_are_refused(tmp_path, tokenizers):
     (tmp_path / "broken.jsonl").write_text('{"text": "one"\n{')
-    with pytest.raises(DataError, match="could not load"):
-        data(tmp_path / "broken.jsonl", tokenizers)
+    for name, texts in (("blank", [" ", "\n"]), ("numbers", [1, 2])):
+        Dataset.from_dict({"text": texts}).to_parquet(tmp_path / f"{name}.parquet")
+    for name, message in (
+        ("nowhere.parquet", r"nowhere.parquet' does not exist"),
+        ("no/such-data", "could not load 'no/such-data'"),
+        (tmp_path / "broken.jsonl", "could not load"),
+        (tmp_path / "blank.parquet", "gives 0 calibration tokens, expected 100"),
+        (tmp_path / "numbers.parquet", "holds a int in 'text', expected text"),
+    ):
+        with pytest.raises(DataError, match=message):
+            data(name, tokenizers)
     with pytest.raises(DataError, match="could not load 'no/such-tokenizer'"):
         TextData("x.parquet", tokenizer="no/such-tokenizer").setup("fit")
-    Dataset.from_dict({"text": [" ", "\n"]}).to_parquet(tmp_path / "blank.parquet")
-    with pytest.raises(DataError, match="gives 0 calibration tokens, expected 100"):
-        data(tmp_path / "blank.parquet", tokenizers)
-    Dataset.from_dict({"text": [1, 2]}).to_parquet(tmp_path / "numbers.parquet")
-    with pytest.raises(DataError, match="holds a int in 'text', expected text"):
-        data(tmp_path / "numbers.parquet", tokenizers)
-
-
-def test_text_without_a_tokenizer_is_refused(parquet):
     with pytest.raises(ConfigError, match="--data.tokenizer"):
-        TextData(parquet).setup("fit")
+        TextData("x.parquet").setup("fit")

@@ -4,19 +4,12 @@ import torch
 from scipy.linalg import hadamard
 
 from lightning_ablate import ConditionalMean, ConditionalMeanPerHead, Mean
-
-
-def mixed(positions=400):
-    """Neurons that depend on one another, one far from zero, one constant, one tiny; ``(1, positions, 12)``."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(positions, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
-    x[:, 1], x[:, 2], x[:, 3] = x[:, 1] + 100, 3.0, x[:, 3] * 1e-6
-    return x.unsqueeze(0)
+from tests.tiny import mixed
 
 
 def test_an_ablated_neuron_is_its_regression_on_the_kept_ones(edit):
     """By numpy's least squares with an intercept."""
-    x, new = mixed(800)[..., torch.tensor([0, 1, 4, 5, 6, 7, 8, 9])], torch.randn(5, 3, 8)
+    x, new = mixed(800)[None, ..., torch.tensor([0, 1, 4, 5, 6, 7, 8, 9])], torch.randn(5, 3, 8)
     mask = torch.tensor([True, False, True, False, False, True, False, False])
     found = edit(ConditionalMean(ridge=1e-12), x, mask)(new)
     kept = np.column_stack([np.ones(800), x[0, :, ~mask].double().numpy()])
@@ -28,7 +21,7 @@ def test_an_ablated_neuron_is_its_regression_on_the_kept_ones(edit):
 
 def test_where_nothing_is_kept_or_neurons_do_not_vary_together_it_is_the_mean_exactly(edit):
     apart = torch.tensor(hadamard(8), dtype=torch.float32)[:, 1:] * torch.arange(1, 8) + 2
-    for x, mask in ((apart.unsqueeze(0), torch.arange(7) % 2 == 0), (mixed(), torch.ones(12, dtype=torch.bool))):
+    for x, mask in ((apart[None], torch.arange(7) % 2 == 0), (mixed()[None], torch.ones(12, dtype=torch.bool))):
         new = torch.randn(4, len(mask))
         assert torch.equal(edit(ConditionalMean(), x, mask)(new), edit(Mean(), x, mask)(new))
 
@@ -37,7 +30,7 @@ def test_where_nothing_is_kept_or_neurons_do_not_vary_together_it_is_the_mean_ex
 @pytest.mark.parametrize("rows", [1, 2, 5, 12, 400])
 def test_singular_covariances_give_finite_sensible_values(edit, rows, dtype):
     """Constant and duplicated neurons, and fewer positions than neurons."""
-    x, mask = mixed(rows), torch.zeros(12, dtype=torch.bool)
+    x, mask = mixed(rows)[None], torch.zeros(12, dtype=torch.bool)
     x[..., 1], x[..., 5], x[..., 6], mask[[2, 3, 5, 7, 6]] = x[..., 1] - 100, x[..., 4], 0.0, True
     found = edit(ConditionalMean(), x, mask)(x.to(dtype))
     assert found.dtype == dtype and bool(found.isfinite().all())
@@ -49,7 +42,7 @@ def test_singular_covariances_give_finite_sensible_values(edit, rows, dtype):
 
 
 def test_per_head_it_is_the_regression_on_the_kept_neurons_of_the_same_head(edit):
-    x, mask, new = mixed(800), torch.arange(12) % 3 == 0, torch.randn(5, 12)
+    x, mask, new = mixed(800)[None], torch.arange(12) % 3 == 0, torch.randn(5, 12)
     found = edit(ConditionalMeanPerHead(), x, mask, heads=3)(new)
     for own in (slice(0, 4), slice(4, 8), slice(8, 12)):
         alone = edit(ConditionalMean(), x[..., own], mask[own])(new[:, own])

@@ -40,7 +40,7 @@ def test_what_is_missing_or_unknown_is_refused():
     with pytest.raises(ConfigError, match="unknown method 'maen'; expected one of a-seven, .*half-sample-mode, .*zero"):
         method_of("maen")
     for method in (Mean(), Peak(), PositionalMean()):
-        with pytest.raises(StatisticsError, match="needs the statistic .* of the site attn.proj, which was"):
+        with pytest.raises(StatisticsError, match="needs the statistic .* of the site attn.proj, which was.*run `fit`"):
             method.prepare(Ablation(Site("attn.proj", 4), MASK, SiteStatistics("attn.proj", {}), None))
     with pytest.raises(ConfigError, match="ridge is 0, expected"):
         ConditionalMean(0)

@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -38,9 +41,10 @@ def test_options_reach_the_model(gpt2_folder):
     assert (facts["dtype"], facts["attn_implementation"], facts["name"]) == ("bfloat16", "eager", gpt2_folder)
 
 
-def test_causal_scores_every_position_with_a_next_token(causal):
+def test_causal_scores_every_position_with_a_next_token_and_leaves_out_padding_and_filling_examples(causal):
     batch = tiny.tokens()
     batch["index"] = torch.tensor([4, -1, 6])  # the second example only fills the batch
+    assert causal.valid(batch).sum(1).tolist() == [14, 0, 16]
     scored = causal.evaluate(batch)
     counted = scored.example >= 0
     # by hand: example 0 has 14 tokens and so 13 targets, example 2 has 16 and 15
@@ -49,12 +53,6 @@ def test_causal_scores_every_position_with_a_next_token(causal):
         logits, targets = reference.scored(causal.target, {name: value[[0, 2]] for name, value in batch.items()})
     assert torch.equal(scored.targets[counted], targets)
     torch.testing.assert_close(scored.logits[counted], logits)
-
-
-def test_valid_leaves_out_padding_and_filling_examples(causal):
-    batch = tiny.tokens()
-    batch["index"] = torch.tensor([0, 1, -1])
-    assert causal.valid(batch).sum(1).tolist() == [14, 16, 0]
 
 
 def test_masking_depends_on_seed_and_example_alone(masked):
@@ -77,9 +75,8 @@ def test_masking_follows_the_protocol(roberta_folder):
     ids[:, 0], ids[:, -1] = tokenizer.bos_token_id, tokenizer.eos_token_id
     attention = torch.ones_like(ids)
     attention[:, 50:] = 0
-    made = module.on_before_batch_transfer(
-        {"input_ids": ids, "attention_mask": attention, "index": torch.arange(examples)}, 0
-    )
+    batch = {"input_ids": ids, "attention_mask": attention, "index": torch.arange(examples)}
+    made = module.on_before_batch_transfer(batch, 0)
     chosen = made["labels"] != -100
     assert chosen.sum(1).tolist() == [round(0.15 * 49)] * examples  # 49 ordinary tokens before the padding
     assert not bool(chosen[:, 0].any()) and not bool(chosen[:, 50:].any())
@@ -94,8 +91,8 @@ def test_masking_follows_the_protocol(roberta_folder):
 
 
 def test_masking_chooses_at_least_one_and_keeps_given_labels(masked):
-    short = {"input_ids": torch.tensor([[0, 9, 2]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
-    short["index"] = torch.tensor([0])
+    ids = torch.tensor([[0, 9, 2]])
+    short = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "index": torch.arange(1)}
     assert (masked.on_before_batch_transfer(short, 0)["labels"] != -100).tolist() == [[False, True, False]]
     given = {**short, "labels": torch.tensor([[-100, 9, -100]])}
     kept = masked.on_before_batch_transfer(given, 0)
@@ -136,11 +133,6 @@ def test_source_is_as_long_as_the_batch_and_fixed_by_the_seed(which, kind, reque
     assert int(torch.isin(ordinary, special).sum()) <= (kind == "generated" and which == "causal") * tiny.LENGTH
 
 
-def test_language_models_make_no_pixels(causal):
-    with pytest.raises(ConfigError, match="resampling needs an input of the kind 'pixels', which CausalLM doesn't"):
-        causal.source("pixels", 42, tiny.tokens())
-
-
 @pytest.mark.parametrize("name", ["some/typo", "demo:bert", "./nowhere"])
 def test_a_name_that_does_not_load_is_one_error(name):
     with pytest.raises(TargetError, match=name.split(":")[0]):
@@ -148,9 +140,6 @@ def test_a_name_that_does_not_load_is_one_error(name):
 
 
 def test_remote_code_is_not_run(tmp_path, gpt2_folder):
-    import json
-    import shutil
-
     folder = tmp_path / "remote"
     shutil.copytree(gpt2_folder, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -162,28 +151,25 @@ def test_remote_code_is_not_run(tmp_path, gpt2_folder):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("share", [0, 1.5])
-def test_mlm_probability_outside_its_range_is_refused(share, roberta_folder):
-    with pytest.raises(ConfigError, match=f"mlm_probability is {share}"):
-        MaskedLM(roberta_folder, mlm_probability=share)
-
-
-def test_a_causal_tokenizer_has_no_mask(gpt2_folder):
+def test_a_share_outside_its_range_and_a_tokenizer_without_a_mask_are_refused(gpt2_folder):
+    for share in (0, 1.5):
+        with pytest.raises(ConfigError, match=f"mlm_probability is {share}"):
+            MaskedLM("masked", mlm_probability=share)
     module = MaskedLM(gpt2_folder)
     with pytest.raises(ConfigError, match="has no mask token; a causal model is a CausalLM"):
         module.on_before_batch_transfer(tiny.tokens(), 0)
 
 
-@pytest.mark.parametrize(("make", "longest"), [(tiny.gpt2, 64), (tiny.roberta, 64), (tiny.opt, 64)])
-def test_what_the_target_has_no_embedding_for_is_refused(make, longest, gpt2_folder):
+@pytest.mark.parametrize("make", [tiny.gpt2, tiny.roberta, tiny.opt])
+def test_what_the_target_has_no_embedding_for_is_refused(make, gpt2_folder):
     module = CausalLM(gpt2_folder)
     module.target = make()
-    fits = tiny.tokens(length=longest)
+    fits = tiny.tokens(length=64)
     module.on_validation_batch_start(fits, 0)
     with torch.no_grad():
         module.logits(fits)
-    with pytest.raises(DataError, match=f"sequences have {longest + 1} tokens, expected at most {longest}"):
-        module.on_train_batch_start(tiny.tokens(length=longest + 1), 0)
+    with pytest.raises(DataError, match="sequences have 65 tokens, expected at most 64"):
+        module.on_train_batch_start(tiny.tokens(length=65), 0)
     fits["input_ids"][1, 3] = tiny.VOCABULARY
     with pytest.raises(DataError, match="token id 300, expected ids below 300"):
         module.on_train_batch_start(fits, 0)

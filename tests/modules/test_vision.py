@@ -5,7 +5,7 @@ from PIL import Image
 
 from lightning_ablate import ImageClassifier
 from lightning_ablate.errors import TargetError
-from tests import tiny
+from tests import reference, tiny
 
 
 @pytest.fixture(scope="module")
@@ -19,20 +19,11 @@ def timm_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def transformers_folder(tmp_path_factory):
-    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+    from transformers import ViTImageProcessor
 
     folder = tmp_path_factory.mktemp("transformers")
-    torch.manual_seed(5)
-    config = ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=32,
-        image_size=8,
-        patch_size=4,
-        num_labels=7,
-    )
-    ViTForImageClassification(config).eval().save_pretrained(folder)
+    sizes = {**tiny.SMALL, "intermediate_size": 32, "image_size": 8, "patch_size": 4, "num_labels": 7}
+    tiny.made(5, "ViTForImageClassification", "ViTConfig", **sizes).save_pretrained(folder)
     size = {"height": 8, "width": 8}
     ViTImageProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(folder)
     return str(folder)
@@ -49,54 +40,46 @@ def picture(mode="RGB"):
     return Image.fromarray(pixels).convert(mode)
 
 
-def batch(pixels):
-    return {"pixel_values": pixels, "label": torch.arange(len(pixels)), "index": torch.arange(len(pixels))}
+def batch(module):
+    return {"pixel_values": module.transform(picture())[None], "label": torch.zeros(1).long(), "index": torch.arange(1)}
 
 
-@pytest.mark.parametrize(
-    ("library", "mode", "mean", "std"), [("timm", "L", 0.4, 0.2), ("transformers", "RGB", 0.5, 0.25)]
-)
-def test_a_folder_loads_with_its_weights_and_preprocessing(library, mode, mean, std, request):
-    module = built(request.getfixturevalue(f"{library}_folder"))
+LIBRARIES = {"timm": ("L", 0.4, 0.2), "transformers": ("RGB", 0.5, 0.25)}  # the mode, mean and sd of their pictures
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_folder_loads_with_its_weights_and_preprocessing(library, request):
+    module, (mode, mean, std) = built(request.getfixturevalue(f"{library}_folder")), LIBRARIES[library]
     assert module.library == library
-    pixels = module.transform(picture())
+    one = batch(module)
     levels = torch.from_numpy(np.array(picture(mode))).float().view(8, 8, -1)
-    torch.testing.assert_close(pixels, (levels.permute(2, 0, 1) / 255 - mean) / std)
+    torch.testing.assert_close(one["pixel_values"][0], (levels.permute(2, 0, 1) / 255 - mean) / std)
     with torch.no_grad():
-        expected = tiny.vit()(pixels[None]) if library == "timm" else module.target(pixels[None]).logits
-        torch.testing.assert_close(module.evaluate(batch(pixels[None])).logits, expected)
+        expected = reference.forward(tiny.vit() if library == "timm" else module.target, one)
+        torch.testing.assert_close(module.evaluate(one).logits, expected)
 
 
-@pytest.mark.parametrize("which", ["timm_folder", "transformers_folder"])
-def test_source_is_random_pixels_preprocessed(which, request):
-    module = built(request.getfixturevalue(which))
-    like = batch(module.transform(picture())[None])
-    made = module.source("pixels", 42, like)["pixel_values"]
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_source_is_random_pixels_preprocessed(library, request):
+    module, (_, mean, std) = built(request.getfixturevalue(f"{library}_folder")), LIBRARIES[library]
+    like = batch(module)
+    made, again, other = (module.source("pixels", seed, like)["pixel_values"] for seed in (42, 42, 123))
     assert made.shape == like["pixel_values"].shape
-    again, other = (module.source("pixels", seed, like)["pixel_values"] for seed in (42, 123))
     assert torch.equal(made, again) and not torch.equal(made, other)
-    mean, std = (0.4, 0.2) if which == "timm_folder" else (0.5, 0.25)
     levels = made * std + mean
     assert 0 <= levels.min() < 0.1 and 0.9 < levels.max() <= 1.0001
 
 
 def test_dtype_is_an_option(timm_folder):
     module = built(timm_folder, dtype="bfloat16")
-    assert module.evaluate(batch(module.transform(picture())[None])).logits.dtype == torch.bfloat16
+    assert module.evaluate(batch(module)).logits.dtype == torch.bfloat16
     assert module.describe()["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize(
-    ("name", "library"),
-    [
-        ("vit_base_patch16_224", "timm"),
-        ("timm/vit_base_patch16_224.augreg_in21k_ft_in1k", "timm"),
-        ("hf-hub:timm/vit_base_patch16_224.augreg_in21k_ft_in1k", "timm"),
-        ("google/vit-base-patch16-224", "transformers"),
-    ],
-)
-def test_the_name_tells_the_library(name, library):
-    assert ImageClassifier(name).library == library
+def test_the_name_tells_the_library():
+    names = ["vit_base_patch16_224", "timm/vit_base_patch16_224.augreg_in21k_ft_in1k", "google/vit-base-patch16-224"]
+    names.append(f"hf-hub:{names[1]}")
+    assert [ImageClassifier(name).library for name in names] == ["timm", "timm", "transformers", "timm"]
 
 
 @pytest.mark.parametrize("name", ["some/typo", "vit_of_no_kind", "timm/some-typo"])

@@ -7,18 +7,15 @@ from lightning_ablate.results import Results, figures
 HEADS = [(f"h.{layer}.attn.proj", head) for layer in (0, 1) for head in range(3)]
 
 
-def labels(axes):
-    return [line.get_label() for line in axes.lines if line.get_label()[0] != "_"]
-
-
 def test_degradation_draws_a_curve_a_method_the_baseline_and_chance(made):
     results = made()
-    table = results.table.assign(model="/runs/gpt2")
-    figure = figures.degradation(Results(table, results.examples, results.facts))
+    results.table["model"] = "/runs/gpt2"
+    table, figure = results.table, figures.degradation(results)
     top, bottom = figure.axes
     assert top.get_title() == "gpt2 on some, data"
     for axes, metric, scale in ((top, "top1", 100), (bottom, "cross_entropy", 1)):
-        assert labels(axes) == ["zero", "peak", "nothing ablated", "chance"]
+        labels = [line.get_label() for line in axes.lines if line.get_label()[0] != "_"]
+        assert labels == ["zero", "peak", "nothing ablated", "chance"]
         assert axes.lines[0].get_xdata() == pytest.approx([0, 10, 50, 90, 100])
         last = table[(table["method"] == "zero") & (table["fraction"] == 1.0)][metric].item()
         assert axes.lines[0].get_ydata()[[0, -1]] == pytest.approx([scale * table[metric][0], scale * last])

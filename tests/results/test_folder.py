@@ -1,14 +1,19 @@
+import os
+
 import pytest
 
 from lightning_ablate.results.folder import fresh_folder, versions, write_whole
 
 
-def test_write_whole_leaves_nothing_half_written(tmp_path):
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     write_whole(tmp_path / "a.txt", "one")
     write_whole(tmp_path / "a.txt", b"two")
     (tmp_path / "b").mkdir()
     with pytest.raises(OSError):
         write_whole(tmp_path / "b", "a folder is in its place")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: os.stat(tmp_path / "nothing"))
+    with pytest.raises(OSError):
+        write_whole(tmp_path / "a.txt", "three")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b"]
     assert (tmp_path / "a.txt").read_text() == "two"
 

@@ -10,18 +10,16 @@ from scipy import stats
 
 from lightning_ablate import AblationCallback, Calibration, Site
 from lightning_ablate.results.neurons import Neurons
-from lightning_ablate.statistics import Histogram, Moments, SiteStatistics
+from lightning_ablate.statistics import Histogram, Moments
 from tests import reference, tiny
 
 
 def neurons_of(activations, kinds=(Moments, Histogram)):
-    """Those of sites with the given activations ``(positions, neurons)``."""
     made = Calibration(sites=[Site(name, x.shape[1]) for name, x in activations.items()])
     for site, x in zip(made.sites, activations.values(), strict=True):
+        found = tiny.gathered(site, [x.unsqueeze(0)], *kinds)
         for kind in kinds:
-            statistic = kind(site.width, SiteStatistics(site.name, made.statistics[site]))
-            statistic.update(x.unsqueeze(0))
-            made.add(site, statistic)
+            made.add(site, found[kind])
     return Neurons.of(made, "models/own", "data")
 
 

@@ -12,6 +12,7 @@ from lightning_ablate.results import Results
 
 HEADER = "model,data,method,fraction,seed,part,head,n,top1,top5,cross_entropy,kl"
 HEADS = [(f"h.{layer}.proj", head) for layer in (0, 1) for head in range(3)]
+EQUAL = [("none", 0.0, None, 1.0), ("zero", 1.0, None, 2.0), ("mean", 1.0, None, 2.0)]
 
 
 def same(one, other):
@@ -19,7 +20,6 @@ def same(one, other):
 
 
 def own(results, method, fraction, metric="cross_entropy"):
-    """A method's scores at a fraction by seed."""
     rows = [row for _, row in results.table.iterrows() if (row["method"], row["fraction"]) == (method, fraction)]
     return {row["seed"]: row[metric] for row in rows}
 
@@ -70,59 +70,52 @@ def test_save_writes_the_same_bytes_twice_and_only_what_there_is(made, tmp_path)
 
 
 def test_load_says_in_one_line_what_is_wrong(made, tmp_path):
-    results = made(examples=5)
-    results.save(tmp_path)
+    made(examples=5).save(tmp_path)
     whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-
-    def told(name, content, match):
+    header, *rows = whole["results.csv"].splitlines(keepends=True)
+    for name, content, match in (
+        ("results.csv", None, "No such file"),
+        ("results.csv", b"", "could not load"),
+        ("results.csv", b"a,b\n1,2\n", "lacks the columns model, .*; it has a, b"),
+        ("results.csv", b"\x80\x81", "could not load"),
+        ("results.csv", whole["results.csv"].replace(b"zero,0.1", b"zero,much"), "much"),
+        ("results.csv", b"".join([header, *rows, rows[-1]]), "every condition needs a row for each example"),
+        ("results.csv", b"".join([header, *rows[1:]]), "must be the baseline"),
+        ("run.json", None, "No such file"),
+        ("run.json", b"[1]", "could not load"),
+        ("examples.parquet", b"PAR1", "could not load"),
+    ):
         (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=match) as raised:
             Results.load(tmp_path)
         assert "\n" not in str(raised.value) and str(tmp_path) in str(raised.value)
         (tmp_path / name).write_bytes(whole[name])
 
-    told("results.csv", None, "No such file")
-    told("results.csv", b"", "could not load")
-    told("results.csv", b"a,b\n1,2\n", "lacks the columns model, .*; it has a, b")
-    told("results.csv", b"\x80\x81", "could not load")
-    told("results.csv", results.table.to_csv(index=False).replace("zero,0.1", "zero,much").encode(), "much")
-    told("run.json", None, "No such file")
-    told("run.json", b"[1]", "could not load")
-    told("examples.parquet", b"PAR1", "could not load")
-    with_more = results.table.to_csv(index=False) + results.table.tail(1).to_csv(index=False, header=False)
-    told("results.csv", with_more.encode(), "every condition needs a row for each example")
-    told("results.csv", results.table.iloc[1:].to_csv(index=False).encode(), "must be the baseline")
-
 
 def test_summary_is_mean_and_standard_deviation_over_seeds(made):
     results = made()
     summary = results.summary()
-    assert summary[["method", "fraction"]].to_numpy().tolist() == [
-        ["none", 0.0],
-        *([m, f] for m in ("zero", "peak") for f in (0.1, 0.5, 0.9, 1.0)),
-    ]
+    rows = [["none", 0.0], *([m, f] for m in ("zero", "peak") for f in (0.1, 0.5, 0.9, 1.0))]
+    assert summary[["method", "fraction"]].to_numpy().tolist() == rows
     for _, row in summary.iterrows():
         for metric in ("top1", "top5", "cross_entropy", "kl"):
             values = [*own(results, row["method"], row["fraction"], metric).values()]
             assert row["seeds"] == len(values) and row["n"] == results.examples["n"].head(40).sum()
             assert row[metric] == pytest.approx(statistics.mean(values), rel=1e-14)
-            if len(values) == 1:
-                assert np.isnan(row[f"{metric}_sd"])
-            else:
-                assert row[f"{metric}_sd"] == pytest.approx(statistics.stdev(values))
+            sd = statistics.stdev(values) if len(values) > 1 else np.nan
+            assert row[f"{metric}_sd"] == pytest.approx(sd, nan_ok=True)
 
 
 def test_summary_has_the_intervals_of_a_bootstrap_by_hand(made):
     results = made(("zero",), [0.5], [1, 2])
-    row = results.summary().iloc[1]
-    sums = (per_example(results, 1)[0] + per_example(results, 2)[0]) / 2
-    positions = per_example(results, 1)[1]
-    counted = positions > 0
-    generator, ratios = np.random.default_rng(0), []
+    row, generator, ratios = results.summary().iloc[1], np.random.default_rng(0), []
+    (first, positions), (second, _) = per_example(results, 1), per_example(results, 2)
+    sums, positions = (first + second)[positions > 0] / 2, positions[positions > 0]
+    count = len(positions)
+    assert 0 < count < 40
     for _ in range(2000):
-        drawn = generator.multinomial(counted.sum(), [1 / counted.sum()] * counted.sum())
-        ratios.append((drawn * sums[counted]).sum() / (drawn * positions[counted]).sum())
-    assert 0 < counted.sum() < 40
+        drawn = generator.multinomial(count, [1 / count] * count)
+        ratios.append((drawn * sums).sum() / (drawn * positions).sum())
     expected = np.quantile(ratios, [0.025, 0.975])
     assert [row["cross_entropy_low"], row["cross_entropy_high"]] == pytest.approx(expected, rel=1e-12)
 
@@ -160,37 +153,32 @@ def test_compare_takes_every_pair_one_method_or_the_baseline(made):
 
 
 def test_compare_of_equals_is_nothing_and_of_known_examples_is_known():
-    points = [("none", 0.0, None, 1.0), ("zero", 1.0, None, 2.0), ("mean", 1.0, None, 2.0)]
     equal = by_example([10] * 20, *[np.arange(20)] * 3)
-    row = plain(points, equal).compare().iloc[0]
+    row = plain(EQUAL, equal).compare().iloc[0]
     assert (row["top1"], row["top1_low"], row["top1_high"]) == (0, 0, 0)
     uneven = by_example([10] * 100, np.zeros(100), np.arange(100) % 2 * 2, np.zeros(100))
-    row = plain(points, uneven).compare().iloc[0]  # 0.1 ± 0.1 a position
+    row = plain(EQUAL, uneven).compare().iloc[0]  # 0.1 ± 0.1 a position
     assert row["top1_high"] - row["top1_low"] == pytest.approx(2 * 1.96 * 0.1 / 10, rel=0.1)
 
 
 def test_compare_holds_the_truth_in_95_percent_of_the_intervals():
     """60 examples of unlike lengths whose difference is known."""
     generator, truth, held = np.random.default_rng(0), 0.05, 0
-    points = [("none", 0.0, None, 1.0), ("zero", 1.0, None, 2.0), ("mean", 1.0, None, 2.0)]
     for _ in range(150):
         positions = generator.integers(5, 60, 60)
         mean = generator.binomial(positions, generator.beta(4, 6, 60))
         zero = mean + positions * (truth + 0.1 * generator.standard_normal(60))
-        row = plain(points, by_example(positions, mean, zero, mean)).compare().iloc[0]
+        row = plain(EQUAL, by_example(positions, mean, zero, mean)).compare().iloc[0]
         held += row["top1_low"] <= truth <= row["top1_high"]
     assert 0.89 <= held / 150 <= 0.99
 
 
-def test_ranking_is_the_area_above_the_baseline():
+def test_ranking_is_the_area_above_the_baseline_as_far_as_all_methods_go():
     points = [("none", 0.0, None, 1.0), ("zero", 0.5, 1, 2.0), ("zero", 0.5, 2, 4.0), ("zero", 1.0, None, 5.0)]
     (row,) = plain(points).ranking().to_dict("records")  # of 0, 1 and 4 above the baseline, and of 0, 3 and 4
     assert row["cross_entropy"] == pytest.approx((1.5 + 2.5) / 2) and row["to"] == 1.0
     assert row["cross_entropy_sd"] == pytest.approx(statistics.stdev([1.5, 2.5]))
     assert row["top1"] == pytest.approx(-0.2)
-
-
-def test_ranking_goes_as_far_as_all_methods_do():
     points = [("none", 0.0, None, 1.0), ("mean", 0.5, 1, 2.0)]  # 1/2 above on average
     points += [("zero", 0.25, 1, 1.0), ("zero", 0.75, 1, 3.0), ("zero", 1.0, None, 9.0)]  # 0 to 1/4, then 0 to 1 at 1/2
     ranking = plain(points).ranking()
@@ -209,14 +197,11 @@ def test_ranking_has_the_interval_of_the_examples_own_areas(made):
 
 def test_str_shows_scores_ranks_and_differences(made):
     results = made(partial=["evaluation was cut to 1 of 9 batches"])
-    text = str(results)
-    first, scores, _, ranks, differences, note = text.split("\n\n")
+    first, scores, _, ranks, differences, note = str(results).split("\n\n")
     base = results.baseline
-    assert first.splitlines()[0] == (
-        f"a model on some, data: {base['n']:,} scored positions; nothing ablated: "
-        f"top-1 {100 * base['top1']:.2f}%, cross-entropy {base['cross_entropy']:.4f} nats"
-    )
-    assert first.splitlines()[1] == "PARTIAL: evaluation was cut to 1 of 9 batches"
+    baseline = f"top-1 {100 * base['top1']:.2f}%, cross-entropy {base['cross_entropy']:.4f} nats"
+    said = f"a model on some, data: {base['n']:,} scored positions; nothing ablated: {baseline}"
+    assert first.splitlines() == [said, "PARTIAL: evaluation was cut to 1 of 9 batches"]
     values = [100 * value for value in own(results, "zero", 0.9, "top1").values()]
     assert f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" in scores
     assert [word for word in scores.split() if word.endswith("%")][-6:] == ["10%", "50%", "90%"] * 2
@@ -234,11 +219,9 @@ def test_str_compares_many_methods_with_their_neighbours_in_rank():
     assert pairs == ["a − d", "a − e", "b − d", "c − e"] and "all 10 pairs" in text
 
 
-def test_str_shortens_paths_and_keeps_hub_names(made):
-    table = made().table
-    names = {"/home/me/runs/gpt2": "gpt2", "./models/vit": "vit", "facebook/opt-125m": "facebook/opt-125m"}
-    for name, shown in names.items():
-        assert str(Results(table.assign(model=name))).startswith(f"{shown} on some, data: ")
+@pytest.mark.parametrize(("name", "shown"), [("/home/me/gpt2", "gpt2"), ("./models/vit", "vit"), ("an/opt", "an/opt")])
+def test_str_shortens_paths_and_keeps_hub_names(made, name, shown):
+    assert str(Results(made().table.assign(model=name))).startswith(f"{shown} on some, data: ")
 
 
 def test_str_of_parts_shows_the_most_important_first(made):
@@ -247,8 +230,6 @@ def test_str_of_parts_shows_the_most_important_first(made):
     ranked = sorted(range(6), key=lambda place: -losses[1 + place])[:5]
     lines = str(results).partition("most important first: added cross-entropy, nats\n")[2].splitlines()
     for place, line in zip(ranked, lines, strict=True):
-        assert (
-            f"{HEADS[place][0]} head {HEADS[place][1]} " in line and f" {losses[1 + place] - losses[0]:+.4f} [" in line
-        )
+        assert "{} head {} ".format(*HEADS[place]) in line and f" {losses[1 + place] - losses[0]:+.4f} [" in line
     with pytest.raises(ConfigError, match="make no curve"):
         results.ranking()

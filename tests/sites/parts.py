@@ -7,8 +7,6 @@ from lightning_ablate.sites import find_sites
 
 
 class Parts(nn.Module):
-    """A target of named parts, run by a function."""
-
     def __init__(self, run, **parts):
         super().__init__()
         self.parts, self.run = nn.ModuleDict(parts), run
@@ -35,5 +33,4 @@ def three(width=8):
 
 
 def linear(**outputs):
-    """Projections of 8 neurons to so many outputs."""
     return {name: nn.Linear(8, width) for name, width in outputs.items()}

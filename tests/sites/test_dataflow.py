@@ -83,14 +83,6 @@ def test_a_wrapped_projection_is_one_site():
     assert found(target) == [Site("parts.o", 8, 2)]
 
 
-def bare(parts, x):
-    return attention(parts, x) @ parts["o"].weight
-
-
-def into_a_sum(parts, x):
-    return parts["o"](x + attention(parts, x))
-
-
 def weighing_experts(parts, x):
     """A softmax that weighs what two experts made is no attention."""
     x = x + parts["o"](attention(parts, x))
@@ -101,17 +93,14 @@ def weighing_experts(parts, x):
 @pytest.mark.parametrize(
     ("make", "where"),
     [
-        (lambda: Parts(bare, **three(), **linear(o=8)), r"the target itself \(1"),
-        (lambda: Parts(into_a_sum, **three(), **linear(o=8)), "the target itself"),
+        (
+            lambda: Parts(lambda p, x: attention(p, x) @ p["o"].weight, **three(), **linear(o=8)),
+            r"the target itself \(1",
+        ),
+        (lambda: Parts(lambda p, x: p["o"](x + attention(p, x)), **three(), **linear(o=8)), "the target itself"),
         (lambda: nn.TransformerEncoderLayer(8, nhead=2, dim_feedforward=16, batch_first=True).eval(), "self_attn"),
-        (
-            lambda: Parts(lambda p, x: p["a"](x, x, x)[0], a=nn.MultiheadAttention(8, 2, batch_first=True).eval()),
-            "parts.a",
-        ),
-        (
-            lambda: Parts(weighing_experts, **three(), **linear(o=8, router=2, first=8, second=8, head=3)),
-            "the target itself",
-        ),
+        (lambda: Parts(lambda p, x: p["a"](x, x, x)[0], a=nn.MultiheadAttention(8, 2).eval()), "parts.a"),
+        (lambda: Parts(weighing_experts, **three(), **linear(o=8, router=2, first=8, second=8, head=3)), "the target"),
     ],
     ids=["bare", "sum", "encoder layer", "fused", "experts"],
 )

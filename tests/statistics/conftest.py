@@ -47,13 +47,13 @@ def gathered():
 
 @pytest.fixture
 def every_way(gathered):
-    """A statistic of the whole, of shuffled batches, and of three ranks that share these; the last one has none."""
+    """A statistic of the whole, of shuffled batches, and of three ranks that share these; the first one has none."""
 
     def gather(kind, x):
         generator = torch.Generator().manual_seed(len(x))
         cuts = torch.randint(1, len(x), (5,), generator=generator).unique().tolist()
         batches = x[torch.randperm(len(x), generator=generator)].tensor_split(cuts)
-        rank, *others = [gathered(kind, [x[:0], *share], first=[x]) for share in (batches[::2], batches[1::2], [])]
+        rank, *others = [gathered(kind, [x[:0], *share], first=[x]) for share in ([], batches[::2], batches[1::2])]
         for other in others:
             rank.merge_state(other)
         return gathered(kind, [x]), gathered(kind, batches), rank

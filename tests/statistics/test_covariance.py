@@ -5,20 +5,11 @@ import torch
 from lightning_ablate.errors import StatisticsError
 from lightning_ablate.sites import Site
 from lightning_ablate.statistics import Covariance, HeadCovariance
+from tests import tiny
 
 
-@pytest.fixture
-def mixed():
-    """Neurons that depend on one another, one far from zero, one constant, one on another scale."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(400, 12, generator=generator) @ torch.randn(12, 12, generator=generator)
-    x[:, 1] += 1000
-    x[:, 2] = 3.0
-    x[:, 3] *= 1e-6
-    return x
-
-
-def test_covariance_is_numpys_in_every_way(mixed, every_way):
+def test_covariance_is_numpys_in_every_way(every_way):
+    mixed = tiny.mixed(far=1000)
     expected = np.cov(mixed.double().numpy().T, bias=True)
     scale = np.sqrt(np.outer(expected.diagonal(), expected.diagonal())) + 1e-300
     for statistic in every_way(Covariance, mixed):
@@ -27,7 +18,8 @@ def test_covariance_is_numpys_in_every_way(mixed, every_way):
         assert int(statistic.count) == 400
 
 
-def test_that_of_heads_is_the_whole_one_within_each_head(mixed, gathered):
+def test_that_of_heads_is_the_whole_one_within_each_head(gathered):
+    mixed = tiny.mixed(far=1000)
     whole, heads = gathered(Covariance, mixed.split(100)), HeadCovariance.of(Site("attn.proj", 12, heads=3))
     for batch in mixed.split([100, 300]):
         heads.update(batch)
