@@ -126,8 +126,6 @@ class AblationCallback(lightning.Callback):
         """Leaves the checkpoint, or takes the calibration from one, and begins the sweep."""
         if trainer.state.fn != TrainerFn.FITTING:
             self._begin(trainer, pl_module)
-        elif self.run.progress.epochs < len(self._epochs):
-            raise ConfigError(f"fit stopped behind {self.run.progress.epochs} of {len(self._epochs)} epochs: max_time?")
         elif self.folder is not None and not self.run.progress.batches:
             trainer.save_checkpoint(self.folder / CHECKPOINT, weights_only=False)
         trainers.check_counts_once(trainer, trainers.evaluation_loader(trainer))

@@ -121,6 +121,16 @@ def test_options_of_the_trainer_that_do_not_fit_are_refused_in_a_line(tmp_path, 
     assert "\n" not in str(caught.value)
 
 
+def test_a_fit_that_is_stopped_before_its_last_epoch_does_not_sweep(tmp_path):
+    class Stopping(lightning.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = True
+
+    with pytest.raises(ConfigError, match="fit ended before the sweep"):
+        tiny.fit(tmp_path, callback=AblationCallback(["peak"], [0.5], [1]), more=[Stopping()])
+    assert not (tmp_path / "results.csv").exists()
+
+
 def test_what_does_not_belong_together_is_refused(tmp_path, gpt2_folder):
     with pytest.raises(ConfigError, match="needs an AblationModule, got a BoringModel"):
         tiny.fit(tmp_path, BoringModel())

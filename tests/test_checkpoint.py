@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_ablate import AblationCallback, Calibration, Ranked
-from lightning_ablate.errors import StatisticsError, TargetError
+from lightning_ablate.errors import ConfigError, StatisticsError, TargetError
 from lightning_ablate.statistics import Covariance, Histogram, Moments
 from tests import tiny
 
@@ -58,6 +58,13 @@ def test_a_checkpoint_of_a_target_that_differs_in_one_bit_or_of_other_sites_is_r
     for asked in ("attention", "*.attn.c_proj"):
         with pytest.raises(StatisticsError, match="doesn't hold the statistics of all sites .*holds transformer.h.0"):
             tiny.validate(tmp_path, tmp_path / NAME, AblationCallback(["zero"], sites=asked))
+
+
+def test_fit_is_given_no_checkpoint(tmp_path):
+    tiny.fit(tmp_path)
+    trainer = tiny.trainer(tmp_path, AblationCallback())
+    with pytest.raises(ConfigError, match=r"ablation.ckpt', which is for validate; .* goes on by itself"):
+        trainer.fit(tiny.Own(tiny.gpt2()), tiny.loader(seed=1), tiny.loader(seed=2), ckpt_path=tmp_path / NAME)
 
 
 @pytest.mark.parametrize(("kind", "state"), [(Covariance, "sums"), (Moments, "sums"), (Histogram, "values")])

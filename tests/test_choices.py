@@ -93,8 +93,9 @@ def test_only_the_given_heads_and_neurons_go():
     ):
         with pytest.raises(SiteError, match=message):
             wrong.selections([HEADS, MLP], [], [])
-    with pytest.raises(ConfigError, match="Only names no heads and no neurons"):
-        Only()
+    for heads in (None, {HEADS.name: []}):
+        with pytest.raises(ConfigError, match="Only names no heads and no neurons"):
+            Only(heads)
 
 
 @pytest.mark.parametrize(("first", "sign"), [("lowest", 1), ("highest", -1)])

@@ -39,6 +39,8 @@ def test_what_is_missing_or_unknown_is_refused():
     assert isinstance(method_of("a-seven"), seven)
     with pytest.raises(ConfigError, match="unknown method 'maen'; expected one of a-seven, .*half-sample-mode, .*zero"):
         method_of("maen")
+    with pytest.raises(ConfigError, match=r"got the class Mean; expected Mean\(\)"):
+        method_of(Mean)
     for method in (Mean(), Peak(), PositionalMean()):
         with pytest.raises(StatisticsError, match="needs the statistic .* of the site attn.proj, which was.*run `fit`"):
             method.prepare(Ablation(Site("attn.proj", 4), MASK, SiteStatistics("attn.proj", {}), None))

@@ -139,6 +139,12 @@ def test_compare_pairs_seeds_and_takes_a_condition_without_one_against_all(made)
         assert row["cross_entropy_sd"] == pytest.approx(statistics.stdev(each)) and row["seeds"] == 3
 
 
+def test_compare_leaves_out_methods_that_share_no_seed(made):
+    table = made(("zero", "mean"), [0.5], [1, 2]).table
+    table.loc[table["method"] == "mean", "seed"] += 2
+    assert Results(table).compare("mean", "zero").empty
+
+
 def test_compare_takes_every_pair_one_method_or_the_baseline(made):
     results = made(("zero", "mean", "peak"), [0.1, 0.5])
     pairs = [tuple(pair) for pair in results.compare()[["method", "other"]].to_numpy()]
