@@ -57,7 +57,10 @@ class AblationCLI(LightningCLI):
             seed_everything_default=0,
             trainer_defaults={"enable_checkpointing": False, "max_epochs": 1},
             auto_configure_optimizers=False,
-            parser_kwargs={name: {"exit_on_error": False} for name in self.subcommands()} | {"exit_on_error": False},
+            parser_kwargs={
+                **{name: {"exit_on_error": False} for name in self.subcommands()},
+                **{"exit_on_error": False, "prog": "python -m lightning_ablate"},
+            },
             load_from_checkpoint_support=False,  # the checkpoint holds the whole configuration
             args=args,
         )
