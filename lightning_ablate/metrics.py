@@ -9,7 +9,6 @@ from torchmetrics import Metric
 
 from lightning_ablate.errors import DataError
 
-METRICS = ("top1", "top5", "cross_entropy", "kl")
 # float32 logits scored at a time: what a core's cache holds, or enough to keep a GPU busy
 _CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}
 
@@ -52,6 +51,9 @@ class Scores(NamedTuple):
     top5: Tensor
     cross_entropy: Tensor
     kl: Tensor
+
+
+METRICS = Scores._fields  # columns of all tables, in this order
 
 
 class Clean(NamedTuple):

@@ -71,7 +71,7 @@ def method_of(given: AblationMethod | str) -> AblationMethod:
     if name not in known:
         raise ConfigError(
             f"unknown method {name!r:.80}; expected one of {', '.join(sorted(known))}, "
-            "or the class path of an AblationMethod (--ablation.methods)"
+            "or the class path of an AblationMethod that can be imported (--ablation.methods)"
         )
     return known[name]()
 
