@@ -69,17 +69,16 @@ def _hills(smooth: Tensor, bandwidth: Tensor) -> Tensor:
     everywhere (the root of a Poisson count, doubled), the histogram rises to it and falls behind it by at least 5.
     """
     # a normal kernel of width h averages as many independent bins as are 2 sqrt(pi) h wide
-    heights = 2 * (2 * math.sqrt(math.pi) * bandwidth.unsqueeze(1) * smooth.clamp_min(0)).sqrt()
-    found = torch.zeros(len(heights), dtype=torch.int64, device=smooth.device)
-    climbing, extreme = torch.ones_like(found, dtype=torch.bool), torch.zeros_like(bandwidth)
-    for height in (*heights.unbind(1), torch.zeros_like(bandwidth)):  # over the bins, all neurons at once
-        extreme = torch.where(climbing, torch.maximum(extreme, height), torch.minimum(extreme, height))
-        over = climbing & (extreme - height >= _HILL)
-        up = ~climbing & (height - extreme >= _HILL)
-        found += over
-        climbing = torch.where(over | up, ~climbing, climbing)
-        extreme = torch.where(over | up, height, extreme)
-    return found.clamp_min(1)  # however few values, they are somewhere
+    heights = 2 * (2 * math.sqrt(math.pi) * bandwidth * smooth.T.clamp_min(0)).sqrt().contiguous()  # (bins, neurons)
+    turns, sign, extreme = (torch.full_like(bandwidth, start) for start in (0.0, 1.0, 0.0))
+    for height in (*heights, torch.zeros_like(bandwidth)):  # over the bins, all neurons at once
+        signed = sign * height  # climbing, or falling with the sign turned
+        extreme = torch.maximum(extreme, signed)
+        turned = extreme - signed >= _HILL
+        turns += turned
+        sign = torch.where(turned, -sign, sign)
+        extreme = torch.where(turned, -signed, extreme)
+    return ((turns + 1) // 2).long().clamp_min(1)  # every other turn ends a hill; few values, too, are somewhere
 
 
 def _smoothed(counts: Tensor) -> tuple[Tensor, Tensor]:
