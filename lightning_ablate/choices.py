@@ -135,7 +135,7 @@ class Ranked(Ordered):
     def _values(self, statistics: SiteStatistics) -> Tensor:
         moments = statistics[Moments]
         if self.by == "gap":
-            gap = moments.mean - statistics[Histogram].mode
+            gap = moments.mean - statistics[Histogram].places.mode
             return torch.where(moments.sd > 0, gap / moments.sd, 0.0).abs()
         if self.by == "rms":
             return (moments.mean.square() + moments.sd.square()).sqrt()

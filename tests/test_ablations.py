@@ -54,9 +54,6 @@ class LargestOfTheTests(ActivationStatistic):
     def compute(self):
         return self.largest
 
-    def finite(self):
-        return self.largest.isfinite().all()
-
 
 class ToLargest(AblationMethod):
     name = "largest-of-the-tests"

@@ -70,42 +70,27 @@ class Peak(ConstantMethod):
         tensor([0.5050], dtype=torch.float64)
     """
 
-    name = "peak"
+    name = place = "peak"  # place: which of the histogram's
     statistics = (Histogram,)
 
     def values(self, site: Site, statistics: SiteStatistics) -> Tensor:
-        """The peaks."""
-        return statistics[Histogram].peak
+        """Where the values are centred."""
+        return getattr(statistics[Histogram].places, self.place)
 
 
-class Mode(ConstantMethod):
-    """An ablated neuron is the mode of its smoothed density over the calibration data (see ``Histogram.mode``)."""
+class Mode(Peak):
+    """An ablated neuron is the mode of its smoothed density over the calibration data."""
 
-    name = "mode"
-    statistics = (Histogram,)
-
-    def values(self, site: Site, statistics: SiteStatistics) -> Tensor:
-        """The modes."""
-        return statistics[Histogram].mode
+    name = place = "mode"
 
 
-class Median(ConstantMethod):
-    """An ablated neuron is its median over the calibration data (see ``Histogram.median``)."""
+class Median(Peak):
+    """An ablated neuron is its median over the calibration data."""
 
-    name = "median"
-    statistics = (Histogram,)
-
-    def values(self, site: Site, statistics: SiteStatistics) -> Tensor:
-        """The medians."""
-        return statistics[Histogram].median
+    name = place = "median"
 
 
-class HalfSampleMode(ConstantMethod):
-    """An ablated neuron is its half-sample mode over the calibration data (see ``Histogram.half_sample_mode``)."""
+class HalfSampleMode(Peak):
+    """An ablated neuron is its half-sample mode over the calibration data, see ``statistics.estimators``."""
 
-    name = "half-sample-mode"
-    statistics = (Histogram,)
-
-    def values(self, site: Site, statistics: SiteStatistics) -> Tensor:
-        """The half-sample modes."""
-        return statistics[Histogram].half_sample_mode
+    name, place = "half-sample-mode", "half_sample_mode"

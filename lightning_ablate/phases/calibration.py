@@ -13,7 +13,7 @@ from lightning_ablate.metrics import checked
 from lightning_ablate.phases.phase import Phase
 from lightning_ablate.phases.resume import Run
 from lightning_ablate.sites import KINDS, Site, check_mixing, find_sites, hooked
-from lightning_ablate.statistics import ActivationStatistic
+from lightning_ablate.statistics import ActivationStatistic, Moments
 
 if TYPE_CHECKING:
     from lightning_ablate.modules import AblationModule
@@ -81,13 +81,10 @@ class CalibrationPhase(Phase):
         self.begin_epoch(self._epoch)
 
     def _check_finite(self) -> None:
-        gathered = {site: statistics for site, statistics in self._gathered.items() if statistics}
-        if not gathered:
-            return
-        finite = torch.stack([torch.stack([one.finite() for one in found]).all() for found in gathered.values()])
-        if not bool(finite.all()):
-            bad = [site.name for site, good in zip(gathered, finite.tolist(), strict=True) if not good]
+        moments = [(site, one) for site, found in self._gathered.items() for one in found if isinstance(one, Moments)]
+        finite = torch.stack([one.finite() for _, one in moments]).tolist() if moments else []
+        if bad := [site.name for (site, _), good in zip(moments, finite, strict=True) if not good]:
             raise NonFiniteError(
-                f"activations at {bad[0]} are NaN or infinite ({len(bad)} of {len(gathered)} sites); "
+                f"activations at {bad[0]} are NaN or infinite ({len(bad)} of {len(moments)} sites); "
                 "try another precision (--trainer.precision, --model.dtype), or look for it in the data or weights"
             )

@@ -146,8 +146,7 @@ def _described(site: str, statistics: SiteStatistics) -> pd.DataFrame:
     columns |= {"excess_kurtosis": moments.kurtosis, "minimum": moments.low, "maximum": moments.high}
     if Histogram in statistics:
         columns["zeros"] = statistics[Histogram].zeros.double() / moments.count
-        names = ("peak", "mode", "median", "half_sample_mode", "modes")
-        columns |= dict(zip(names, statistics[Histogram].described(), strict=True))
+        columns |= statistics[Histogram].places._asdict()
         columns["modes"] = columns["modes"].long()
         columns["abs_mean_minus_peak"] = (moments.mean - columns["peak"]).abs()
         columns["abs_peak"] = columns["peak"].abs()

@@ -81,10 +81,6 @@ class ActivationStatistic(Metric, ABC):
         ``valid`` is bool, broadcastable to ``(batch, seq)``, False at padding; None counts every position.
         """
 
-    @abstractmethod
-    def finite(self) -> Tensor:
-        """Whether all activations so far were finite: a bool tensor ``()``, on the device."""
-
     def check(self) -> None:
         """Raises StatisticsError if what was gathered can't be right; called once the epoch is complete."""
 

@@ -65,15 +65,6 @@ class Covariance(ActivationStatistic):
         """The covariances over the positions seen (divided by their number), ``(blocks, width, width)``."""
         return self.sums[:, 2:] / self.sums[:, :1]
 
-    def check(self) -> None:
-        """Raises StatisticsError if there was no valid position."""
-        if not int(self.count):
-            raise StatisticsError("saw no position that isn't padding; the calibration data are empty")
-
-    def finite(self) -> Tensor:
-        """Whether the means are finite, which they are if every activation was."""
-        return self.sums[:, 1].isfinite().all()
-
 
 class HeadCovariance(Covariance):
     """The same within every attention head alone: 2.1 MB for 32 heads of 128 neurons, where all 4,096 take 67 MB."""

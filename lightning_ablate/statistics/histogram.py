@@ -1,6 +1,6 @@
 """The histogram of each neuron, and where its values are centred."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,16 @@ from lightning_ablate.statistics.moments import Moments
 _TOLERANCE = 1e-4
 _BLOCK = 2**17  # values at a time, which a core's cache holds
 _CHUNK = 4096  # neurons at a time, whose estimates take some 350 MB
+
+
+class Places(NamedTuple):
+    """Where each neuron's values are centred, ``(neurons,)`` float64 each (see ``estimators``)."""
+
+    peak: Tensor  # the paper's: the centre of the fullest of 100 bins, ties to the lowest
+    mode: Tensor  # of the histogram smoothed by a normal density
+    median: Tensor
+    half_sample_mode: Tensor
+    modes: Tensor  # how many there are
 
 
 class Histogram(ActivationStatistic):
@@ -33,7 +43,7 @@ class Histogram(ActivationStatistic):
         >>> moments.update(activations)
         >>> histogram = Histogram(neurons=1, earlier=SiteStatistics("site", {Moments: moments}))
         >>> histogram.update(activations)
-        >>> histogram.counts.nonzero().tolist(), round(histogram.peak.item(), 6)
+        >>> histogram.counts.nonzero().tolist(), round(histogram.places.peak.item(), 6)
         ([[0, 0], [0, 250], [0, 999]], 0.255)
     """
 
@@ -95,7 +105,7 @@ class Histogram(ActivationStatistic):
         super().reduce()
 
     def described(self) -> Tensor:
-        """Peak, mode, median, half-sample mode and the number of modes, ``(5, neurons)`` float64."""
+        """The :attr:`places`, ``(5, neurons)`` float64."""
         if not bool(self.values.isnan().all()):  # complete, or from a checkpoint
             return self.values
         fullest = self.counts.view(self.neurons, self.paper_bins, -1).sum(2).argmax(1)  # the first of equal ones
@@ -106,33 +116,9 @@ class Histogram(ActivationStatistic):
         return torch.cat([peak.unsqueeze(0), found, places[3:]])
 
     @property
-    def peak(self) -> Tensor:
-        """The paper's: the centre of the fullest of 100 bins, ties to the lowest, ``(neurons,)`` float64."""
-        return self.described()[0]
-
-    @property
-    def mode(self) -> Tensor:
-        """The modes of the histogram smoothed by a normal density, ``(neurons,)`` float64 (see ``estimators``)."""
-        return self.described()[1]
-
-    @property
-    def median(self) -> Tensor:
-        """The medians, ``(neurons,)`` float64."""
-        return self.described()[2]
-
-    @property
-    def half_sample_mode(self) -> Tensor:
-        """See :func:`~lightning_ablate.statistics.estimators.half_sample_mode`, ``(neurons,)`` float64."""
-        return self.described()[3]
-
-    @property
-    def modes(self) -> Tensor:
-        """How many modes each neuron has, ``(neurons,)`` int64."""
-        return self.described()[4].long()
-
-    def finite(self) -> Tensor:
-        """Always true: :class:`Moments`, one epoch earlier, saw the same activations."""
-        return torch.ones((), dtype=torch.bool, device=self.low.device)
+    def places(self) -> Places:
+        """See :class:`Places`."""
+        return Places(*self.described())
 
     def check(self) -> None:
         """Describes the neurons; StatisticsError if activations fell outside the range of the epoch before."""

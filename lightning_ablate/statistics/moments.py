@@ -80,7 +80,7 @@ class Moments(ActivationStatistic):
             raise StatisticsError("saw no position that isn't padding; the calibration data are empty")
 
     def finite(self) -> Tensor:
-        """Whether the means are finite, which they are if every activation was."""
+        """Whether the means are finite, and so every activation was: a bool tensor ``()``, on the device."""
         return self.sums[1].isfinite().all()
 
 

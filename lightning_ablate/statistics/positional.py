@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lightning_ablate.errors import StatisticsError
 from lightning_ablate.statistics.base import ActivationStatistic, SiteStatistics, by_example
 
 
@@ -52,15 +51,6 @@ class MeanByPosition(ActivationStatistic):
     def mean(self) -> Tensor:
         """The means, ``(positions, neurons)`` float64; 0 where ``count`` ``(positions,)`` int64 is."""
         return self.sums / self.count.clamp_min(1).unsqueeze(1)
-
-    def check(self) -> None:
-        """Raises StatisticsError if there was no valid position."""
-        if not int(self.count.sum()):
-            raise StatisticsError("saw no position that isn't padding; the calibration data are empty")
-
-    def finite(self) -> Tensor:
-        """Whether the sums are finite, which they are if every activation was."""
-        return self.sums.isfinite().all()
 
     def _grow(self, length: int) -> None:
         more = length - len(self.count)

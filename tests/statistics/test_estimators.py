@@ -33,16 +33,16 @@ def half_sample_mode(x):
 def test_estimates_equal_the_plain_ones_to_a_bin(draw, histogram_of):
     x = draw(np.random.default_rng(0))
     histogram, width = histogram_of(x), np.ptp(x, axis=0) / 1000
-    assert (np.abs(histogram.median.numpy() - np.median(x, axis=0)) <= width).all()
+    assert (np.abs(histogram.places.median.numpy() - np.median(x, axis=0)) <= width).all()
     plain = np.apply_along_axis(half_sample_mode, 0, x)  # other halves may be as short but for the bins
-    assert np.median(np.abs(histogram.half_sample_mode.numpy() - plain) / width) < 2
+    assert np.median(np.abs(histogram.places.half_sample_mode.numpy() - plain) / width) < 2
     for neuron in range(5):
         column = x[:, neuron]
         spread = min(column.std(), np.diff(np.quantile(column, [0.25, 0.75]))[0] / 1.349)
         counts, edges = np.histogram(column, bins=1000)
         density = gaussian_filter1d(counts.astype(float), 0.9 * spread * len(x) ** (-1 / 7) / width[neuron], truncate=8)
         top = edges[density.argmax()] + width[neuron] / 2
-        assert abs(histogram.mode[neuron] - top) <= 0.6 * width[neuron]
+        assert abs(histogram.places.mode[neuron] - top) <= 0.6 * width[neuron]
 
 
 @pytest.mark.parametrize(
@@ -58,16 +58,16 @@ def test_estimates_equal_the_plain_ones_to_a_bin(draw, histogram_of):
     ],
 )
 def test_modes_are_as_many_as_the_density_has(modes, draw, histogram_of):
-    assert (histogram_of(draw(np.random.default_rng(0))).modes == modes).double().mean() >= 0.95
+    assert (histogram_of(draw(np.random.default_rng(0))).places.modes == modes).double().mean() >= 0.95
 
 
 def test_constants_and_atoms_have_defined_values(histogram_of):
     columns = [[7.0] * 4, [0.1] * 4, [0.0] * 4, [0.0, 0.0, 3.0, 5.0], [0.0, 5.0, 5.0, 5.0]]
     histogram = histogram_of(np.array(columns).T)
-    for found in (histogram.mode, histogram.median, histogram.half_sample_mode):
+    for found in histogram.described()[1:4]:
         assert found[:4].tolist() == [7.0, 0.1, 0.0, 0.0]
         assert found[4].item() == pytest.approx(5.0, abs=0.02)
-    assert histogram.modes[:3].tolist() == [1, 1, 1]
+    assert histogram.places.modes[:3].tolist() == [1, 1, 1]
     # all lie between minimum and maximum
     x = np.concatenate([6 * np.random.default_rng(0).random(100), np.full(300, 6.0)])
     found = histogram_of(np.stack([x, -x], 1)).compute()[:4]

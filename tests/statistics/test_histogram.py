@@ -17,7 +17,8 @@ def test_ten_bins_are_one_of_numpys_and_the_peak_is_its_fullest(adversarial, gat
     histogram.check()
     for neuron, column in enumerate(adversarial.double().T):
         near = 1e-12 * float(column.max() - column.min())
-        assert histogram.peak[neuron].item() == pytest.approx(reference.peak(column), rel=1e-12 * (near > 0), abs=near)
+        peak = histogram.places.peak[neuron].item()
+        assert peak == pytest.approx(reference.peak(column), rel=1e-12 * (near > 0), abs=near)
         if near:
             assert np.array_equal(papers(histogram)[neuron], np.histogram(column, bins=100)[0])
 
@@ -51,7 +52,7 @@ def test_values_on_the_edges_belong_to_the_bin_above(gathered):
 
 def test_ties_go_to_the_lowest_bin_and_zeros_have_no_sign(gathered):
     histogram = gathered(Histogram, [torch.tensor([[0.0, -0.0, 1.0, 0.255, 0.255, 0.705, 0.255, 0.705, 0.705]]).T])
-    assert histogram.peak.item() == pytest.approx(0.255, abs=1e-9) and histogram.zeros.tolist() == [2]
+    assert histogram.places.peak.item() == pytest.approx(0.255, abs=1e-9) and histogram.zeros.tolist() == [2]
 
 
 @pytest.mark.parametrize("other", [2.0, torch.nan, torch.inf])
@@ -73,5 +74,5 @@ def test_what_is_left_is_small_and_tells_the_same(adversarial, gathered):
     copy.load_state_dict(histogram.state_dict())
     assert sum(tensor.nbytes for tensor in histogram.state_dict().values()) == 10 * 8 * (2 + 5 + 1) + 8
     for one in (histogram, copy):
-        found = torch.stack([one.peak, one.mode, one.median, one.half_sample_mode, one.modes.double()])
+        found = one.described()
         assert torch.equal(found, before) and not one.counts.numel()
