@@ -1,7 +1,6 @@
 """Edits folded into other weights: what a smaller model computes, without a hook."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -44,18 +43,3 @@ def weights_of(target: nn.Module, site: Site) -> tuple[Tensor, Tensor | None, bo
     if not isinstance(weight, Tensor) or isinstance(weight, DTensor) or not weight.is_floating_point():
         return None
     return weight, bias, transposed
-
-
-@contextmanager
-def swapped(target: nn.Module, weights: Mapping[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Lets projections run with other weights and biases, by their paths; their own tensors are not written."""
-    modules = {path: target.get_submodule(path) for path in weights}
-    own = {path: dict(module._parameters) for path, module in modules.items()}
-    try:
-        for path, module in modules.items():
-            weight, bias = weights[path]
-            module._parameters.update(weight=nn.Parameter(weight, False), bias=nn.Parameter(bias, False))
-        yield
-    finally:
-        for path, module in modules.items():
-            module._parameters.update(own[path])

@@ -4,5 +4,3 @@ from lightning_ablate.data.base import AblationDataModule, ExactSampler, Example
 from lightning_ablate.data.image import ImageData
 from lightning_ablate.data.labelled import LabelledTexts, TextPairs
 from lightning_ablate.data.text import TextData
-
-__all__ = ["AblationDataModule", "ExactSampler", "Examples", "ImageData", "LabelledTexts", "TextData", "TextPairs"]

@@ -21,40 +21,6 @@ from lightning_ablate.methods.resample import (
     others_of,
 )
 
-__all__ = [
-    "Ablation",
-    "AblationMethod",
-    "Affine",
-    "Batch",
-    "ConditionalMean",
-    "ConditionalMeanPerHead",
-    "ConditionalOptimal",
-    "ConstantMethod",
-    "Edit",
-    "HalfSampleMode",
-    "LearnedMethod",
-    "Mean",
-    "Median",
-    "Mode",
-    "Noise",
-    "Optimal",
-    "Peak",
-    "PositionalMean",
-    "Replacement",
-    "Resample",
-    "ResampleAnyPosition",
-    "ResampleCharacters",
-    "ResampleGenerated",
-    "ResampleIds",
-    "ResamplePixels",
-    "ResampleSamePosition",
-    "Source",
-    "Zero",
-    "constant",
-    "method_of",
-    "others_of",
-]
-
 
 def method_of(given: AblationMethod | str) -> AblationMethod:
     """A method as it is given; or of any imported class of this ``name``, with its defaults, or else ConfigError."""

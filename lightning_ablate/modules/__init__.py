@@ -5,13 +5,3 @@ from lightning_ablate.modules.classifier import SequenceClassifier
 from lightning_ablate.modules.language import CausalLM, LanguageModel, MaskedLM
 from lightning_ablate.modules.seq2seq import Seq2SeqLM
 from lightning_ablate.modules.vision import ImageClassifier
-
-__all__ = [
-    "AblationModule",
-    "CausalLM",
-    "ImageClassifier",
-    "LanguageModel",
-    "MaskedLM",
-    "Seq2SeqLM",
-    "SequenceClassifier",
-]

@@ -5,17 +5,3 @@ from lightning_ablate.phases.phase import Done, Phase
 from lightning_ablate.phases.resume import Progress, Run, Unfinished, is_unfinished
 from lightning_ablate.phases.schedule import Epoch, plan, schedule
 from lightning_ablate.phases.sweep import SweepPhase
-
-__all__ = [
-    "CalibrationPhase",
-    "Done",
-    "Epoch",
-    "Phase",
-    "Progress",
-    "Run",
-    "SweepPhase",
-    "Unfinished",
-    "is_unfinished",
-    "plan",
-    "schedule",
-]

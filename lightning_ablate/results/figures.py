@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from lightning_ablate.errors import ConfigError
-from lightning_ablate.results.text import halfway, title
+from lightning_ablate.results.text import neighbours, title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +31,7 @@ _STYLES: list[dict[str, Any]] = [
 ]
 _ZERO: dict[str, Any] = {"color": "0.35", "linewidth": 0.9, "linestyle": (0, (5, 2))}
 _CHANCE: dict[str, Any] = _ZERO | {"linestyle": (0, (1, 1.5))}
-_PANELS = 9  # pairs of methods that have one each
+_METHODS = 4  # of which every pair has a panel
 _ACROSS = 4  # maps beside one another
 _CHARACTER = 0.065  # inches that one takes at 8 points
 
@@ -70,14 +70,16 @@ def degradation(*results: "Results") -> "Figure":
 def differences(results: "Results") -> "Figure":
     """How much more top-1 accuracy one method leaves than another, by the ablated fraction, with 95% intervals.
 
+    Every pair has a panel; of more than four methods those of neighbours in rank.
+
     ConfigError if there are no two methods, or conditions are confined to parts.
     """
     compared = results.compare()
     if compared.empty or results.parts:
         raise ConfigError(f"differences by fraction need two methods or more and no single parts: {results!r}")
+    if len(results.methods) > _METHODS:
+        compared = neighbours(results, compared)
     pairs = list(dict.fromkeys(zip(compared["method"], compared["other"], strict=True)))
-    if len(pairs) > _PANELS:
-        return _matrix(results, halfway(compared))
     columns = min(3, len(pairs))
     lines = -(-len(pairs) // columns)
     titles = [textwrap.fill(f"{one} − {other}", 32) for one, other in pairs]
@@ -198,33 +200,6 @@ def _fraction_ticks(axes: "Axes", fractions: Sequence[float], size: int, most: i
     gaps = np.diff(shown) / max(shown[-1], 1e-9)
     if len(shown) <= most and (gaps > 0.075).all():
         axes.set_xticks([100 * fraction for fraction in shown], [f"{100 * f:g}" for f in shown], fontsize=size)
-
-
-def _matrix(results: "Results", here: pd.DataFrame) -> "Figure":
-    """Every method against every other at one fraction, where there are too many for a panel each."""
-    compared = {*here["method"], *here["other"]}
-    methods = [method for method in results.ranking()["method"] if method in compared]
-    count, labels = len(methods), [textwrap.fill(method, 32) for method in methods]
-    longest = _CHARACTER * min(32, max(map(len, methods)))
-    lines = 1 + max(label.count("\n") for label in labels)
-    size = count * max(0.46, 0.2 * lines), count * max(0.32, 0.15 * lines)
-    figure = blank(1.0 + size[0] + longest, 1.2 + size[1] + 0.7 * longest)
-    axes = figure.subplots()
-    grid = np.full((count, count), np.nan)
-    for _, row in here.iterrows():
-        above, below = methods.index(row["method"]), methods.index(row["other"])
-        grid[above, below], grid[below, above] = 100 * row["top1"], -100 * row["top1"]
-        bold = "bold" if row["top1_low"] > 0 or row["top1_high"] < 0 else "normal"
-        for cell in ((above, below), (below, above)):
-            axes.text(*cell[::-1], f"{grid[cell]:+.1f}", ha="center", va="center", fontsize=7, fontweight=bold)
-    largest = 1.3 * np.nanmax(abs(grid)) or 1.0
-    axes.imshow(grid, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")
-    axes.set_xticks(range(count), labels, fontsize=8, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(count), labels, fontsize=8)
-    what = f"top-1 of the row's method above the column's, points, {100 * here['fraction'].iloc[0]:g}% ablated"
-    said = [_title(results, 999), what, "(bold: the 95% interval over examples leaves out 0)"]
-    figure.suptitle("\n".join(textwrap.fill(line, 22 + 7 * count) for line in said), fontsize=8)
-    return figure
 
 
 def _maps(results: "Results", damage: pd.DataFrame, names: Sequence[str]) -> "Figure":

@@ -23,10 +23,10 @@ def base_name(name: str) -> str:
     return (Path(name).name or name) if name.startswith(("/", ".", "~")) or os.path.exists(name) else name
 
 
-def halfway(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows at the fraction closest to a half."""
-    closest = min(frame["fraction"], key=lambda fraction: abs(fraction - 0.5), default=None)
-    return frame[frame["fraction"] == closest]
+def neighbours(results: "Results", compared: pd.DataFrame) -> pd.DataFrame:
+    """Of comparisons those of methods that are neighbours in rank."""
+    ranks = {method: rank for rank, method in enumerate(results.ranking()["method"])}
+    return compared[(compared["method"].map(ranks) - compared["other"].map(ranks)).abs() == 1]
 
 
 def tables(results: "Results") -> str:
@@ -88,14 +88,14 @@ def _ranks(results: "Results") -> str:
 
 def _differences(results: "Results") -> str:
     """A line a pair at the fraction closest to a half; of many pairs, those of neighbours in rank."""
-    here = halfway(results.compare()) if results.examples is not None else pd.DataFrame()
+    compared = results.compare() if results.examples is not None else pd.DataFrame({"fraction": []})
+    here = compared[compared["fraction"] == min(compared["fraction"], key=lambda one: abs(one - 0.5), default=None)]
     if here.empty or here["top1_low"].isna().all():
         return ""
     note = "[95% interval over examples, the choices of neurons being those of the run]"
     if len(here) > _PAIRS:
         note = f"{note}; all {len(here)} pairs: Results.compare()"
-        ranks = {method: rank for rank, method in enumerate(results.ranking()["method"])}
-        here = here[(here["method"].map(ranks) - here["other"].map(ranks)).abs() == 1]
+        here = neighbours(results, here)
     lines = {}
     for _, row in here.iterrows():
         first = f"{row['method']} − {row['other']} at {100 * row['fraction']:g}%: "

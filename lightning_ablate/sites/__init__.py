@@ -2,5 +2,3 @@
 
 from lightning_ablate.sites.find import KINDS, check_mixing, find_sites, is_asked, is_covered
 from lightning_ablate.sites.site import Hook, Site, check_mask, hooked
-
-__all__ = ["KINDS", "Hook", "Site", "check_mask", "check_mixing", "find_sites", "hooked", "is_asked", "is_covered"]

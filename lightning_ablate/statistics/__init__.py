@@ -5,14 +5,3 @@ from lightning_ablate.statistics.covariance import Covariance, HeadCovariance
 from lightning_ablate.statistics.histogram import Histogram
 from lightning_ablate.statistics.moments import Moments
 from lightning_ablate.statistics.positional import MeanByPosition
-
-__all__ = [
-    "ActivationStatistic",
-    "Covariance",
-    "HeadCovariance",
-    "Histogram",
-    "MeanByPosition",
-    "Moments",
-    "SiteStatistics",
-    "with_needs",
-]
