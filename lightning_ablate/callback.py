@@ -15,8 +15,8 @@ from lightning_ablate.conditions import Condition, check_conditions, distinct_co
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.methods import AblationMethod, method_of
 from lightning_ablate.modules import AblationModule
-from lightning_ablate.report import report_neurons, report_results
-from lightning_ablate.results import Results, tabulated
+from lightning_ablate.report import report_neurons, report_results, tabulated
+from lightning_ablate.results import Results
 from lightning_ablate.results.neurons import Neurons
 from lightning_ablate.statistics import ActivationStatistic, Moments, with_needs
 from lightning_ablate.trainer import data_name

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_ablate.conditions import Selection
 from lightning_ablate.errors import ConfigError, SiteError
-from lightning_ablate.sites import Site
+from lightning_ablate.sites import Site, heads_of
 from lightning_ablate.statistics import ActivationStatistic, Histogram, Moments, SiteStatistics
 
 Unit = Literal["neuron", "head"]
@@ -246,16 +246,6 @@ def choice_of(given: Choice | None) -> Choice:
     if given is not None and not isinstance(given, Choice):
         raise ConfigError(f"neurons is {given!r:.80}, expected a Choice, such as EachHead() (--ablation.neurons)")
     return given or Random()
-
-
-def heads_of(site: Site) -> int:
-    """The number of heads of a site; SiteError if it has none that lie side by side in its neurons."""
-    if site.heads is None:
-        raise SiteError(
-            f"the site {site.name} ({site.kind}, {site.width} neurons) has no heads that lie side by side; choose "
-            "neurons, or leave the site out (--ablation.sites)"
-        )
-    return site.heads
 
 
 def seed_of(*keys: object) -> int:

@@ -41,18 +41,10 @@ class SweepProgressBar(TQDMProgressBar):
 
         phase.announce = announce
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """Counts the last condition of the batch."""
         phase = getattr(pl_module, "phase", None)
         if isinstance(phase, SweepPhase) and not self.is_disabled:
-            self.val_progress_bar.update((batch_idx + 1) * len(phase.conditions) - self.val_progress_bar.n)
+            self.val_progress_bar.update(phase.batches * len(phase.conditions) - self.val_progress_bar.n)
         else:
-            super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+            super().on_validation_batch_end(trainer, pl_module, *batch)

@@ -224,6 +224,12 @@ class SourceData(AblationDataModule):
             f"bring more or lower --data.{purpose}_{self.unit}"
         )
 
+    def text(self, row: dict[str, Any], column: str) -> str:
+        """The text of a column."""
+        if not isinstance(row[column], str):
+            raise DataError(f"{self.name} holds {row[column]!r} in {column!r}, expected text")
+        return row[column]
+
     def prepare_data(self) -> None:
         """Downloads what the hub has, once a node."""
         if not self.streaming:

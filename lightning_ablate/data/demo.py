@@ -38,9 +38,9 @@ class PythonTexts(TextData):
         options |= {"calibration_tokens": calibration_tokens, "evaluation_tokens": evaluation_tokens}
         super().__init__("python-texts", **options)
 
-    def documents(self, purpose: Purpose) -> tuple[str, ...]:
+    def source(self, purpose: Purpose) -> Any:
         """The passages for a purpose."""
-        return python_texts(purpose)
+        return [{"text": passage} for passage in python_texts(purpose)]
 
 
 class Digits(ImageData):

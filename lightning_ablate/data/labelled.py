@@ -62,12 +62,6 @@ class TextRows(SourceData):
             if self.may_use(content, purpose):
                 yield row, content
 
-    def text(self, row: dict[str, Any], column: str) -> str:
-        """The text of a column."""
-        if not isinstance(row[column], str):
-            raise DataError(f"{self.name} holds {row[column]!r} in {column!r}, expected text")
-        return row[column]
-
     def tokens(self, tokenizer: Any, *texts: str) -> dict[str, Tensor]:
         """What the target takes of one text or a pair, cut and padded: each ``(length,)`` int64."""
         made = tokenizer(*texts, truncation=True, max_length=self.max_length)

@@ -1,7 +1,7 @@
 """Text from any source that `datasets` can read, cut into sequences of one length."""
 
-from collections.abc import Iterable, Iterator
-from typing import Any, Literal, get_args
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 
@@ -52,20 +52,6 @@ class TextData(SourceData):
         self.text_column, self.tokenizer_name = text_column, tokenizer
         self.max_length, self.packing = max_length, packing
 
-    def documents(self, purpose: Purpose) -> Iterable[str]:
-        """The texts for a purpose, in order. Override it to read from elsewhere."""
-        for row in rows(self.source(purpose), self.name, self.text_column):
-            text = row[self.text_column]
-            if not isinstance(text, str):
-                raise DataError(f"{self.name} holds a {type(text).__name__} in {self.text_column!r}, expected text")
-            yield text
-
-    def prepare_data(self) -> None:
-        """Downloads what the hub has, once a node."""
-        if not self.streaming:
-            for purpose in get_args(Purpose):
-                next(iter(self.documents(purpose)), None)
-
     def load(self, purpose: Purpose) -> Examples:
         """``input_ids`` and ``attention_mask``, each ``(length,)`` int64, of sequences until the budget is reached."""
         tokenizer = tokenizer_of(self, self.tokenizer_name, self.max_length)
@@ -88,7 +74,8 @@ class TextData(SourceData):
         pack = self.packing == "pack"
         separator = [tokenizer.eos_token_id] if pack and tokenizer.eos_token_id is not None else []
         ids: list[int] = []
-        for text in self.documents(purpose):
+        for row in rows(self.source(purpose), self.name, self.text_column):
+            text = self.text(row, self.text_column)
             if not (text.strip() and self.may_use(text.encode(errors="surrogatepass"), purpose)):
                 continue
             ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator

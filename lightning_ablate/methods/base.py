@@ -8,9 +8,9 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_ablate.errors import DataError
 from lightning_ablate.sites import Site
 from lightning_ablate.statistics import ActivationStatistic, SiteStatistics
+from lightning_ablate.statistics.base import by_example
 
 Replacement = Callable[[Tensor], Tensor]
 """Maps activations ``(batch, ..., neurons)`` to what replaces them, broadcastable to the same shape; pure."""
@@ -54,15 +54,8 @@ class Ablation:
     batch: Batch = field(default_factory=Batch)
 
     def by_example(self, activations: Tensor) -> Tensor:
-        """Activations as ``(batch, positions, neurons)``; DataError if their shape doesn't tell the examples apart."""
-        examples = len(self.batch.examples)
-        if len(activations) % examples:
-            raise DataError(
-                f"the activations at {self.site.name} have the shape {tuple(activations.shape)}, which doesn't divide "
-                f"by the {examples} examples of the batch, as this method needs it; leave the site out "
-                "(--ablation.sites)"
-            )
-        return activations.reshape(examples, -1, activations.shape[-1])
+        """Activations as ``(batch, positions, neurons)``; StatisticsError if the examples can't be told apart."""
+        return by_example(activations, torch.ones(len(self.batch.examples), 1))[0]
 
 
 class AblationMethod(ABC):

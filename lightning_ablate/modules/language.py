@@ -55,13 +55,18 @@ class LanguageModel(HubModule):
 
     def source(self, kind: str, seed: int, batch: TextBatch) -> TextBatch:
         """One sequence of random characters, random token ids, or generated text, as long as those of the batch."""
-        makers = {"characters": self._characters, "ids": self._random_ids, "generated": self._generated}
-        if kind not in makers:
+        makers = {
+            "characters": self._characters,
+            "ids": self._random_ids,
+            "generated": getattr(self, "_generated", None),
+        }
+        maker = makers.get(kind)
+        if maker is None:
             return super().source(kind, seed, batch)
         like = batch["input_ids"]
         key = (kind, seed, like.shape[1])
         if key not in self._source_ids:
-            self._source_ids[key] = makers[kind](seed_of(seed, kind), like.shape[1]).cpu()
+            self._source_ids[key] = maker(seed_of(seed, kind), like.shape[1]).cpu()
         ids = self._source_ids[key].to(like.device).unsqueeze(0)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "index": ids.new_zeros(1), "labels": ids}
 
@@ -97,12 +102,6 @@ class LanguageModel(HubModule):
     def on_validation_batch_start(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Refuses token ids and lengths that the target has no embedding for, at the first batch."""
         self.on_train_batch_start(batch, batch_idx)
-
-    def _generated(self, seed: int, length: int) -> Tensor:
-        raise ConfigError(
-            f"the method resample-generated needs a text that the target generates, which a {type(self).__name__} "
-            "doesn't; leave the method out"
-        )
 
     @cached_property
     def _source_ids(self) -> dict[tuple[str, int, int], Tensor]:

@@ -1,6 +1,7 @@
 """The order of the epochs of a run, and what it all amounts to."""
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from functools import partial
 from typing import NamedTuple
 
@@ -65,12 +66,5 @@ def plan(
     passes = batches[0] * sum(epoch.cost for epoch in epochs) + batches[1] * (len(conditions) + len(resampled))
     about = f"plan: {len(conditions):,} conditions"
     if passes == float("inf"):
-        return f"{about}, {_duration(phase.seconds)} a forward pass; the data tell no length"
-    return f"{about}, {passes:,.0f} forward passes, about {_duration(passes * phase.seconds)}"
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+        return f"{about}, {phase.seconds:.2g} s a forward pass; the data tell no length"
+    return f"{about}, {passes:,.0f} forward passes, about {timedelta(seconds=round(passes * phase.seconds))} (h:mm:ss)"

@@ -2,4 +2,3 @@
 
 from lightning_ablate.results.join import load
 from lightning_ablate.results.table import Results
-from lightning_ablate.results.tabulate import tabulated

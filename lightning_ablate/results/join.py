@@ -94,15 +94,9 @@ def _options(runs: Sequence[Results]) -> list[str]:
 
 
 def _sites(runs: Sequence[Results]) -> list[str]:
-    """Of each run what its sites are, if not all have the same: the shortest that tells them apart."""
-    sites = [tuple(str(site["name"]) for site in run.facts.get("sites") or ()) for run in runs]
-    kinds = [list(dict.fromkeys(re.sub(r"\d+", "*", name) for name in own)) for own in sites]
-    known = sorted({kind for own in kinds for kind in own})
+    """Of each run the kinds of its sites, if not all have the same; where they don't tell, the folder does."""
+    sites = [[re.sub(r"\d+", "*", str(site["name"])) for site in run.facts.get("sites") or ()] for run in runs]
+    known = sorted({kind for own in sites for kind in own})
     brief = dict(zip(known, figures.short(known), strict=True))
-    ways = [
-        ["+".join(brief[kind] for kind in own) for own in kinds],
-        [f"{len(own)} site{'s' * (len(own) != 1)}" for own in sites],
-        [f"{own[0]} to {own[-1]}" if own else "" for own in sites],
-        ["+".join(own) for own in sites],
-    ]
-    return next(way for way in ways if len(set(way)) == len(set(sites))) if len(set(sites)) > 1 else [""] * len(runs)
+    kinds = ["+".join(brief[kind] for kind in dict.fromkeys(own)) for own in sites]
+    return kinds if len(set(kinds)) > 1 else [""] * len(runs)

@@ -46,6 +46,16 @@ class Site:
         return int(self.name.partition("#")[2] or 0)
 
 
+def heads_of(site: Site) -> int:
+    """The number of heads of a site; SiteError if it has none that lie side by side in its neurons."""
+    if site.heads is None:
+        raise SiteError(
+            f"the site {site.name} ({site.kind}, {site.width} neurons) has no heads that lie side by side; take "
+            "neurons and methods that don't go by heads, or leave the site out (--ablation.sites)"
+        )
+    return site.heads
+
+
 def check_mask(mask: Tensor, site: Site, whose: str) -> None:
     """Raises SiteError unless a mask is ``(neurons,)`` bool."""
     if mask.dtype != torch.bool or mask.shape != (site.width,):

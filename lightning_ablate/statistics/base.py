@@ -112,7 +112,7 @@ def by_example(activations: Tensor, valid: Tensor | None) -> tuple[Tensor, Tenso
     if len(activations) % examples if length == 1 else activations.shape[:2] != valid.shape:
         raise StatisticsError(
             f"gets activations {tuple(activations.shape)} where {examples} examples of {length} positions are expected "
-            "(batch first): which of them are padding can't be told; leave the site out (--ablation.sites), or "
+            "(batch first), so that which is which can't be told; leave the site out (--ablation.sites), or "
             "override `valid_at`"
         )
     rows = activations.reshape(examples, -1, activations.shape[-1])

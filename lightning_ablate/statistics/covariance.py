@@ -5,8 +5,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from lightning_ablate.errors import StatisticsError
-from lightning_ablate.sites import Site
+from lightning_ablate.sites import Site, heads_of
 from lightning_ablate.statistics.base import ActivationStatistic, SiteStatistics, positions
 
 _DOUBLE = 2048  # neurons up to which sums are float64; above, float32 keeps 32 sites of 4096 neurons at 2.1 GB
@@ -71,13 +70,8 @@ class HeadCovariance(Covariance):
 
     @classmethod
     def of(cls, site: Site, earlier: SiteStatistics | None = None) -> Self:
-        """With the heads of the site as its blocks; StatisticsError if it has none."""
-        if site.heads is None:
-            raise StatisticsError(
-                f"{site.name} ({site.kind}) has no heads that lie side by side, by which to take its covariance; use "
-                "the method conditional-mean, or leave the site out (--ablation.sites)"
-            )
-        return cls(site.width, earlier, blocks=site.heads)
+        """With the heads of the site as its blocks; SiteError if it has none."""
+        return cls(site.width, earlier, blocks=heads_of(site))
 
 
 def _add(sums: Tensor, count: Tensor, mean: Tensor, products: Tensor) -> None:

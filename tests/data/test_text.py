@@ -160,7 +160,7 @@ def test_missing_and_empty_files_and_a_missing_tokenizer_are_refused(tmp_path, t
         ("no/such-data", "could not load 'no/such-data'"),
         (tmp_path / "broken.jsonl", "could not load"),
         (tmp_path / "blank.parquet", "gives 0 calibration tokens, expected 100"),
-        (tmp_path / "numbers.parquet", "holds a int in 'text', expected text"),
+        (tmp_path / "numbers.parquet", "holds 1 in 'text', expected text"),
     ):
         with pytest.raises(DataError, match=message):
             data(name, tokenizers)

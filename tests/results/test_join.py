@@ -70,7 +70,7 @@ def test_load_says_which_sites_differ(made, runs):
     named = [load([folders[name] for name in pair])[0].methods for pair in (("attention", "mlp"), ("all", "first"))]
     assert named[0] == ["zero (attn)", "zero (mlp)"] and named[1] == ["zero (attn+mlp)", "zero (attn)"]
     (joined,) = load([folders["attention"], folders["first"]])
-    assert joined.methods == ["zero (2 sites)", "zero (1 site)"]
+    assert joined.methods == ["zero (attention)", "zero (first)"]  # the folders
 
 
 def test_load_drops_examples_that_are_not_the_same(made, runs):

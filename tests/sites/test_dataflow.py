@@ -4,9 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_ablate.choices import heads_of
 from lightning_ablate.errors import SiteError
-from lightning_ablate.sites import Site
+from lightning_ablate.sites import Site, heads_of
 from tests.sites.parts import Parts, attention, found, linear, three
 
 ORDER = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_ablate.errors import StatisticsError
+from lightning_ablate.errors import SiteError
 from lightning_ablate.sites import Site
 from lightning_ablate.statistics import Covariance, HeadCovariance
 from tests import tiny
@@ -26,7 +26,7 @@ def test_that_of_heads_is_the_whole_one_within_each_head(gathered):
     for head, own in enumerate((slice(0, 4), slice(4, 8), slice(8, 12))):
         torch.testing.assert_close(heads.covariance[head], whole.covariance[0, own, own], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(heads.mean, whole.mean)
-    with pytest.raises(StatisticsError, match="mlp.proj .* has no heads"):
+    with pytest.raises(SiteError, match="mlp.proj .* has no heads"):
         HeadCovariance.of(Site("mlp.proj", 12, kind="mlp"))
 
 
