@@ -1,7 +1,6 @@
 """``python -m lightning_ablate fit`` and ``validate``; the first screen costs no import of torch."""
 
 import errno
-import re
 import signal
 import sys
 import warnings
@@ -18,6 +17,7 @@ COMMANDS = {
     "validate": "sweeps again with the statistics of a checkpoint (--ckpt_path), under other options if you like",
 }
 PROGRAM = "python -m lightning_ablate"
+_FAULTS = errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOENT, errno.ENOTDIR
 USAGE = f"""usage: {PROGRAM} {{{",".join(COMMANDS)}}} [options]
 
 Evaluates neuron ablation in transformers: what a model loses, and what to put in a neuron's place.
@@ -25,9 +25,6 @@ Evaluates neuron ablation in transformers: what a model loses, and what to put i
 {"".join(f"  {name:9} {what}{chr(10)}" for name, what in COMMANDS.items())}
 Without options, fit runs on an embedded model and data. All options: {PROGRAM} fit --help
 """
-
-# jsonargparse lists every type it tried; what went wrong is said in between
-_TRIED = re.compile(r"Does not validate|Subtypes:|Errors:|Given value|- Expected a <class 'NoneType'>")
 
 
 def main() -> None:
@@ -44,7 +41,7 @@ def main() -> None:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from lightning_ablate.cli import AblationCLI
+    from lightning_ablate.cli import AblationCLI, in_a_line
     from lightning_ablate.errors import AblationError
 
     try:
@@ -52,11 +49,10 @@ def main() -> None:
     except (AblationError, MisconfigurationException) as error:
         sys.exit(f"error: {error}")
     except ArgumentError as error:
-        lines = [line.strip().removeprefix("- ") for line in str(error).splitlines() if not _TRIED.search(line)]
-        print(f"error: {' '.join(filter(None, lines))} (--help lists the options)", file=sys.stderr)
+        print(f"error: {in_a_line(error)} (--help lists the options)", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a full disk, a folder that can't be written
-        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in _FAULTS:
             raise
         sys.exit(f"error: could not write {error.filename or 'a file'}: {error.strerror}; what was written stays")
     except SIGTERMException:  # Lightning's, with which Python would exit as if all were well

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning
 from lightning.pytorch.trainer.states import TrainerFn
@@ -19,10 +19,9 @@ from lightning_ablate.report import report_neurons, report_results, tabulated
 from lightning_ablate.results import Results
 from lightning_ablate.results.neurons import Neurons
 from lightning_ablate.statistics import ActivationStatistic, Moments, with_needs
-from lightning_ablate.trainer import data_name
+from lightning_ablate.trainer import CHECKPOINT, data_name
 
 PAPER_FRACTIONS, PAPER_SEEDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), (42, 123, 456)
-CHECKPOINT = "ablation.ckpt"
 
 
 class AblationCallback(lightning.Callback):
@@ -47,6 +46,7 @@ class AblationCallback(lightning.Callback):
         dirpath: the folder for the run's files; None takes the logger's. If a run with the same configuration died
             there, this one goes on from where it was.
         save_every: seconds from one save of an unfinished sweep to the next.
+        figures: the forms in which figures are saved: ``png``, ``pdf``, ``svg``.
 
     Attributes:
         results: the table of all conditions, once the sweep has ended.
@@ -65,11 +65,13 @@ class AblationCallback(lightning.Callback):
         neurons: Choice | None = None,
         dirpath: str | Path | None = None,
         save_every: float = 60.0,
+        figures: Sequence[Literal["png", "pdf", "svg"]] = ("png",),
     ) -> None:
         self.methods = [method_of(method) for method in listed(methods)]
         self.fractions, self.seeds, self.sites = listed(fractions), listed(seeds), listed(sites)
-        self.neurons, self.dirpath, self.save_every = choice_of(neurons), dirpath, save_every
-        check_conditions(self.methods, self.fractions, self.seeds)
+        self.neurons, self.dirpath = choice_of(neurons), dirpath
+        self.save_every, self.figures = save_every, listed(figures)
+        check_conditions(self.methods, self.fractions, self.seeds, self.sites)
         self.results: Results | None = None
         self.folder: Path | None = None
         self._loaded: dict[str, Any] = {}  # the state in a checkpoint
@@ -116,7 +118,8 @@ class AblationCallback(lightning.Callback):
         if last and isinstance(phase, phases.CalibrationPhase):
             run.partial += trainers.cut_short("calibration", trainer.fit_loop.batch_idx + 1, trainer.train_dataloader)
             if self.folder is not None and trainer.is_global_zero:
-                report_neurons(trainer, Neurons.of(run.calibration, pl_module.name, data_name(trainer)), self.folder)
+                neurons = Neurons.of(run.calibration, pl_module.name, data_name(trainer))
+                report_neurons(trainer, neurons, self.folder, self.figures)
             run.calibration.reduce()
         run.progress = phases.Progress(run.progress.epochs + 1)
         if self._unfinished is not None:
@@ -144,22 +147,24 @@ class AblationCallback(lightning.Callback):
         """Computes the results on every rank, and writes them on the first."""
         phase = cast(phases.SweepPhase, pl_module.phase)
         phase.end_epoch()
-        loader = trainers.evaluation_loader(trainer)
-        facts = {**trainers.run_facts(trainer, pl_module, self, self.run.target), **self.run.facts()}
+        facts = trainers.run_facts(trainer, pl_module, self, self.run.target) | self.run.facts()
         facts["classes"] = phase.classes
-        facts["partial"] += trainers.cut_short("evaluation", trainer.num_val_batches[0], loader)
+        facts["partial"] += trainers.cut_short(
+            "evaluation", trainer.num_val_batches[0], trainers.evaluation_loader(trainer)
+        )
         self.results = tabulated(phase.conditions, phase.metrics, pl_module.name, data_name(trainer), facts)
         pl_module.log_dict(self.results.flat(), add_dataloader_idx=False, sync_dist=True)
         if trainer.is_global_zero:
-            left = (*Neurons.files, CHECKPOINT) if trainer.state.fn == TrainerFn.FITTING else ()
-            self._told = report_results(trainer, self.results, self.folder, left)
+            self._told = report_results(trainer, self.results, self.folder, self.figures)
             if self._unfinished:
                 self._unfinished.close()
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Raises ConfigError if limits, or missing data, kept ``fit`` from its sweep."""
         if self.results is None:
-            raise ConfigError("fit ended before the sweep: is a limit on batches or time in the way, or no data there?")
+            raise ConfigError(
+                "fit ended before the sweep: is a --trainer.limit_... or max_time in the way, or no data?"
+            )
 
     def teardown(self, trainer: lightning.Trainer, pl_module: AblationModule, stage: str) -> None:  # type: ignore[override]
         """Shows the table behind everything else, and lets the phase go, which holds tensors on the device."""
@@ -168,8 +173,12 @@ class AblationCallback(lightning.Callback):
         self._told, pl_module.phase = "", None
 
     def on_exception(self, trainer: lightning.Trainer, pl_module: AblationModule, exception: BaseException) -> None:  # type: ignore[override]
-        """Lets the phase go; Lightning doesn't tear down then."""
+        """Lets the phase and the folder go, as Lightning doesn't tear down then; says how to go on."""
         pl_module.phase = None
+        if self._unfinished is not None:
+            self._unfinished.release()
+            if isinstance(exception, KeyboardInterrupt):
+                trainer.print(f"stopped; the same command with --ablation.dirpath {self.folder} goes on")
 
     def state_dict(self) -> dict[str, Any]:
         """What calibration and learning have found out so far."""

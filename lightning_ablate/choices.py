@@ -3,13 +3,13 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_ablate.conditions import Selection
-from lightning_ablate.errors import ConfigError, SiteError
+from lightning_ablate.errors import ConfigError, SiteError, few
 from lightning_ablate.sites import Site, heads_of
 from lightning_ablate.statistics import ActivationStatistic, Histogram, Moments, SiteStatistics
 
@@ -122,6 +122,9 @@ class Ranked(Ordered):
         self, by: Quantity = "sd", first: Literal["lowest", "highest"] = "lowest", unit: Unit = "neuron"
     ) -> None:
         super().__init__(unit)
+        for name, given, known in (("by", by, get_args(Quantity)), ("first", first, ("lowest", "highest"))):
+            if given not in known:
+                raise ConfigError(f"{name} is {given!r}, expected one of {', '.join(known)} (--ablation.neurons)")
         self.by, self.first = by, first
         self.statistics = (Histogram,) if by == "gap" else (Moments,)
 
@@ -207,7 +210,9 @@ class Only(Choice):
     ) -> None:
         self.heads, self.neurons = dict(heads or {}), dict(neurons or {})
         if not any([*self.heads.values(), *self.neurons.values()]):
-            raise ConfigError("Only names no heads and no neurons, expected some by site: heads={'h.0.attn.proj': [1]}")
+            raise ConfigError(
+                "Only names no heads and no neurons, expected some: --ablation.neurons.heads '{SITE: [0]}'"
+            )
         self.label = label or self._listed()
 
     def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
@@ -216,10 +221,12 @@ class Only(Choice):
         for kind, given in (("head", self.heads), ("neuron", self.neurons)):
             for name, numbers in given.items():
                 if name not in known:
-                    raise SiteError(f"Only names the site {name!r}, expected one of {', '.join(known)}")
+                    raise SiteError(f"Only names {name!r} (--ablation.neurons), expected one of {few(known)}")
                 count = heads_of(known[name]) if kind == "head" else known[name].width
                 if bad := [number for number in numbers if not 0 <= number < count]:
-                    raise SiteError(f"Only names {kind} {bad[0]} of {name}, expected numbers from 0 to {count - 1}")
+                    raise SiteError(
+                        f"Only names {kind} {bad[0]} of {name} (--ablation.neurons), expected 0 to {count - 1}"
+                    )
         return [Selection(1.0, None, self.label)]
 
     def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:

@@ -1,6 +1,8 @@
 """The command line: LightningCLI with an AblationCallback, and a default that runs."""
 
 import argparse
+import inspect
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -15,12 +17,26 @@ from jsonargparse import ArgumentError
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+import lightning_ablate
 from lightning_ablate.callback import AblationCallback
-from lightning_ablate.data import demo  # noqa: F401 - once imported, its classes are found by their bare names
+from lightning_ablate.choices import Choice
+from lightning_ablate.data import (
+    AblationDataModule,
+    demo,  # noqa: F401 - once imported, its classes are found by their bare names
+)
 from lightning_ablate.errors import AblationError, ConfigError, TargetError, loading
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.progress import SweepProgressBar
 
+# jsonargparse lists every type it tried; what went wrong is said in between
+_TRIED = re.compile(r"Does not validate|Subtypes:|Errors:|Given value|- Expected a <class 'NoneType'>")
+_BETTER = {
+    r'Parser key "([\w.]+)":': r"--\1:",
+    r"Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing\.Literal)": r"expected \1",
+    r"\bfit\.|\bvalidate\.": "--",
+}
+_UNKNOWN = re.compile(r"--([\w.]+): Expected a path but (\S+) ")
+_KINDS: dict[str, type] = {"model": AblationModule, "data": AblationDataModule, "ablation.neurons": Choice}
 DEFAULT_CONFIG = Path(__file__).parent / "demo" / "default.yaml"
 
 
@@ -67,8 +83,9 @@ class AblationCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """``fit`` calibrates and sweeps, ``validate`` sweeps."""
-        return {name: LightningCLI.subcommands()[name] for name in ("fit", "validate")}
+        """``fit`` calibrates and sweeps, ``validate`` sweeps; only that goes by a checkpoint."""
+        fit, validate = (LightningCLI.subcommands()[name] for name in ("fit", "validate"))
+        return {"fit": fit | {"ckpt_path", "weights_only"}, "validate": validate}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds ``--ablation``."""
@@ -107,10 +124,28 @@ def _configuring() -> Iterator[None]:
     except (AblationError, ArgumentError):
         raise
     except Exception as error:
-        where, said = traceback.extract_tb(error.__traceback__)[-1], " ".join(str(error).split())
+        if isinstance(error.__cause__, AblationError):
+            raise error.__cause__ from error
+        where = traceback.extract_tb(error.__traceback__)[-1]
         raise ConfigError(
-            f"the configuration can't be used: {said} ({type(error).__name__} in {where.filename}, line {where.lineno})"
+            f"the configuration can't be used: {in_a_line(error)} ({type(error).__name__} in "
+            f"{Path(where.filename).name}, line {where.lineno})"
         ) from error
+
+
+def in_a_line(error: Exception) -> str:
+    """What jsonargparse says, without the types that it tried; and if a class is unknown, which ones there are."""
+    lines = [line.strip().removeprefix("- ") for line in str(error).splitlines() if not _TRIED.search(line)]
+    said = " ".join(filter(None, lines))
+    for pattern, better in _BETTER.items():
+        said = re.sub(pattern, better, said)
+    unknown = _UNKNOWN.match(said)
+    if unknown and unknown[1] in _KINDS:
+        kinds = [getattr(lightning_ablate, name) for name in dir(lightning_ablate)]
+        known = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, _KINDS[unknown[1]])]
+        names = ", ".join(kind.__name__ for kind in known if not inspect.isabstract(kind))
+        return f"--{unknown[1]}: no such class {unknown[2]!r}, expected {names}, or the path of one's own"
+    return f"{said:.180}"
 
 
 def _with_start(args: list[str]) -> list[str]:
@@ -135,7 +170,7 @@ def _config_of(checkpoint: str) -> str | None:
         raise TargetError(
             f"the checkpoint {checkpoint!r} does not exist; `fit` leaves one in its run's folder (--ckpt_path)"
         )
-    with loading(checkpoint, TargetError):
+    with loading(checkpoint, TargetError, "--ckpt_path"):
         callbacks = torch.load(checkpoint, map_location="cpu", weights_only=True)["callbacks"]
         if ConfigInCheckpoint.__qualname__ not in callbacks:
             return None

@@ -48,9 +48,14 @@ def listed(given: Any) -> tuple[Any, ...]:
     return tuple(given) if isinstance(given, Iterable) and not isinstance(given, str) else (given,)
 
 
-def check_conditions(methods: Sequence["AblationMethod"], fractions: Sequence[float], seeds: Sequence[int]) -> None:
+def check_conditions(
+    methods: Sequence["AblationMethod"],
+    fractions: Sequence[float],
+    seeds: Sequence[int],
+    sites: Sequence[str] = ("attention",),
+) -> None:
     """Raises ConfigError if a fraction is outside 0 to 1, a name stands for two methods, or one of them is empty."""
-    for name, values in (("methods", methods), ("fractions", fractions), ("seeds", seeds)):
+    for name, values in {"methods": methods, "fractions": fractions, "seeds": seeds, "sites": sites}.items():
         if not values:
             raise ConfigError(f"{name} is empty, expected at least one (--ablation.{name})")
     if odd := [seed for seed in seeds if type(seed) is not int]:

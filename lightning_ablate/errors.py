@@ -1,6 +1,6 @@
 """The errors a user can cause and mend; the command line shows them as one line, without a traceback."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pickle import UnpicklingError
 
@@ -33,15 +33,23 @@ class NonFiniteError(AblationError, ArithmeticError):
     """An activation or a logit is NaN or infinite."""
 
 
+def few(names: Iterable[str]) -> str:
+    """The first five, and how many more there are."""
+    listed = list(names)
+    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "") or "none"
+
+
 @contextmanager
-def loading(name: str, kind: type[AblationError]) -> Iterator[None]:
-    """Raises what goes wrong while ``name`` is loaded as an error of the given kind that names it."""
+def loading(name: str, kind: type[AblationError], flag: str = "") -> Iterator[None]:
+    """Raises what goes wrong while ``name`` is loaded as an error of the given kind that names it, and its option."""
+    named = f"{name!r} ({flag})" if flag else repr(name)
     try:
         yield
     except AblationError:
         raise
     except UnpicklingError as error:
-        raise kind(f"could not load {name!r}: it is damaged, or holds more than tensors and plain values") from error
+        raise kind(f"could not load {named}: it is damaged, or holds more than tensors and plain values") from error
     except Exception as error:  # the libraries below raise dozens of kinds, some of them their own
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise kind(f"could not load {name!r}: {lines[0]}") from error
+        reason = f"it lacks {lines[0]}" if isinstance(error, KeyError) else lines[0]
+        raise kind(f"could not load {named}: {reason:.180}") from error

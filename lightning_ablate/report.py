@@ -1,5 +1,7 @@
 """What a run leaves behind: files in its folder, curves and figures in Lightning's loggers, a text for the terminal."""
 
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +17,7 @@ from lightning_ablate.metrics import METRICS, SweepMetrics
 from lightning_ablate.results import Results
 from lightning_ablate.results.folder import versions
 from lightning_ablate.results.neurons import Neurons
-from lightning_ablate.trainer import OPTIONS
+from lightning_ablate.trainer import CHECKPOINT, OPTIONS
 
 
 def tabulated(
@@ -26,7 +28,8 @@ def tabulated(
     rows = [(c.method, c.fraction, c.seed, c.part, c.head) for c in conditions]
     table = pd.DataFrame(rows, columns=["method", "fraction", "seed", "part", "head"])
     table = table.assign(model=model, data=data, **found)
-    now = {"finished": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    now = {"words": shlex.join(sys.argv), "finished": finished, "versions": versions()}
     return Results(table, _examples(metrics, len(rows)), {**facts, **now})
 
 
@@ -40,18 +43,19 @@ def _examples(metrics: SweepMetrics, conditions: int) -> pd.DataFrame | None:
     return pd.DataFrame({"n": np.tile(n, conditions), **scores}, index=pairs).reset_index()
 
 
-def report_neurons(trainer: lightning.Trainer, neurons: Neurons, folder: Path) -> None:
+def report_neurons(trainer: lightning.Trainer, neurons: Neurons, folder: Path, forms: Sequence[str]) -> None:
     """Writes the files of the neurons, and gives TensorBoard histograms of their shapes."""
-    neurons.save(folder)
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             neurons.to_tensorboard(logger.experiment)
+    neurons.save(folder, forms)
 
 
-def report_results(trainer: lightning.Trainer, results: Results, folder: Path | None, left: tuple[str, ...]) -> str:
-    """Writes the results' files, gives loggers options or figure and curves, and returns what to tell the user."""
-    paths = [] if folder is None else [*results.save(folder), *(folder / name for name in left)]
-    notes = []
+def report_results(trainer: lightning.Trainer, results: Results, folder: Path | None, forms: Sequence[str]) -> str:
+    """Writes the results' files, gives loggers options, figure and curves, and returns what to tell the user."""
+    paths, notes = [], list[str]()
+    if folder is not None:
+        paths = [*results.save(folder, forms), *sorted(folder.glob("neurons.*")), *folder.glob(CHECKPOINT)]
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_figure(results.figure_name, results.plot())
@@ -60,6 +64,8 @@ def report_results(trainer: lightning.Trainer, results: Results, folder: Path | 
             notes = ["", f"TensorBoard: tensorboard --logdir {logger.root_dir}"]
         else:
             logger.log_hyperparams({name: results.facts[name] for name in OPTIONS})
+        if hasattr(logger, "log_image"):  # Weights & Biases, and what is like it
+            logger.log_image(results.figure_name, [str(path) for path in paths if path.suffix == ".png"])
     return "\n".join(["", str(results), "", *map(str, paths), *notes])
 
 

@@ -16,6 +16,7 @@ from lightning_ablate.phases import is_unfinished
 from lightning_ablate.results.folder import fresh_folder
 from lightning_ablate.sharding import check_strategy
 
+CHECKPOINT = "ablation.ckpt"
 OPTIONS = ("methods", "fractions", "seeds", "sites", "neurons")  # of the callback, which tell runs apart
 
 
@@ -24,10 +25,12 @@ def check_trainer(trainer: lightning.Trainer) -> None:
     check_strategy(trainer.strategy)
     trainer.num_sanity_val_steps = 0
     if trainer.max_steps != -1 and not _is_dry(trainer):
-        raise ConfigError(f"max_steps is {trainer.max_steps}; shorten the calibration with limit_train_batches instead")
+        raise ConfigError(
+            f"max_steps is {trainer.max_steps}, expected none; --trainer.limit_train_batches cuts calibration"
+        )
     if type(trainer.val_check_interval) is int or trainer.val_check_interval not in (None, 1.0):
         raise ConfigError(
-            f"val_check_interval is {trainer.val_check_interval!r}, expected 1.0: calibration comes first"
+            f"--trainer.val_check_interval is {trainer.val_check_interval!r}, expected 1.0: calibration comes first"
         )
 
 
@@ -40,7 +43,10 @@ def run_epochs(trainer: lightning.Trainer, epochs: int | None) -> None:
 
 def folder_of(trainer: lightning.Trainer, dirpath: str | Path | None) -> Path | None:
     """Where a run's files go: ``dirpath`` or the logger's folder, or a fresh one in it; None for a dry run."""
-    given = None if _is_dry(trainer) else dirpath or trainer.log_dir
+    logs = trainer.log_dir
+    if not trainer.loggers and Path(trainer.default_root_dir) == Path.cwd():  # where nobody asked for files
+        logs = "lightning_logs"
+    given = None if _is_dry(trainer) else dirpath or logs
     if given is not None and Path(given).is_file():
         raise ConfigError(f"{str(given)!r} is a file, expected a folder for the run's files (--ablation.dirpath)")
     folder = None
@@ -52,8 +58,7 @@ def folder_of(trainer: lightning.Trainer, dirpath: str | Path | None) -> Path | 
 def calibration_size(trainer: lightning.Trainer) -> dict[str, Any]:
     """What :func:`~lightning_ablate.phases.schedule` wants to know of the calibration data, once they are there.
 
-    Raises:
-        ConfigError: if they give some example to two processes, or the Trainer goes on from a checkpoint.
+    ConfigError if they give some example to two processes, or the Trainer goes on from a checkpoint.
     """
     if trainer.ckpt_path:
         raise ConfigError(

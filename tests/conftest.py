@@ -39,7 +39,7 @@ def _not_drawn(request, monkeypatch):
     """Drawing takes as long as a tiny run, so tests that don't look at a figure get an empty file."""
     if "drawn" not in request.fixturenames:
         for module in (neurons, figures):
-            monkeypatch.setattr(module, "png", lambda figure: b"")
+            monkeypatch.setattr(module, "drawn", lambda picture, form="png": b"")
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import lightning
 import pandas as pd
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -101,24 +100,6 @@ def test_the_plan_says_how_many_passes_the_run_then_does(tmp_path, capsys):
     passes = 2 * 3 + 3 * (15 + 4)
     assert f"plan: 15 conditions, {passes} forward passes, about " in capsys.readouterr().out
     assert module.passes == passes + len(finding)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"max_steps": 5}, ConfigError, "max_steps is 5"),
-        ({"val_check_interval": 0.5}, ConfigError, "val_check_interval"),
-        ({"val_check_interval": 1}, ConfigError, "val_check_interval"),
-        ({"limit_val_batches": 0}, ConfigError, "fit ended before the sweep"),
-        ({"limit_train_batches": 0}, ConfigError, "fit ended before the sweep"),
-        ({"accumulate_grad_batches": 2}, MisconfigurationException, "accumulate_grad_batches"),
-        ({"gradient_clip_val": 1.0}, MisconfigurationException, "gradient clipping"),
-    ],
-)
-def test_options_of_the_trainer_that_do_not_fit_are_refused_in_a_line(tmp_path, options, error, message):
-    with pytest.raises(error, match=message) as caught:
-        tiny.fit(tmp_path, **options)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_fit_that_is_stopped_before_its_last_epoch_does_not_sweep(tmp_path):

@@ -100,6 +100,9 @@ def test_what_is_gone_on_from_is_the_last_that_all_processes_saved(tmp_path):
     names = sorted(path.name for path in (tmp_path / "unfinished").iterdir())
     assert names == ["2.10.0.pt", "2.9.0.pt", "2.9.1.pt", "run.json"]
     again = Unfinished(tmp_path, 0, 2, 60.0)
+    with pytest.raises(ConfigError, match="a run is going on in"):
+        again.claim({"seeds": [1, 2]}, copy)
+    first.release()
     assert again.claim({"seeds": [1, 2]}, copy) == Progress(2, 9) and not again.due
     assert again.read(Progress(2, 9)) == {"x": torch.tensor(9)}
     again.close()

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, Self, TypeVar, get_args
 
 import lightning
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.distributed import DistributedSampler
 
@@ -80,7 +81,7 @@ class AblationDataModule(lightning.LightningDataModule, ABC):
     def __init__(self, name: str, *, batch_size: int, num_workers: int = 0) -> None:
         super().__init__()
         if batch_size < 1:
-            raise ConfigError(f"batch_size is {batch_size}, expected at least 1")
+            raise ConfigError(f"batch_size is {batch_size}, expected at least 1 (--data.batch_size)")
         self.name, self.batch_size, self.num_workers = name, batch_size, num_workers
         self.examples: dict[Purpose, Examples] = {}
         self.calibrated: set[str] | None = None
@@ -209,7 +210,15 @@ class SourceData(AblationDataModule):
         if self.given is not None:
             return self.given if self.shuffle_seed is None else self.given.shuffle(seed=self.shuffle_seed)
         options: Any = {"subset": self.subset, "streaming": self.streaming, "shuffle_seed": self.shuffle_seed}
-        return open_source(self.name, split=self.splits[purpose], **options)
+        split = self.splits[purpose]
+        try:
+            return open_source(self.name, split=split, **options)
+        except DataError as error:
+            if split != "validation" or purpose == "calibration" or split not in str(error):
+                raise
+            self.splits[purpose] = self.splits["calibration"]
+            rank_zero_info(f"{self.name} has no split 'validation': what calibration leaves is evaluated")
+            return self.source(purpose)
 
     def taken(self, purpose: Purpose, candidates: Iterable[tuple[T, int]]) -> list[T]:
         """Of candidates and their sizes, in units, as many as reach the budget; DataError if they end before."""

@@ -84,7 +84,9 @@ class ImageData(SourceData):
     def _transform(self) -> Callable[[Any], Tensor]:
         transform = getattr(getattr(self.trainer, "lightning_module", None), "transform", None)
         if transform is None:
-            raise ConfigError("images need the target's preprocessing: give its module a `transform` (image to tensor)")
+            raise ConfigError(
+                "images need the target's preprocessing: give its module a `transform` of an image, or other --data"
+            )
         return transform
 
 

@@ -19,7 +19,7 @@ def open_source(name: str, *, subset: str | None, split: str, streaming: bool, s
     """
     import datasets
 
-    with loading(name, DataError):
+    with loading(name, DataError, "--data"):
         if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
             opened = datasets.load_from_disk(name)
             source = opened[split] if isinstance(opened, datasets.DatasetDict) else opened
@@ -39,9 +39,7 @@ def rows(source: Any, name: str, *columns: str) -> Iterator[dict[str, Any]]:
     with loading(name, DataError):
         for row in source:
             if missing := [column for column in columns if column not in row]:
-                raise DataError(
-                    f"{name} has no column {missing[0]!r}, it has {', '.join(sorted(row))}; name the right one"
-                )
+                raise DataError(f"{name} has no column {missing[0]!r}, it has {', '.join(sorted(row))} (--data)")
             yield row
 
 
@@ -49,5 +47,5 @@ def _builder(name: str) -> str | None:
     suffixes = [suffix for suffix in Path(name).suffixes if suffix not in _COMPRESSED]
     builder = _BUILDERS.get(suffixes[-1]) if suffixes else None
     if builder is not None and "*" not in name and not Path(name).is_file():
-        raise DataError(f"the file {name!r} does not exist")
+        raise DataError(f"the file {name!r} does not exist (--data.name)")
     return builder

@@ -90,7 +90,7 @@ def tokenizer_of(data: AblationDataModule, name: str | None, max_length: int) ->
     if name is not None:
         from transformers import AutoTokenizer
 
-        with loading(name, DataError):
+        with loading(name, DataError, "--data.tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(name)
     else:
         tokenizer = getattr(getattr(data.trainer, "lightning_module", None), "tokenizer", None)

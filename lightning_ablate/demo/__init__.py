@@ -15,5 +15,5 @@ def resolve(name: str) -> str:
     folder = _FOLDER / name.removeprefix(_PREFIX)
     if not (folder / "config.json").is_file():
         known = sorted(_PREFIX + path.parent.name for path in _FOLDER.glob("*/config.json"))
-        raise TargetError(f"no target {name!r} is embedded, expected one of {', '.join(known)}")
+        raise TargetError(f"no target {name!r} is embedded, expected one of {', '.join(known)} (--model.name)")
     return str(folder)

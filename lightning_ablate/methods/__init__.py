@@ -32,13 +32,12 @@ def method_of(given: AblationMethod | str) -> AblationMethod:
         )
     name = str(given)
     known = {method.name: method for method in _concrete(AblationMethod)}  # type: ignore[type-abstract]
-    if "class_path" in name:
-        raise ConfigError(f"can't make methods of {name}: is a class path or the name of an option wrong?")
-    if name not in known:
+    if "class_path" in name or "." in name:
         raise ConfigError(
-            f"unknown method {name!r:.80}; expected one of {', '.join(sorted(known))}, "
-            "or the class path of an AblationMethod that can be imported (--ablation.methods)"
+            f"can't make a method of {name:.160} (--ablation.methods): is the class path, or an option's name, wrong?"
         )
+    if name not in known:
+        raise ConfigError(f"--ablation.methods has no {name!r:.24}; known: {' '.join(sorted(known)):.235}")
     return known[name]()
 
 

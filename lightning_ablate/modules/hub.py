@@ -5,8 +5,10 @@ from typing import Any, Self
 from torch import nn
 
 from lightning_ablate.demo import resolve
-from lightning_ablate.errors import TargetError, loading
+from lightning_ablate.errors import ConfigError, TargetError, loading
 from lightning_ablate.modules.base import AblationModule
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class HubModule(AblationModule):
@@ -30,6 +32,8 @@ class HubModule(AblationModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__(name)
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)} (--model.dtype)")
         self._given: list[nn.Module] = []  # in a list, so that it is no submodule before it is the target
         self.revision, self.dtype_name, self.attn_implementation = revision, dtype, attn_implementation
         self.trust_remote_code = trust_remote_code
@@ -58,7 +62,7 @@ class HubModule(AblationModule):
         import transformers
 
         options |= {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-        with loading(self.name, TargetError):
+        with loading(self.name, TargetError, "--model.name"):
             return getattr(transformers, auto_class).from_pretrained(resolve(self.name), **options)
 
     def describe(self) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class ImageClassifier(HubModule):
             self.library = "transformers" if hasattr(self._given[0], "config") else "timm"
         if self._given or self.library == "transformers":
             return self.load("AutoModelForImageClassification")
-        with loading(self.name, TargetError):
+        with loading(self.name, TargetError, "--model.name"):
             import timm
 
             name = resolve(self.name)

@@ -1,10 +1,14 @@
 """What a run has done so far; kept in its folder while unfinished, so that the same command goes on from there."""
 
+import fcntl
 import io
 import json
+import os
 import shutil
 import time
+import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +45,7 @@ class Run:
     held_out: dict[str, tuple[float, float] | None] = field(default_factory=dict)
     partial: list[str] = field(default_factory=list)  # why it doesn't cover all its data
     progress: Progress = field(default_factory=Progress)
+    began: float = field(default_factory=time.monotonic)
 
     def state_dict(self) -> dict[str, Any]:
         """All but the progress, as tensors on the CPU and plain values."""
@@ -50,7 +55,8 @@ class Run:
     def facts(self) -> dict[str, Any]:
         """What run.json says of it."""
         sites = [asdict(site) for site in self.calibration.sites]
-        return {"held_out": self.held_out, "sites": sites, "partial": list(self.partial)}
+        seconds = round(time.monotonic() - self.began, 1)
+        return {"held_out": self.held_out, "sites": sites, "partial": list(self.partial), "seconds": seconds}
 
     def load_state_dict(self, state: Mapping[str, Any], target: nn.Module, **options: Any) -> None:
         """Takes it from a :meth:`state_dict`, see :func:`check_target` and :meth:`Calibration.from_state_dict`."""
@@ -73,6 +79,7 @@ class Unfinished:
         self.folder = folder / FOLDER
         self._rank, self._processes, self._every, self._last = rank, processes, every, time.monotonic()
         self._run: dict[str, Any] | None = None
+        self.release: Callable[[], Any] = lambda: None
 
     def claim(self, run: Mapping[str, Any], broadcast: Callable[[Any], Any]) -> Progress:
         """Takes the folder for a run, on all processes; how far an earlier one has come in it.
@@ -82,9 +89,11 @@ class Unfinished:
         problem, progress = "", Progress()
         if self._rank == 0:
             self._run = json.loads(json.dumps(run, default=str))
-            problem = self._other(self._run)
+            problem = self._taken() or self._other(self._run)
             if not is_unfinished(self.folder.parent):
-                self.close()  # files that another run's processes left before it was told for which run they are
+                shutil.rmtree(
+                    self.folder, ignore_errors=True
+                )  # files that another run's processes left before it was told for which run they are
             known = [{_progress(path) for path in self.folder.glob(f"*.{rank}.pt")} for rank in range(self._processes)]
             progress = max(set.intersection(*known), default=progress)
         problem, progress = broadcast((problem, progress))
@@ -119,6 +128,25 @@ class Unfinished:
     def close(self) -> None:
         """Forgets the run, which has ended."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.release()
+
+    def _taken(self) -> str:
+        """Locks the folder against other runs, until this one ends in any way; what is said if one is going on."""
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return f"can't make the folder {str(self.folder.parent)!r}: {error.strerror} (--ablation.dirpath)"
+        folder = os.open(self.folder.parent, os.O_RDONLY)
+        self.release = weakref.finalize(self, _let_go, folder, self.folder.parent)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return (
+                f"a run is going on in {self.folder.parent}; wait for it, or name another folder (--ablation.dirpath)"
+            )
+        except OSError:  # a file system that knows no locks
+            pass
+        return ""
 
     def _other(self, run: Mapping[str, Any]) -> str:
         """What tells an unfinished run in the folder from this one; empty if nothing does."""
@@ -137,6 +165,12 @@ class Unfinished:
 
     def _path(self, progress: Progress) -> Path:
         return self.folder / f"{progress.epochs}.{progress.batches}.{self._rank}.pt"
+
+
+def _let_go(lock: int, folder: Path) -> None:
+    os.close(lock)
+    with suppress(OSError):  # it holds something
+        folder.rmdir()
 
 
 def is_unfinished(folder: Path) -> bool:

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         paths = [given.out / name for name in ("joined.csv", "joined.png")]
         table = pd.concat([results.table for results in targets])
         write_whole(paths[0], table.to_csv(index=False, lineterminator="\n"))
-        write_whole(paths[1], figures.png(figures.degradation(*targets)))
+        write_whole(paths[1], figures.drawn(lambda: figures.degradation(*targets)))
     except (AblationError, OSError) as error:
         sys.exit(f"error: {error}")
     print("\n\n\n".join(map(str, targets)), *paths, sep="\n\n")

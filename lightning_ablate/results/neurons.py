@@ -1,12 +1,13 @@
 """What the calibration found out about each neuron: a table, a figure and TensorBoard histograms."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pandas as pd
 
-from lightning_ablate.results.figures import blank, plain, png, short
+from lightning_ablate.results.figures import blank, drawn, plain, short
 from lightning_ablate.results.folder import write_whole
 from lightning_ablate.results.text import base_name
 from lightning_ablate.statistics import Histogram, Moments, SiteStatistics
@@ -39,8 +40,6 @@ class Neurons:
         about: names of the model and of the data.
     """
 
-    files: ClassVar[tuple[str, ...]] = ("neurons.parquet", "neurons.png")
-
     def __init__(self, table: pd.DataFrame, histograms: dict[int, np.ndarray], about: tuple[str, str]) -> None:
         self.table, self.histograms, self.about = table, histograms, about
 
@@ -68,12 +67,11 @@ class Neurons:
         weight = self.table["skewness"] ** 2 / 6 + self.table["excess_kurtosis"] ** 2 / 24
         return weight.sort_values(ascending=False, kind="stable").index[:number].tolist()
 
-    def save(self, folder: Path) -> list[Path]:
-        """Writes the files, into a folder that is made if it isn't there."""
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / self.files[0], self.table.to_parquet(index=False))
-        write_whole(folder / self.files[1], png(self.plot()))
-        return [folder / name for name in self.files]
+    def save(self, folder: Path, forms: Sequence[str] = ("png",)) -> None:
+        """Writes the table and its figure into a folder, see :meth:`Results.save`."""
+        write_whole(folder / "neurons.parquet", self.table.to_parquet(index=False))
+        for form in forms:
+            write_whole(folder / f"neurons.{form}", drawn(self.plot, form))
 
     def to_tensorboard(self, writer: Any) -> None:
         """Writes a histogram of each shape for each site, whose place is the step."""
@@ -84,14 +82,14 @@ class Neurons:
     def plot(self) -> "Figure":
         """By site, how the neurons' shapes are distributed; and the histograms of the most atypical ones."""
         panels, rows = self._panels, list(self.histograms)
-        drawn = blank(9, 7.5 if rows else 3.4)
-        drawn.suptitle(" on ".join(map(base_name, self.about)), fontsize=9)
-        figures = drawn.subfigures(2 if rows else 1, 1, squeeze=False, height_ratios=(1, 1.25) if rows else None)[:, 0]
-        for axes, name in zip(figures[0].subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        figure = blank(9, 7.5 if rows else 3.4)
+        figure.suptitle(" on ".join(map(base_name, self.about)), fontsize=9)
+        parts = figure.subfigures(2 if rows else 1, 1, squeeze=False, height_ratios=(1, 1.25) if rows else None)[:, 0]
+        for axes, name in zip(parts[0].subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             self._by_site(axes, name, _PANELS[name])
-        figures[0].suptitle("by site, in the order in which they run: median, quartiles, 5% to 95%", fontsize=9)
+        parts[0].suptitle("by site, in the order in which they run: median, quartiles, 5% to 95%", fontsize=9)
         if rows:
-            below = figures[1]
+            below = parts[1]
             axes = below.subplots(2, _SHOWN // 2, squeeze=False).flatten()
             for panel, row in zip(axes, rows, strict=False):
                 self._histogram(panel, row)
@@ -100,7 +98,7 @@ class Neurons:
             below.suptitle("the most atypical neurons (positions in a bin, on a logarithmic scale)", fontsize=9)
             handles = axes[0].get_legend_handles_labels()
             below.legend(*handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-        return drawn
+        return figure
 
     @property
     def _panels(self) -> list[str]:

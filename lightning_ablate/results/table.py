@@ -172,8 +172,11 @@ class Results:
         """The curves of the methods by fraction; or, of conditions confined to parts, what each part costs."""
         return figures.importance(self) if self.parts else figures.degradation(self)
 
-    def save(self, folder: Path | str) -> list[Path]:
-        """Writes results.csv, run.json, examples.parquet and figures into a folder, each whole or not at all."""
+    def save(self, folder: Path | str, forms: Sequence[str] = ("png",)) -> list[Path]:
+        """Writes results.csv, run.json, examples.parquet and figures into a folder, each whole or not at all.
+
+        The ``forms`` of the figures are ``png``, ``pdf`` and ``svg``.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         makers: dict[str, Callable[[], str | bytes]] = {
@@ -184,9 +187,11 @@ class Results:
             (folder / "examples.parquet").unlink(missing_ok=True)  # another run's
         else:
             makers["examples.parquet"] = partial(self.examples.to_parquet, index=False, compression="zstd")
-        makers[f"{self.figure_name}.png"] = lambda: figures.png(self.plot())
+        pictures: dict[str, Callable[[], Figure]] = {self.figure_name: self.plot}
         if self.examples is not None and len(self.methods) > 1 and not self.parts:
-            makers["comparisons.png"] = lambda: figures.png(figures.differences(self))
+            pictures["comparisons"] = partial(figures.differences, self)
+        for (name, picture), form in product(pictures.items(), forms):
+            makers[f"{name}.{form}"] = partial(figures.drawn, picture, form)
         for name, make in makers.items():  # one by one: what is measured is safe before it is drawn
             write_whole(folder / name, make())
         return [folder / name for name in makers]

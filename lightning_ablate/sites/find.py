@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from lightning_ablate.errors import SiteError
+from lightning_ablate.errors import SiteError, few
 from lightning_ablate.sites.dataflow import Trace, features, trace
 from lightning_ablate.sites.site import Site, hooked
 
@@ -162,7 +162,7 @@ def _check_kind(target: nn.Module, seen: Trace, found: Sequence[Site], word: str
         _check_mlps(target, seen, found)
     if not any(is_asked(site, word) for site in found):
         kinds = ", ".join(sorted({site.kind for site in found} - {"other"}))
-        raise SiteError(f"the target has no site of the kind {word!r}, it has {kinds}")
+        raise SiteError(f"the target has no site of the kind {word!r} (--ablation.sites), it has {kinds}")
 
 
 def _check_mlps(target: nn.Module, seen: Trace, found: Sequence[Site]) -> None:
@@ -210,15 +210,15 @@ def _check_pattern(target: nn.Module, found: Sequence[Site], pattern: str) -> No
     others = [name for name, _ in target.named_modules() if fnmatchcase(name, pattern)]
     if not others:
         raise SiteError(
-            f"the site pattern {pattern!r} matches no module; the projections that ran are {_candidates(found)}"
+            f"the site pattern {pattern!r} (--ablation.sites) matches no module; the projections that ran are "
+            f"{_candidates(found)}"
         )
     module = target.get_submodule(others[0])
-    reason = "which is no projection; a site is a linear module"
+    reason = "which is no projection, but a site is (--ablation.sites)"
     if features(module) is not None:
         reason = "which didn't run by itself: a fused implementation goes past it"
     raise SiteError(f"the site {others[0]!r} is a {type(module).__name__}, {reason}")
 
 
 def _candidates(found: Sequence[Site]) -> str:
-    named = [f"{site.name} ({site.width})" for site in found]
-    return ", ".join(named[:12]) + (f" and {len(named) - 12} more" if len(named) > 12 else "") or "none"
+    return few(f"{site.name} ({site.width})" for site in found)

@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 def texts(folder, **options):
     budgets = {"calibration_examples": 20, "evaluation_examples": 21, "max_length": 40, "batch_size": 8}
-    return LabelledTexts(str(folder / "train.parquet"), evaluation_split="train", **(budgets | options))
+    return LabelledTexts(str(folder / "train.parquet"), **(budgets | options))  # whose only split is "train"
 
 
 def pairs(folder, **options):

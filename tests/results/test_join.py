@@ -19,7 +19,7 @@ def runs(made, tmp_path, monkeypatch):
 
     def saved(name, results):
         with monkeypatch.context() as undrawn:
-            undrawn.setattr("lightning_ablate.results.figures.png", lambda figure: b"")
+            undrawn.setattr("lightning_ablate.results.figures.drawn", lambda picture, form: b"")
             results.save(tmp_path / name)
         return tmp_path / name
 

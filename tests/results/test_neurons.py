@@ -54,8 +54,9 @@ def test_after_one_epoch_there_are_no_columns_that_need_a_histogram_and_files_co
     told = [(call.args[0], len(call.args[1]), call.args[2]) for call in writer.add_histogram.call_args_list]
     assert len(told) == 8 and told[4:6] == [("neurons/gap", 5, 0), ("neurons/gap", 3, 1)]
     for made in (one, two):
-        assert sorted(path.name for path in made.save(tmp_path / "new")) == sorted(Neurons.files)
-        pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "new" / "neurons.parquet"), made.table)
+        made.save(tmp_path, ["png", "svg"])
+        assert {path.name for path in tmp_path.glob("neurons.*")} == {f"neurons.{e}" for e in ("parquet", "png", "svg")}
+        pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "neurons.parquet"), made.table)
 
 
 @pytest.mark.parametrize("sites", [5, 30])

@@ -1,0 +1,187 @@
+"""Eighty wrong inputs: each ends in one line that names the option or argument."""
+
+import shlex
+import sys
+
+import lightning
+import pandas as pd
+import pytest
+import torch
+
+from lightning_ablate import AblationCallback, Calibration, Only, Ranked, Results, Scored, TextData, Zero, ablated, load
+from lightning_ablate.__main__ import main
+from lightning_ablate.errors import AblationError
+from tests import tiny
+from tests.command import QUIET
+
+GPT2 = "--model=CausalLM --model.name=demo:gpt2"
+TEXT = f"fit {GPT2} --data=TextData --data.name=texts.parquet --data.max_length=64"
+LABELS = "fit --model=SequenceClassifier --model.name=demo:roberta --data=LabelledTexts --data.name=texts.parquet"
+ROBERTA = "fit --model=MaskedLM --model.name=demo:roberta --data=PythonTexts"
+ONLY = "fit --ablation.neurons=Only"
+
+COMMANDS = [  # the command, and what its message names
+    ("test", "'test', expected fit or validate"),
+    ("fit extra", "extra"),
+    ("fit --ablation.methds=[zero]", "--ablation.methds"),
+    ("fit --ablation.methods=[zero,maen]", "--ablation.methods has no 'maen'; known: conditional-mean "),
+    ("fit --ablation.methods=[]", "--ablation.methods"),
+    ("fit --ablation.methods=[zero,zero]", "--ablation.methods"),
+    ("fit --ablation.methods=3", "--ablation.methods"),
+    ("fit --ablation.methods='[{class_path: Optimal, init_args: {stesp: 2}}]'", "--ablation.methods"),
+    ("fit --ablation.methods='[{class_path: Optimall}]'", "Optimall}] (--ablation.methods)"),
+    ("fit --ablation.methods=[my_module.Largest]", "my_module.Largest (--ablation.methods)"),
+    ("fit --ablation.methods=[torch.nn.Linear]", "torch.nn.Linear (--ablation.methods)"),
+    ("fit --ablation.methods='[{class_path: Optimal, init_args: {steps: 0}}]'", "steps is 0"),
+    ("fit --ablation.methods='[{class_path: ConditionalMean, init_args: {ridge: -1}}]'", "ridge is -1.0, expected"),
+    ("fit --ablation.methods=[resample-ids]", "'ids', which ImageClassifier doesn't make"),
+    ("fit --ablation.fractions=[1.5]", "--ablation.fractions"),
+    ("fit --ablation.fractions=[]", "--ablation.fractions"),
+    ("fit --ablation.fractions=half", "--ablation.fractions: expected Sequence. Got value: half"),
+    ("fit --ablation.seeds=[]", "--ablation.seeds"),
+    ("fit --ablation.seeds=[1.5]", "--ablation.seeds: expected int. Got value: 1.5"),
+    ("fit --ablation.sites=*.o_proj", "'*.o_proj' (--ablation.sites) matches no module"),
+    ("fit --ablation.sites=cross-attention", "'cross-attention' (--ablation.sites), it has mlp, self-attention"),
+    ("fit --ablation.sites=blocks.0.norm1", "--ablation.sites"),
+    ("fit --ablation.sites=[]", "--ablation.sites"),
+    ("fit --ablation.neurons=EachHed", "--ablation.neurons: no such class 'EachHed', expected EachHead, EachLayer"),
+    (ONLY, "--ablation.neurons.heads"),
+    (f"{ONLY} --ablation.neurons.heads='{{nowhere: [0]}}'", "'nowhere' (--ablation.neurons), expected one of blocks.0"),
+    (f"{ONLY} --ablation.neurons.heads='{{blocks.0.attn.proj: [9]}}'", "(--ablation.neurons), expected 0 to 3"),
+    ("fit --ablation.neurons=Ranked --ablation.neurons.by=size", "--by: expected ['sd', 'rms'"),
+    ("fit --ablation.neurons=Random --ablation.neurons.unit=head --ablation.sites=mlp", "--ablation.sites"),
+    ("fit --ablation.dirpath=file", "--ablation.dirpath"),
+    ("fit --ablation.dirpath=file/below", "could not write file/below: Not a directory"),
+    ("fit --ablation.save_every=soon", "--ablation.save_every"),
+    ("fit --model=NoSuchModel", "--model: no such class 'NoSuchModel', expected CausalLM, ImageClassifier"),
+    ("fit --model=torch.nn.Linear", "--model: no such class 'torch.nn.Linear', expected CausalLM"),
+    ("fit --model.nme=x", "'nme' is not accepted"),
+    ("fit --model.name=demo:bert", "expected one of demo:gpt2, demo:roberta, demo:vit (--model.name)"),
+    ("fit --model.name=./nowhere", "--model.name"),
+    ("fit --model.dtype=fp16", "--model.dtype"),
+    ("fit --model.library=tmm", "--library: expected ['timm', 'transformers']"),
+    (f"fit {GPT2}", "required: --data"),
+    (f"fit {GPT2} --data=TextData", "required: name"),
+    (f"fit {GPT2} --data=Digits", "--data"),
+    ("fit --data=NoData", "--data: no such class 'NoData', expected Digits, ImageData, LabelledTexts"),
+    ("fit --data.evaluation_images=5000", "--data.evaluation_images"),
+    ("fit --data.calibration_images=0", "--data.calibration_images"),
+    (f"{TEXT} --data.name=none.parquet", "'none.parquet' does not exist (--data.name)"),
+    (f"{TEXT} --data.name=no/such", "'no/such' (--data)"),
+    (f"{TEXT} --data.text_column=body", "no column 'body', it has label, text (--data)"),
+    (f"{TEXT} --data.text_column=label", "holds 1 in 'label', expected text"),
+    (f"{TEXT} --data.max_length=9999", "--data.max_length"),
+    (f"{TEXT} --data.calibration_tokens=99999", "--data.calibration_tokens"),
+    (f"{TEXT} --data.packing=squeeze", "--packing: expected ['pad', 'pack']"),
+    (f"{TEXT} --data.batch_size=0", "--data.batch_size"),
+    (f"{TEXT} --data.evaluation_split=test", 'Unknown split "test"'),
+    (f"{TEXT} --data.tokenizer=nowhere", "--data.tokenizer"),
+    (f"{LABELS} --data.label_column=text", "holds 'a text of"),
+    (f"{ROBERTA} --model.mlm_probability=2", "--model.mlm_probability"),
+    (ROBERTA.replace("roberta", "gpt2"), "--model.name"),
+    ("fit --trainer.max_steps=5", "max_steps"),
+    ("fit --trainer.val_check_interval=0.5", "--trainer.val_check_interval"),
+    ("fit --trainer.val_check_interval=1", "--trainer.val_check_interval"),
+    ("fit --trainer.limit_train_batches=0", "--trainer.limit_"),
+    ("fit --trainer.limit_val_batches=0", "--trainer.limit_"),
+    ("fit --trainer.accumulate_grad_batches=2", "accumulate_grad_batches"),
+    ("fit --trainer.gradient_clip_val=1", "gradient_clip_val"),
+    ("fit --trainer.devices=0", "Trainer(devices='0')"),
+    ("fit --trainer.strategy=nonsense", "strategy='nonsense'"),
+    ("fit --trainer.logger=NoLogger", "--trainer.logger"),
+    ("fit --config=none.yaml", "--config"),
+    ("fit --config=bad.yaml", "Problems parsing config"),
+    ("fit --ckpt_path=garbage.ckpt", "--ckpt_path"),
+    ("validate", "--ckpt_path"),
+    ("validate --ckpt_path=none.ckpt", "--ckpt_path"),
+    ("validate --ckpt_path=garbage.ckpt", "'garbage.ckpt' (--ckpt_path)"),
+    ("validate --ckpt_path=pickle.ckpt", "'pickle.ckpt' (--ckpt_path)"),
+    ("validate --ckpt_path=empty.ckpt", "(--ckpt_path): it lacks 'callbacks'"),
+]
+
+
+@pytest.mark.parametrize(("command", "named"), COMMANDS, ids=[command for command, _ in COMMANDS])
+def test_a_wrong_command_ends_in_one_line(command, named, monkeypatch, tmp_path, capfd):
+    monkeypatch.chdir(tmp_path)
+    rows = {"text": [f"a text of {n}" for n in range(300)], "label": [1] * 300}
+    pd.DataFrame(rows).to_parquet("texts.parquet")
+    for name, content in {"file": "", "garbage.ckpt": "no checkpoint", "bad.yaml": "model: [1, 2\n"}.items():
+        (tmp_path / name).write_text(content)
+    torch.save({"callbacks": tiny.Own}, "pickle.ckpt")  # loading it would import a class
+    torch.save({"state_dict": {}}, "empty.ckpt")
+    quiet = [] if command in ("test", "fit extra") else QUIET
+    monkeypatch.setattr(sys, "argv", ["lightning_ablate", *shlex.split(command), *quiet])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    printed = capfd.readouterr().err
+    lines = [line for line in printed.splitlines() if line.startswith("error: ")]
+    said = stopped.value.code if isinstance(stopped.value.code, str) else "\n".join(lines)
+    assert said.startswith("error: ") and named in said and "\n" not in said and len(said) < 300
+    assert "Traceback" not in printed
+
+
+class Wrong(tiny.Own):
+    """One that scores wrongly."""
+
+    def __init__(self, make):
+        super().__init__(tiny.gpt2())
+        self.make = make
+
+    def evaluate(self, batch):
+        return self.make(batch, tiny.Own.evaluate(self, batch))
+
+
+def scored(make):
+    return lambda folder: tiny.fit(folder, module=Wrong(make))
+
+
+def under(masks, method="zero"):
+    def run(folder):
+        with ablated(tiny.gpt2(), masks, method):
+            pass
+
+    return run
+
+
+HALF, PATH = torch.arange(16) < 8, "transformer.h.0.attn.c_proj"
+CALLS = [  # what is called, and what its message names
+    (lambda folder: AblationCallback([Zero]), "got the class Zero; expected Zero()"),
+    (lambda folder: AblationCallback(["maen"]), "--ablation.methods has no 'maen'"),
+    (lambda folder: AblationCallback(fractions=2), "fractions holds 2"),
+    (lambda folder: AblationCallback(seeds=["a"]), "--ablation.seeds"),
+    (lambda folder: AblationCallback(neurons="EachHead"), "neurons is 'EachHead', expected a Choice"),
+    (lambda folder: Only(), "Only names no heads"),
+    (lambda folder: Ranked("size"), "by is 'size', expected one of sd, rms"),
+    (lambda folder: TextData("a", calibration_tokens=0), "calibration_tokens is 0"),
+    (lambda folder: Results.load(folder / "nowhere"), "nowhere/results.csv"),
+    (lambda folder: load([folder]), "results.csv"),
+    (lambda folder: Calibration.load(folder / "none.ckpt", tiny.gpt2()), "none.ckpt"),
+    (
+        lambda folder: lightning.Trainer(logger=False, max_epochs=1).fit(
+            tiny.Own(tiny.gpt2()), tiny.loader(), tiny.loader()
+        ),
+        "AblationCallback",
+    ),
+    (under({"nowhere": HALF}), "no projection 'nowhere'"),
+    (under({"transformer.wte": HALF}), "no projection 'transformer.wte'; a site is named by"),
+    (under({PATH: HALF[:3]}), "(3,) torch.bool, expected (16,)"),
+    (under({PATH: HALF.float()}), "(16,) torch.float32, expected (16,) torch.bool, True for"),
+    (under({PATH: HALF}, "mean"), "Moments"),
+    (under({PATH: HALF}, "noise"), "noise depends on"),
+    (scored(lambda batch, right: right.logits), "expected Scored(logits, targets, example)"),
+    (scored(lambda batch, right: Scored(right.logits[0], *right[1:])), "expected (n, classes), (n,) and (n,)"),
+    (scored(lambda batch, right: Scored(right.logits, right.targets + 9999, right.example)), "the labels run from"),
+    (scored(lambda batch, right: right._replace(example=right.example % 3)), "`example` must be its place"),
+]
+
+
+@pytest.mark.parametrize(("call", "named"), CALLS, ids=[named for _, named in CALLS])
+def test_a_wrong_call_raises_one_line(call, named, tmp_path):
+    with pytest.raises(AblationError) as raised:
+        call(tmp_path)
+    said = str(raised.value)
+    assert named in said and "\n" not in said and len(said) < 300
+
+
+def test_there_are_eighty():
+    assert len(COMMANDS) + len(CALLS) >= 80
