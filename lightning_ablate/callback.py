@@ -169,7 +169,7 @@ class AblationCallback(lightning.Callback):
     def teardown(self, trainer: lightning.Trainer, pl_module: AblationModule, stage: str) -> None:  # type: ignore[override]
         """Shows the table behind everything else, and lets the phase go, which holds tensors on the device."""
         if self._told:
-            trainer.print(self._told)
+            trainer.print(self._told + "\n", end="")  # whole lines, or Lightning's bar fails in a notebook
         self._told, pl_module.phase = "", None
 
     def on_exception(self, trainer: lightning.Trainer, pl_module: AblationModule, exception: BaseException) -> None:  # type: ignore[override]

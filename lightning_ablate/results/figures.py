@@ -4,6 +4,7 @@ import io
 import math
 import textwrap
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
@@ -149,6 +150,7 @@ def blank(width: float, height: float) -> "Figure":
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    figure._repr_png_ = partial(drawn, lambda: figure)  # type: ignore[attr-defined]  # as notebooks show it
     return figure
 
 

@@ -1,0 +1,45 @@
+"""The README's example in a Jupyter kernel, and what one does next there."""
+
+import re
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+TEXT = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+CELLS = [
+    next(block for block in re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL) if "Trainer(" in block),
+    # a second fit of the same callback and module
+    "lightning.Trainer(max_epochs=1, callbacks=[callback]).fit(module, datamodule=Digits(batch_size=225))",
+    "callback.results",
+    "callback.results.plot()",
+    """
+from lightning_ablate import CausalLM
+text = CausalLM("demo:gpt2")
+text.configure_model()
+ids, paths = torch.tensor([[5, 6, 7]]), [name for name, _ in text.target.named_modules() if name.endswith("attn.c_proj")]
+masks = {path: torch.ones(text.target.get_submodule(path).nx, dtype=torch.bool) for path in paths}
+def generated():
+    return text.target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False)[0].tolist()
+plain = generated()
+with ablated(text.target, masks):
+    other = generated()
+try:
+    with ablated(text.target, masks):
+        raise RuntimeError
+except RuntimeError:
+    print(plain == generated(), plain != other, sum(len(m._forward_pre_hooks) for m in text.target.modules()))
+""",
+]
+
+
+def test_the_example_runs_in_a_kernel_and_all_that_follows(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    first, second, shown, picture, generated = (cell["outputs"] for cell in notebook.cells)
+    assert "cross_entropy_low" in str(first) and all("449 scored positions" in str(one) for one in (first, second))
+    assert "<table" in shown[-1]["data"]["text/html"] and "449 scored positions" in shown[-1]["data"]["text/html"]
+    assert picture[-1]["data"]["image/png"]
+    assert "".join(out["text"] for out in generated if out.get("name") == "stdout").strip() == "True True 0"
+    assert {path.name for path in tmp_path.iterdir()} == {"lightning_logs"}
