@@ -9,7 +9,9 @@ from lightning_ablate import AblationCallback
 from tests import tiny
 
 
-def test_each_condition_is_in_csv_in_an_offline_wandb_run_in_callback_metrics_and_in_what_validate_returns(tmp_path):
+def test_each_condition_is_in_csv_in_an_offline_wandb_run_in_callback_metrics_and_in_what_validate_returns(
+    tmp_path, drawn
+):
     callback = AblationCallback(["zero", "mean"], [0.5], [1, 2])
     loggers = [CSVLogger(tmp_path), WandbLogger(project="tests", save_dir=tmp_path, offline=True)]
     trainer = tiny.trainer(tmp_path, callback, logger=loggers)

@@ -17,7 +17,8 @@ CELLS = [
 from lightning_ablate import CausalLM
 text = CausalLM("demo:gpt2")
 text.configure_model()
-ids, paths = torch.tensor([[5, 6, 7]]), [name for name, _ in text.target.named_modules() if name.endswith("attn.c_proj")]
+ids = torch.tensor([[5, 6, 7]])
+paths = [name for name, _ in text.target.named_modules() if name.endswith("attn.c_proj")]
 masks = {path: torch.ones(text.target.get_submodule(path).nx, dtype=torch.bool) for path in paths}
 def generated():
     return text.target.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False)[0].tolist()
