@@ -27,10 +27,10 @@ def test_each_condition_is_in_csv_in_an_offline_wandb_run_in_callback_metrics_an
     assert_there(trainer.callback_metrics)
     assert_there(pd.read_csv(loggers[0].experiment.metrics_file_path).iloc[-1])
     kept = yaml.safe_load((tmp_path / "lightning_logs/version_0/hparams.yaml").read_text())
-    assert options.items() <= {name: kept[name] for name in options}.items() and len(kept["methods"]) == 2
+    assert {name: list(kept[name]) for name in options} == options and len(kept["methods"]) == 2
     run = loggers[1].experiment
     assert_there(dict(run.summary))
-    assert {name: run.config[name] for name in options} == options
+    assert {name: list(run.config[name]) for name in options} == options
     run.finish()
     assert list(tmp_path.glob("wandb/offline-*/files/media/images/degradation_*.png"))
     (returned,) = tiny.trainer(tmp_path / "again", callback).validate(module, tiny.loader(seed=2), verbose=False)
