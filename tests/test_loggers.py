@@ -19,7 +19,7 @@ def test_each_condition_is_in_csv_in_an_offline_wandb_run_in_callback_metrics_an
     names = ["baseline", "zero 0.5 seed 1", "zero 0.5 seed 2", "mean 0.5 seed 1", "mean 0.5 seed 2"]
     table = callback.results.table
     expected = {f"{m}/{n}": table[m][i] for m in ("top1", "top5", "cross_entropy", "kl") for i, n in enumerate(names)}
-    options = {"fractions": [0.5], "seeds": [1, 2], "sites": ["attention"]}
+    options = {"fractions": [0.5], "seeds": [1, 2]}
 
     def assert_there(found):
         assert {name: float(found[name]) for name in expected} == pytest.approx(expected, rel=1e-6)
