@@ -4,13 +4,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torchmetrics import Metric
 
 from lightning_ablate.errors import DataError
 
 # float32 logits scored at a time: what a core's cache holds, or enough to keep a GPU busy
 _CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}
+_PIECE = 4096  # classes whose terms are summed in float32, these sums in float64
 
 
 class Scored(NamedTuple):
@@ -45,7 +45,7 @@ def checked(scored: Any) -> Scored:
 
 
 class Scores(NamedTuple):
-    """The scores of each position, ``(n,)``: top1 and top5 bool; cross_entropy and kl float32, nats."""
+    """The scores of each position, ``(n,)``: top1 and top5 bool; cross_entropy and kl float64, nats."""
 
     top1: Tensor
     top5: Tensor
@@ -60,7 +60,7 @@ class Clean(NamedTuple):
     """What the target says of a batch with nothing ablated, made once for all conditions."""
 
     probabilities: Tensor  # (n, classes) float32
-    surprise: Tensor  # (n,) float32, their entropy, in nats
+    surprise: Tensor  # (n,) float64, their entropy, in nats
     rules_out: bool  # whether some class has no probability at all, its logit being -inf
 
     @classmethod
@@ -69,7 +69,9 @@ class Clean(NamedTuple):
         logits, targets, _ = scored
         probabilities = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
         for own, chunk in zip(_chunks(probabilities), _chunks(logits), strict=True):
-            torch.softmax(chunk.float(), 1, out=own)
+            torch.sub(chunk.float(), chunk.amax(1, keepdim=True), out=own)
+            total = _log_total(own)
+            own.div_(total.exp().float().unsqueeze(1))
         rules_out = bool((probabilities == 0).any()) and bool((logits == -torch.inf).any())
         parts = [_scores(*chunk, rules_out=rules_out) for chunk in _chunks(logits, targets, probabilities)]
         return cls(probabilities, torch.cat([surprise for _, _, surprise in parts]), rules_out)
@@ -102,10 +104,20 @@ def _scores(logits: Tensor, targets: Tensor, clean: Tensor, *, rules_out: bool) 
     if logits.is_cuda or bool(tied.any()):  # a GPU need not wait for the answer
         before = torch.arange(logits.shape[1], device=logits.device) < index
         rank += ((logits == right) & before).sum(1, dtype=torch.int32)
-    cross_entropy = functional.cross_entropy(logits, targets, reduction="none")
+    largest = logits.amax(1, keepdim=True)
+    below = logits - largest
     # 0 log 0 is 0: classes that the clean target rules out (logit -inf) add nothing
-    expected = torch.linalg.vecdot(clean, logits.masked_fill(clean == 0, 0.0) if rules_out else logits)
-    return rank, cross_entropy, cross_entropy + right.squeeze(1) - expected
+    told = below.masked_fill(clean == 0, 0.0) if rules_out else below
+    pieces = zip(clean.split(_PIECE, 1), told.split(_PIECE, 1), strict=True)
+    expected = torch.stack([torch.linalg.vecdot(*piece) for piece in pieces]).sum(0, dtype=torch.float64)
+    total = _log_total(below)
+    return rank, total + (largest.double() - right.double()).squeeze(1), total - expected
+
+
+def _log_total(below: Tensor) -> Tensor:
+    """The logarithm of the sum of exponentials, ``(n,)`` float64; ``below`` 0 ``(n, classes)`` is written over."""
+    sums = [piece.sum(1) for piece in below.exp_().split(_PIECE, 1)]
+    return torch.stack(sums).sum(0, dtype=torch.float64).log()
 
 
 class SweepMetrics(Metric):
