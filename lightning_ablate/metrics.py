@@ -108,7 +108,7 @@ def _scores(logits: Tensor, targets: Tensor, clean: Tensor, *, rules_out: bool) 
     below = logits - largest
     # 0 log 0 is 0: classes that the clean target rules out (logit -inf) add nothing
     told = below.masked_fill(clean == 0, 0.0) if rules_out else below
-    pieces = zip(clean.split(_PIECE, 1), told.split(_PIECE, 1), strict=True)
+    pieces = zip(torch.split(clean, _PIECE, 1), torch.split(told, _PIECE, 1), strict=True)
     expected = torch.stack([torch.linalg.vecdot(*piece) for piece in pieces]).sum(0, dtype=torch.float64)
     total = _log_total(below)
     return rank, total + (largest.double() - right.double()).squeeze(1), total - expected
@@ -116,7 +116,7 @@ def _scores(logits: Tensor, targets: Tensor, clean: Tensor, *, rules_out: bool) 
 
 def _log_total(below: Tensor) -> Tensor:
     """The logarithm of the sum of exponentials, ``(n,)`` float64; ``below`` 0 ``(n, classes)`` is written over."""
-    sums = [piece.sum(1) for piece in below.exp_().split(_PIECE, 1)]
+    sums = [piece.sum(1) for piece in torch.split(below.exp_(), _PIECE, 1)]
     return torch.stack(sums).sum(0, dtype=torch.float64).log()
 
 

@@ -13,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_ablate.sites.unfused import unfused
+
 T = TypeVar("T")
 _ByTensor = MutableMapping[Tensor, T]
 
@@ -77,6 +79,7 @@ def trace(target: nn.Module, run: Callable[[], object]) -> Trace:
     """
     tracer = _Tracer()
     with ExitStack() as stack:
+        stack.enter_context(unfused(target.modules()))
         for path, module in target.named_modules():
             stack.callback(module.register_forward_pre_hook(partial(tracer.entering, path)).remove)
             stack.callback(module.register_forward_hook(tracer.leaving, always_call=True).remove)
@@ -146,6 +149,8 @@ class _Tracer(TorchFunctionMode):
             self._set(*args)
         elif not made or not given:
             pass
+        elif name == "multi_head_attention_forward" and hasattr(args[11], "stands_in"):
+            self._label(torch.unflatten(made[0], -1, (args[4], -1)), -1, made[0])
         elif name in _FUSED:
             self._note_call()
         elif name == "scaled_dot_product_attention":
@@ -176,8 +181,8 @@ class _Tracer(TorchFunctionMode):
             self.calls[call][1].add(path)
         self.reads.append(Read(path, width, activations.numel() // max(1, width), made_by, heads))
 
-    def _label(self, output: Tensor, axis: int | None) -> None:
-        """Labels an attention output: everything along the axis of a head's values has one label."""
+    def _label(self, output: Tensor, axis: int | None, whole: Tensor | None = None) -> None:
+        """Labels an attention output, or ``whole``, which holds it: along the axis of a head's values all is alike."""
         if axis is None:
             labels = torch.full_like(output, -1, dtype=torch.int64)
         else:
@@ -187,7 +192,8 @@ class _Tracer(TorchFunctionMode):
             labels = torch.arange(count, device=output.device) + self._labels
             labels = labels.view(shape).expand(output.shape)
             self._labels += count
-        self._attended[output] = _Attended(labels, frozenset([len(self.calls)]))
+        whole = output if whole is None else whole
+        self._attended[whole] = _Attended(labels.reshape(whole.shape), frozenset([len(self.calls)]))
         self._note_call()
 
     def _note_call(self) -> None:

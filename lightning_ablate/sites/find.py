@@ -18,7 +18,8 @@ KINDS = {
     "cross-attention": ("cross-attention",),
     "mlp": ("mlp",),
 }
-_DIGITS = re.compile(r"(?<=[._])\d+")
+_DIGITS = re.compile(r"(?:^|(?<=[._]))\d+")
+_NUMBERED = re.compile(r"(^|_)\d+$")
 _CROSS_PATH = re.compile(r"(^|[._])(cross|encoder_att|encdecatt)", re.IGNORECASE)
 
 
@@ -102,6 +103,8 @@ def _sites(target: nn.Module, seen: Trace) -> list[Site]:
         if around:
             layers[mlp] = around[0]
     shapes = {_DIGITS.sub("*", path) for path in layers if path in mlps}
+    if not attention:  # where it can't be followed, what every layer has
+        shapes = {shape for shape, count in Counter(_DIGITS.sub("*", mlp) for mlp in mlps).items() if count > 1}
     layers |= {mlp: _layer(mlp, mlps) for mlp in mlps if mlp not in layers and _DIGITS.sub("*", mlp) in shapes}
     sites = []
     for read in seen.reads:
@@ -121,45 +124,47 @@ def _sites(target: nn.Module, seen: Trace) -> list[Site]:
 def _modules_around(attention: Sequence[str]) -> tuple[str, ...]:
     """The attention modules that hold these projections, as prefixes of paths; not a layer that holds one itself."""
     modules = {path.rpartition(".")[0] for path in attention}
-    return tuple(module + "." for module in modules if not module.rpartition(".")[2].isdigit())
+    return tuple(module + "." for module in modules if not _NUMBERED.search(module.rpartition(".")[2]))
 
 
 def _layer(path: str, mlps: Sequence[str]) -> str:
     """The closest numbered module around an attention site that has an MLP as well; else the closest numbered one."""
     parts = path.split(".")
-    numbered = [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1) if parts[end - 1].isdigit()]
+    numbered = [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1) if _NUMBERED.search(parts[end - 1])]
     whole = [name for name in numbered if any(mlp.startswith(name + ".") for mlp in mlps)]
     return next(iter(whole or numbered), "")
 
 
 def _is_cross(target: nn.Module, path: str) -> bool:
     parts = path.split(".")
-    around = [type(target.get_submodule(".".join(parts[:end]))).__name__ for end in range(1, len(parts) + 1)]
-    return bool(_CROSS_PATH.search(path)) or any("CrossAtt" in name for name in around)
+    around = [target.get_submodule(".".join(parts[:end])) for end in range(len(parts) + 1)]
+    if parts[-2:-1] == ["multihead_attn"] and hasattr(around[-3], "self_attn"):  # as torch.nn.TransformerDecoderLayer
+        return True
+    return bool(_CROSS_PATH.search(path)) or any("CrossAtt" in type(module).__name__ for module in around)
 
 
 def _check_kind(target: nn.Module, seen: Trace, found: Sequence[Site], word: str) -> None:
-    if seen.lost:
+    if word == "mlp":
+        _check_mlps(target, seen, found)
+    elif seen.lost:
         raise SiteError(
             f"no projection module reads what attention makes in {seen.lost[0] or 'the target itself'} "
             f"({len(seen.lost)} such places): it goes through a fused implementation, bare weights, a keyword or a "
             f"sum; name the sites by a pattern (--ablation.sites); the projections that ran are {_candidates(found)}"
         )
-    if seen.shared:
+    elif seen.shared:
         readers = [site.name for site in found if is_asked(site, "attention")]
         raise SiteError(
             f"what attention makes in {seen.shared[0] or 'the target itself'} is read by several projections, among "
             f"{', '.join(readers[:12])}, or isn't attention at all (a softmax that weighs experts); name the sites by "
             "a pattern (--ablation.sites)"
         )
-    if not any(is_asked(site, "attention") for site in found):
+    elif not any(is_asked(site, "attention") for site in found):
         raise SiteError(
             "found no attention in the target: neither scaled_dot_product_attention nor a softmax and a product ran "
             "(with a fused kernel, choose --model.attn_implementation sdpa or eager); otherwise name the sites by a "
             f"pattern (--ablation.sites); the projections that ran are {_candidates(found)}"
         )
-    if word == "mlp":
-        _check_mlps(target, seen, found)
     if not any(is_asked(site, word) for site in found):
         kinds = ", ".join(sorted({site.kind for site in found} - {"other"}))
         raise SiteError(f"the target has no site of the kind {word!r} (--ablation.sites), it has {kinds}")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ablate.errors import SiteError
+from lightning_ablate.sites.unfused import unfused
 
 Hook = Callable[[Tensor], Tensor | None]
 """Gets a site's activations ``(batch, ..., neurons)``; what it returns, unless None, is used instead."""
@@ -83,6 +84,7 @@ def hooked(target: nn.Module, hooks: Mapping[Site, Hook], *, once: bool = False)
         return None if changed is None else (changed, *inputs[1:])
 
     with ExitStack() as stack:
+        stack.enter_context(unfused(target.get_submodule(path.rpartition(".")[0]) for path in modules))
         for path, uses in modules.items():
             hook = partial(before, path, uses, next(iter(uses.values())).uses)
             stack.callback(target.get_submodule(path).register_forward_pre_hook(hook).remove)
