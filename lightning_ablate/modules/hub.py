@@ -19,6 +19,7 @@ class HubModule(AblationModule):
         revision: branch, tag or commit on the hub.
         dtype: ``auto`` (that of the weights), ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: ``eager``, ``sdpa`` or another one that transformers knows; None lets it choose.
+        gguf_file: the GGUF file under that name, whose weights are dequantised.
         trust_remote_code: runs the code that comes with a hub model. Off unless you have read that code.
     """
 
@@ -29,6 +30,7 @@ class HubModule(AblationModule):
         revision: str | None = None,
         dtype: str = "auto",
         attn_implementation: str | None = None,
+        gguf_file: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__(name)
@@ -36,7 +38,7 @@ class HubModule(AblationModule):
             raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)} (--model.dtype)")
         self._given: list[nn.Module] = []  # in a list, so that it is no submodule before it is the target
         self.revision, self.dtype_name, self.attn_implementation = revision, dtype, attn_implementation
-        self.trust_remote_code = trust_remote_code
+        self.gguf_file, self.trust_remote_code = gguf_file, trust_remote_code
 
     @classmethod
     def of(cls, model: nn.Module, *, name: str | None = None, **beside: Any) -> Self:
@@ -55,13 +57,20 @@ class HubModule(AblationModule):
         """The model that was given, or else by one of transformers' AutoModel classes; TargetError if it can't be."""
         if self._given:
             return self._given[0]
-        return self.beside(auto_class, dtype=self.dtype_name, attn_implementation=self.attn_implementation)
+        options: dict[str, Any] = {"dtype": self.dtype_name, "attn_implementation": self.attn_implementation}
+        if self.gguf_file is not None:
+            from transformers import GgufConfig
+
+            options["quantization_config"] = GgufConfig(dequantize=True)
+        return self.beside(auto_class, **options)
 
     def beside(self, auto_class: str, **options: Any) -> Any:
         """What lies under the name: the model, its tokenizer or image processor; TargetError if it can't be loaded."""
         import transformers
 
         options |= {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        if self.gguf_file is not None:
+            options["gguf_file"] = self.gguf_file
         with loading(self.name, TargetError, "--model.name"):
             return getattr(transformers, auto_class).from_pretrained(resolve(self.name), **options)
 
