@@ -17,7 +17,6 @@ from lightning_ablate.methods import AblationMethod, method_of
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.report import report_neurons, report_results, tabulated
 from lightning_ablate.results import Results
-from lightning_ablate.results.neurons import Neurons
 from lightning_ablate.statistics import ActivationStatistic, Moments, with_needs
 from lightning_ablate.trainer import CHECKPOINT, data_name
 
@@ -53,8 +52,6 @@ class AblationCallback(lightning.Callback):
         run: what the run has found out, and how far it has come; its ``calibration`` holds the statistics.
         folder: where the run's files go, once it has begun; None in a ``fast_dev_run``.
     """
-
-    run: phases.Run
 
     def __init__(
         self,
@@ -117,9 +114,7 @@ class AblationCallback(lightning.Callback):
         last = self._epochs[run.progress.epochs].number == phase.epochs - 1
         if last and isinstance(phase, phases.CalibrationPhase):
             run.partial += trainers.cut_short("calibration", trainer.fit_loop.batch_idx + 1, trainer.train_dataloader)
-            if self.folder is not None and trainer.is_global_zero:
-                neurons = Neurons.of(run.calibration, pl_module.name, data_name(trainer))
-                report_neurons(trainer, neurons, self.folder, self.figures)
+            report_neurons(trainer, run.calibration, pl_module.name, self.folder, self.figures)
             run.calibration.reduce()
         run.progress = phases.Progress(run.progress.epochs + 1)
         if self._unfinished is not None:
@@ -147,8 +142,7 @@ class AblationCallback(lightning.Callback):
         """Computes the results on every rank, and writes them on the first."""
         phase = cast(phases.SweepPhase, pl_module.phase)
         phase.end_epoch()
-        facts = trainers.run_facts(trainer, pl_module, self, self.run.target) | self.run.facts()
-        facts["classes"] = phase.classes
+        facts = trainers.run_facts(trainer, pl_module, self, self.run.target) | self.run.facts(phase.classes)
         facts["partial"] += trainers.cut_short(
             "evaluation", trainer.num_val_batches[0], trainers.evaluation_loader(trainer)
         )
@@ -175,10 +169,8 @@ class AblationCallback(lightning.Callback):
     def on_exception(self, trainer: lightning.Trainer, pl_module: AblationModule, exception: BaseException) -> None:  # type: ignore[override]
         """Lets the phase and the folder go, as Lightning doesn't tear down then; says how to go on."""
         pl_module.phase = None
-        if self._unfinished is not None:
-            self._unfinished.release()
-            if isinstance(exception, KeyboardInterrupt):
-                trainer.print(f"stopped; the same command with --ablation.dirpath {self.folder} goes on")
+        if self._unfinished is not None and self._unfinished.leave() and isinstance(exception, KeyboardInterrupt):
+            trainer.print(f"stopped; the same command with --ablation.dirpath {self.folder} goes on")
 
     def state_dict(self) -> dict[str, Any]:
         """What calibration and learning have found out so far."""

@@ -12,12 +12,13 @@ import numpy as np
 import pandas as pd
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lightning_ablate.calibration import Calibration
 from lightning_ablate.conditions import Condition
 from lightning_ablate.metrics import METRICS, SweepMetrics
 from lightning_ablate.results import Results
 from lightning_ablate.results.folder import versions
 from lightning_ablate.results.neurons import Neurons
-from lightning_ablate.trainer import CHECKPOINT, OPTIONS
+from lightning_ablate.trainer import CHECKPOINT, OPTIONS, data_name
 
 
 def tabulated(
@@ -43,8 +44,13 @@ def _examples(metrics: SweepMetrics, conditions: int) -> pd.DataFrame | None:
     return pd.DataFrame({"n": np.tile(n, conditions), **scores}, index=pairs).reset_index()
 
 
-def report_neurons(trainer: lightning.Trainer, neurons: Neurons, folder: Path, forms: Sequence[str]) -> None:
+def report_neurons(
+    trainer: lightning.Trainer, calibration: Calibration, model: str, folder: Path | None, forms: Sequence[str]
+) -> None:
     """Writes the files of the neurons, and gives TensorBoard histograms of their shapes."""
+    if folder is None or not trainer.is_global_zero:
+        return
+    neurons = Neurons.of(calibration, model, data_name(trainer))
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             neurons.to_tensorboard(logger.experiment)

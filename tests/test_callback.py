@@ -135,7 +135,7 @@ def test_a_stream_without_a_length_is_evaluated_whole(tmp_path, capsys):
     _, callback = tiny.fit(tmp_path / "stream", train=train, val=val)
     assert "the data tell no length" in capsys.readouterr().out
     _, whole = tiny.fit(tmp_path / "whole")
-    pd.testing.assert_frame_equal(callback.results.table, whole.results.table, check_exact=True)
+    pd.testing.assert_frame_equal(callback.results.table, whole.results.table, rtol=1e-12)  # summed in another order
     assert callback.results.examples is None and not (tmp_path / "stream" / "examples.parquet").exists()
 
 

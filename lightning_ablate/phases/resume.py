@@ -52,11 +52,12 @@ class Run:
         about = {"target": self.target, "held_out": dict(self.held_out), "partial": list(self.partial)}
         return {**about, "calibration": self.calibration.state_dict()}
 
-    def facts(self) -> dict[str, Any]:
-        """What run.json says of it."""
+    def facts(self, classes: int) -> dict[str, Any]:
+        """What run.json says of it, and of the number of classes."""
         sites = [asdict(site) for site in self.calibration.sites]
         seconds = round(time.monotonic() - self.began, 1)
-        return {"held_out": self.held_out, "sites": sites, "partial": list(self.partial), "seconds": seconds}
+        about = {"held_out": self.held_out, "sites": sites, "partial": list(self.partial)}
+        return {**about, "classes": classes, "seconds": seconds}
 
     def load_state_dict(self, state: Mapping[str, Any], target: nn.Module, **options: Any) -> None:
         """Takes it from a :meth:`state_dict`, see :func:`check_target` and :meth:`Calibration.from_state_dict`."""
@@ -129,6 +130,11 @@ class Unfinished:
         """Forgets the run, which has ended."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.release()
+
+    def leave(self) -> bool:
+        """Unlocks the folder of a run that ends before its time; whether there is something to go on from."""
+        self.release()
+        return is_unfinished(self.folder.parent)
 
     def _taken(self) -> str:
         """Locks the folder against other runs, until this one ends in any way; what is said if one is going on."""
