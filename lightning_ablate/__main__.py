@@ -17,7 +17,7 @@ COMMANDS = {
     "validate": "sweeps again with the statistics of a checkpoint (--ckpt_path), under other options if you like",
 }
 PROGRAM = "python -m lightning_ablate"
-_FAULTS = errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOENT, errno.ENOTDIR
+_FAULTS = errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EFBIG
 USAGE = f"""usage: {PROGRAM} {{{",".join(COMMANDS)}}} [options]
 
 Evaluates neuron ablation in transformers: what a model loses, and what to put in a neuron's place.

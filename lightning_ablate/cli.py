@@ -26,14 +26,15 @@ from lightning_ablate.data import (
 )
 from lightning_ablate.errors import AblationError, ConfigError, TargetError, loading
 from lightning_ablate.modules import AblationModule
+from lightning_ablate.phases import is_unfinished
 from lightning_ablate.progress import SweepProgressBar
 
 # jsonargparse lists every type it tried; what went wrong is said in between
 _TRIED = re.compile(r"Does not validate|Subtypes:|Errors:|Given value|- Expected a <class 'NoneType'>")
 _BETTER = {
-    r'Parser key "([\w.]+)":': r"--\1:",
+    r'Parser key "(?:fit\.|validate\.)?([\w.]+)":': r"--\1:",
     r"Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing\.Literal)": r"expected \1",
-    r"\bfit\.|\bvalidate\.": "--",
+    r"required: (?:fit|validate)\.": "required: --",
 }
 _UNKNOWN = re.compile(r"--([\w.]+): Expected a path but (\S+) ")
 _KINDS: dict[str, type] = {"model": AblationModule, "data": AblationDataModule, "ablation.neurons": Choice}
@@ -46,8 +47,11 @@ class ConfigInCheckpoint(SaveConfigCallback):
     def save_config(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Writes config.yaml into the run's folder, which holds no earlier one."""
         folder = next(c for c in trainer.callbacks if isinstance(c, AblationCallback)).folder  # type: ignore[attr-defined]
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+        if folder is not None and not is_unfinished(folder):  # whose own is there, and the same if it goes on
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"can't make {str(folder)!r}: {error.strerror} (--ablation.dirpath)") from error
             self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=True)
 
     def state_dict(self) -> dict[str, Any]:

@@ -109,7 +109,8 @@ def _scores(logits: Tensor, targets: Tensor, clean: Tensor, *, rules_out: bool) 
     # 0 log 0 is 0: classes that the clean target rules out (logit -inf) add nothing
     told = below.masked_fill(clean == 0, 0.0) if rules_out else below
     pieces = zip(torch.split(clean, _PIECE, 1), torch.split(told, _PIECE, 1), strict=True)
-    expected = torch.stack([torch.linalg.vecdot(*piece) for piece in pieces]).sum(0, dtype=torch.float64)
+    # no matrix product, which autocast and TF32 would make less precise
+    expected = torch.stack([(one * other).sum(1) for one, other in pieces]).sum(0, dtype=torch.float64)
     total = _log_total(below)
     return rank, total + (largest.double() - right.double()).squeeze(1), total - expected
 

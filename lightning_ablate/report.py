@@ -70,8 +70,9 @@ def report_results(trainer: lightning.Trainer, results: Results, folder: Path | 
             notes = ["", f"TensorBoard: tensorboard --logdir {logger.root_dir}"]
         else:
             logger.log_hyperparams({name: results.facts[name] for name in OPTIONS})
-        if hasattr(logger, "log_image"):  # Weights & Biases, and what is like it
-            logger.log_image(results.figure_name, [str(path) for path in paths if path.suffix == ".png"])
+        pictures = [str(path) for path in paths if path.suffix == ".png"]
+        if pictures and hasattr(logger, "log_image"):  # Weights & Biases, and what is like it
+            logger.log_image(results.figure_name, pictures)
     return "\n".join(["", str(results), "", *map(str, paths), *notes])
 
 

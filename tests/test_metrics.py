@@ -38,6 +38,13 @@ def test_scores_equal_torch_in_float64(n, classes, dtype):
     assert bool((scores(logits, targets, logits.clone()).kl == 0).all())  # exactly
 
 
+def test_autocast_makes_no_score_less_precise():
+    logits, clean, targets = case(9, 5_000)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = scores(logits, targets, clean)
+    assert all(map(torch.equal, found, scores(logits, targets, clean)))
+
+
 def test_equal_logits_rank_as_argmax_ranks_them():
     logits = torch.zeros(1, 8, dtype=torch.bfloat16)
     found = scores(logits.expand(8, 8), torch.arange(8), logits.expand(8, 8))

@@ -1,5 +1,8 @@
 """A run that died goes on, to the same bytes; test_kills.py is the same with the real command."""
 
+import os
+import signal
+import time
 from contextlib import nullcontext
 from copy import copy
 
@@ -98,7 +101,7 @@ def test_what_is_gone_on_from_is_the_last_that_all_processes_saved(tmp_path):
         first.save(progress, {"x": torch.tensor(progress.batches)})
     second.save(Progress(2, 9), {})
     names = sorted(path.name for path in (tmp_path / "unfinished").iterdir())
-    assert names == ["2.10.0.pt", "2.9.0.pt", "2.9.1.pt", "run.json"]
+    assert names == ["2.10.0.pt", "2.9.0.pt", "2.9.1.pt", "lock", "run.json"]
     again = Unfinished(tmp_path, 0, 2, 60.0)
     with pytest.raises(ConfigError, match="a run is going on in"):
         again.claim({"seeds": [1, 2]}, copy)
@@ -107,6 +110,28 @@ def test_what_is_gone_on_from_is_the_last_that_all_processes_saved(tmp_path):
     assert again.read(Progress(2, 9)) == {"x": torch.tensor(9)}
     again.close()
     assert not is_unfinished(tmp_path)
+
+
+def test_a_run_that_is_going_on_keeps_its_folder_and_one_that_leaves_takes_only_what_it_made(tmp_path):
+    live = Unfinished(tmp_path / "run", 0, 1, 0.0)
+    live.claim({}, copy)
+    other = Unfinished(tmp_path / "run", 0, 1, 0.0)
+    with pytest.raises(ConfigError, match="a run is going on in .*run; wait for it"):
+        other.claim({}, copy)
+    other.leave()
+    assert (tmp_path / "run" / "unfinished").is_dir()
+    child = os.fork()  # as a worker that loads data, which holds the lock as well
+    if not child:
+        live.release()
+        time.sleep(60)
+    live.leave()
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    other.claim({}, copy)
+    other.leave()
+    assert (tmp_path / "run").is_dir()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
 
 
 def test_a_damaged_save_is_refused_in_a_line(tmp_path):

@@ -51,7 +51,7 @@ COMMANDS = [  # the command, and what its message names
     ("fit --ablation.neurons=Ranked --ablation.neurons.by=size", "--by: expected ['sd', 'rms'"),
     ("fit --ablation.neurons=Random --ablation.neurons.unit=head --ablation.sites=mlp", "--ablation.sites"),
     ("fit --ablation.dirpath=file", "--ablation.dirpath"),
-    ("fit --ablation.dirpath=file/below", "could not write file/below: Not a directory"),
+    ("fit --ablation.dirpath=file/below", "can't make 'file/below': Not a directory (--ablation.dirpath)"),
     ("fit --ablation.save_every=soon", "--ablation.save_every"),
     ("fit --model=NoSuchModel", "--model: no such class 'NoSuchModel', expected CausalLM, ImageClassifier"),
     ("fit --model=torch.nn.Linear", "--model: no such class 'torch.nn.Linear', expected CausalLM"),

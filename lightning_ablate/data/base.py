@@ -160,7 +160,8 @@ class SourceData(AblationDataModule):
         budgets: how much calibrates, and how much is evaluated.
         subset: which configuration of a hub data set.
         calibration_split: the split that calibrates.
-        evaluation_split: the split that is evaluated; it may be the same one, as nothing is used for both.
+        evaluation_split: the split that is evaluated; it may be the same one, as nothing is used for both. None takes
+            ``validation`` where there is one.
         streaming: reads only as far as the budgets need, without downloading the rest.
         shuffle_seed: shuffles with this seed, as many sources are sorted by class; None keeps the order.
         batch_size: examples per forward pass and process.
@@ -175,14 +176,14 @@ class SourceData(AblationDataModule):
         *,
         subset: str | None = None,
         calibration_split: str = "train",
-        evaluation_split: str = "validation",
+        evaluation_split: str | None = None,
         streaming: bool = False,
         shuffle_seed: int | None = 0,
         batch_size: int = 16,
         num_workers: int = 0,
     ) -> None:
         super().__init__(name, batch_size=batch_size, num_workers=num_workers)
-        self.splits: dict[Purpose, str] = {"calibration": calibration_split, "evaluation": evaluation_split}
+        self.splits: dict[Purpose, str | None] = {"calibration": calibration_split, "evaluation": evaluation_split}
         self.subset, self.streaming, self.shuffle_seed = subset, streaming, shuffle_seed
         self.unit, self.reached = unit, dict[Purpose, int]()
         self.given: Any = None
@@ -210,11 +211,10 @@ class SourceData(AblationDataModule):
         if self.given is not None:
             return self.given if self.shuffle_seed is None else self.given.shuffle(seed=self.shuffle_seed)
         options: Any = {"subset": self.subset, "streaming": self.streaming, "shuffle_seed": self.shuffle_seed}
-        split = self.splits[purpose]
         try:
-            return open_source(self.name, split=split, **options)
+            return open_source(self.name, split=self.splits[purpose] or "validation", **options)
         except DataError as error:
-            if split != "validation" or purpose == "calibration" or split not in str(error):
+            if self.splits[purpose] or not ("Unknown split" in str(error) or isinstance(error.__cause__, KeyError)):
                 raise
             self.splits[purpose] = self.splits["calibration"]
             rank_zero_info(f"{self.name} has no split 'validation': what calibration leaves is evaluated")

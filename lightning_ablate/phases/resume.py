@@ -1,6 +1,5 @@
 """What a run has done so far; kept in its folder while unfinished, so that the same command goes on from there."""
 
-import fcntl
 import io
 import json
 import os
@@ -20,7 +19,12 @@ from lightning_ablate.calibration import Calibration, check_target
 from lightning_ablate.errors import ConfigError, StatisticsError, loading
 from lightning_ablate.results.folder import write_whole
 
-FOLDER, RUN = "unfinished", "run.json"
+try:
+    import fcntl
+except ImportError:  # Windows, where two runs in one folder aren't told
+    fcntl = None  # type: ignore[assignment]
+
+FOLDER, RUN, LOCK = "unfinished", "run.json", "lock"
 
 
 class Progress(NamedTuple):
@@ -90,11 +94,10 @@ class Unfinished:
         problem, progress = "", Progress()
         if self._rank == 0:
             self._run = json.loads(json.dumps(run, default=str))
-            problem = self._taken() or self._other(self._run)
-            if not is_unfinished(self.folder.parent):
-                shutil.rmtree(
-                    self.folder, ignore_errors=True
-                )  # files that another run's processes left before it was told for which run they are
+            problem = self._locked() or self._other(self._run)
+            stale = [] if problem or is_unfinished(self.folder.parent) else self.folder.glob("*.pt")
+            for path in stale:  # which another run's processes left before it was told for which run they are
+                path.unlink()
             known = [{_progress(path) for path in self.folder.glob(f"*.{rank}.pt")} for rank in range(self._processes)]
             progress = max(set.intersection(*known), default=progress)
         problem, progress = broadcast((problem, progress))
@@ -136,22 +139,24 @@ class Unfinished:
         self.release()
         return is_unfinished(self.folder.parent)
 
-    def _taken(self) -> str:
-        """Locks the folder against other runs, until this one ends in any way; what is said if one is going on."""
+    def _locked(self) -> str:
+        """Locks the folder against other runs, until this one ends in any way; what is said if it can't."""
+        parent = self.folder.parent
+        made = not parent.exists()
         try:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT)
         except OSError as error:
-            return f"can't make the folder {str(self.folder.parent)!r}: {error.strerror} (--ablation.dirpath)"
-        folder = os.open(self.folder.parent, os.O_RDONLY)
-        self.release = weakref.finalize(self, _let_go, folder, self.folder.parent)
+            return f"can't write into the folder {str(parent)!r}: {error.strerror} (--ablation.dirpath)"
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if fcntl is not None:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return (
-                f"a run is going on in {self.folder.parent}; wait for it, or name another folder (--ablation.dirpath)"
-            )
+            os.close(lock)
+            return f"a run is going on in {parent}; wait for it, or name another folder (--ablation.dirpath)"
         except OSError:  # a file system that knows no locks
             pass
+        self.release = weakref.finalize(self, _let_go, lock, self.folder, made, os.getpid())
         return ""
 
     def _other(self, run: Mapping[str, Any]) -> str:
@@ -173,10 +178,18 @@ class Unfinished:
         return self.folder / f"{progress.epochs}.{progress.batches}.{self._rank}.pt"
 
 
-def _let_go(lock: int, folder: Path) -> None:
-    os.close(lock)
-    with suppress(OSError):  # it holds something
-        folder.rmdir()
+def _let_go(lock: int, folder: Path, made: bool, process: int) -> None:
+    """Unlocks a folder, and removes what this run made if there is nothing in it; not in a process forked from it."""
+    if os.getpid() == process:
+        if fcntl is not None:
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_UN)  # which a worker that was forked holds as well
+        os.close(lock)
+        if not (folder / RUN).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # it holds something
+            if made:
+                folder.parent.rmdir()
 
 
 def is_unfinished(folder: Path) -> bool:

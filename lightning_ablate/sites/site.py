@@ -84,7 +84,7 @@ def hooked(target: nn.Module, hooks: Mapping[Site, Hook], *, once: bool = False)
         return None if changed is None else (changed, *inputs[1:])
 
     with ExitStack() as stack:
-        stack.enter_context(unfused(target.get_submodule(path.rpartition(".")[0]) for path in modules))
+        stack.enter_context(unfused(target.modules()))
         for path, uses in modules.items():
             hook = partial(before, path, uses, next(iter(uses.values())).uses)
             stack.callback(target.get_submodule(path).register_forward_pre_hook(hook).remove)

@@ -20,11 +20,12 @@ class _Whole(nn.Module):
 
 @contextmanager
 def unfused(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Lets every MultiheadAttention among the modules call its ``out_proj``, batch first; others are left alone.
+    """Lets every MultiheadAttention among the modules call its ``out_proj``, batch first.
 
-    Their fused fast paths, and those of the encoder layers around them, are off for as long.
+    Those with a ``forward`` of their own are left alone. The fused fast paths, those of the encoder layers around them
+    too, are off for as long.
     """
-    fused = [module for module in modules if isinstance(module, nn.MultiheadAttention)]
+    fused = [one for one in modules if isinstance(one, nn.MultiheadAttention) and _is_plain(one)]
     with ExitStack() as stack:
         if fused:
             stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
@@ -35,11 +36,15 @@ def unfused(modules: Iterable[nn.Module]) -> Iterator[None]:
         yield
 
 
+def _is_plain(module: nn.MultiheadAttention) -> bool:
+    return type(module).forward is nn.MultiheadAttention.forward and "forward" not in vars(module)
+
+
 def _forward(module: nn.MultiheadAttention, whole: _Whole, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     own = module.out_proj
     module.out_proj = whole  # type: ignore[assignment]
     try:
-        made, weights = type(module).forward(module, *args, **kwargs)
+        made, weights = nn.MultiheadAttention.forward(module, *args, **kwargs)
     finally:
         module.out_proj = own
     if made.ndim == 3 and not module.batch_first:

@@ -81,6 +81,14 @@ def test_an_encoder_is_ablated_as_one_written_by_hand(batch_first, norm_first, m
         expected = by_hand(layer, expected, padding[:, None, None, :])
     found, real = found if batch_first else found.transpose(0, 1), ~padding
     torch.testing.assert_close(found[real], expected[real], rtol=0, atol=1e-5)
+    with ablated(target, {}):
+        nothing = target(given, **options)
+    feeds = {site.name: torch.zeros(32, dtype=torch.bool) for site in sites if site.kind == "mlp"}
+    with ablated(target, feeds):  # which with a mask would get nested tensors from the fast path
+        assert torch.equal(target(given, **options), nothing)
+    with ablated(target, masks), ablated(target, feeds):
+        again = target(given, **options)
+    torch.testing.assert_close(again if batch_first else again.transpose(0, 1), found, rtol=0, atol=0)
     assert torch.equal(target(given, **options), clean) and torch.backends.mha.get_fastpath_enabled()
     assert not any("forward" in vars(module) for module in target.modules()) and reference.hooks(target) == 0
 
@@ -101,6 +109,22 @@ def test_cross_attention_of_ones_own_with_other_widths_and_weights():
         expected = Heads(own)(x, other.transpose(0, 1), values.transpose(0, 1))
     torch.testing.assert_close(found[0].transpose(0, 1), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(found[1], weights)
+
+
+@torch.no_grad()
+def test_one_with_a_forward_of_its_own_is_refused_and_left_as_it_is():
+    class Scaled(nn.MultiheadAttention):
+        def forward(self, *inputs):
+            return 3 * super().forward(*inputs)[0]
+
+    own = nn.MultiheadAttention(16, 4)
+    own.forward = lambda *inputs: nn.MultiheadAttention.forward(own, *inputs)[0]
+    for attention in (Scaled(16, 4), own):
+        target, x, before = nn.Sequential(attention), torch.randn(5, 2, 16), vars(attention).get("forward")
+        target.forward = lambda target=target, x=x: target[0](x, x, x)
+        with pytest.raises(SiteError, match="no projection module reads what attention makes"):
+            find_sites(target, target.forward)
+        assert vars(attention).get("forward") is before
 
 
 @torch.no_grad()
