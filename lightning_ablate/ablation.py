@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from lightning_ablate.calibration import Calibration
@@ -42,6 +43,7 @@ def ablated(
         if isinstance(given, Edit):
             edits[place] = given  # type: ignore[index]
             continue
+        given = torch.as_tensor(given)
         site = _site(target, str(place), given, calibration)
         if chosen.needs_batch:
             raise ConfigError(

@@ -55,9 +55,9 @@ class AblationCallback(lightning.Callback):
 
     def __init__(
         self,
-        methods: Sequence[AblationMethod | str] = ("zero", "mean", "peak"),
-        fractions: Sequence[float] = PAPER_FRACTIONS,
-        seeds: Sequence[int] = PAPER_SEEDS,
+        methods: Sequence[AblationMethod | str] | str = ("zero", "mean", "peak"),
+        fractions: Sequence[float] | float = PAPER_FRACTIONS,
+        seeds: Sequence[int] | int = PAPER_SEEDS,
         sites: Sequence[str] | str = "attention",
         neurons: Choice | None = None,
         dirpath: str | Path | None = None,

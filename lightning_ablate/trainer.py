@@ -51,7 +51,8 @@ def folder_of(trainer: lightning.Trainer, dirpath: str | Path | None) -> Path | 
         raise ConfigError(f"{str(given)!r} is a file, expected a folder for the run's files (--ablation.dirpath)")
     folder = None
     if given is not None and trainer.is_global_zero:
-        folder = fresh_folder(Path(given), unless=is_unfinished)
+        # what died is gone on with where the folder was named
+        folder = fresh_folder(Path(given), unless=is_unfinished if dirpath else lambda folder: False)
     return trainer.strategy.broadcast(folder)
 
 

@@ -8,7 +8,19 @@ import pandas as pd
 import pytest
 import torch
 
-from lightning_ablate import AblationCallback, Calibration, Only, Ranked, Results, Scored, TextData, Zero, ablated, load
+from lightning_ablate import (
+    AblationCallback,
+    Calibration,
+    ConstantMethod,
+    Only,
+    Ranked,
+    Results,
+    Scored,
+    TextData,
+    Zero,
+    ablated,
+    load,
+)
 from lightning_ablate.__main__ import main
 from lightning_ablate.errors import AblationError
 from tests import tiny
@@ -24,22 +36,22 @@ COMMANDS = [  # the command, and what its message names
     ("test", "'test', expected fit or validate"),
     ("fit extra", "extra"),
     ("fit --ablation.methds=[zero]", "--ablation.methds"),
-    ("fit --ablation.methods=[zero,maen]", "--ablation.methods has no 'maen'; known: conditional-mean "),
+    ("fit --ablation.methods=[zero,maen]", "--ablation.methods has no 'maen'; alike: mean"),
     ("fit --ablation.methods=[]", "--ablation.methods"),
     ("fit --ablation.methods=[zero,zero]", "--ablation.methods"),
     ("fit --ablation.methods=3", "--ablation.methods"),
     ("fit --ablation.methods='[{class_path: Optimal, init_args: {stesp: 2}}]'", "--ablation.methods"),
     ("fit --ablation.methods='[{class_path: Optimall}]'", "Optimall}] (--ablation.methods)"),
-    ("fit --ablation.methods=[my_module.Largest]", "my_module.Largest (--ablation.methods)"),
+    ("fit --ablation.methods=[my_module.Largest]", "(--ablation.methods): No module named 'my_module'"),
     ("fit --ablation.methods=[torch.nn.Linear]", "torch.nn.Linear (--ablation.methods)"),
     ("fit --ablation.methods='[{class_path: Optimal, init_args: {steps: 0}}]'", "steps is 0"),
     ("fit --ablation.methods='[{class_path: ConditionalMean, init_args: {ridge: -1}}]'", "ridge is -1.0, expected"),
     ("fit --ablation.methods=[resample-ids]", "'ids', which ImageClassifier doesn't make"),
     ("fit --ablation.fractions=[1.5]", "--ablation.fractions"),
     ("fit --ablation.fractions=[]", "--ablation.fractions"),
-    ("fit --ablation.fractions=half", "--ablation.fractions: expected Sequence. Got value: half"),
+    ("fit --ablation.fractions=half", "--ablation.fractions: expected Sequence"),
     ("fit --ablation.seeds=[]", "--ablation.seeds"),
-    ("fit --ablation.seeds=[1.5]", "--ablation.seeds: expected int. Got value: 1.5"),
+    ("fit --ablation.seeds=[1.5]", "--ablation.seeds: expected "),
     ("fit --ablation.sites=*.o_proj", "'*.o_proj' (--ablation.sites) matches no module"),
     ("fit --ablation.sites=cross-attention", "'cross-attention' (--ablation.sites), it has mlp, self-attention"),
     ("fit --ablation.sites=blocks.0.norm1", "--ablation.sites"),
@@ -131,6 +143,13 @@ class Wrong(tiny.Own):
         return self.make(batch, tiny.Own.evaluate(self, batch))
 
 
+class Short(ConstantMethod):
+    name = "short"
+
+    def values(self, site, statistics):
+        return torch.zeros(3)
+
+
 def scored(make):
     return lambda folder: tiny.fit(folder, module=Wrong(make))
 
@@ -172,6 +191,8 @@ CALLS = [  # what is called, and what its message names
     (scored(lambda batch, right: Scored(right.logits[0], *right[1:])), "expected (n, classes), (n,) and (n,)"),
     (scored(lambda batch, right: Scored(right.logits, right.targets + 9999, right.example)), "the labels run from"),
     (scored(lambda batch, right: right._replace(example=right.example % 3)), "`example` must be its place"),
+    (scored(lambda batch, right: right._replace(example=right.example + 6)), "beyond the 6 of the evaluation data"),
+    (lambda folder: tiny.fit(folder, callback=AblationCallback([Short()])), "short gives values (3,) at transformer.h"),
 ]
 
 

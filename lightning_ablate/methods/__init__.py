@@ -2,8 +2,10 @@
 
 import inspect
 from collections.abc import Iterator
+from difflib import get_close_matches
+from importlib import import_module
 
-from lightning_ablate.errors import ConfigError
+from lightning_ablate.errors import ConfigError, loading
 from lightning_ablate.methods.base import Ablation, AblationMethod, Affine, Batch, Edit, Replacement, Source, constant
 from lightning_ablate.methods.conditional import ConditionalMean, ConditionalMeanPerHead
 from lightning_ablate.methods.constants import ConstantMethod, HalfSampleMode, Mean, Median, Mode, Peak, Zero
@@ -33,11 +35,15 @@ def method_of(given: AblationMethod | str) -> AblationMethod:
     name = str(given)
     known = {method.name: method for method in _concrete(AblationMethod)}  # type: ignore[type-abstract]
     if "class_path" in name or "." in name:
-        raise ConfigError(
-            f"can't make a method of {name:.160} (--ablation.methods): is the class path, or an option's name, wrong?"
-        )
+        why = "is the class path, or an option's name, wrong?"
+        if "class_path" not in name:
+            module, _, kind = name.rpartition(".")
+            with loading(name, ConfigError, "--ablation.methods"):
+                why = f"{getattr(import_module(module), kind)!r:.60} is no AblationMethod"
+        raise ConfigError(f"can't make a method of {name:.120} (--ablation.methods): {why}")
     if name not in known:
-        raise ConfigError(f"--ablation.methods has no {name!r:.24}; known: {' '.join(sorted(known)):.235}")
+        close = ", ".join(get_close_matches(name, known, 2)) or "none"
+        raise ConfigError(f"--ablation.methods has no {name!r:.24}; alike: {close}; known: {' '.join(known):.190}")
     return known[name]()
 
 

@@ -5,6 +5,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from lightning_ablate.errors import ConfigError
 from lightning_ablate.methods.base import Ablation, AblationMethod, Replacement, constant
 from lightning_ablate.sites import Site
 from lightning_ablate.statistics import Histogram, Moments, SiteStatistics
@@ -19,7 +20,12 @@ class ConstantMethod(AblationMethod):
 
     def prepare(self, ablation: Ablation) -> Replacement:
         """The values as a replacement."""
-        return constant(self.values(ablation.site, ablation.statistics).to(ablation.mask.device))
+        site, values = ablation.site, self.values(ablation.site, ablation.statistics)
+        if values.shape != (site.width,):
+            raise ConfigError(
+                f"{self.name} gives values {tuple(values.shape)} at {site.name}, expected ({site.width},)"
+            )
+        return constant(values.to(ablation.mask.device))
 
 
 class Zero(ConstantMethod):

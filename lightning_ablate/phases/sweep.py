@@ -147,9 +147,14 @@ class SweepPhase(Phase):
         return edits
 
     def _check_examples(self, example: Tensor) -> None:
-        """Raises DataError if a batch holds an example that an earlier one held, as the intervals are over examples."""
+        """Raises DataError unless a batch's examples are new and of the data, as the intervals are over examples."""
         known = self.metrics.by_example
-        here = example[(example >= 0) & (example < self.metrics.examples)]
+        if self.metrics.examples and int(example.max()) >= self.metrics.examples:
+            raise DataError(
+                f"example {int(example.max())} is beyond the {self.metrics.examples} of the evaluation data: Scored's "
+                "`example`, or a batch's `index`, must be its place in them, from 0"
+            )
+        here = example[example >= 0]
         if known is not None and bool((again := known[0][here] > 0).any()):
             raise DataError(
                 f"example {int(here[again][0])} comes in two batches: Scored's `example` must be its place in the "

@@ -17,7 +17,7 @@ _SAME = 1e-4  # nats that baselines of the same data may differ by, on other mac
 _SAME_EXAMPLES = ["example", "n"]
 
 
-def load(folders: Sequence[Path | str]) -> list[Results]:
+def load(folders: Sequence[Path | str] | Path | str) -> list[Results]:
     """The results of runs, joined where they are of the same target and data: one for each, in the folders' order.
 
     Methods of runs with other neurons or sites are named by what differs, like ``mean (unit=head)``; a method that
@@ -28,7 +28,8 @@ def load(folders: Sequence[Path | str]) -> list[Results]:
         DataError: if a folder holds no results, or what can't be joined: single parts, or runs of other data.
     """
     found: dict[tuple[str, str], dict[Path, Results]] = {}
-    for folder in dict.fromkeys(Path(os.path.abspath(folder)) for folder in folders):
+    given = [folders] if isinstance(folders, str | Path) else folders
+    for folder in dict.fromkeys(Path(os.path.abspath(folder)) for folder in given):
         results = Results.load(folder)
         if results.parts:
             raise DataError(f"{folder} holds single sites, layers or heads, which make no curve; draw it by itself")

@@ -37,7 +37,7 @@ def test_constant_methods_give_what_they_say(edit):
 def test_what_is_missing_or_unknown_is_refused():
     seven = type("Seven", (methods.AblationMethod,), {"name": "a-seven", "prepare": None})
     assert isinstance(method_of("a-seven"), seven)
-    with pytest.raises(ConfigError, match="has no 'maen'; known: a-seven .*half-sample-mode "):
+    with pytest.raises(ConfigError, match="has no 'maen'; alike: mean, .*; known: .*conditional-mean "):
         method_of("maen")
     with pytest.raises(ConfigError, match=r"got the class Mean; expected Mean\(\)"):
         method_of(Mean)
