@@ -35,13 +35,13 @@ class AblationCallback(lightning.Callback):
             ``median``, ``positional-mean``, ``noise``, ``conditional-mean``, ``conditional-mean-per-head``,
             ``optimal``, ``conditional-optimal``, ``resample-same-position``, ``resample-any-position``,
             ``resample-characters``, ``resample-ids``, ``resample-generated``, ``resample-pixels``), instances, or class
-            paths of subclasses of :class:`~lightning_ablate.AblationMethod`.
+            paths of subclasses of AblationMethod.
         fractions: shares of each site's neurons, 0 to 1.
         seeds: of the choice of neurons, and of what a method draws.
         sites: ``attention`` (the default: of every layer), ``self-attention``, ``cross-attention``, ``mlp``, and
             shell-style patterns of module paths (``*.0.attn.c_proj``).
         neurons: which of them go, and in which portions: ``Random`` (the default), ``Ranked``, ``EachHead``,
-            ``EachLayer``, ``Only``, or a class path of a subclass of :class:`~lightning_ablate.Choice`.
+            ``EachLayer``, ``Only``, or a class path of a subclass of Choice.
         dirpath: the folder for the run's files; None takes the logger's. If a run with the same configuration died
             there, this one goes on from where it was.
         save_every: seconds from one save of an unfinished sweep to the next.

@@ -155,7 +155,7 @@ class SourceData(AblationDataModule):
     """Examples from a source that `datasets` reads.
 
     Args:
-        name: see :func:`~lightning_ablate.data.source.open_source`.
+        name: a hub name, a local folder, or files or a glob of parquet, json, jsonl, csv or txt.
         unit: what the budgets count, as the options call it: ``tokens``, ``images`` or ``examples``.
         budgets: how much calibrates, and how much is evaluated.
         subset: which configuration of a hub data set.

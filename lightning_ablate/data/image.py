@@ -39,7 +39,7 @@ class ImageData(SourceData):
     """Labelled images: the calibration images first, then the evaluation images from what is left.
 
     Args:
-        name: see :func:`~lightning_ablate.data.source.open_source`.
+        name: a hub name, a local folder, or files or a glob of parquet, json, jsonl, csv or txt.
         image_column: the column with the images.
         label_column: the column with the class indices.
         calibration_images: budget of images.

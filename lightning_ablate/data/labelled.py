@@ -18,7 +18,7 @@ class TextRows(SourceData):
     """Rows of a source, each one example: the calibration examples first, then the evaluation examples.
 
     Args:
-        name: see :func:`~lightning_ablate.data.source.open_source`.
+        name: a hub name, a local folder, or files or a glob of parquet, json, jsonl, csv or txt.
         columns: those that an example is made from.
         calibration_examples: budget.
         evaluation_examples: budget.
@@ -73,7 +73,7 @@ class LabelledTexts(TextRows):
     """Texts with a class.
 
     Args:
-        name: see :func:`~lightning_ablate.data.source.open_source`.
+        name: a hub name, a local folder, or files or a glob of parquet, json, jsonl, csv or txt.
         text_column: the column with the text.
         second_text_column: the column with the second text, where a pair is classified.
         label_column: the column with the class indices.
@@ -106,7 +106,7 @@ class TextPairs(TextRows):
     """Pairs of a text to read and a text to predict.
 
     Args:
-        name: see :func:`~lightning_ablate.data.source.open_source`.
+        name: a hub name, a local folder, or files or a glob of parquet, json, jsonl, csv or txt.
         source_column: the column with the text to read.
         target_column: the column with the text to predict.
         prefix: stands before each text to read (``summarize: ``), where the target was trained so.

@@ -18,7 +18,7 @@ class TextData(SourceData):
     or passed by less than one sequence.
 
     Args:
-        name: see :func:`~lightning_ablate.data.source.open_source`.
+        name: a hub name, a local folder, or files or a glob of parquet, json, jsonl, csv or txt.
         text_column: the column with the text.
         calibration_tokens: budget of tokens, padding not counted.
         evaluation_tokens: budget of tokens, padding not counted.

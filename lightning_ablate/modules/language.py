@@ -170,7 +170,7 @@ class MaskedLM(LanguageModel):
     rank sees the same. Calibration reads the same kind of input.
 
     Args:
-        name: see :class:`LanguageModel`.
+        name: a hub name, a local folder, or ``demo:roberta``.
         mlm_probability: share of an example's ordinary tokens that is chosen, above 0 and at most 1; at least one is.
         mask_seed: of the draw.
         options: see :class:`LanguageModel`.
