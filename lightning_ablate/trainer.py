@@ -100,8 +100,9 @@ def evaluation_loader(trainer: lightning.Trainer) -> Any:
 
 
 def example_count(trainer: lightning.Trainer) -> int:
-    """How many examples are evaluated, by their indices; 0 where the loader doesn't tell."""
-    return _length(getattr(evaluation_loader(trainer), "dataset", None))
+    """How many examples are evaluated, by their indices; 0 where the loader, as one of whole batches, doesn't tell."""
+    loader = evaluation_loader(trainer)
+    return _length(loader.dataset) if getattr(loader, "batch_sampler", None) is not None else 0
 
 
 def _is_dry(trainer: lightning.Trainer) -> bool:
