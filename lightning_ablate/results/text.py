@@ -75,7 +75,9 @@ def _scores(results: "Results") -> str:
 
 
 def _ranks(results: "Results") -> str:
-    """The methods, the one that costs the least first."""
+    """The methods, the one that costs the least first; nothing where a single fraction makes no curve."""
+    if results.table["fraction"].nunique() == 2:
+        return ""
     ranking = results.ranking()
     cells = {
         "added cross-entropy": [_with_interval(row, "cross_entropy", 1, 4) for _, row in ranking.iterrows()],
