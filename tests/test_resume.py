@@ -14,6 +14,7 @@ from lightning_ablate import AblationCallback
 from lightning_ablate.errors import ConfigError, StatisticsError
 from lightning_ablate.methods import Optimal
 from lightning_ablate.phases import Progress, Unfinished, is_unfinished
+from lightning_ablate.results.folder import fresh_folder
 from tests import tiny
 from tests.tiny import Counting, Death, Dies
 
@@ -128,6 +129,7 @@ def test_a_run_that_is_going_on_keeps_its_folder_and_one_that_leaves_takes_only_
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
     other.claim({}, copy)
+    assert fresh_folder(tmp_path / "run") == tmp_path / "run"  # where nothing is saved yet there is nothing to keep
     other.leave()
     assert (tmp_path / "run").is_dir()
     os.kill(child, signal.SIGKILL)

@@ -181,15 +181,15 @@ class Unfinished:
 def _let_go(lock: int, folder: Path, made: bool, process: int) -> None:
     """Unlocks a folder, and removes what this run made if there is nothing in it; not in a process forked from it."""
     if os.getpid() == process:
-        if fcntl is not None:
-            with suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_UN)  # which a worker that was forked holds as well
-        os.close(lock)
         if not (folder / RUN).exists():
             shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # it holds something
             if made:
                 folder.parent.rmdir()
+        if fcntl is not None:  # last, so that no other run's files are removed
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_UN)  # which a worker that was forked holds as well
+        os.close(lock)
 
 
 def is_unfinished(folder: Path) -> bool:
