@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_ablate.errors import StatisticsError, TargetError, loading
 from lightning_ablate.sites import Site, is_asked, is_covered
-from lightning_ablate.statistics import ActivationStatistic, SiteStatistics
+from lightning_ablate.statistics import ActivationStatistic, Covariance, SiteStatistics
 
 
 class Calibration:
@@ -45,6 +45,16 @@ class Calibration:
     def add(self, site: Site, statistic: ActivationStatistic) -> None:
         """Takes a statistic that is complete."""
         self.statistics[site][type(statistic)] = statistic
+
+    @property
+    def ridges(self) -> dict[str, dict[str, float]]:
+        """The ridge chosen at each site, by its name, for each class of covariances."""
+        found: dict[str, dict[str, float]] = {}
+        for site, statistics in self.statistics.items():
+            for kind, statistic in statistics.items():
+                if isinstance(statistic, Covariance):
+                    found.setdefault(kind.__name__, {})[site.name] = statistic.ridge
+        return found
 
     def reduce(self) -> None:
         """Lets go of what was gathered and is needed no longer, once the neurons are described."""

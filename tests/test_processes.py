@@ -76,7 +76,7 @@ def gathered(x, synced=False):
 
 def rank_of_two(rank, port, folder):
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    states = gathered(draw().flatten(0, 1).tensor_split([130])[rank].unsqueeze(0), synced=True)
+    states = gathered(draw().flatten(0, 1).tensor_split([130])[rank].unsqueeze(1), synced=True)
     lengths = MeanByPosition(5)
     lengths.update(draw()[rank::2, : 5 - rank])  # of which the ranks see different ones
     lengths.sync()
@@ -92,7 +92,7 @@ def rank_of_two(rank, port, folder):
 
 def test_statistics_and_metrics_merge_over_ranks_as_if_there_were_one(tmp_path):
     multiprocessing.spawn(rank_of_two, (free_port(), tmp_path), nprocs=2)
-    ours = gathered(draw())
+    ours = gathered(draw().flatten(0, 1).unsqueeze(1))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     torch.testing.assert_close({name: first[name] for name in ours}, ours, rtol=1e-12, atol=1e-12)

@@ -21,9 +21,9 @@ class ConditionalMean(AblationMethod):
     4,096 neurons would take, at 50%.
 
     Args:
-        ridge: λ, a share of each kept neuron's own variance, so that the scale of a neuron plays no part. The
-            default only keeps singular covariances (constant or duplicated neurons, fewer positions than neurons)
-            solvable: of a neuron with a duplicate that is kept, a millionth is lost.
+        ridge: λ, a share of each kept neuron's own variance, so that the scale of a neuron plays no part. None takes
+            the one that did best at the site on calibration examples that were held out, see :attr:`Covariance.ridge`:
+            without it few of them (a thousand positions) can do more harm than the mean.
         name: what results call it, where the method is there with several options.
 
     Example:
@@ -34,7 +34,7 @@ class ConditionalMean(AblationMethod):
         ...     statistic.update(torch.tensor([[[1.0, 2.0], [3.0, 6.0]]]))
         >>> statistics = SiteStatistics("attn.proj", gathered)
         >>> here = Ablation(Site("attn.proj", 2), torch.tensor([False, True]), statistics, 1)
-        >>> ConditionalMean().prepare(here)(torch.tensor([[[5.0, 0.0]]]))[..., 1].round(decimals=3)
+        >>> ConditionalMean(ridge=1e-6).prepare(here)(torch.tensor([[[5.0, 0.0]]]))[..., 1].round(decimals=3)
         tensor([[10.]])
     """
 
@@ -42,9 +42,9 @@ class ConditionalMean(AblationMethod):
     statistics = (Moments, Covariance)
     covariance: ClassVar[type[Covariance]] = Covariance
 
-    def __init__(self, ridge: float = 1e-6, name: str | None = None) -> None:
-        if not ridge > 0:
-            raise ConfigError(f"ridge is {ridge}, expected a share of the variance above 0")
+    def __init__(self, ridge: float | None = None, name: str | None = None) -> None:
+        if ridge is not None and not ridge > 0:
+            raise ConfigError(f"ridge is {ridge}, expected a share of the variance above 0, or null to choose it")
         self.ridge, self.name = ridge, name or self.name
 
     def intercept(self, ablation: Ablation, unexplained: Tensor) -> Tensor:
@@ -61,23 +61,26 @@ class ConditionalMean(AblationMethod):
         unexplained = torch.ones(mask.shape, dtype=torch.float64, device=mask.device)
         if not len(kept):
             return constant(self.intercept(ablation, unexplained).to(mask.device).float())
-        slopes, explained = [], []
-        blocks = statistics[self.covariance].covariance
+        slopes, explained, gathered = [], [], statistics[self.covariance]
+        blocks = gathered.covariance
         for block, own in zip(blocks, mask.view(len(blocks), -1), strict=True):
             covariance = block.to(mask.device).double()
             across = covariance[~own][:, own]
-            slopes.append(self.solved(covariance[~own][:, ~own], across))
+            slopes.append(self.solved(covariance[~own][:, ~own], across, gathered.ridge))
             explained.append(share(across * slopes[-1], covariance.diagonal()[own]))
         unexplained[ablated] -= torch.cat(explained)
         offset = self.intercept(ablation, unexplained).to(mask.device).float()
         slope = torch.block_diag(*slopes).float()  # type: ignore[no-untyped-call]
         return Affine(offset, slope, statistics[Moments].mean.to(mask.device)[kept].float(), kept, ablated)
 
-    def solved(self, among: Tensor, across: Tensor) -> Tensor:
-        """The regression on the kept neurons, ``(..., kept, ablated)`` float64; ``among`` them is written over."""
+    def solved(self, among: Tensor, across: Tensor, ridge: float) -> Tensor:
+        """The regression on the kept neurons, ``(..., kept, ablated)`` float64; ``among`` them is written over.
+
+        ``ridge`` is the site's, for where none was given.
+        """
         diagonal = among.diagonal(dim1=-2, dim2=-1)
-        variances, ridge = diagonal.clone(), self.ridge
-        while ridge <= 1:
+        variances, ridge = diagonal.clone(), self.ridge or ridge
+        while ridge <= 100:
             # a constant neuron has no variance, and then nothing to tell either
             diagonal.copy_(variances * (1 + ridge) + torch.finfo(among.dtype).tiny)
             factor, failed = torch.linalg.cholesky_ex(among)

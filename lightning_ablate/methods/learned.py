@@ -74,7 +74,12 @@ class ConditionalOptimal(LearnedMethod, ConditionalMean):
     statistics = ConditionalMean.statistics
 
     def __init__(
-        self, ridge: float = 1e-6, steps: int = 100, lr: float = 0.05, examples: int = 32, name: str | None = None
+        self,
+        ridge: float | None = None,
+        steps: int = 100,
+        lr: float = 0.05,
+        examples: int = 32,
+        name: str | None = None,
     ) -> None:
         ConditionalMean.__init__(self, ridge)
         LearnedMethod.__init__(self, steps, lr, examples, name)
@@ -93,10 +98,11 @@ class ConditionalOptimal(LearnedMethod, ConditionalMean):
         if ablation.mask.ndim == 1:
             return super().prepare(ablation)
         mask, statistics = ablation.mask, ablation.statistics
-        covariance = statistics[Covariance].covariance.to(mask.device).double()
+        gathered = statistics[Covariance]
+        covariance = gathered.covariance.to(mask.device).double()
         among = torch.where(~mask.mT & ~mask, covariance, torch.eye(mask.shape[2], device=mask.device).double())
         across = torch.where(~mask.mT & mask, covariance, 0.0)
-        slope = self.solved(among, across)
+        slope = self.solved(among, across, gathered.ridge)
         explained = share(across * slope, covariance.diagonal(dim1=-2, dim2=-1)).unsqueeze(1)
         offset, center = self.intercept(ablation, 1 - explained).float(), statistics[Moments].mean.to(mask.device)
 

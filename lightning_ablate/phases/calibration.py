@@ -45,7 +45,8 @@ class CalibrationPhase(Phase):
         with torch.no_grad():
             if not self.calibration.sites:
                 self._find_sites(batch)
-            hooks = {site: partial(self._add, site, batch) for site in self._gathered}
+            examples = self.module.examples_of(batch, batch_idx)
+            hooks = {site: partial(self._add, site, batch, examples) for site in self._gathered}
             began = time.perf_counter()
             with hooked(self.module.target, hooks, once=True):
                 scored = self.module.evaluate(batch)
@@ -66,10 +67,10 @@ class CalibrationPhase(Phase):
                 self.calibration.add(site, statistic)
         self._gathered = {}
 
-    def _add(self, site: Site, batch: Any, activations: Tensor) -> None:
+    def _add(self, site: Site, batch: Any, examples: Tensor, activations: Tensor) -> None:
         valid = self.module.valid_at(site, batch)
         for statistic in self._gathered[site]:
-            statistic.update(activations, valid)
+            statistic.update(activations, valid, **({"examples": examples} if statistic.takes_examples else {}))
 
     def _find_sites(self, batch: Any) -> None:
         module, which = self.module, self.calibration.which

@@ -61,6 +61,7 @@ class Run:
         sites = [asdict(site) for site in self.calibration.sites]
         seconds = round(time.monotonic() - self.began, 1)
         about = {"held_out": self.held_out, "sites": sites, "partial": list(self.partial)}
+        about["ridges"] = self.calibration.ridges
         return {**about, "classes": classes, "seconds": seconds}
 
     def load_state_dict(self, state: Mapping[str, Any], target: nn.Module, **options: Any) -> None:

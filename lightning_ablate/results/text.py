@@ -3,6 +3,7 @@
 import os
 from html import escape
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -51,7 +52,17 @@ def _head(results: "Results") -> str:
         f"{title(results)}: {base['n']:,} scored positions; nothing ablated: "
         f"top-1 {100 * base['top1']:.2f}%, cross-entropy {base['cross_entropy']:.4f} nats"
     )
-    return "\n".join([first, *(f"PARTIAL: {reason}" for reason in results.partial)])
+    return "\n".join([first, *(f"PARTIAL: {reason}" for reason in results.partial), *_ridges(results)])
+
+
+def _ridges(results: "Results") -> list[str]:
+    """What was chosen for the methods that let it be chosen."""
+    chosen = [ridge for by_site in (results.facts.get("ridges") or {}).values() for ridge in by_site.values()]
+    whose = [m["name"] for m in results.facts.get("methods") or () if m.get("ridge", 0) is None]
+    if not (chosen and whose):
+        return []
+    span = f"{min(chosen):g} to {max(chosen):g}, median {median(chosen):g}"
+    return [f"ridge, chosen at each site on calibration examples held out: {span} ({', '.join(whose)})"]
 
 
 def _scores(results: "Results") -> str:

@@ -58,11 +58,13 @@ class ActivationStatistic(Metric, ABC):
     merges the ranks, calls ``check`` and then ``reduce``; from then on the states and what is derived from them are
     read directly. ``compute`` merges by itself, as in any torchmetrics.Metric, for use without a calibration.
 
-    ``neurons`` is the width of the site. ``needs`` names the statistics that must be complete first: each link of such
-    a chain is one more calibration epoch. ``earlier`` holds these, and may hold others.
+    ``neurons`` is the width of the site. Where ``takes_examples`` is set, ``update`` is given the indices of the
+    batch's examples as well, as ``examples``, ``(batch,)`` int64. ``needs`` names the statistics that must be complete
+    first: each link of such a chain is one more calibration epoch. ``earlier`` holds these, and may hold others.
     """
 
     full_state_update = False
+    takes_examples: ClassVar[bool] = False
     needs: ClassVar[tuple[type["ActivationStatistic"], ...]] = ()
 
     def __init__(self, neurons: int, earlier: SiteStatistics | None = None) -> None:

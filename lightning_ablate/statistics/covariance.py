@@ -1,6 +1,6 @@
 """How the neurons of a site vary together."""
 
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -9,6 +9,8 @@ from lightning_ablate.sites import Site, heads_of
 from lightning_ablate.statistics.base import ActivationStatistic, SiteStatistics, positions
 
 _DOUBLE = 2048  # neurons up to which sums are float64; above, float32 keeps 32 sites of 4096 neurons at 2.1 GB
+RIDGES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
+_UNKNOWN = 0.01  # where no example can be held out
 
 
 class Covariance(ActivationStatistic):
@@ -16,7 +18,8 @@ class Covariance(ActivationStatistic):
 
     Every batch gives the sums of products of the deviations from its own mean; these merge by the pairwise formula of
     Chan, Golub & LeVeque (1979). Sums are float64 up to 2,048 neurons and float32 above: 4 n² bytes a site, 67 MB
-    for 4,096 neurons. Between ``blocks`` of neurons side by side, equally wide, nothing is kept.
+    for 4,096 neurons, and twice that while they are gathered: examples with even and with odd indices are kept apart,
+    so that :attr:`ridge` can be chosen. Between ``blocks`` of neurons side by side, equally wide, nothing is kept.
 
     Example:
         >>> statistic = Covariance(neurons=2)
@@ -25,25 +28,30 @@ class Covariance(ActivationStatistic):
         ([2.0, 4.0], [[[1.0, 2.0], [2.0, 4.0]]])
     """
 
+    takes_examples: ClassVar[bool] = True
     sums: Tensor
+    chosen: Tensor  # the ridge, () float64; 0 before it is
 
     def __init__(self, neurons: int, earlier: SiteStatistics | None = None, blocks: int = 1) -> None:
         super().__init__(neurons, earlier)
         self.blocks, width = blocks, neurons // blocks
         dtype = torch.float64 if neurons <= _DOUBLE else torch.float32
-        # of every block: the count in every column, the mean, and the sums of products
-        sums = torch.zeros(blocks, width + 2, width, dtype=dtype)
+        # of every block, of even and then of odd examples: the count in every column, the mean, and the products
+        sums = torch.zeros(2 * blocks, width + 2, width, dtype=dtype)
         self.add_state("sums", sums, dist_reduce_fx=_merged, persistent=True)
+        self.add_state("chosen", torch.zeros((), dtype=torch.float64), dist_reduce_fx="max", persistent=True)
 
-    def update(self, activations: Tensor, valid: Tensor | None = None) -> None:
-        """Adds a batch, see :meth:`ActivationStatistic.update`."""
-        rows = positions(activations, valid).to(self.sums.dtype)
-        if len(rows):
-            rows = rows.view(len(rows), self.blocks, -1).transpose(0, 1)
-            mean = rows.mean(1, keepdim=True)
-            deviations = rows - mean
-            with torch.autocast(rows.device.type, enabled=False):
-                _add(self.sums, torch.full_like(mean, rows.shape[1]), mean, deviations.mT @ deviations)
+    def update(self, activations: Tensor, valid: Tensor | None = None, examples: Tensor | None = None) -> None:
+        """Adds a batch, see :meth:`ActivationStatistic.update`.
+
+        ``examples`` are the indices of its examples, ``(batch,)`` int64; None counts them from 0.
+        """
+        count = len(activations if valid is None else valid)
+        if examples is None or len(examples) != count:  # what comes first isn't the examples
+            examples = torch.arange(count, device=activations.device)
+        for half in (0, 1):
+            own = (examples % 2 == half).unsqueeze(1)
+            self._add(half, positions(activations, own if valid is None else own & valid))
 
     def compute(self) -> Tensor:
         """See :attr:`covariance`."""
@@ -52,17 +60,66 @@ class Covariance(ActivationStatistic):
     @property
     def count(self) -> Tensor:
         """The positions seen, ``()`` int64."""
-        return self.sums[0, 0, 0].long()
+        return self._whole[0, 0, 0].long()
 
     @property
     def mean(self) -> Tensor:
         """The means, ``(neurons,)`` float64 or float32."""
-        return self.sums[:, 1].flatten()
+        return self._whole[:, 1].flatten()
 
     @property
     def covariance(self) -> Tensor:
         """The covariances over the positions seen (divided by their number), ``(blocks, width, width)``."""
-        return self.sums[:, 2:] / self.sums[:, :1]
+        whole = self._whole
+        return whole[:, 2:] / whole[:, :1]
+
+    @property
+    def ridge(self) -> float:
+        """The share of their variances to add to the neurons', one of ``RIDGES``, where some are regressed on others.
+
+        Half of the neurons are regressed on the others, from one half of the examples: the best value leaves the least
+        squared error on the other half. Both halves take both parts. Of fewer than two examples it is 0.01.
+        """
+        if not self.chosen:
+            self.chosen.fill_(self._choose())
+        return self.chosen.item()
+
+    def reduce(self) -> None:
+        """Chooses the ridge, and keeps the examples apart no longer."""
+        super().reduce()
+        self.ridge  # noqa: B018
+        self.sums = self._whole
+
+    @property
+    def _whole(self) -> Tensor:
+        """The sums of all examples, ``(blocks, width + 2, width)``."""
+        return self.sums if len(self.sums) == self.blocks else _merged(self._halves)
+
+    @property
+    def _halves(self) -> Tensor:
+        """Those of even and of odd examples, ``(2, blocks, width + 2, width)``."""
+        return self.sums.view(2, self.blocks, *self.sums.shape[1:])
+
+    def _add(self, half: int, rows: Tensor) -> None:
+        if not len(rows):
+            return
+        rows = rows.to(self.sums.dtype).view(len(rows), self.blocks, -1).transpose(0, 1)
+        mean = rows.mean(1, keepdim=True)
+        deviations = rows - mean
+        sums = self.sums[half * self.blocks : (half + 1) * self.blocks]
+        with torch.autocast(rows.device.type, enabled=False):
+            _add(sums, torch.full_like(mean, rows.shape[1]), mean, deviations.mT @ deviations)
+
+    def _choose(self) -> float:
+        if len(self.sums) == self.blocks or not bool((self.sums[:, 0, 0] > 0).all()):
+            return _UNKNOWN
+        ridges = torch.tensor(RIDGES, dtype=torch.float64, device=self.sums.device)
+        left = torch.zeros_like(ridges)
+        halves = self._halves
+        for block in range(self.blocks):
+            for one, other in (halves[:, block], halves[:, block].flip(0)):
+                left += _left(one.double(), other.double(), ridges)
+        return RIDGES[int(left.argmin())]
 
 
 class HeadCovariance(Covariance):
@@ -72,6 +129,28 @@ class HeadCovariance(Covariance):
     def of(cls, site: Site, earlier: SiteStatistics | None = None) -> Self:
         """With the heads of the site as its blocks; SiteError if it has none."""
         return cls(site.width, earlier, blocks=heads_of(site))
+
+
+def _left(one: Tensor, other: Tensor, ridges: Tensor) -> Tensor:
+    """The squared error in ``other`` of regressions from ``one``, for each ridge, less what no ridge changes.
+
+    Both are the sums ``(width + 2, width)`` of one block.
+    """
+    shift = other[1] - one[1]
+    seen, truth = one[2:] / one[0], other[2:] / other[0] + torch.outer(shift, shift)
+    sd = seen.diagonal().sqrt()
+    scale = torch.where(sd > 0, 1 / sd, 0.0)  # a neuron that is constant tells nothing
+    seen, truth = (scale[:, None] * matrix for matrix in (seen, truth))  # of those that tell
+    left = torch.zeros_like(ridges)
+    for first in (0, 1):
+        kept, gone = slice(first, None, 2), slice(1 - first, None, 2)
+        # in the basis of the eigenvectors a ridge only changes the weights of the directions
+        values, basis = torch.linalg.eigh(seen[kept, kept] * scale[kept])
+        told, true = basis.T @ seen[kept, gone], basis.T @ truth[kept, gone]
+        among = (basis.T @ (truth[kept, kept] * scale[kept]) @ basis) * (told @ told.T)
+        weights = 1 / (values.clamp_min(0) + ridges[:, None])
+        left += ((weights @ among) * weights).sum(1) - 2 * weights @ (told * true).sum(1)
+    return left
 
 
 def _add(sums: Tensor, count: Tensor, mean: Tensor, products: Tensor) -> None:
@@ -85,7 +164,7 @@ def _add(sums: Tensor, count: Tensor, mean: Tensor, products: Tensor) -> None:
 
 
 def _merged(stacked: Tensor) -> Tensor:
-    """Merges ``(ranks, blocks, width + 2, width)`` into one of them."""
+    """Merges ``(ranks or halves, blocks, width + 2, width)`` into one of them."""
     merged = torch.zeros_like(stacked[0])
     for own in stacked:
         _add(merged, own[:, :1], own[:, 1:2], own[:, 2:])

@@ -5,6 +5,7 @@ import torch
 from lightning_ablate.errors import SiteError
 from lightning_ablate.sites import Site
 from lightning_ablate.statistics import Covariance, HeadCovariance
+from lightning_ablate.statistics.covariance import RIDGES
 from tests import tiny
 
 
@@ -36,4 +37,53 @@ def test_what_a_model_of_seven_billion_parameters_takes():
     with torch.device("meta"):
         whole, heads = 32 * Covariance.of(site).sums.nbytes, 32 * HeadCovariance.of(site).sums.nbytes
         assert Covariance(2049).mean.dtype == torch.float32 and Covariance(2048).mean.dtype == torch.float64
-    assert round(whole / 1e9, 1) == 2.1 and 67e6 < heads < 69e6
+    assert round(whole / 2 / 1e9, 1) == 2.1 and 67e6 < heads / 2 < 69e6  # and twice that while they are gathered
+
+
+def left_by_hand(one, other, kept, ridge):
+    """The squared error of a regression by numpy from some rows, on others."""
+    x, mean = (one - one.mean(0)), one.mean(0)
+    among = x[:, kept].T @ x[:, kept]
+    slope = np.linalg.solve(among + ridge * np.diag(among.diagonal()), x[:, kept].T @ x[:, ~kept])
+    return np.square((other - mean)[:, ~kept] - (other - mean)[:, kept] @ slope).sum()
+
+
+@pytest.mark.parametrize("examples", [6, 14, 60, 400])
+def test_the_ridge_is_the_one_that_does_best_on_examples_held_out(examples):
+    """Whatever the batches, the ranks and what has no example; the more examples, the less of it."""
+    x = tiny.mixed(2000).double()[:, [0, 1, 4, 5, 6, 7, 8, 9]].view(400, 5, 8)[:examples]
+    x = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    even, odd, kept = x[::2].flatten(0, 1).numpy(), x[1::2].flatten(0, 1).numpy(), np.arange(8) % 2 == 0
+    pairs = [(one, other, half) for one, other in ((even, odd), (odd, even)) for half in (kept, ~kept)]
+    left = [sum(left_by_hand(*pair, ridge) for pair in pairs) for ridge in RIDGES]
+    found = []
+    for split in ([list(range(examples))], torch.randperm(examples).tensor_split(3)):
+        ranks = [Covariance(8), Covariance(8)]
+        for number, indices in enumerate(split):
+            index = torch.as_tensor(indices)
+            padded = torch.cat([x[index], torch.full((1, 5, 8), torch.nan)])
+            valid = torch.tensor([True] * len(index) + [False]).unsqueeze(1)
+            ranks[number % 2].update(padded, valid, torch.cat([index, torch.tensor([-1])]))
+        ranks[0].merge_state(ranks[1])
+        whole = ranks[0].covariance
+        ranks[0].reduce()
+        torch.testing.assert_close(ranks[0].covariance, whole)
+        found.append(ranks[0].ridge)
+    assert found == [RIDGES[int(np.argmin(left))]] * 2
+    assert len(ranks[0].sums) == 1
+
+
+def test_where_nothing_can_be_held_out_the_ridge_is_a_hundredth():
+    alone = Covariance(4)
+    alone.update(torch.randn(1, 30, 4))
+    assert alone.ridge == 0.01
+
+
+def test_heads_share_a_ridge():
+    """That of both together, which each of them alone may not have."""
+    x, both = tiny.mixed(400).view(40, 10, 12), HeadCovariance.of(Site("attn.proj", 12, heads=2))
+    both.update(x)
+    alone = [HeadCovariance.of(Site("attn.proj", 6, heads=1)) for _ in range(2)]
+    for head, own in enumerate(alone):
+        own.update(x[..., 6 * head : 6 * head + 6])
+    assert min(own.ridge for own in alone) <= both.ridge <= max(own.ridge for own in alone)
