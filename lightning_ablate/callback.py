@@ -15,10 +15,11 @@ from lightning_ablate.conditions import Condition, check_conditions, distinct_co
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.methods import AblationMethod, method_of
 from lightning_ablate.modules import AblationModule
+from lightning_ablate.modules.base import evaluation_loaders
 from lightning_ablate.report import report_neurons, report_results, tabulated
 from lightning_ablate.results import Results
 from lightning_ablate.statistics import ActivationStatistic, Moments, with_needs
-from lightning_ablate.trainer import CHECKPOINT, data_name
+from lightning_ablate.trainer import CHECKPOINT
 
 PAPER_FRACTIONS, PAPER_SEEDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), (42, 123, 456)
 
@@ -88,6 +89,7 @@ class AblationCallback(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
         """Begins, now that the target is on its device and the data are there; sets the number of epochs."""
         size = trainers.calibration_size(trainer)
+        trainers.warn_if_shared(trainer)
         self._begin(trainer, pl_module)
         self._epochs = phases.schedule(self._kinds, self.methods, self.neurons, **size)
         trainers.run_epochs(trainer, max(1, len(self._epochs) - self.run.progress.epochs))
@@ -104,8 +106,8 @@ class AblationCallback(lightning.Callback):
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: AblationModule, *_: Any) -> None:  # type: ignore[override]
         """Says what the run amounts to, at its first batch; and ends the epoch behind the last one."""
-        phase, run = pl_module.phase, self.run
-        if isinstance(phase, phases.CalibrationPhase) and not trainer.fit_loop.batch_idx and not run.progress.epochs:
+        phase, run, seen = pl_module.phase, self.run, trainer.fit_loop.batch_idx + 1
+        if isinstance(phase, phases.CalibrationPhase) and seen == 1 and not run.progress.epochs:
             batches = float(trainer.num_training_batches), float(sum(trainer.num_val_batches))
             trainer.print(phases.plan(self._epochs, self._conditions(), self.methods, phase, batches))
         if not trainer.is_last_batch or phase is None or isinstance(phase, phases.Done):
@@ -113,7 +115,7 @@ class AblationCallback(lightning.Callback):
         phase.end_epoch()
         last = self._epochs[run.progress.epochs].number == phase.epochs - 1
         if last and isinstance(phase, phases.CalibrationPhase):
-            run.partial += trainers.cut_short("calibration", trainer.fit_loop.batch_idx + 1, trainer.train_dataloader)
+            run.partial += trainers.cut_short("calibration", [seen], [trainer.train_dataloader])
             report_neurons(trainer, run.calibration, pl_module.name, self.folder, self.figures)
             run.calibration.reduce()
         run.progress = phases.Progress(run.progress.epochs + 1)
@@ -126,8 +128,8 @@ class AblationCallback(lightning.Callback):
             self._begin(trainer, pl_module)
         elif self.folder is not None and not self.run.progress.batches:
             trainer.save_checkpoint(self.folder / CHECKPOINT, weights_only=False)
-        trainers.check_counts_once(trainer, trainers.evaluation_loader(trainer))
-        conditions, examples = self._conditions(), trainers.example_count(trainer)
+        trainers.check_counts_once(trainer, *evaluation_loaders(trainer))
+        conditions, examples = self._conditions(), trainers.example_counts(trainer)
         sweep = phases.SweepPhase(pl_module, self.run.calibration, self.methods, conditions, self.neurons, examples)
         pl_module.phase = self._taken_up(sweep)
 
@@ -143,10 +145,9 @@ class AblationCallback(lightning.Callback):
         phase = cast(phases.SweepPhase, pl_module.phase)
         phase.end_epoch()
         facts = trainers.run_facts(trainer, pl_module, self, self.run.target) | self.run.facts(phase.classes)
-        facts["partial"] += trainers.cut_short(
-            "evaluation", trainer.num_val_batches[0], trainers.evaluation_loader(trainer)
-        )
-        self.results = tabulated(phase.conditions, phase.metrics, pl_module.name, data_name(trainer), facts)
+        facts["partial"] += trainers.cut_short("evaluation", trainer.num_val_batches, evaluation_loaders(trainer))
+        scored = dict(zip(trainers.data_names(trainer), phase.each, strict=True))
+        self.results = tabulated(phase.conditions, scored, pl_module.name, facts)
         pl_module.log_dict(self.results.flat(), add_dataloader_idx=False, sync_dist=True)
         if trainer.is_global_zero:
             self._told = report_results(trainer, self.results, self.folder, self.figures)

@@ -28,12 +28,12 @@ class SweepProgressBar(TQDMProgressBar):
         if not isinstance(phase, SweepPhase) or self.is_disabled:
             return
         bar, conditions = self.val_progress_bar, phase.conditions
-        if batch_idx == 0:
-            batches = trainer.num_val_batches[0]
+        if phase.batches == 0:
+            batches = sum(trainer.num_val_batches)
             bar.reset(int(batches) * len(conditions) if batches < float("inf") else None)
             bar.set_description(phase.title)
             bar.unit = " passes"
-        place = {condition: batch_idx * len(conditions) + number for number, condition in enumerate(conditions)}
+        place = {condition: phase.batches * len(conditions) + number for number, condition in enumerate(conditions)}
 
         def announce(condition: Condition) -> None:
             bar.set_postfix_str(str(condition), refresh=False)

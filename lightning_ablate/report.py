@@ -22,26 +22,32 @@ from lightning_ablate.trainer import CHECKPOINT, OPTIONS, data_name
 
 
 def tabulated(
-    conditions: Sequence[Condition], metrics: SweepMetrics, model: str, data: str, facts: Mapping[str, Any]
+    conditions: Sequence[Condition], scored: Mapping[str, SweepMetrics], model: str, facts: Mapping[str, Any]
 ) -> Results:
-    """The results of a sweep, from its conditions and what they scored; run.json says ``facts``, time and versions."""
-    found = {name: values.cpu().numpy() for name, values in metrics.means.items()}
-    rows = [(c.method, c.fraction, c.seed, c.part, c.head) for c in conditions]
-    table = pd.DataFrame(rows, columns=["method", "fraction", "seed", "part", "head"])
-    table = table.assign(model=model, data=data, **found)
+    """The results of a sweep, from its conditions and what they scored on each data set, by its name.
+
+    run.json says ``facts``, time and versions.
+    """
+    rows, tables, examples = [(c.method, c.fraction, c.seed, c.part, c.head) for c in conditions], [], []
+    for place, (data, metrics) in enumerate(scored.items()):
+        found = {name: values.cpu().numpy() for name, values in metrics.means.items()}
+        table = pd.DataFrame(rows, columns=["method", "fraction", "seed", "part", "head"])
+        tables.append(table.assign(model=model, data=data, **found))
+        examples.append(_examples(metrics, range(place * len(rows), (place + 1) * len(rows))))
+    known = [one for one in examples if one is not None]
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     now = {"words": shlex.join(sys.argv), "finished": finished, "versions": versions()}
-    return Results(table, _examples(metrics, len(rows)), {**facts, **now})
+    return Results(pd.concat(tables), pd.concat(known) if known else None, {**facts, **now})
 
 
-def _examples(metrics: SweepMetrics, conditions: int) -> pd.DataFrame | None:
+def _examples(metrics: SweepMetrics, conditions: Sequence[int]) -> pd.DataFrame | None:
     """What each example scored; None where they can't be told apart."""
     if metrics.by_example is None:
         return None
     n, sums = (values.cpu().numpy() for values in metrics.by_example)
-    pairs = pd.MultiIndex.from_product([range(conditions), range(len(n))], names=["condition", "example"])
+    pairs = pd.MultiIndex.from_product([conditions, range(len(n))], names=["condition", "example"])
     scores = {name: sums[:, place].ravel() for place, name in enumerate(METRICS)}
-    return pd.DataFrame({"n": np.tile(n, conditions), **scores}, index=pairs).reset_index()
+    return pd.DataFrame({"n": np.tile(n, len(conditions)), **scores}, index=pairs).reset_index()
 
 
 def report_neurons(
@@ -64,7 +70,9 @@ def report_results(trainer: lightning.Trainer, results: Results, folder: Path | 
         paths = [*results.save(folder, forms), *sorted(folder.glob("neurons.*")), *folder.glob(CHECKPOINT)]
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_figure(results.figure_name, results.plot())
+            for name, picture in results.pictures().items():
+                if name.startswith(results.figure_name):
+                    logger.experiment.add_figure(name, picture())
             if folder is not None and not results.parts:
                 paths.append(_curves(results, folder))
             notes = ["", f"TensorBoard: tensorboard --logdir {logger.root_dir}"]
@@ -80,11 +88,13 @@ def _curves(results: Results, folder: Path) -> Path:
     """Writes a TensorBoard run for each method, so that their curves overlay; the step is the percentage ablated."""
     from torch.utils.tensorboard import SummaryWriter
 
-    curves, summary = folder / "curves", results.summary()
-    for method in results.methods:
-        own: Any = summary[summary["method"].isin(["none", method])]
-        with SummaryWriter(str(curves / method)) as writer:
-            for metric in METRICS:
-                for fraction, value in zip(own["fraction"], own[metric], strict=True):
-                    writer.add_scalar(f"ablation/{metric}", value, round(100 * fraction))
+    curves = folder / "curves"
+    for place, one in enumerate(results.each):
+        summary = one.summary()
+        for method in one.methods:
+            own: Any = summary[summary["method"].isin(["none", method])]
+            with SummaryWriter(str(curves / one.suffixed(method, place))) as writer:
+                for metric in METRICS:
+                    for fraction, value in zip(own["fraction"], own[metric], strict=True):
+                        writer.add_scalar(f"ablation/{metric}", value, round(100 * fraction))
     return curves

@@ -1,17 +1,20 @@
 """What the callback asks of Lightning's Trainer, and tells it."""
 
-from collections.abc import Sized
+from collections.abc import Mapping, Sequence, Sized
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 import lightning
 import torch
-from torch.utils.data import IterableDataset
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch.utils.data import IterableDataset, Subset
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_ablate.data.base import ExactSampler
 from lightning_ablate.errors import ConfigError, StatisticsError, loading
 from lightning_ablate.modules import AblationModule
+from lightning_ablate.modules.base import evaluation_loaders
 from lightning_ablate.phases import is_unfinished
 from lightning_ablate.results.folder import fresh_folder
 from lightning_ablate.sharding import check_strategy
@@ -72,8 +75,13 @@ def calibration_size(trainer: lightning.Trainer) -> dict[str, Any]:
     return {"batches": trainer.num_training_batches, "batch_size": batch_size, "steps": steps}
 
 
-def check_counts_once(trainer: lightning.Trainer, loader: Any) -> None:
+def check_counts_once(trainer: lightning.Trainer, *loaders: Any) -> None:
     """Raises ConfigError for a loader that gives some example to two processes."""
+    for loader in loaders:
+        _check_counts_once(trainer, loader)
+
+
+def _check_counts_once(trainer: lightning.Trainer, loader: Any) -> None:
     sampler = getattr(loader, "sampler", None)
     if trainer.world_size == 1 or isinstance(sampler, ExactSampler):
         return
@@ -89,20 +97,28 @@ def check_counts_once(trainer: lightning.Trainer, loader: Any) -> None:
         )
 
 
-def evaluation_loader(trainer: lightning.Trainer) -> Any:
-    """The one validation loader; ConfigError if there are several."""
-    loaders = trainer.val_dataloaders
-    if not isinstance(loaders, list | tuple):
-        return loaders
-    if len(loaders) != 1:
-        raise ConfigError(f"there are {len(loaders)} validation loaders, expected one: the data to evaluate")
-    return loaders[0]
+def example_counts(trainer: lightning.Trainer) -> list[int]:
+    """Of each validation loader the number of examples; 0 where one, as that of whole batches, doesn't tell."""
+    loaders = evaluation_loaders(trainer)
+    return [_length(one.dataset) if getattr(one, "batch_sampler", None) is not None else 0 for one in loaders]
 
 
-def example_count(trainer: lightning.Trainer) -> int:
-    """How many examples are evaluated, by their indices; 0 where the loader, as one of whole batches, doesn't tell."""
-    loader = evaluation_loader(trainer)
-    return _length(loader.dataset) if getattr(loader, "batch_sampler", None) is not None else 0
+def warn_if_shared(trainer: lightning.Trainer) -> None:
+    """Warns where examples that calibrate are evaluated as well, which flatters what is fitted to them."""
+    own = _contents(getattr(trainer.train_dataloader, "dataset", None))
+    for name, loader in zip(data_names(trainer), evaluation_loaders(trainer), strict=True):
+        if shared := len(own & _contents(getattr(loader, "dataset", None))):
+            rank_zero_warn(
+                f"{shared:,} examples of {name} calibrate and are evaluated as well, which flatters methods that fit "
+                "them closely (conditional and learned ones); evaluate others"
+            )
+
+
+def _contents(data: Any) -> set[Any]:
+    """What tells the examples of a data set from those of another, as far as it is known without reading them."""
+    if isinstance(data, Subset):
+        return {(id(data.dataset), index) for index in data.indices}
+    return {(id(data), index) for index in range(_length(data))}
 
 
 def _is_dry(trainer: lightning.Trainer) -> bool:
@@ -118,13 +134,14 @@ def _batch_size(loader: Any) -> int:
     return found if isinstance(found, int) else 1
 
 
-def cut_short(what: str, seen: float, loader: Any) -> list[str]:
-    """Why a run doesn't cover all of its data: what was cut, if it was."""
-    try:
-        whole = len(loader)
-    except TypeError:  # a loader without a length
-        return []
-    return [f"{what} was cut to {seen} of {whole} batches"] if seen < whole else []
+def cut_short(what: str, seen: Sequence[float], loaders: Sequence[Any]) -> list[str]:
+    """Why a run doesn't cover all of its data: what was cut, of which so many batches were ``seen``."""
+    found = []
+    for count, loader in zip(seen, loaders, strict=True):
+        with suppress(TypeError):  # a loader without a length
+            if count < len(loader):
+                found.append(f"{what} was cut to {count} of {len(loader)} batches")
+    return found
 
 
 def data_name(trainer: lightning.Trainer) -> str:
@@ -133,10 +150,22 @@ def data_name(trainer: lightning.Trainer) -> str:
     return "data" if data is None else getattr(data, "name", None) or type(data).__name__
 
 
+def data_names(trainer: lightning.Trainer) -> list[str]:
+    """What results call the data of each validation loader: all different."""
+    loaders: Any = trainer.val_dataloaders
+    count, first = len(evaluation_loaders(trainer)), data_name(trainer)
+    if isinstance(loaders, Mapping):
+        names = list(map(str, loaders))
+    else:
+        others = [one.name for one in getattr(trainer.datamodule, "evaluation", ())]  # type: ignore[attr-defined]
+        names = [first, *others] if len(others) == count - 1 else [first] * count
+    return [f"{name} {place + 1}" if name in names[:place] else name for place, name in enumerate(names)]
+
+
 def run_facts(trainer: lightning.Trainer, module: AblationModule, callback: Any, target: str) -> dict[str, Any]:
     """What run.json says of a run; and what a run must have in common with an earlier one to go on with it."""
     describe = getattr(getattr(trainer, "datamodule", None), "describe", lambda: {"name": data_name(trainer)})
-    loaders = [loader for loader in (trainer.train_dataloader, evaluation_loader(trainer)) if loader is not None]
+    loaders = [one for one in (trainer.train_dataloader, *evaluation_loaders(trainer)) if one is not None]
     return {
         "command": trainer.state.fn.value if trainer.state.fn else "",
         "target": {**module.describe(), "sha256": target},

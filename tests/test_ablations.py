@@ -131,7 +131,7 @@ def test_a_timm_target_resamples_pixels(tmp_path):
     rows = [{"pixel_values": p, "label": c, "index": c} for p, c in zip(pixels, labels, strict=True)]
     module, images = Classifier("tiny", library="timm"), DataLoader(rows, batch_size=3)
     callback = AblationCallback(["resample-pixels"], [0.5, 1.0], [1, 2])
-    tiny.fit(tmp_path, module, images, images, callback)
+    tiny.fit(tmp_path, module, DataLoader(rows[:3], batch_size=3), images, callback)
     assert callback.results.table["seed"][1:].tolist() == [1, 2, 1, 2]
     chosen, source = masks(0.5, 2, tiny.vit()), module.source("pixels", 2, next(iter(images)))
     values = raw_activations(tiny.vit(), [source], chosen)

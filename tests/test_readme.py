@@ -58,7 +58,7 @@ def test_every_command_is_known_here():
 def stand_ins(tmp_path_factory):
     """Local models and data for the names on the hub, in a folder with the files that commands name."""
     folder = tmp_path_factory.mktemp("readme")
-    Dataset.from_dict({"text": tiny.TEXTS * 5}).to_parquet(folder / "texts.parquet")
+    Dataset.from_dict({"text": [f"{number} {text}" for number in range(5) for text in tiny.TEXTS]}).to_parquet(folder / "texts.parquet")
     opt = tiny.save_language_model(folder / "opt", tiny.opt())
     (folder / "configs").symlink_to(ROOT / "configs")
     return folder, {
@@ -146,10 +146,10 @@ def test_the_models_subclass_runs_as_it_stands(tmp_path):
     sounds = torch.randn(12, 32, 16, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(12) % 5
     rows = [{"input_values": x, "label": labels[i], "index": torch.tensor(i)} for i, x in enumerate(sounds)]
-    loader = DataLoader(rows, batch_size=4)
+    loader, calibration = DataLoader(rows, batch_size=4), DataLoader(rows[:8], batch_size=4)
     callback = AblationCallback(["zero", "mean", "peak"], [0.5, 1.0], [1])
     module = names["AudioClassifier"](str(tmp_path / "ast"))
-    tiny.trainer(tmp_path, callback).fit(module, loader, loader)
+    tiny.trainer(tmp_path, callback).fit(module, calibration, loader)
     with torch.no_grad():
         loss = torch.nn.functional.cross_entropy(target(sounds).logits, labels)
     base = callback.results.baseline

@@ -22,7 +22,7 @@ def conditions_of(methods, fractions, seeds):
 
 def sweep_of(model, methods=(Zero(), Mean(), Peak()), fractions=(0.5, 1.0), seeds=(1, 2), module=None, examples=0):
     calibration, conditions = tiny.calibrated(model, *methods), conditions_of(methods, fractions, seeds)
-    return SweepPhase(module or tiny.Ran(model), calibration, methods, conditions, examples=examples)
+    return SweepPhase(module or tiny.Ran(model), calibration, methods, conditions, examples=[examples])
 
 
 def test_every_distinct_condition_comes_once_and_none_that_makes_no_sense():

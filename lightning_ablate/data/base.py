@@ -74,15 +74,20 @@ class AblationDataModule(lightning.LightningDataModule, ABC):
         name: what results call the data.
         batch_size: examples per forward pass and process.
         num_workers: processes that load batches ahead; 0 loads them in the main one.
+        evaluation: other data whose evaluation examples are evaluated as well, each for itself.
     """
 
     name: str
+    evaluation: Sequence["AblationDataModule"] = ()
 
-    def __init__(self, name: str, *, batch_size: int, num_workers: int = 0) -> None:
+    def __init__(
+        self, name: str, *, batch_size: int, num_workers: int = 0, evaluation: Sequence["AblationDataModule"] = ()
+    ) -> None:
         super().__init__()
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}, expected at least 1 (--data.batch_size)")
         self.name, self.batch_size, self.num_workers = name, batch_size, num_workers
+        self.evaluation = list(evaluation)
         self.examples: dict[Purpose, Examples] = {}
         self.calibrated: set[str] | None = None
 
@@ -103,10 +108,12 @@ class AblationDataModule(lightning.LightningDataModule, ABC):
 
     def describe(self) -> dict[str, Any]:
         """What run.json says about the data."""
+        others = [one.describe() for one in self.evaluation]
         return {
             "class": f"{type(self).__module__}.{type(self).__qualname__}",
             "name": self.name,
             "batch_size": self.batch_size,
+            **({"evaluation_of_others": others} if others else {}),
             **{purpose: {"examples": len(e), "sha256": e.fingerprint()} for purpose, e in self.examples.items()},
         }
 
@@ -125,14 +132,24 @@ class AblationDataModule(lightning.LightningDataModule, ABC):
             self.calibrated = None
             for purpose in get_args(Purpose):
                 self._examples(purpose)
+            for one in self._others():
+                one._examples("evaluation")
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """The calibration data, in the same order every epoch."""
         return self._loader("calibration")
 
-    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
-        """The evaluation data."""
-        return self._loader("evaluation")
+    def val_dataloader(self) -> DataLoader[dict[str, Any]] | list[DataLoader[dict[str, Any]]]:
+        """The evaluation data; a list where there are others as well."""
+        own = self._loader("evaluation")
+        others = [one._loader("evaluation") for one in self._others()]
+        return [own, *others] if others else own
+
+    def _others(self) -> Sequence["AblationDataModule"]:
+        """The other data that are evaluated, told of the trainer and of what calibrated."""
+        for one in self.evaluation:
+            one.trainer, one.calibrated = self.trainer, self.calibrated
+        return self.evaluation
 
     def _examples(self, purpose: Purpose) -> Examples:
         if purpose == "evaluation" and self.calibrated is None:
@@ -166,6 +183,7 @@ class SourceData(AblationDataModule):
         shuffle_seed: shuffles with this seed, as many sources are sorted by class; None keeps the order.
         batch_size: examples per forward pass and process.
         num_workers: processes that load batches ahead; 0 loads them in the main one.
+        evaluation: other data whose evaluation examples are evaluated as well, each for itself.
     """
 
     def __init__(
@@ -181,8 +199,9 @@ class SourceData(AblationDataModule):
         shuffle_seed: int | None = 0,
         batch_size: int = 16,
         num_workers: int = 0,
+        evaluation: Sequence[AblationDataModule] = (),
     ) -> None:
-        super().__init__(name, batch_size=batch_size, num_workers=num_workers)
+        super().__init__(name, batch_size=batch_size, num_workers=num_workers, evaluation=evaluation)
         self.splits: dict[Purpose, str | None] = {"calibration": calibration_split, "evaluation": evaluation_split}
         self.subset, self.streaming, self.shuffle_seed = subset, streaming, shuffle_seed
         self.unit, self.reached = unit, dict[Purpose, int]()
@@ -241,6 +260,8 @@ class SourceData(AblationDataModule):
 
     def prepare_data(self) -> None:
         """Downloads what the hub has, once a node."""
+        for one in self.evaluation:
+            one.prepare_data()
         if not self.streaming:
             for purpose in get_args(Purpose):
                 self.source(purpose)

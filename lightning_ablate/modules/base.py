@@ -29,6 +29,7 @@ class AblationModule(lightning.LightningModule, ABC):
 
     target: nn.Module
     phase: Phase | None = None
+    place: int = 0  # of the validation loader whose batches are run
 
     def __init__(self, name: str | None = None) -> None:
         super().__init__()
@@ -80,7 +81,7 @@ class AblationModule(lightning.LightningModule, ABC):
                 f"resampling needs an input of the kind {kind!r}, which {type(self).__name__} doesn't make; leave the "
                 "method out (--ablation.methods), or override `source`"
             )
-        loader = _first(self.trainer.val_dataloaders)
+        loader = evaluation_loaders(self.trainer)[self.place]
         data = getattr(loader, "dataset", None)
         if not (isinstance(batch, Mapping) and "index" in batch and isinstance(data, Sized)):
             raise ConfigError(
@@ -144,8 +145,9 @@ class AblationModule(lightning.LightningModule, ABC):
         self.manual_backward(0.0 * self.anchor.sum())
         cast(Any, self.optimizers()).step()
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Hands the batch to the phase."""
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Hands the batch to the phase, which sees of which loader it is."""
+        self.place = dataloader_idx
         self._phase.step(batch, batch_idx)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -160,7 +162,8 @@ class AblationModule(lightning.LightningModule, ABC):
         sizes: list[int] = []
         apply_to_collection(batch, Tensor, lambda tensor: sizes.append(len(tensor)) if tensor.ndim else None)
         size = min(sizes, default=1)
-        loader = self.trainer.train_dataloader if self.trainer.training else _first(self.trainer.val_dataloaders)
+        training = self.trainer.training
+        loader = self.trainer.train_dataloader if training else evaluation_loaders(self.trainer)[self.place]
         whole = getattr(loader, "batch_size", None) or size  # the last batch may be smaller
         first = (batch_idx * self.trainer.world_size + self.global_rank) * whole
         return torch.arange(first, first + size, device=self.device)
@@ -181,6 +184,9 @@ class AblationModule(lightning.LightningModule, ABC):
         return self.phase
 
 
-def _first(loaders: Any) -> Any:
-    """The one loader of a list, or what isn't one."""
-    return loaders[0] if isinstance(loaders, list | tuple) else loaders
+def evaluation_loaders(trainer: lightning.Trainer) -> list[Any]:
+    """The validation loaders, in the order in which they are run."""
+    loaders: Any = trainer.val_dataloaders
+    if isinstance(loaders, Mapping):
+        return list(loaders.values())
+    return list(loaders) if isinstance(loaders, list | tuple) else [] if loaders is None else [loaders]

@@ -30,8 +30,9 @@ class SweepPhase(Phase):
     """Applies every condition to a calibrated target, and keeps the scores.
 
     A batch is loaded once and all conditions see it, the baseline first, so that they are compared on the same
-    positions; StatisticsError if a method's statistics are missing. ``examples`` is how many are evaluated, to keep
-    what each of them scores; 0 where that isn't known. ``announce`` is told each condition before it is evaluated.
+    positions; StatisticsError if a method's statistics are missing. ``examples`` is how many are evaluated, of each
+    data set, to keep what each of them scores; 0 where that isn't known. ``announce`` is told each condition before it
+    is evaluated.
     """
 
     title = "Sweep"
@@ -43,11 +44,12 @@ class SweepPhase(Phase):
         methods: Sequence[AblationMethod],
         conditions: Sequence[Condition],
         choice: Choice | None = None,
-        examples: int = 0,
+        examples: Sequence[int] = (0,),
     ) -> None:
         super().__init__(module)
-        self.conditions, self.batches, self.classes = tuple(conditions), 0, 0
-        self.metrics = SweepMetrics(len(self.conditions), examples).to(module.device)
+        self.conditions, self.classes = tuple(conditions), 0
+        self.done = [0] * len(examples)  # batches of each data set
+        self.each = [SweepMetrics(len(self.conditions), count).to(module.device) for count in examples]
         self.announce: Callable[[Condition], None] = lambda condition: None
         self._calibration, self._choice = calibration, choice or Random()
         self._methods = {method.name: method for method in methods}
@@ -68,9 +70,19 @@ class SweepPhase(Phase):
         pairs = [(self._methods[c.method].source, c.seed or 0) for c in self.conditions[1:]]
         return list(dict.fromkeys((kind, seed) for kind, seed in pairs if kind is not None))
 
+    @property
+    def metrics(self) -> SweepMetrics:
+        """Those of the data set whose batches are run."""
+        return self.each[self.module.place]
+
+    @property
+    def batches(self) -> int:
+        """How many are done, of all data sets."""
+        return sum(self.done)
+
     def step(self, batch: Any, batch_idx: int) -> None:
         """Evaluates every condition on one batch; DataError or NonFiniteError if what ``evaluate`` gives is wrong."""
-        if batch_idx < self.batches:  # of an earlier run
+        if batch_idx < self.done[self.module.place]:  # of an earlier run
             return
         clean = None
         with torch.no_grad():
@@ -88,16 +100,17 @@ class SweepPhase(Phase):
                     self.metrics.update(index, scored, clean)
                 del scored  # or the next pass would hold the logits of two conditions
         self._check_finite()
-        self.batches = batch_idx + 1
+        self.done[self.module.place] = batch_idx + 1
 
     def end_epoch(self) -> None:
         """Merges the processes; DataError if nothing was scored, or one example by several of them."""
-        known = self.metrics.by_example
-        if known is not None and bool((self.module.summed((known[0] > 0).double()) > 1).any()):
-            raise DataError("several processes evaluated the same example; use a lightning_ablate.AblationDataModule")
-        self.metrics.sync()
-        if not int(self.metrics.n.sum()):
-            raise DataError("the evaluation data have no scored position; is everything padding, or too short?")
+        for metrics in self.each:
+            known = metrics.by_example
+            if known is not None and bool((self.module.summed((known[0] > 0).double()) > 1).any()):
+                raise DataError("several processes evaluated one example; use a lightning_ablate.AblationDataModule")
+            metrics.sync()
+            if not int(metrics.n.sum()):
+                raise DataError("the evaluation data have no scored position; is everything padding, or too short?")
 
     @contextmanager
     def applied(self, condition: Condition) -> Iterator[None]:
@@ -108,13 +121,14 @@ class SweepPhase(Phase):
 
     def state_dict(self) -> dict[str, Any]:
         """The scores so far, of this process."""
-        return {"batches": self.batches, "classes": self.classes, "metrics": self.metrics.state_dict()}
+        return {"done": self.done, "classes": self.classes, "metrics": [one.state_dict() for one in self.each]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a :meth:`state_dict`."""
-        self.batches, self.classes = state["batches"], state["classes"]
-        self.metrics.load_state_dict(dict(state["metrics"]))
-        self.metrics.to(self.module.device)
+        self.done, self.classes = list(state["done"]), state["classes"]
+        for metrics, saved in zip(self.each, state["metrics"], strict=True):
+            metrics.load_state_dict(dict(saved))
+            metrics.to(self.module.device)
 
     def _read(self, kind: str, seed: int, batch: Any) -> None:
         """Runs an input that is resampled from, and keeps what the sites do."""

@@ -11,7 +11,8 @@ import pandas as pd
 
 from lightning_ablate.errors import DataError
 from lightning_ablate.results import figures
-from lightning_ablate.results.table import BASELINE, Results
+from lightning_ablate.results.frames import BASELINE
+from lightning_ablate.results.table import Results
 
 _SAME = 1e-4  # nats that baselines of the same data may differ by, on other machines
 _SAME_EXAMPLES = ["example", "n"]
@@ -30,19 +31,19 @@ def load(folders: Sequence[Path | str] | Path | str) -> list[Results]:
     found: dict[tuple[str, str], dict[Path, Results]] = {}
     given = [folders] if isinstance(folders, str | Path) else folders
     for folder in dict.fromkeys(Path(os.path.abspath(folder)) for folder in given):
-        results = Results.load(folder)
-        if results.parts:
-            raise DataError(f"{folder} holds single sites, layers or heads, which make no curve; draw it by itself")
-        runs = found.setdefault((results.baseline["model"], results.baseline["data"]), {})
-        again, base = results.baseline, next(iter(runs.values()), results).baseline
-        if base["n"] != again["n"] or abs(base["cross_entropy"] - again["cross_entropy"]) > _SAME:
-            raise DataError(
-                f"{folder} has {again['n']:,} scored positions and a baseline cross-entropy of "
-                f"{again['cross_entropy']:.6f}, the runs of {base['model']} on {base['data']} before it "
-                f"{base['n']:,} and {base['cross_entropy']:.6f}: they were evaluated on other data, and can't be "
-                "compared"
-            )
-        runs[folder] = results
+        for results in Results.load(folder).each:
+            if results.parts:
+                raise DataError(f"{folder} holds single sites, layers or heads, which make no curve; draw it by itself")
+            runs = found.setdefault((results.baseline["model"], results.baseline["data"]), {})
+            again, base = results.baseline, next(iter(runs.values()), results).baseline
+            if base["n"] != again["n"] or abs(base["cross_entropy"] - again["cross_entropy"]) > _SAME:
+                raise DataError(
+                    f"{folder} has {again['n']:,} scored positions and a baseline cross-entropy of "
+                    f"{again['cross_entropy']:.6f}, the runs of {base['model']} on {base['data']} before it "
+                    f"{base['n']:,} and {base['cross_entropy']:.6f}: they were evaluated on other data, and can't be "
+                    "compared"
+                )
+            runs[folder] = results
     return [_joined(runs) if len(runs) > 1 else next(iter(runs.values())) for runs in found.values()]
 
 

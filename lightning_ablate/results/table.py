@@ -1,8 +1,9 @@
 """The results of a sweep as DataFrames, and the files they are kept in."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import partial, wraps
 from itertools import combinations, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,37 +16,47 @@ from lightning_ablate.metrics import METRICS
 from lightning_ablate.results import figures, text
 from lightning_ablate.results.bootstrap import intervals
 from lightning_ablate.results.folder import write_whole
+from lightning_ablate.results.frames import BASELINE, EXAMPLES, TABLE, Contrast, area, read, rectangular, typed
+from lightning_ablate.results.text import base_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COMPARED = ("top1", "cross_entropy")
-BASELINE = "none"
-_SCORES = dict.fromkeys(METRICS, "float64")
-_TABLE = {"model": "str", "data": "str", "method": "str", "fraction": "float64", "seed": "Int64", "part": "str"}
-_TABLE |= {"head": "Int64", "n": "int64"} | _SCORES
-_FLOATS = {name: lambda cell: float(cell or "nan") for name, kind in _TABLE.items() if kind == "float64"}
-_EXAMPLES = dict.fromkeys(("condition", "example", "n"), "int64") | _SCORES
-# rows of the table, (seeds, conditions) int64, and the weights of these conditions' scores
-_Contrast = tuple[np.ndarray, np.ndarray]
+_Table = Callable[..., pd.DataFrame]
 _Cell = tuple[float, str, int | None]  # fraction, part, head
+
+
+def _by_data(make: _Table) -> _Table:
+    """Makes a table of every data set, and a column ``data`` where there are several."""
+
+    @wraps(make)
+    def made(self: "Results", *args: Any, **options: Any) -> pd.DataFrame:
+        if len(self.data) == 1:
+            return make(self, *args, **options)
+        tables = {one.data[0]: make(one, *args, **options) for one in self.each}
+        return pd.concat(tables, names=["data"]).reset_index(level="data").reset_index(drop=True)
+
+    return made
 
 
 class Results:
     """What every condition of a sweep scored, and what follows from it.
 
-    Every interval is of 95%, over examples, the choices of neurons being those of the run; NaN where the data don't
-    tell examples apart.
+    Of several data sets the tables begin with a column ``data``, and :meth:`on` gives the results on one of them. Every
+    interval is of 95%, over examples, the choices of neurons being those of the run; NaN where the data don't tell
+    examples apart.
 
     Args:
-        table: a row a condition, the baseline (method ``none``) first: model, data, method, fraction (share of the
-            neurons that was ablated, in each site or in the part the condition is confined to), seed (missing where it
-            can't matter), part (the one site or layer that was ablated; empty for all), head (missing for all), n
-            (scored positions), top1 and top5 (share of them whose target has the largest logit, or one of the five
-            largest), cross_entropy, and kl, that of the ablated from the clean prediction (nats per scored position).
+        table: a row a condition, the baseline (method ``none``) first, one data set behind the other: model, data,
+            method, fraction (share of the neurons that was ablated, in each site or in the part the condition is
+            confined to), seed (missing where it can't matter), part (the one site or layer that was ablated; empty for
+            all), head (missing for all), n (scored positions), top1 and top5 (share of them whose target has the
+            largest logit, or one of the five largest), cross_entropy, and kl, that of the ablated from the clean
+            prediction (nats per scored position).
         examples: a row a condition and example, the same examples in the same order for every condition: condition (row
             of the table), example, n (its scored positions), and the sums of the four scores over these. None where the
-            data don't tell examples apart.
+            data don't tell examples apart; a data set may be left out.
         facts: what run.json says; ``classes``, their number or the size of the vocabulary, and ``partial``, why the run
             doesn't cover all its data, are used here.
 
@@ -63,12 +74,16 @@ class Results:
     def __init__(
         self, table: pd.DataFrame, examples: pd.DataFrame | None = None, facts: Mapping[str, Any] | None = None
     ) -> None:
-        self.table = _typed(table, _TABLE, "the table")
-        self.examples = None if examples is None else _typed(examples, _EXAMPLES, "the table of examples")
+        self.table = typed(table, TABLE, "the table")
+        self.examples = None if examples is None else typed(examples, EXAMPLES, "the table of examples")
         self.facts = dict(facts or {})
         if not len(self.table) or self.baseline["method"] != BASELINE:
             raise DataError(f"the first row of the table must be the baseline, of the method {BASELINE!r}")
-        if self.examples is not None and not _rectangular(self.examples, len(self.table)):
+        self.data = self.table["data"].unique().tolist()
+        self._parts = [self._part(data) for data in self.data] if len(self.data) > 1 else []
+        if self._parts:
+            return
+        if self.examples is not None and not rectangular(self.examples, len(self.table)):
             raise DataError("every condition needs a row for each example, the same ones in the same order")
         self._cells: dict[str, dict[_Cell, dict[int | None, int]]] = {method: {} for method in self.table["method"]}
         for one in self.table.sort_values("fraction", kind="stable").itertuples():
@@ -82,9 +97,21 @@ class Results:
         return self.table.iloc[0]
 
     @property
+    def each(self) -> list["Results"]:
+        """The results on each data set."""
+        return self._parts or [self]
+
+    def on(self, data: str) -> "Results":
+        """The results on one data set, by its name or the end of its path; ConfigError if there is none such."""
+        found = [one for one in self.each if data in (one.data[0], base_name(one.data[0]))]
+        if not found:
+            raise ConfigError(f"there are no results on {data!r}, expected one of {', '.join(self.data)}")
+        return found[0]
+
+    @property
     def methods(self) -> list[str]:
         """The methods, in the order of the sweep."""
-        return [method for method in self._cells if method != BASELINE]
+        return [method for method in self.table["method"].unique() if method != BASELINE]
 
     @property
     def parts(self) -> list[str]:
@@ -101,6 +128,7 @@ class Results:
         """Why the run doesn't cover all its data; empty for a whole run."""
         return list(self.facts.get("partial") or [])
 
+    @_by_data
     def summary(self) -> pd.DataFrame:
         """A row a method and fraction, the baseline first: what it scored.
 
@@ -116,6 +144,7 @@ class Results:
                 contrasts.append((rows, np.ones(1)))
         return self._frame(["method", "fraction", "part", "head"], keys, contrasts, METRICS)
 
+    @_by_data
     def compare(self, method: str | None = None, other: str | None = None) -> pd.DataFrame:
         """How much more one method scores than another, on the same neurons and the same examples.
 
@@ -143,6 +172,7 @@ class Results:
                     contrasts.append((rows, np.array([1.0, -1.0])))
         return self._frame(["method", "other", "fraction", "part", "head"], keys, contrasts, COMPARED)
 
+    @_by_data
     def ranking(self) -> pd.DataFrame:
         """A row a method, the least damage first: its scores above the baseline's, averaged over the fractions.
 
@@ -154,7 +184,7 @@ class Results:
             raise ConfigError("single sites, layers or heads make no curve to rank by: see compare(other='none')")
         to = min((max(self._cells[method])[0] for method in self.methods), default=1.0)
         keys = [(method, to) for method in self.methods]
-        contrasts = [_area({cell[0]: rows for cell, rows in self._cells[m].items()}, to) for m in self.methods]
+        contrasts = [area({cell[0]: rows for cell, rows in self._cells[m].items()}, to) for m in self.methods]
         ranked = self._frame(["method", "to"], keys, contrasts, COMPARED[::-1])
         return ranked.sort_values("cross_entropy", kind="stable", ignore_index=True)
 
@@ -165,12 +195,30 @@ class Results:
             where = row["part"] or f"{row['fraction']:g}"
             words = [row["method"], where, *(f"{n} {row[n]}" for n in ("head", "seed") if not pd.isna(row[n]))]
             name = "baseline" if row["method"] == BASELINE else " ".join(words)
+            name += f" on {base_name(row['data'])}" if len(self.data) > 1 else ""
             found |= {f"{metric}/{name}": float(row[metric]) for metric in METRICS}
         return found
 
     def plot(self) -> "Figure":
-        """The curves of the methods by fraction; or, of conditions confined to parts, what each part costs."""
-        return figures.importance(self) if self.parts else figures.degradation(self)
+        """The curves of the methods by fraction; or, of conditions confined to parts, what each part costs.
+
+        Data sets have their columns of curves; of parts only those of the first are shown.
+        """
+        return figures.importance(self.each[0]) if self.parts else figures.degradation(*self.each)
+
+    def pictures(self) -> dict[str, Callable[[], "Figure"]]:
+        """What draws each figure that is saved, by its name without the suffix."""
+        made: dict[str, Callable[[], Figure]] = {self.figure_name: self.plot}
+        for place, one in enumerate(self.each):
+            if self.parts:
+                made[one.suffixed(self.figure_name, place)] = one.plot
+            elif one.examples is not None and len(one.methods) > 1:
+                made[one.suffixed("comparisons", place)] = partial(figures.differences, one)
+        return made
+
+    def suffixed(self, name: str, place: int) -> str:
+        """A name for what there is of each data set, this being the one at that place."""
+        return f"{name}_{re.sub(r'[^A-Za-z0-9.-]+', '_', base_name(self.data[0]))}" if place else name
 
     def save(self, folder: Path | str, forms: Sequence[str] = ("png",)) -> list[Path]:
         """Writes results.csv, run.json, examples.parquet and figures into a folder, each whole or not at all.
@@ -187,10 +235,7 @@ class Results:
             (folder / "examples.parquet").unlink(missing_ok=True)  # another run's
         else:
             makers["examples.parquet"] = partial(self.examples.to_parquet, index=False, compression="zstd")
-        pictures: dict[str, Callable[[], Figure]] = {self.figure_name: self.plot}
-        if self.examples is not None and len(self.methods) > 1 and not self.parts:
-            pictures["comparisons"] = partial(figures.differences, self)
-        for (name, picture), form in product(pictures.items(), forms):
+        for (name, picture), form in product(self.pictures().items(), forms):
             makers[f"{name}.{form}"] = partial(figures.drawn, picture, form)
         for name, make in makers.items():  # one by one: what is measured is safe before it is drawn
             write_whole(folder / name, make())
@@ -200,17 +245,10 @@ class Results:
     def load(cls, folder: Path | str) -> "Results":
         """Those that :meth:`save` wrote, bit for bit; DataError if the folder holds none, or other files."""
         paths = [Path(folder) / name for name in ("results.csv", "run.json", "examples.parquet")]
-        kinds = {name: kind for name, kind in _TABLE.items() if name not in _FLOATS}
-        empty = {name: [""] for name in ("seed", "head")}  # a method may be called "none", a model "NA"
-        options = {"dtype": kinds, "keep_default_na": False, "na_values": empty, "converters": _FLOATS}
-        with loading(str(paths[0]), DataError):
-            table = _typed(pd.read_csv(paths[0], **options), _TABLE, str(paths[0]))
+        table = read(paths[0], TABLE)
         with loading(str(paths[1]), DataError):
             facts = dict(json.loads(paths[1].read_text(encoding="utf-8")))
-        examples = None
-        if paths[2].is_file():
-            with loading(str(paths[2]), DataError):
-                examples = _typed(pd.read_parquet(paths[2]), _EXAMPLES, str(paths[2]))
+        examples = read(paths[2], EXAMPLES) if paths[2].is_file() else None
         try:
             return cls(table, examples, facts)
         except DataError as error:
@@ -227,8 +265,17 @@ class Results:
     def _repr_html_(self) -> str:
         return text.html(self)
 
+    def _part(self, data: str) -> "Results":
+        """The results on one of several data sets."""
+        rows = self.table.index[self.table["data"] == data]
+        examples = self.examples
+        if examples is not None:
+            examples = examples[examples["condition"].between(rows[0], rows[-1])]
+            examples = examples.assign(condition=examples["condition"] - rows[0]) if len(examples) else None
+        return Results(self.table.loc[rows], examples, self.facts)
+
     def _frame(
-        self, names: list[str], keys: list[tuple[Any, ...]], contrasts: list[_Contrast], metrics: Sequence[str]
+        self, names: list[str], keys: list[tuple[Any, ...]], contrasts: list[Contrast], metrics: Sequence[str]
     ) -> pd.DataFrame:
         """The keys, and of each metric the contrasts' mean over the seeds, its interval and standard deviation."""
         frame = pd.DataFrame(keys, columns=names)
@@ -249,28 +296,3 @@ class Results:
             frame[f"{metric}_low"], frame[f"{metric}_high"] = low, high
             frame[f"{metric}_sd"] = np.array([v.std(ddof=1) if len(v) > 1 else np.nan for v in by_seed])
         return frame
-
-
-def _typed(frame: pd.DataFrame, types: Mapping[str, str], name: str) -> pd.DataFrame:
-    missing = [column for column in types if column not in frame.columns]
-    if missing:
-        raise DataError(f"{name} lacks the columns {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}")
-    return frame[list(types)].astype(types).reset_index(drop=True)
-
-
-def _rectangular(examples: pd.DataFrame, conditions: int) -> bool:
-    if len(examples) % conditions:
-        return False
-    condition, *same = (examples[name].to_numpy().reshape(conditions, -1) for name in ("condition", "example", "n"))
-    return bool((condition.T == np.arange(conditions)).all() and all((one == one[0]).all() for one in same))
-
-
-def _area(curve: Mapping[float, Mapping[int | None, int]], to: float) -> _Contrast:
-    """A curve's mean height above the baseline, the table's first row, over the fractions from 0 to ``to``."""
-    seeds = max(curve.values(), key=len)
-    points: dict[float, Mapping[int | None, int]] = {0.0: {None: 0}, **curve}
-    grid = sorted({fraction for fraction in points if fraction < to} | {to})
-    shares = [np.trapezoid(np.interp(grid, list(points), hat), grid) / to for hat in np.eye(len(points))]
-    rows = [[0, *(at.get(seed, next(iter(at.values()))) for at in points.values())] for seed in seeds]
-    used = np.array([True, *(share > 0 for share in shares)])
-    return np.array(rows)[:, used], np.array([-1.0, *shares])[used]

@@ -16,7 +16,7 @@ _PAIRS, _PARTS = 6, 5  # that the tables show
 
 def title(results: "Results") -> str:
     """``MODEL on DATA``, without the folders they came from."""
-    return " on ".join(base_name(results.baseline[name]) for name in ("model", "data"))
+    return f"{base_name(results.baseline['model'])} on {', '.join(map(base_name, results.data))}"
 
 
 def base_name(name: str) -> str:
@@ -31,7 +31,9 @@ def neighbours(results: "Results", compared: pd.DataFrame) -> pd.DataFrame:
 
 
 def tables(results: "Results") -> str:
-    """The baseline; the methods' scores, ranks and differences, or the most important parts."""
+    """Of each data set the baseline; the methods' scores, ranks and differences, or the most important parts."""
+    if len(results.data) > 1:
+        return "\n\n\n".join(map(tables, results.each))
     found = [_head(results)]
     if results.parts:
         found.append(_parts(results))
@@ -41,8 +43,8 @@ def tables(results: "Results") -> str:
 
 
 def html(results: "Results") -> str:
-    """The baseline, and the summary as a table."""
-    lines = "<br>".join(escape(line) for line in _head(results).splitlines())
+    """The baselines, and the summary as a table."""
+    lines = "<br>".join(escape(line) for one in results.each for line in _head(one).splitlines())
     return f"<p>{lines}</p>\n{results.summary().to_html(index=False)}"
 
 

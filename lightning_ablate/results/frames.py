@@ -1,0 +1,57 @@
+"""The columns of the tables of results, how these are read, and what is computed from their rows."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lightning_ablate.errors import DataError, loading
+from lightning_ablate.metrics import METRICS
+
+BASELINE = "none"
+_SCORES = dict.fromkeys(METRICS, "float64")
+TABLE = {"model": "str", "data": "str", "method": "str", "fraction": "float64", "seed": "Int64", "part": "str"}
+TABLE |= {"head": "Int64", "n": "int64"} | _SCORES
+EXAMPLES = dict.fromkeys(("condition", "example", "n"), "int64") | _SCORES
+_FLOATS = {name: lambda cell: float(cell or "nan") for name, kind in TABLE.items() if kind == "float64"}
+# rows of the table, (seeds, conditions) int64, and the weights of these conditions' scores
+Contrast = tuple[np.ndarray, np.ndarray]
+
+
+def typed(frame: pd.DataFrame, types: Mapping[str, str], name: str) -> pd.DataFrame:
+    """A frame with these columns, of these types; DataError if one is missing, and what the frame is called then."""
+    missing = [column for column in types if column not in frame.columns]
+    if missing:
+        raise DataError(f"{name} lacks the columns {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}")
+    return frame[list(types)].astype(types).reset_index(drop=True)
+
+
+def read(path: Path, types: Mapping[str, str]) -> pd.DataFrame:
+    """A table that was written to a csv or parquet file, bit for bit; DataError if it can't be read."""
+    with loading(str(path), DataError):
+        if path.suffix == ".parquet":
+            return typed(pd.read_parquet(path), types, str(path))
+        kinds = {name: kind for name, kind in types.items() if name not in _FLOATS}
+        empty = {name: [""] for name in ("seed", "head")}  # a method may be called "none", a model "NA"
+        table = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=empty, converters=_FLOATS)
+        return typed(table, types, str(path))
+
+
+def rectangular(examples: pd.DataFrame, conditions: int) -> bool:
+    """Whether every condition has the same examples in the same order."""
+    if len(examples) % conditions:
+        return False
+    condition, *same = (examples[name].to_numpy().reshape(conditions, -1) for name in ("condition", "example", "n"))
+    return bool((condition.T == np.arange(conditions)).all() and all((one == one[0]).all() for one in same))
+
+
+def area(curve: Mapping[float, Mapping[int | None, int]], to: float) -> Contrast:
+    """A curve's mean height above the baseline, the table's first row, over the fractions from 0 to ``to``."""
+    seeds = max(curve.values(), key=len)
+    points: dict[float, Mapping[int | None, int]] = {0.0: {None: 0}, **curve}
+    grid = sorted({fraction for fraction in points if fraction < to} | {to})
+    shares = [np.trapezoid(np.interp(grid, list(points), hat), grid) / to for hat in np.eye(len(points))]
+    rows = [[0, *(at.get(seed, next(iter(at.values()))) for at in points.values())] for seed in seeds]
+    used = np.array([True, *(share > 0 for share in shares)])
+    return np.array(rows)[:, used], np.array([-1.0, *shares])[used]
