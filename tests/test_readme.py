@@ -58,7 +58,7 @@ def test_every_command_is_known_here():
 def stand_ins(tmp_path_factory):
     """Local models and data for the names on the hub, in a folder with the files that commands name."""
     folder = tmp_path_factory.mktemp("readme")
-    Dataset.from_dict({"text": [f"{number} {text}" for number in range(5) for text in tiny.TEXTS]}).to_parquet(folder / "texts.parquet")
+    Dataset.from_dict({"text": tiny.TEXTS * 5}).to_parquet(folder / "texts.parquet")
     opt = tiny.save_language_model(folder / "opt", tiny.opt())
     (folder / "configs").symlink_to(ROOT / "configs")
     return folder, {
