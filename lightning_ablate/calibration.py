@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_ablate.errors import StatisticsError, TargetError, loading
-from lightning_ablate.sites import Site, is_asked, is_covered
+from lightning_ablate.sites import Site, is_asked, is_covered, weights_of
 from lightning_ablate.statistics import ActivationStatistic, Covariance, SiteStatistics
 
 
@@ -21,12 +21,14 @@ class Calibration:
 
     Only what is complete enters it: statistics of whole epochs, merged over all processes. ``which`` are kinds of
     ``sites``, and patterns of their paths (see :func:`~lightning_ablate.sites.find_sites`); ``statistics`` are by site
-    and class; ``learned`` holds, by a method's name and site, the values it learned, ``(neurons,)`` float32.
+    and class; ``learned`` holds, by a method's name and site, the values it learned, ``(neurons,)`` float32;
+    ``attributed`` what each unit is worth, see :func:`~lightning_ablate.attribution.table_of`.
     """
 
     def __init__(self, which: Sequence[str] = ("attention",), sites: Sequence[Site] = ()) -> None:
         self.which = tuple(which)
         self.learned: dict[str, dict[Site, Tensor]] = {}
+        self.attributed: dict[str, dict[Site, Tensor]] = {}
         self.locate(sites)
 
     def __getitem__(self, site: Site) -> SiteStatistics:
@@ -35,11 +37,13 @@ class Calibration:
 
     def with_learned(self, site: Site, learned: Mapping[str, Tensor]) -> SiteStatistics:
         """The statistics of one site, and other values as those learned for it."""
-        return SiteStatistics(site.name, self.statistics[site], learned)
+        attributed = {name: values[site] for name, values in self.attributed.items()}
+        return SiteStatistics(site.name, self.statistics[site], learned, attributed, self.norms.get(site))
 
-    def locate(self, sites: Iterable[Site]) -> None:
-        """Takes the sites, once they are found."""
+    def locate(self, sites: Iterable[Site], target: nn.Module | None = None) -> None:
+        """Takes the sites, once they are found in a target."""
         self.sites = tuple(sites)
+        self.norms = {} if target is None else norms_of(target, self.sites)
         self.statistics: dict[Site, dict[type[ActivationStatistic], ActivationStatistic]] = {s: {} for s in self.sites}
 
     def add(self, site: Site, statistic: ActivationStatistic) -> None:
@@ -72,6 +76,7 @@ class Calibration:
                     for kind, found in statistics.items()
                 },
                 "learned": {name: values[site].cpu() for name, values in self.learned.items()},
+                "attributed": {name: values[site].cpu() for name, values in self.attributed.items()},
             }
             for site, statistics in self.statistics.items()
         ]
@@ -101,7 +106,8 @@ class Calibration:
                     f"the checkpoint doesn't hold the statistics of all sites {word!r}, it holds "
                     f"{', '.join(site.name for site in saved)}; name these with --ablation.sites, or run `fit` again"
                 )
-        made = cls(which, [site for site in saved if any(is_asked(site, word) for word in which)])
+        made = cls(which)
+        made.locate([site for site in saved if any(is_asked(site, word) for word in which)], target)
         if not made.sites:
             raise StatisticsError("the checkpoint holds no site: its calibration wasn't complete; run `fit` again")
         known = {_key(kind): kind for kind in (_all(ActivationStatistic) if kinds is None else kinds)}  # type: ignore[type-abstract]
@@ -115,10 +121,11 @@ class Calibration:
                     _check_shapes(site, statistic, tensors)
                     statistic.load_state_dict(dict(tensors))
                     made.add(site, statistic.to(device))
-        common = set.intersection(*(set(saved[site]["learned"]) for site in made.sites)) if made.sites else set()
-        made.learned = {
-            name: {site: saved[site]["learned"][name].to(device) for site in made.sites} for name in sorted(common)
-        }
+        for kind, found in (("learned", made.learned), ("attributed", made.attributed)):
+            by_site = {site: saved[site].get(kind, {}) for site in made.sites}
+            for name in by_site[made.sites[0]]:
+                if all(name in values for values in by_site.values()):
+                    found[name] = {site: values[name].to(device) for site, values in by_site.items()}
         return made
 
     @classmethod
@@ -135,6 +142,17 @@ class Calibration:
         device = next(target.parameters()).device
         with loading(str(path), StatisticsError):
             return cls.from_state_dict(state["calibration"], target, device=device)
+
+
+def norms_of(target: nn.Module, sites: Iterable[Site]) -> dict[Site, Tensor]:
+    """Of each site that a plain linear projection reads, the norms of its columns, ``(neurons,)`` float32."""
+    found = {}
+    for site in sites:
+        weights = weights_of(target, site)
+        if weights is not None:
+            weight, _, transposed = weights
+            found[site] = weight.float().norm(dim=1 if transposed else 0)
+    return found
 
 
 def check_target(state: Mapping[str, Any], target: str) -> None:

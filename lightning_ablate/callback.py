@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning
+import pandas as pd
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_ablate import phases
 from lightning_ablate import trainer as trainers
+from lightning_ablate.attribution import Attributing, table_of
 from lightning_ablate.calibration import Calibration, digest, fingerprint
 from lightning_ablate.choices import Choice, choice_of
 from lightning_ablate.conditions import Condition, check_conditions, distinct_conditions, listed
@@ -16,7 +18,7 @@ from lightning_ablate.errors import ConfigError
 from lightning_ablate.methods import AblationMethod, method_of
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.base import evaluation_loaders
-from lightning_ablate.report import report_neurons, report_results, tabulated
+from lightning_ablate.report import report_attribution, report_neurons, report_results, tabulated
 from lightning_ablate.results import Results
 from lightning_ablate.statistics import ActivationStatistic, Moments, with_needs
 from lightning_ablate.trainer import CHECKPOINT
@@ -46,6 +48,11 @@ class AblationCallback(lightning.Callback):
         dirpath: the folder for the run's files; None takes the logger's. If a run with the same configuration died
             there, this one goes on from where it was.
         save_every: seconds from one save of an unfinished sweep to the next.
+        attribute: under which methods the effect of every neuron, head and site alone is estimated, see
+            :class:`~lightning_ablate.phases.AttributionPhase`.
+        verify: how many of the largest estimates, and as many others, are measured, of neurons and of heads.
+        draws: backward passes for the second order of an attribution.
+        attribution_examples: how many calibration examples are attributed; None takes all.
         figures: the forms in which figures are saved: ``png``, ``pdf``, ``svg``.
 
     Attributes:
@@ -63,12 +70,18 @@ class AblationCallback(lightning.Callback):
         neurons: Choice | None = None,
         dirpath: str | Path | None = None,
         save_every: float = 60.0,
+        attribute: Sequence[AblationMethod | str] | str = (),
+        verify: int = 0,
+        draws: int = 8,
+        attribution_examples: int | None = None,
         figures: Sequence[Literal["png", "pdf", "svg"]] = ("png",),
     ) -> None:
         self.methods = [method_of(method) for method in listed(methods)]
         self.fractions, self.seeds, self.sites = listed(fractions), listed(seeds), listed(sites)
         self.neurons, self.dirpath = choice_of(neurons), dirpath
         self.save_every, self.figures = save_every, listed(figures)
+        attributed = tuple(method_of(method) for method in listed(attribute))
+        self.attributing = Attributing(attributed, draws, verify, attribution_examples, next(iter(self.seeds), 0))
         check_conditions(self.methods, self.fractions, self.seeds, self.sites)
         self.results: Results | None = None
         self.folder: Path | None = None
@@ -92,6 +105,7 @@ class AblationCallback(lightning.Callback):
         trainers.warn_if_shared(trainer)
         self._begin(trainer, pl_module)
         self._epochs = phases.schedule(self._kinds, self.methods, self.neurons, **size)
+        self._epochs += phases.attributing(self.attributing, trainers.example_count(trainer.train_dataloader))
         trainers.run_epochs(trainer, max(1, len(self._epochs) - self.run.progress.epochs))
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
@@ -118,6 +132,8 @@ class AblationCallback(lightning.Callback):
             run.partial += trainers.cut_short("calibration", [seen], [trainer.train_dataloader])
             report_neurons(trainer, run.calibration, pl_module.name, self.folder, self.figures)
             run.calibration.reduce()
+        elif run.progress.epochs == len(self._epochs) - 1 and self.attributing.methods:
+            report_attribution(trainer, self.attribution, self.folder, self.figures)
         run.progress = phases.Progress(run.progress.epochs + 1)
         if self._unfinished is not None:
             self._unfinished.save(run.progress, {**run.state_dict(), "phase": {} if last else phase.state_dict()})
@@ -150,7 +166,7 @@ class AblationCallback(lightning.Callback):
         self.results = tabulated(phase.conditions, scored, pl_module.name, facts)
         pl_module.log_dict(self.results.flat(), add_dataloader_idx=False, sync_dist=True)
         if trainer.is_global_zero:
-            self._told = report_results(trainer, self.results, self.folder, self.figures)
+            self._told = report_results(trainer, self.results, self.attribution, self.folder, self.figures)
             if self._unfinished:
                 self._unfinished.close()
 
@@ -210,9 +226,15 @@ class AblationCallback(lightning.Callback):
         return phase
 
     @property
+    def attribution(self) -> pd.DataFrame:
+        """What every unit is worth, see :func:`~lightning_ablate.attribution.table_of`; empty without attribution."""
+        return table_of(self.run.calibration.attributed, self.run.measured)
+
+    @property
     def _kinds(self) -> list[type[ActivationStatistic]]:
         """What is gathered; Moments always, as they describe the neurons and tell which activations aren't finite."""
-        kinds = (kind for method in self.methods for kind in method.statistics)
+        methods = [*self.methods, *self.attributing.methods]
+        kinds = (kind for method in methods for kind in method.statistics)
         return with_needs([Moments, *self.neurons.statistics, *kinds])
 
     def _conditions(self) -> list[Condition]:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from lightning_ablate.conditions import Selection
-from lightning_ablate.errors import ConfigError, SiteError, few
+from lightning_ablate.errors import ConfigError, SiteError, StatisticsError, few
 from lightning_ablate.sites import Site, heads_of
-from lightning_ablate.statistics import ActivationStatistic, Histogram, Moments, SiteStatistics
+from lightning_ablate.statistics import FOUND, ActivationStatistic, Histogram, Moments, SiteStatistics
 
 Unit = Literal["neuron", "head"]
-Quantity = Literal["sd", "rms", "skewness", "kurtosis", "gap"]
+Quantity = Literal["sd", "rms", "skewness", "kurtosis", "gap", "weighted-sd", "attribution"]
 
 
 class Choice(ABC):
@@ -103,10 +103,13 @@ class Ranked(Ordered):
     Args:
         by: ``sd``, the standard deviation; ``rms``, the root of the mean square; or how far a neuron's distribution
             is from one that is symmetric around its most frequent value: ``skewness`` or ``kurtosis`` (the excess)
-            without their sign, or ``gap``, the distance of mean and mode in standard deviations. Of a head it is the
-            mean over its neurons.
+            without their sign, or ``gap``, the distance of mean and mode in standard deviations; ``weighted-sd``, the
+            standard deviation times the norm of the projection's column that reads the neuron (the score of FLAP, An et
+            al. 2024); or ``attribution``, the estimated effect of ablating the unit alone. Of a head it is the mean
+            over its neurons, but the attribution of the head.
         first: which end goes first.
         unit: ``neuron``, or ``head`` for all neurons of an attention head together.
+        under: the method under which units were attributed; None takes the first of ``attribute``.
 
     Example:
         >>> site, moments = Site("blocks.0.attn.proj", 3), Moments(neurons=3)
@@ -119,20 +122,27 @@ class Ranked(Ordered):
     seeded = False
 
     def __init__(
-        self, by: Quantity = "sd", first: Literal["lowest", "highest"] = "lowest", unit: Unit = "neuron"
+        self,
+        by: Quantity = "sd",
+        first: Literal["lowest", "highest"] = "lowest",
+        unit: Unit = "neuron",
+        under: str | None = None,
     ) -> None:
         super().__init__(unit)
         for name, given, known in (("by", by, get_args(Quantity)), ("first", first, ("lowest", "highest"))):
             if given not in known:
                 raise ConfigError(f"{name} is {given!r}, expected one of {', '.join(known)} (--ablation.neurons)")
-        self.by, self.first = by, first
+        self.by, self.first, self.under = by, first, under
         self.statistics = (Histogram,) if by == "gap" else (Moments,)
 
     def order(self, site: Site, seed: int, statistics: SiteStatistics | None = None) -> Tensor:
         """From the lowest, or the highest, on; of equal units the first in the site goes first."""
         if statistics is None:
             raise ConfigError(f"ranking by {self.by} needs the statistics of the site, and got none")
-        values = self._values(statistics).cpu().view(self.units(site), -1).mean(1)
+        if self.by == "attribution":
+            values = self._attributed(site, statistics)
+        else:
+            values = self._values(statistics).cpu().view(self.units(site), -1).mean(1)
         return values.argsort(stable=True, descending=self.first == "highest")
 
     def _values(self, statistics: SiteStatistics) -> Tensor:
@@ -140,9 +150,23 @@ class Ranked(Ordered):
         if self.by == "gap":
             gap = moments.mean - statistics[Histogram].places.mode
             return torch.where(moments.sd > 0, gap / moments.sd, 0.0).abs()
+        if self.by == "weighted-sd":
+            return moments.sd * statistics.norms.to(moments.sd)
         if self.by == "rms":
             return (moments.mean.square() + moments.sd.square()).sqrt()
         return getattr(moments, self.by).abs()
+
+    def _attributed(self, site: Site, statistics: SiteStatistics) -> Tensor:
+        """The estimates of the units, ``(units,)``; StatisticsError if there are none."""
+        known = statistics.attributed
+        under = self.under or next(iter(known), "")
+        if under not in known:
+            raise StatisticsError(
+                f"ranking by attribution needs that of {under or 'some method'} at {site.name}, there is "
+                f"{', '.join(known) or 'none'}: run `fit` with it (--ablation.attribute '[mean]')"
+            )
+        start = 0 if self.unit == "neuron" else site.width  # heads are behind the neurons
+        return known[under].cpu()[FOUND.index("estimate"), start : start + self.units(site)]
 
 
 class EachHead(Choice):

@@ -3,11 +3,10 @@
 from collections.abc import Mapping
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_ablate.errors import SiteError
 from lightning_ablate.methods import Affine, Edit
-from lightning_ablate.sites import Site
+from lightning_ablate.sites import Site, weights_of
 
 
 def fold(target: nn.Module, edits: Mapping[Site, Edit]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -27,19 +26,3 @@ def fold(target: nn.Module, edits: Mapping[Site, Edit]) -> dict[str, tuple[Tenso
         weight, bias = edit.replacement.fold(weight.T if transposed else weight, bias, edit.mask)
         made[site.path] = (weight.T if transposed else weight), bias
     return made
-
-
-def weights_of(target: nn.Module, site: Site) -> tuple[Tensor, Tensor | None, bool] | None:
-    """The weight and bias of the projection that reads a site, and whether the weight is ``(neurons, outputs)``.
-
-    None where others can't take their place: for a module that runs several times, a quantised or sharded one, or one
-    that is more than a matrix and a bias.
-    """
-    module = target.get_submodule(site.path)
-    kind, weight, bias = type(module), getattr(module, "weight", None), getattr(module, "bias", None)
-    linear, transposed = kind is nn.Linear, (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
-    if site.uses > 1 or not (linear or transposed) or "weight" not in module._parameters:
-        return None
-    if not isinstance(weight, Tensor) or isinstance(weight, DTensor) or not weight.is_floating_point():
-        return None
-    return weight, bias, transposed

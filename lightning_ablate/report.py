@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_ablate.calibration import Calibration
 from lightning_ablate.conditions import Condition
 from lightning_ablate.metrics import METRICS, SweepMetrics
-from lightning_ablate.results import Results
+from lightning_ablate.results import Results, attributions
 from lightning_ablate.results.folder import versions
 from lightning_ablate.results.neurons import Neurons
 from lightning_ablate.trainer import CHECKPOINT, OPTIONS, data_name
@@ -63,11 +63,31 @@ def report_neurons(
     neurons.save(folder, forms)
 
 
-def report_results(trainer: lightning.Trainer, results: Results, folder: Path | None, forms: Sequence[str]) -> str:
+def report_attribution(
+    trainer: lightning.Trainer, table: pd.DataFrame, folder: Path | None, forms: Sequence[str]
+) -> None:
+    """Writes the files of the attribution, and gives TensorBoard its figure and a histogram a site."""
+    if folder is None or not trainer.is_global_zero:
+        return
+    attributions.save(table, folder, forms)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure("attribution", attributions.plot(table))
+            neurons = table[table["level"] == "neuron"]
+            for method, own in neurons.groupby("method", sort=False):
+                for place, (_, values) in enumerate(own.groupby("site", sort=False)["estimate"]):
+                    logger.experiment.add_histogram(f"attribution/{method}", values.to_numpy(), place)
+
+
+def report_results(
+    trainer: lightning.Trainer, results: Results, attribution: pd.DataFrame, folder: Path | None, forms: Sequence[str]
+) -> str:
     """Writes the results' files, gives loggers options, figure and curves, and returns what to tell the user."""
     paths, notes = [], list[str]()
+    told = [str(results), *([attributions.lines(attribution)] if len(attribution) else [])]
     if folder is not None:
-        paths = [*results.save(folder, forms), *sorted(folder.glob("neurons.*")), *folder.glob(CHECKPOINT)]
+        others = ("neurons.*", "heads.parquet", "attribution.*", CHECKPOINT)
+        paths = [*results.save(folder, forms), *(path for other in others for path in sorted(folder.glob(other)))]
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
             for name, picture in results.pictures().items():
@@ -81,7 +101,7 @@ def report_results(trainer: lightning.Trainer, results: Results, folder: Path | 
         pictures = [str(path) for path in paths if path.suffix == ".png"]
         if pictures and hasattr(logger, "log_image"):  # Weights & Biases, and what is like it
             logger.log_image(results.figure_name, pictures)
-    return "\n".join(["", str(results), "", *map(str, paths), *notes])
+    return "\n".join(["", "\n\n".join(told), "", *map(str, paths), *notes])
 
 
 def _curves(results: Results, folder: Path) -> Path:

@@ -20,7 +20,7 @@ from lightning_ablate.results.folder import fresh_folder
 from lightning_ablate.sharding import check_strategy
 
 CHECKPOINT = "ablation.ckpt"
-OPTIONS = ("methods", "fractions", "seeds", "sites", "neurons")  # of the callback, which tell runs apart
+OPTIONS = ("methods", "fractions", "seeds", "sites", "neurons", "attributing")  # of the callback, which tell runs apart
 
 
 def check_trainer(trainer: lightning.Trainer) -> None:
@@ -99,8 +99,12 @@ def _check_counts_once(trainer: lightning.Trainer, loader: Any) -> None:
 
 def example_counts(trainer: lightning.Trainer) -> list[int]:
     """Of each validation loader the number of examples; 0 where one, as that of whole batches, doesn't tell."""
-    loaders = evaluation_loaders(trainer)
-    return [_length(one.dataset) if getattr(one, "batch_sampler", None) is not None else 0 for one in loaders]
+    return [example_count(loader) for loader in evaluation_loaders(trainer)]
+
+
+def example_count(loader: Any) -> int:
+    """The same of one loader."""
+    return _length(loader.dataset) if getattr(loader, "batch_sampler", None) is not None else 0
 
 
 def warn_if_shared(trainer: lightning.Trainer) -> None:
@@ -204,5 +208,5 @@ def options_of(made: Any) -> dict[str, Any]:
     kind = type(made)
     own = kind.__module__.startswith("lightning_ablate.")
     named = {"name": made.name} if hasattr(made, "name") else {}
-    kept = {name: value for name, value in vars(made).items() if name != "statistics"}
+    kept = {name: _plainly(value) for name, value in vars(made).items() if name != "statistics"}
     return {"class": kind.__name__ if own else f"{kind.__module__}.{kind.__qualname__}", **named, **kept}

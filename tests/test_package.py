@@ -11,8 +11,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lightning_ablate"
 # each imports only what is in front of it
 RANKS = (
-    "errors tokens, sites demo, statistics, conditions, choices, methods metrics, calibration folding sharding, "
-    "ablation results data, phases, modules, progress trainer, report, callback, cli"
+    "errors tokens, sites demo, statistics, conditions, choices, methods metrics, "
+    "attribution calibration folding sharding, ablation results data, phases, modules, progress trainer, report, "
+    "callback, cli"
 )
 # plain torch and torchmetrics: usable and testable without a Trainer
 PLAIN = "statistics sites choices conditions methods metrics calibration ablation folding phases results".split()

@@ -56,7 +56,10 @@ COMMANDS = [  # the command, and what its message names
     ("fit --ablation.sites=cross-attention", "'cross-attention' (--ablation.sites), it has mlp, self-attention"),
     ("fit --ablation.sites=blocks.0.norm1", "--ablation.sites"),
     ("fit --ablation.sites=[]", "--ablation.sites"),
-    ("fit --ablation.neurons=EachHed", "--ablation.neurons: no such class 'EachHed', expected EachHead, EachLayer"),
+    (
+        "fit --ablation.neurons=EachHed",
+        "--ablation.neurons: no such class 'EachHed', expected Alone, EachHead, EachLayer",
+    ),
     (ONLY, "--ablation.neurons.heads"),
     (f"{ONLY} --ablation.neurons.heads='{{nowhere: [0]}}'", "'nowhere' (--ablation.neurons), expected one of blocks.0"),
     (f"{ONLY} --ablation.neurons.heads='{{blocks.0.attn.proj: [9]}}'", "(--ablation.neurons), expected 0 to 3"),

@@ -1,7 +1,7 @@
 """What takes an ablated neuron's place."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -78,6 +78,15 @@ class AblationMethod(ABC):
     @abstractmethod
     def prepare(self, ablation: Ablation) -> Replacement:
         """The replacement at one site under one condition, computed once and then applied to every batch."""
+
+    def alone(self, ablation: Ablation, sizes: Sequence[int]) -> list[tuple[Replacement, int]]:
+        """For units of so many neurons side by side: what takes the place of each if it alone is ablated.
+
+        By default that of all neurons of ``ablation``, as what takes the place of one seldom depends on which others
+        are ablated. Override it where it does.
+        """
+        replacement = self.prepare(ablation)
+        return [(replacement, size) for size in sizes]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,5 +1,7 @@
 """Conditional-mean ablation."""
 
+from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -73,6 +75,22 @@ class ConditionalMean(AblationMethod):
         slope = torch.block_diag(*slopes).float()  # type: ignore[no-untyped-call]
         return Affine(offset, slope, statistics[Moments].mean.to(mask.device)[kept].float(), kept, ablated)
 
+    def alone(self, ablation: Ablation, sizes: Sequence[int]) -> list[tuple[Replacement, int]]:
+        """From the precision matrix P: less ``(P_uu)⁻¹ (P (x − μ))_u``, what the others don't tell of the unit u."""
+        gathered, device = ablation.statistics[self.covariance], ablation.mask.device
+        covariance = torch.block_diag(*gathered.covariance.to(device).double())  # type: ignore[no-untyped-call]
+        precision = self.solved(covariance, torch.eye(len(covariance), device=device).double(), gathered.ridge)
+        mean, found = ablation.statistics[Moments].mean.to(device).float(), list[tuple[Replacement, int]]()
+        for size in sizes:
+            if size == len(precision):
+                found.append((constant(mean), size))
+                continue
+            columns = precision.view(len(precision), -1, size).transpose(0, 1)  # of each unit
+            own = torch.stack([column[u * size : (u + 1) * size] for u, column in enumerate(columns)])
+            unexplained = torch.linalg.solve(own, columns, left=False).transpose(0, 1).reshape(precision.shape)
+            found.append((partial(_explained, mean, unexplained.float()), size))
+        return found
+
     def solved(self, among: Tensor, across: Tensor, ridge: float) -> Tensor:
         """The regression on the kept neurons, ``(..., kept, ablated)`` float64; ``among`` them is written over.
 
@@ -100,6 +118,11 @@ class ConditionalMeanPerHead(ConditionalMean):
     name = "conditional-mean-per-head"
     statistics = (Moments, HeadCovariance)
     covariance = HeadCovariance
+
+
+def _explained(mean: Tensor, unexplained: Tensor, activations: Tensor) -> Tensor:
+    dtype = activations.dtype
+    return activations - (activations - mean.to(dtype)) @ unexplained.to(dtype)
 
 
 def share(products: Tensor, variance: Tensor) -> Tensor:

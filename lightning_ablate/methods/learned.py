@@ -1,6 +1,6 @@
 """Optimal ablation: values that are learned."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -89,6 +89,13 @@ class ConditionalOptimal(LearnedMethod, ConditionalMean):
         mean = ablation.statistics[Moments].mean.to(unexplained)
         learned = ablation.statistics.learned(self.name).to(unexplained)
         return mean + unexplained.sqrt() * (learned - mean)
+
+    def alone(self, ablation: Ablation, sizes: Sequence[int]) -> list[tuple[Replacement, int]]:
+        """ConfigError: it isn't made for units that are ablated alone."""
+        raise ConfigError(
+            f"{self.name} can't be attributed, as its intercept is learned where much is ablated; take "
+            "conditional-mean (--ablation.attribute)"
+        )
 
     def prepare(self, ablation: Ablation) -> Replacement:
         """As :class:`ConditionalMean`; while values are learned for other neurons in every example.

@@ -68,7 +68,7 @@ class AblationModule(lightning.LightningModule, ABC):
     def source(self, kind: str, seed: int, batch: Any) -> Any:
         """Another input to resample from, in the form of ``batch`` and on its device; the seed is of all that is drawn.
 
-        The kind ``example`` works for all data that are read by index: another example of the evaluation data in the
+        The kind ``example`` works for all data that are read by index: another example of the same data in the
         place of each. Override it for other kinds (``characters``, ``ids``, ``generated``, ``pixels``, or what a method
         of one's own names), which are one input of a batch size of 1, as long as those of the batch.
 
@@ -81,7 +81,7 @@ class AblationModule(lightning.LightningModule, ABC):
                 f"resampling needs an input of the kind {kind!r}, which {type(self).__name__} doesn't make; leave the "
                 "method out (--ablation.methods), or override `source`"
             )
-        loader = evaluation_loaders(self.trainer)[self.place]
+        loader = self._loader
         data = getattr(loader, "dataset", None)
         if not (isinstance(batch, Mapping) and "index" in batch and isinstance(data, Sized)):
             raise ConfigError(
@@ -141,6 +141,7 @@ class AblationModule(lightning.LightningModule, ABC):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Hands the batch to the phase."""
+        self.place = 0
         self._phase.step(batch, batch_idx)
         self.manual_backward(0.0 * self.anchor.sum())
         cast(Any, self.optimizers()).step()
@@ -162,9 +163,7 @@ class AblationModule(lightning.LightningModule, ABC):
         sizes: list[int] = []
         apply_to_collection(batch, Tensor, lambda tensor: sizes.append(len(tensor)) if tensor.ndim else None)
         size = min(sizes, default=1)
-        training = self.trainer.training
-        loader = self.trainer.train_dataloader if training else evaluation_loaders(self.trainer)[self.place]
-        whole = getattr(loader, "batch_size", None) or size  # the last batch may be smaller
+        whole = getattr(self._loader, "batch_size", None) or size  # the last batch may be smaller
         first = (batch_idx * self.trainer.world_size + self.global_rank) * whole
         return torch.arange(first, first + size, device=self.device)
 
@@ -176,6 +175,12 @@ class AblationModule(lightning.LightningModule, ABC):
         """Hands figures to every logger, whatever Lightning's own count of steps."""
         for logger in self.loggers:
             logger.log_metrics(values, step=step)
+
+    @property
+    def _loader(self) -> Any:
+        """The loader whose batches are run."""
+        trainer = self.trainer
+        return trainer.train_dataloader if trainer.training else evaluation_loaders(trainer)[self.place]
 
     @property
     def _phase(self) -> Phase:

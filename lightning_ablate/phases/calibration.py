@@ -74,7 +74,7 @@ class CalibrationPhase(Phase):
 
     def _find_sites(self, batch: Any) -> None:
         module, which = self.module, self.calibration.which
-        self.calibration.locate(find_sites(module.target, lambda: module.evaluate(batch), which))
+        self.calibration.locate(find_sites(module.target, lambda: module.evaluate(batch), which), module.target)
         probes = module.probes(batch)
         if probes is not None and any("attention" in word for word in which if word in KINDS):
             attention = find_sites(module.target, lambda: module.evaluate(batch))  # all of it, whatever was chosen

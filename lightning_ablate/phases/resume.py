@@ -47,13 +47,15 @@ class Run:
     calibration: Calibration
     # by method that learned, nats on the examples that were held out, with the means and with the learned values
     held_out: dict[str, tuple[float, float] | None] = field(default_factory=dict)
+    measured: list[list[Any]] = field(default_factory=list)  # of units alone, see attribution.table_of
     partial: list[str] = field(default_factory=list)  # why it doesn't cover all its data
     progress: Progress = field(default_factory=Progress)
     began: float = field(default_factory=time.monotonic)
 
     def state_dict(self) -> dict[str, Any]:
         """All but the progress, as tensors on the CPU and plain values."""
-        about = {"target": self.target, "held_out": dict(self.held_out), "partial": list(self.partial)}
+        about: dict[str, Any] = {"target": self.target, "held_out": dict(self.held_out), "partial": list(self.partial)}
+        about["measured"] = [list(row) for row in self.measured]
         return {**about, "calibration": self.calibration.state_dict()}
 
     def facts(self, classes: int) -> dict[str, Any]:
@@ -71,6 +73,7 @@ class Run:
             self.calibration = Calibration.from_state_dict(state["calibration"], target, **options)
             self.held_out = {str(name): found for name, found in dict(state["held_out"]).items()}
             self.partial = list(map(str, state["partial"]))
+            self.measured = [list(row) for row in state.get("measured", ())]
 
 
 class Unfinished:

@@ -5,10 +5,12 @@ from datetime import timedelta
 from functools import partial
 from typing import NamedTuple
 
+from lightning_ablate.attribution import Attributing
 from lightning_ablate.choices import Choice
 from lightning_ablate.conditions import Condition
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.methods import AblationMethod, LearnedMethod
+from lightning_ablate.phases.attribution import AttributionPhase, VerificationPhase
 from lightning_ablate.phases.calibration import CalibrationPhase
 from lightning_ablate.phases.learning import Course, LearningPhase
 from lightning_ablate.phases.phase import Phase
@@ -51,6 +53,15 @@ def schedule(
         learn = partial(LearningPhase, method=method, choice=choice, course=course)
         found += [Epoch(number, learn, _BACKWARD) for number in range(course.epochs)]
     return found
+
+
+def attributing(options: Attributing, examples: int) -> list[Epoch]:
+    """The epochs that attribute, and then verify, with ``examples`` calibration examples; none without methods."""
+    found = [Epoch(0, partial(AttributionPhase, options=options), 1.0 + 2.0 * (1 + options.draws))]
+    if options.verify:
+        cost = 1.0 + 4.0 * options.verify * len(options.methods)
+        found.append(Epoch(0, partial(VerificationPhase, options=options, examples=examples), cost))
+    return found if options.methods else []
 
 
 def plan(

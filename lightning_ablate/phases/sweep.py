@@ -1,6 +1,6 @@
 """The sweep: evaluates every condition on every batch."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -88,7 +88,8 @@ class SweepPhase(Phase):
         with torch.no_grad():
             self._batch.examples = self.module.examples_of(batch, batch_idx)
             for kind, seed in self.sources:
-                self._read(kind, seed, batch)
+                sites = self._calibration.sites
+                self._batch.sources[kind, seed] = read_source(self.module, sites, kind, seed, batch)
             for index, condition in enumerate(self.conditions):
                 self.announce(condition)
                 with self.applied(condition):
@@ -129,17 +130,6 @@ class SweepPhase(Phase):
         for metrics, saved in zip(self.each, state["metrics"], strict=True):
             metrics.load_state_dict(dict(saved))
             metrics.to(self.module.device)
-
-    def _read(self, kind: str, seed: int, batch: Any) -> None:
-        """Runs an input that is resampled from, and keeps what the sites do."""
-        other = self.module.source(kind, seed, batch)  # which may run the target to generate it
-        found = self._batch.sources[kind, seed] = {}
-
-        def keep(site: Site, activations: Tensor) -> None:
-            found[site] = Source(*(part.clone() for part in by_example(activations, self.module.valid_at(site, other))))
-
-        with hooked(self.module.target, {s: partial(keep, s) for s in self._calibration.sites}, once=True):
-            self.module.evaluate(other)
 
     def _prepared(self, condition: Condition) -> dict[Site, Edit]:
         """What a condition does to each site; those it leaves alone are left out."""
@@ -183,3 +173,18 @@ class SweepPhase(Phase):
                 f"the logits under {bad[0]!r} are NaN or infinite ({len(bad)} of {len(self.conditions)} conditions); "
                 "try another precision (--trainer.precision, --model.dtype)"
             )
+
+
+def read_source(
+    module: "AblationModule", sites: Iterable[Site], kind: str, seed: int, batch: Any
+) -> dict[Site, Source]:
+    """Runs an input that is resampled from, and keeps what the sites do."""
+    other = module.source(kind, seed, batch)  # which may run the target to generate it
+    found: dict[Site, Source] = {}
+
+    def keep(site: Site, activations: Tensor) -> None:
+        found[site] = Source(*(part.clone() for part in by_example(activations, module.valid_at(site, other))))
+
+    with hooked(module.target, {site: partial(keep, site) for site in sites}, once=True):
+        module.evaluate(other)
+    return found

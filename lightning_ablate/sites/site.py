@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_ablate.errors import SiteError
 from lightning_ablate.sites.unfused import unfused
@@ -64,6 +65,22 @@ def check_mask(mask: Tensor, site: Site, whose: str) -> None:
             f"the mask of {whose} at {site.name} is {tuple(mask.shape)} {mask.dtype}, expected ({site.width},) "
             "torch.bool, True for the neurons to ablate"
         )
+
+
+def weights_of(target: nn.Module, site: Site) -> tuple[Tensor, Tensor | None, bool] | None:
+    """The weight and bias of the projection that reads a site, and whether the weight is ``(neurons, outputs)``.
+
+    None where others can't take their place: for a module that runs several times, a quantised or sharded one, or one
+    that is more than a matrix and a bias.
+    """
+    module = target.get_submodule(site.path)
+    kind, weight, bias = type(module), getattr(module, "weight", None), getattr(module, "bias", None)
+    linear, transposed = kind is nn.Linear, (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+    if site.uses > 1 or not (linear or transposed) or "weight" not in module._parameters:
+        return None
+    if not isinstance(weight, Tensor) or isinstance(weight, DTensor) or not weight.is_floating_point():
+        return None
+    return weight, bias, transposed
 
 
 @contextmanager

@@ -11,19 +11,22 @@ from torchmetrics import Metric
 from lightning_ablate.errors import StatisticsError
 from lightning_ablate.sites import Site
 
+FOUND = ("first", "second", "estimate", "se")  # what an attribution finds of each unit
 S = TypeVar("S", bound="ActivationStatistic")
 
 
 class SiteStatistics:
-    """The statistics of one site by their class, and the values learned for it by the method's name."""
+    """The statistics of one site by their class, and what was learned and attributed for it by the method's name."""
 
     def __init__(
         self,
         site: str,
         statistics: Mapping[type["ActivationStatistic"], "ActivationStatistic"],
         learned: Mapping[str, Tensor] | None = None,
+        attributed: Mapping[str, Tensor] | None = None,
+        norms: Tensor | None = None,
     ) -> None:
-        self.site = site
+        self.site, self.attributed, self._norms = site, dict(attributed or {}), norms
         self._statistics, self._learned = dict(statistics), dict(learned or {})
 
     def __getitem__(self, kind: type[S]) -> S:
@@ -44,6 +47,18 @@ class SiteStatistics:
                 "or name a checkpoint of such a run with --ckpt_path"
             )
         return self._learned[method]
+
+    @property
+    def norms(self) -> Tensor:
+        """The norms of the columns with which the projection reads the neurons, ``(neurons,)`` float32.
+
+        StatisticsError where the projection is more than a matrix and a bias.
+        """
+        if self._norms is None:
+            raise StatisticsError(
+                f"needs the weights with which a projection reads {self.site}, which is no plain linear one"
+            )
+        return self._norms
 
     def __contains__(self, kind: type["ActivationStatistic"]) -> bool:
         """Whether the statistic of that class was gathered."""

@@ -1,0 +1,231 @@
+"""What every unit is worth: the estimated effect of ablating it alone, in nats, from a few backward passes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lightning_ablate.choices import Choice, seed_of
+from lightning_ablate.conditions import Selection
+from lightning_ablate.errors import ConfigError
+from lightning_ablate.methods import AblationMethod
+from lightning_ablate.metrics import Scored
+from lightning_ablate.sites import Site
+from lightning_ablate.statistics import FOUND, SiteStatistics
+
+BOUND = 10.0  # nats of an example at which what one position does to it levels off
+LEVELS = ("neuron", "head", "site")
+_KEYS = ["method", "site", "level", "unit"]
+SUMS = ("first", "second", "estimate", "square", "with_n")  # what is summed over the examples of each unit
+
+
+@dataclass(frozen=True)
+class Attributing:
+    """How units are attributed: under which ``methods``, from how many ``draws``, how many of them are verified.
+
+    ``examples`` is how many of the calibration data are used, as near as whole batches allow, None for all; the
+    ``seed`` is that of what methods draw. ConfigError for fewer than one draw or example.
+    """
+
+    methods: tuple[AblationMethod, ...] = ()
+    draws: int = 8
+    verify: int = 0
+    examples: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the numbers."""
+        if self.draws < 1 or self.verify < 0 or (self.examples is not None and self.examples < 1):
+            raise ConfigError(
+                f"draws is {self.draws}, verify {self.verify} and attribution_examples {self.examples}; expected "
+                "at least 1, 0 and 1 (--ablation.draws, --ablation.verify, --ablation.attribution_examples)"
+            )
+        if self.verify and not self.methods:
+            raise ConfigError("verify needs attributions: name their methods (--ablation.attribute '[zero, mean]')")
+
+    def covers(self, batch_idx: int, batch_size: int, processes: int) -> bool:
+        """Whether a batch is among those that are used, the same on every process."""
+        return self.examples is None or batch_idx * batch_size * processes < self.examples
+
+
+def levels_of(site: Site) -> dict[str, int]:
+    """The neurons of one unit of each level that a site has: those of a neuron, a head, the whole site."""
+    heads = {"head": site.width // site.heads} if site.heads else {}
+    return {"neuron": 1, **heads, "site": site.width}
+
+
+def cotangents(scored: Scored, rows: Tensor, examples: Sequence[int], draws: int) -> Any:
+    """Gradients with respect to the logits, ``(n, classes)``: of the cross-entropy, and then ``draws`` random ones.
+
+    The random ones have mean 0 and the covariance ``diag(p) − p pᵀ`` of the gradients of cross-entropies whose labels
+    are drawn from the target's own predictions p, position by position, so that squares of what comes back from them
+    are unbiased estimates of the Fisher. Made of signs, they are less heavy-tailed than those of drawn labels. Signs
+    depend on the example and the position, not on the batch. ``rows`` ``(n,)`` says where in the batch, whose
+    ``examples`` these are, each position's example is; positions below 0 don't count.
+    """
+    counts = (rows >= 0).unsqueeze(1)
+    probabilities = scored.logits.detach().float().softmax(1)
+    truth = torch.zeros_like(probabilities).scatter_(1, scored.targets.unsqueeze(1), 1.0)
+    yield ((probabilities - truth) * counts).to(scored.logits.dtype)
+    del truth
+    roots = probabilities.sqrt()
+    for draw in range(draws):
+        signed = torch.zeros_like(roots)
+        for row, example in enumerate(examples):
+            own = (rows == row).nonzero().squeeze(1)
+            if len(own):
+                generator = torch.Generator().manual_seed(seed_of("attribution", draw, example))
+                signs = torch.randint(2, (len(own), roots.shape[1]), generator=generator, dtype=torch.int8)
+                signed[own] = roots[own] * (2 * signs - 1).to(roots)
+        yield (signed - probabilities * signed.sum(1, keepdim=True)).to(scored.logits.dtype)
+
+
+def orders(moved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """First and second orders of each example and unit, and the estimate, each ``(examples, units)`` float64.
+
+    ``moved`` ``(1 + draws, examples, positions, units)`` is the change of what each cotangent stands for, by position.
+    The estimate is the sum of both orders, to which a position whose own second order is ``½ E(g̃·δ)²`` nats adds less
+    by ``1 / (1 + that / BOUND)``: a square goes on growing where the loss levels off, by the normalisations and the
+    softmax behind a site, and a few positions, above all those that begin a text, would outweigh all others.
+    """
+    first, drawn = moved[0], moved[1:]
+    weight = 1 / (1 + drawn.square().mean(0) / (2 * BOUND))
+    found = []
+    for one in (1.0, weight):
+        linear = (first * one).sum(1, dtype=torch.float64)
+        found.append((linear, 0.5 * (drawn * one).sum(2, dtype=torch.float64).square().mean(0)))
+    (linear, square), kept = found
+    return linear, square, kept[0] + kept[1]
+
+
+class Unit(NamedTuple):
+    """One neuron, head or site."""
+
+    site: str
+    level: str
+    unit: int
+
+    def __str__(self) -> str:
+        """As tables name it."""
+        return self.site if self.level == "site" else f"{self.site} {self.level} {self.unit}"
+
+
+class Alone(Choice):
+    """Given units, each alone, one after the other. Fractions and seeds play no part."""
+
+    def __init__(self, units: Sequence[Unit]) -> None:
+        self.units = {str(unit): unit for unit in units}
+
+    def selections(
+        self, sites: Sequence[Site], fractions: Sequence[float] = (), seeds: Sequence[int] = ()
+    ) -> list[Selection]:
+        """One a unit."""
+        return [Selection(1.0, None, name) for name in self.units]
+
+    def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:
+        """The neurons of the one unit."""
+        mask, unit = torch.zeros(site.width, dtype=torch.bool), self.units[selection.part]
+        if unit.site == site.name:
+            mask.view(-1, levels_of(site)[unit.level])[unit.unit] = True
+        return mask
+
+
+def per_position(sums: Tensor, n: Tensor) -> Tensor:
+    """``FOUND`` from the sums over examples ``(SUMS, units)``, ``(FOUND, units)`` float64, nats per scored position.
+
+    ``n`` ``(2,)`` are the sums of the examples' scored positions and of their squares.
+    """
+    first, second, estimate, square, with_n = sums / n[0]
+    spread = square - 2 * estimate * with_n + estimate.square() * n[1] / n[0]
+    return torch.stack([first, second, estimate, (spread.clamp_min(0) / n[0]).sqrt()])
+
+
+def table_of(attributed: Mapping[str, Mapping[Site, Tensor]], measured: Sequence[Sequence[Any]] = ()) -> pd.DataFrame:
+    """A row a method and unit, from what was found by method and site ``(FOUND, units)``.
+
+    Columns: method, site, level (neuron, head or site), unit (its place in the site), and, in nats per scored
+    position, first, second (order), estimate (their sum, the second order bounded) and se, its standard error over the
+    examples. Of what was ``measured`` also picked (``largest`` or ``random``), verified (the true effect) and
+    verified_se.
+    """
+    frames = []
+    for method, by_site in attributed.items():
+        for site, found in by_site.items():
+            places = [(level, unit) for level, size in levels_of(site).items() for unit in range(site.width // size)]
+            frame = pd.DataFrame(places, columns=["level", "unit"]).assign(method=method, site=site.name)
+            frames.append(frame[_KEYS].assign(**dict(zip(FOUND, found.cpu().numpy(), strict=True))))
+    table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*_KEYS, *FOUND])
+    columns = [*_KEYS, "picked", "verified", "verified_se"]
+    return table.merge(pd.DataFrame(list(measured), columns=columns), how="left", on=_KEYS) if measured else table
+
+
+def picked(frame: pd.DataFrame, count: int, seed: int = 0) -> pd.DataFrame:
+    """Of each method, and of neurons and of heads, ``count`` of the largest estimates, and as many random others.
+
+    The rows of the table with a column ``picked``: ``largest`` or ``random``.
+    """
+    found = []
+    for (method, level), rows in frame[frame["level"] != "site"].groupby(["method", "level"], sort=False):
+        largest = rows.nlargest(count, "estimate")
+        others = rows.drop(largest.index)
+        generator = np.random.default_rng(seed_of("verify", seed, method, level))
+        drawn = others.iloc[np.sort(generator.permutation(len(others))[:count])]
+        found += [largest.assign(picked="largest"), drawn.assign(picked="random")]
+    return pd.concat(found)
+
+
+def trust(frame: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
+    """How far the estimates agree with what was measured: a row a method and level.
+
+    Its columns are units (measured), pearson, spearman, slope (of the truth on the estimate), each with ``_low`` and
+    ``_high``, the ends of the 95% interval of a bootstrap over the units; recall, the share of the units whose true
+    effect is at least the median of the largest estimates' that are among these, by the random sample's share; and
+    missed, the largest true effect in the random sample, whose estimates are smaller.
+    """
+    rows = []
+    for (method, level), own in frame.dropna(subset="verified").groupby(["method", "level"], sort=False):
+        whole = int(((frame["method"] == method) & (frame["level"] == level)).sum())
+        if len(own) < 3:
+            continue
+        pair, largest = own[["estimate", "verified"]].to_numpy().T, (own["picked"] == "largest").to_numpy()
+        again = np.random.default_rng(0).integers(len(own), size=(draws, len(own)))
+        row: dict[str, Any] = {"method": method, "level": level, "units": len(own)}
+        for name, measure in (("pearson", _pearson), ("spearman", _spearman), ("slope", _slope)):
+            row[name] = measure(*pair[:, None])[0]
+            with np.errstate(all="ignore"):
+                ends = np.nanpercentile(measure(pair[0][again], pair[1][again]), [2.5, 97.5])
+            row[f"{name}_low"], row[f"{name}_high"] = ends
+        row["recall"] = _recall(pair[1], largest, whole)
+        row["missed"] = pair[1][~largest].max() if (~largest).any() else np.nan
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _recall(true: np.ndarray, largest: np.ndarray, whole: int) -> float:
+    """By the random sample the share of truly large units that are among the largest estimates."""
+    if not largest.any():
+        return float("nan")
+    enough = np.median(true[largest])
+    inside, outside = (true[largest] >= enough).sum(), (true[~largest] >= enough).mean() if (~largest).any() else 0.0
+    return float(inside / (inside + outside * (whole - largest.sum())))
+
+
+def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
+    with np.errstate(all="ignore"):
+        return (x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1))
+
+
+def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    ranks = [pd.DataFrame(values).rank(axis=1).to_numpy() for values in (x, y)]
+    return _pearson(*ranks)
+
+
+def _slope(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
+    with np.errstate(all="ignore"):
+        return (x * y).sum(1) / (x * x).sum(1)

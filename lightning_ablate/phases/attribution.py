@@ -1,0 +1,162 @@
+"""Attribution: estimates what every unit is worth, and measures some of them."""
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_ablate.attribution import (
+    SUMS,
+    Alone,
+    Attributing,
+    Unit,
+    cotangents,
+    levels_of,
+    orders,
+    per_position,
+    picked,
+    table_of,
+)
+from lightning_ablate.conditions import BASELINE, Condition
+from lightning_ablate.errors import ConfigError, NonFiniteError
+from lightning_ablate.methods import Ablation, AblationMethod, Batch, Replacement
+from lightning_ablate.metrics import METRICS
+from lightning_ablate.phases.phase import Phase
+from lightning_ablate.phases.resume import Run
+from lightning_ablate.phases.sweep import SweepPhase, read_source
+from lightning_ablate.sites import Site, hooked
+from lightning_ablate.statistics.base import by_example
+
+if TYPE_CHECKING:
+    from lightning_ablate.modules import AblationModule
+
+
+class AttributionPhase(Phase):
+    """Estimates the effect of every neuron, head and site alone, from one forward and ``1 + draws`` backward passes.
+
+    With δ, what ablating the unit adds to the activations, g the gradient of the cross-entropy there and g̃ one of
+    :func:`~lightning_ablate.attribution.cotangents`, the effect on an example is ``Σ g·δ + ½ (Σ g̃·δ)²``, summed over
+    its positions and the unit's neurons before the square, which is averaged over the draws.
+    """
+
+    title = "Attribution"
+
+    def __init__(self, module: "AblationModule", run: Run, options: Attributing) -> None:
+        super().__init__(module)
+        self.options, self.sites, methods = options, run.calibration.sites, options.methods
+        self._run, self._batch = run, Batch()
+        self.n = torch.zeros(2, dtype=torch.float64, device=module.device)
+        self.sums = {
+            method.name: {site: self._nothing(site) for site in self.sites} for method in methods
+        }  # (SUMS, units) float64: the neurons, heads and the site, one behind the other
+        self._alone = {method.name: {site: self._prepared(method, site) for site in self.sites} for method in methods}
+
+    def step(self, batch: Any, batch_idx: int) -> None:
+        """Adds what the examples of one batch tell."""
+        module, found = self.module, dict[Site, Tensor]()
+        examples = module.examples_of(batch, batch_idx)
+        if not self.options.covers(batch_idx, len(examples), module.trainer.world_size):
+            return
+        self._batch.examples, seed = examples, self.options.seed
+        with torch.no_grad():
+            for kind in dict.fromkeys(method.source for method in self.options.methods if method.source is not None):
+                self._batch.sources[kind, seed] = read_source(module, self.sites, kind, seed, batch)
+        with torch.enable_grad(), hooked(module.target, {s: partial(_kept, found, s) for s in self.sites}, once=True):
+            scored = module.evaluate(batch)
+        if not scored.logits.requires_grad:
+            raise ConfigError("attribution needs gradients of the logits that `evaluate` gives; is it under no_grad?")
+        match = (scored.example.unsqueeze(1) == examples) & (examples >= 0)
+        rows = torch.where(match.any(1), match.int().argmax(1), -1)
+        with torch.no_grad():
+            self._add(scored, rows, examples.tolist(), found)
+
+    def end_epoch(self) -> None:
+        """Merges the processes, and hands the estimates to the calibration; NonFiniteError if they aren't finite."""
+        self.n = self.module.summed(self.n)
+        for method, by_site in self.sums.items():
+            for site, sums in by_site.items():
+                by_site[site] = self.module.summed(sums)
+                attributed = per_position(by_site[site], self.n)
+                if not bool(attributed.isfinite().all()):
+                    raise NonFiniteError(
+                        f"attributions of {method} at {site.name} aren't finite; try another precision "
+                        "(--trainer.precision, --model.dtype)"
+                    )
+                self._run.calibration.attributed.setdefault(method, {})[site] = attributed
+
+    def _add(self, scored: Any, rows: Tensor, examples: list[int], found: dict[Site, Tensor]) -> None:
+        n = torch.bincount(rows[rows >= 0], minlength=len(examples)).double()
+        self.n += torch.stack([n.sum(), n.square().sum()])
+        inputs, draws = [found[site] for site in self.sites], self.options.draws
+        gradients = [
+            torch.autograd.grad(scored.logits, inputs, cotangent, retain_graph=number < draws)
+            for number, cotangent in enumerate(cotangents(scored, rows, examples, draws))
+        ]
+        one = torch.ones(len(examples), 1, dtype=torch.bool, device=n.device)
+        for place, site in enumerate(self.sites):
+            own = torch.stack([by_example(gradient[place].float(), one)[0] for gradient in gradients])
+            for name, by_site in self.sums.items():
+                made = [
+                    orders((own * by_example(delta.float(), one)[0]).view(*own.shape[:3], -1, size).sum(4))
+                    for delta, size in self._deltas(name, site, found[site])
+                ]
+                first, second, whole = (torch.cat(order, 1) for order in zip(*made, strict=True))
+                each = [first, second, whole, whole.square(), whole * n.unsqueeze(1)]
+                by_site[site] += torch.stack([order.sum(0) for order in each])
+
+    def _deltas(self, name: str, site: Site, activations: Tensor) -> list[tuple[Tensor, int]]:
+        """What ablating each unit alone adds to the activations, and how many neurons such a unit has."""
+        made: dict[int, Tensor] = {}
+        given = activations.detach()
+        for replace, _ in self._alone[name][site]:
+            if id(replace) not in made:
+                made[id(replace)] = replace(given).to(given.dtype) - given
+        return [(made[id(replace)], size) for replace, size in self._alone[name][site]]
+
+    def _prepared(self, method: AblationMethod, site: Site) -> list[tuple[Replacement, int]]:
+        mask = torch.ones(site.width, dtype=torch.bool, device=self.module.device)
+        ablation = Ablation(site, mask, self._run.calibration[site], self.options.seed, self._batch)
+        return method.alone(ablation, list(levels_of(site).values()))
+
+    def _nothing(self, site: Site) -> Tensor:
+        units = sum(site.width // size for size in levels_of(site).values())
+        return torch.zeros(len(SUMS), units, dtype=torch.float64, device=self.module.device)
+
+
+class VerificationPhase(SweepPhase):
+    """Ablates the units with the largest estimates, and as many random ones, alone: the truth, on the same examples."""
+
+    title = "Verification"
+
+    def __init__(self, module: "AblationModule", run: Run, options: Attributing, examples: int) -> None:
+        self.rows, methods = picked(table_of(run.calibration.attributed), options.verify), options.methods
+        self.units = [Unit(*row) for row in self.rows[["site", "level", "unit"]].itertuples(index=False)]
+        seeds = {method.name: options.seed if method.seeded else None for method in methods}
+        pairs = list(zip(self.rows["method"], self.units, strict=True))
+        conditions = [BASELINE, *(Condition(1.0, seeds[m], str(unit), method=m) for m, unit in pairs)]
+        super().__init__(module, run.calibration, methods, conditions, Alone(self.units), [examples])
+        self.options, self._run = options, run
+
+    def step(self, batch: Any, batch_idx: int) -> None:
+        """Evaluates every condition on one batch of those that were attributed."""
+        examples = self.module.examples_of(batch, batch_idx)
+        if self.options.covers(batch_idx, len(examples), self.module.trainer.world_size):
+            super().step(batch, batch_idx)
+
+    def end_epoch(self) -> None:
+        """Merges the processes; the run's table gets the measured effects."""
+        super().end_epoch()
+        sums = self.metrics.sums[:, METRICS.index("cross_entropy")]
+        n, (base, *others) = self.metrics.n.double(), sums
+        keys = self.rows[["method", "site", "level", "unit", "picked"]].itertuples(index=False, name=None)
+        self._run.measured = []
+        for key, own in zip(keys, others, strict=True):
+            effect = (own - base).sum() / n.sum()
+            spread = (own - base - effect * n).square().sum().sqrt() / n.sum()
+            self._run.measured.append([*key, effect.item(), spread.item() if len(n) > 1 else float("nan")])
+
+
+def _kept(found: dict[Site, Tensor], site: Site, activations: Tensor) -> Tensor:
+    found[site] = activations if activations.requires_grad else activations.detach().requires_grad_()
+    return found[site]

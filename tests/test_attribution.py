@@ -1,0 +1,343 @@
+"""What units are worth alone: exact where that can be known, the truth where it can be measured."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_ablate import AblationCallback, AblationModule, Ranked, Scored, Site
+from lightning_ablate import attribution as attributions
+from lightning_ablate.attribution import cotangents, orders, table_of, trust
+from lightning_ablate.errors import ConfigError, StatisticsError
+from lightning_ablate.methods import Ablation, ConditionalMean, ConditionalMeanPerHead, ConditionalOptimal, others_of
+from lightning_ablate.phases import attribution as phase
+from lightning_ablate.results.attributions import lines, plot, wide
+from lightning_ablate.statistics import FOUND, Moments
+from tests import reference, tiny
+from tests.command import CONFIGS, FEW, TWO, found
+from tests.tiny import Death
+
+METHODS = ["zero", "mean", "positional-mean", "conditional-mean", "noise"]
+
+
+class Linear(AblationModule):
+    """Logits that are linear in the one site, and small, so that the loss is a square; a position an example."""
+
+    def build_target(self):
+        torch.manual_seed(0)
+        target = nn.Sequential(nn.Identity(), nn.Linear(8, 5))
+        nn.init.normal_(target[1].weight, std=3e-3)
+        return target
+
+    def evaluate(self, batch):
+        return Scored(self.target(batch["x"]), batch["label"], batch["index"])
+
+
+def rows(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, 8, generator=generator) @ torch.randn(8, 8, generator=generator)
+    return [{"x": x[i], "label": torch.tensor(i % 5), "index": i} for i in range(count)]
+
+
+def attributed(folder, module, train, methods=("zero", "mean"), val=None, **options):
+    callback = AblationCallback(["zero"], [1.0], [1], attribute=methods, dirpath=folder / "run", **options)
+    tiny.fit(folder, module, train, train if val is None else val, callback)
+    return callback
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """In the place of random ones the cotangents whose products are the Fisher of one position an example."""
+
+    def made(scored, rows, examples, draws):
+        yield next(cotangents(scored, rows, examples, 0))
+        p = scored.logits.softmax(1)
+        for label in range(p.shape[1]):
+            yield (p[:, [label]] * p.shape[1]).sqrt() * (torch.eye(p.shape[1])[label] - p)
+
+    monkeypatch.setattr(phase, "cotangents", made)
+
+
+@pytest.mark.filterwarnings("ignore:.* calibrate and are evaluated as well")
+def test_of_a_linear_target_with_a_squared_error_it_is_the_truth(tmp_path, exact):
+    loader = DataLoader(rows(20), batch_size=5)
+    options = {"sites": ["*1"], "draws": 5, "verify": 8}
+    table = attributed(tmp_path, Linear(), loader, ["zero", "mean", "conditional-mean"], **options).attribution
+    neurons = table[table["level"] == "neuron"]
+    assert len(neurons) == 3 * 8 and neurons["verified"].notna().all()
+    total = neurons["first"] + neurons["second"]
+    assert neurons["verified"].abs().max() > 1e-4
+    np.testing.assert_allclose(total, neurons["verified"], rtol=0, atol=1e-5 * neurons["verified"].abs().max() * 40)
+    np.testing.assert_allclose(neurons["estimate"], total, atol=1e-6)
+    # the standard error of a mean, by hand
+    np.testing.assert_allclose(neurons["se"], neurons["verified_se"], rtol=2e-2)
+
+
+def test_the_random_gradients_are_unbiased_for_the_fisher_and_do_not_depend_on_the_batch():
+    logits = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)) * 2
+    scored = Scored(logits, torch.tensor([0, 1, 2, 3]), torch.tensor([7, 7, -1, 9]))
+    place = torch.tensor([0, 0, -1, 1])
+    first, *drawn = cotangents(scored, place, [7, 9], 6000)
+    p = logits.double().softmax(1)
+    truth = torch.eye(6)[scored.targets]
+    torch.testing.assert_close(first, ((p - truth) * (place >= 0).unsqueeze(1)).float())
+    found = torch.stack(drawn).double()
+    assert not bool(found[:, 2].any())
+    both = torch.cat([found[:, 0], found[:, 1]], 1)  # positions of one example are independent
+    fisher = torch.block_diag(*(torch.diag(p[i]) - torch.outer(p[i], p[i]) for i in (0, 1)))
+    assert float((both.T @ both / len(both) - fisher).abs().max()) < 0.02
+    assert float(both.mean(0).abs().max()) < 0.03
+    alone = scored._replace(logits=logits[3:], targets=scored.targets[3:], example=scored.example[3:])
+    _, again = cotangents(alone, torch.tensor([0]), [9], 1)
+    torch.testing.assert_close(again[0], drawn[0][3])
+
+
+def test_what_one_position_does_levels_off():
+    moved = torch.tensor([[0.1, 0.2], [1e-3, 2e-3], [-1e-3, 1e-3]]).view(3, 1, 2, 1)
+    first, second, estimate = (order.item() for order in orders(moved))
+    assert first == pytest.approx(0.3) and second == pytest.approx((3e-3**2 + 0) / 4, rel=1e-4)
+    assert estimate == pytest.approx(first + second, rel=1e-5)
+    moved[1:, 0, 1] *= 1e5
+    first, second, estimate = (order.item() for order in orders(moved))
+    assert second > 1e3 and estimate < 4 * attributions.BOUND and first == pytest.approx(0.3)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpt2")
+    options = {"val": tiny.loader(seed=2), "verify": 5, "sites": ["attention", "mlp"]}
+    return attributed(folder, tiny.Own(tiny.gpt2()), tiny.loader(seed=1), METHODS, **options)
+
+
+def test_what_is_verified_is_what_plain_hooks_find_on_the_same_examples(gpt2):
+    """Of methods whose replacement plain hooks can put in: zero, and the mean by numpy."""
+    model, batches = tiny.gpt2(), list(tiny.loader(seed=1))
+    paths = [site.name for site in gpt2.run.calibration.sites]
+    raw = reference.raw_activations(model, batches, paths)
+    clean, *_ = reference.evaluation(model, batches, {})
+    checked = gpt2.attribution.dropna(subset="verified")
+    assert checked.groupby(["method", "level"]).size().tolist() == [8, 10] * len(METHODS)  # all heads, and neurons
+    for row in checked[checked["method"].isin(["zero", "mean"])].itertuples():
+        width = raw[row.site].shape[1]
+        size = 1 if row.level == "neuron" else width // 4
+        mask = torch.arange(width) // size == row.unit
+        values = torch.zeros(width) if row.method == "zero" else raw[row.site].double().mean(0).float()
+        loss, *_ = reference.evaluation(model, batches, {row.site: reference.put(mask, values)})
+        assert row.verified == pytest.approx(loss - clean, abs=2e-6)
+
+
+def test_units_add_up(gpt2):
+    table = gpt2.attribution
+    assert set(table["method"]) == set(METHODS) and table["estimate"].notna().all() and (table["se"] >= 0).all()
+    for method in ("zero", "mean", "positional-mean", "noise"):
+        own = table[table["method"] == method]
+        for site in gpt2.run.calibration.sites:
+            here = own[own["site"] == site.name].set_index("level")["first"]
+            neurons = here.loc["neuron"].to_numpy()
+            assert here.loc["site"] == pytest.approx(neurons.sum(), abs=1e-6)
+            if site.heads:
+                np.testing.assert_allclose(here.loc["head"], neurons.reshape(site.heads, -1).sum(1), atol=1e-7)
+
+
+def test_of_a_trained_target_estimates_agree_with_the_truth(tmp_path):
+    small = ["--data.max_length=64", "--data.calibration_tokens=1000", "--data.evaluation_tokens=100"]
+    more = [
+        "--ablation.methods=mean",
+        "--ablation.attribute=[zero,mean]",
+        "--ablation.verify=16",
+        "--ablation.sites=[attention,mlp]",
+    ]
+    found(tmp_path / "run", "fit", "--config", CONFIGS / "demo_gpt2.yaml", *FEW, *small, *more)
+    for name, pearson in (("neurons", 0.95), ("heads", 0.8)):
+        table = pd.read_parquet(tmp_path / "run" / f"{name}.parquet").dropna(
+            subset=["zero_verified", "mean_verified"], how="all"
+        )
+        for method in ("zero", "mean"):
+            pair = table[[f"{method}_estimate", f"{method}_verified"]].dropna()
+            assert len(pair) == {"neurons": 32, "heads": 16}[name] and np.corrcoef(pair.T)[0, 1] > pearson
+
+
+@pytest.mark.parametrize("kind", [ConditionalMean, ConditionalMeanPerHead])
+def test_the_conditional_mean_of_a_unit_alone_is_that_of_a_condition_which_ablates_it_alone(kind):
+    x, site = tiny.mixed(600).view(60, 10, 12)[..., [0, 1, 4, 5, 6, 7, 8, 9, 10, 11, 0, 3]], Site("p", 12, heads=3)
+    statistics = tiny.gathered(site, [x + torch.randn(x.shape) * 0.1], *kind.statistics)
+    new = torch.randn(4, 5, 12)
+    nothing = Ablation(site, torch.ones(12, dtype=torch.bool), statistics, None)
+    for replace, size in kind().alone(nothing, [1, 4, 12]):
+        for unit in range(12 // size):
+            mask = torch.arange(12) // size == unit
+            expected = kind().prepare(Ablation(site, mask, statistics, None))(new).expand(new.shape)
+            torch.testing.assert_close(
+                replace(new).expand(new.shape)[..., mask], expected[..., mask], rtol=1e-3, atol=2e-3
+            )
+
+
+def test_padding_held_back_positions_and_other_batches_change_nothing(tmp_path):
+    batch = tiny.tokens(6, seed=1)
+    plain = [{name: value[i] for name, value in batch.items()} for i in range(6)]
+    longer = []
+    for row in plain:
+        ids = torch.cat([row["input_ids"], torch.randint(5, 50, (3,))])
+        real = torch.cat([row["attention_mask"], torch.zeros(3).long()])
+        longer.append({**row, "input_ids": ids, "attention_mask": real})
+    longer.append({**longer[0], "index": torch.tensor(-1)})  # which only fills a batch
+    given = {"methods": ["zero", "mean", "conditional-mean"], "val": tiny.loader(seed=2)}
+    one = attributed(tmp_path / "one", tiny.Own(tiny.gpt2()), DataLoader(plain, batch_size=6), **given).attribution
+    other = attributed(tmp_path / "other", tiny.Own(tiny.gpt2()), DataLoader(longer, batch_size=2), **given).attribution
+    for column in ("first", "second", "estimate", "se"):
+        np.testing.assert_allclose(one[column], other[column], rtol=1e-3, atol=2e-6)
+
+
+def test_resampling_is_attributed_with_what_another_example_does(tmp_path):
+    """A site at a time: at fraction 1 the first order is the gradient, by hand, times what the donors do."""
+    train, model, method = tiny.loader(seed=1, batch_size=6), tiny.gpt2(), "resample-same-position"
+    made = attributed(tmp_path, tiny.Own(tiny.gpt2()), train, [method], val=tiny.loader(seed=2))
+    table = made.attribution.set_index(["site", "level"])["first"]
+    batch, paths = next(iter(train)), [site.name for site in made.run.calibration.sites]
+    donors = others_of(batch["index"], 1, 6)
+    kept = {}
+    change = {path: lambda x, path=path: kept.setdefault(path, x.detach().requires_grad_()) for path in paths[:1]}
+    with reference.plain_hooks(model, change):
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    real = batch["attention_mask"][:, 1:].bool()
+    torch.nn.functional.cross_entropy(logits[real], batch["input_ids"][:, 1:][real], reduction="sum").backward()
+    x, lengths = kept[paths[0]], batch["attention_mask"].sum(1)
+    other = torch.stack([x[d][torch.arange(x.shape[1]) % lengths[d]] for d in donors.tolist()])
+    expected = (x.grad * (other - x)).sum((0, 1)).detach() / real.sum()
+    np.testing.assert_allclose(table.loc[[(paths[0], "neuron")]], expected, rtol=1e-3, atol=1e-6)
+
+
+def arguments(*more):
+    methods = ["zero", "conditional-mean", "resample-any-position", "noise"]
+    given = [f"--ablation.attribute={json.dumps(methods)}", "--ablation.verify=3", "--ablation.draws=2", *more]
+    return ["fit", *FEW, "--data.calibration_images=43", "--data.evaluation_images=37", *given]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    found(folder, *arguments())
+    return folder
+
+
+def test_files_and_two_processes(tmp_path, whole):
+    found(tmp_path / "two", *arguments(), *TWO)
+    for name in ("neurons.parquet", "heads.parquet"):
+        one, two = (pd.read_parquet(folder / name) for folder in (whole, tmp_path / "two"))
+        columns = [column for column in one if column.split("_", 1)[-1] in (*FOUND, "verified")]
+        assert len(columns) == 4 * 5 and len(one) == {"neurons.parquet": 4 * 64, "heads.parquet": 16}[name]
+        np.testing.assert_allclose(one[columns], two[columns], rtol=1e-5, atol=1e-6)
+    assert (whole / "attribution.png").is_file()
+
+
+@pytest.mark.parametrize("epoch", [1, 2])  # behind the attribution, in the verification
+def test_a_run_that_died_goes_on(tmp_path, whole, epoch):
+    dies = ["--trainer.callbacks=tests.tiny.Dies", f"--trainer.callbacks.epoch={epoch}", "--trainer.callbacks.batch=0"]
+    with pytest.raises(Death):
+        found(tmp_path / "run", *arguments(), *dies)
+    found(tmp_path / "run", *arguments())
+    for name in ("results.csv", "neurons.parquet", "heads.parquet"):
+        assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_it_ranks_units_also_from_a_checkpoint(tmp_path, gpt2):
+    table, checkpoint = gpt2.attribution, gpt2.folder / "ablation.ckpt"
+    for unit, under, first in (("neuron", "mean", "lowest"), ("head", "zero", "highest")):
+        choice = Ranked("attribution", first=first, unit=unit, under=under)
+        again = AblationCallback(["zero"], [0.5], [1], neurons=choice, sites=["attention"])
+        tiny.validate(tmp_path / unit, checkpoint, again)
+        for site in again.run.calibration.sites:
+            own = table[(table["method"] == under) & (table["site"] == site.name) & (table["level"] == unit)]
+            order = choice.order(site, 0, again.run.calibration[site]).tolist()
+            assert order == own["estimate"].argsort(kind="stable").tolist()[:: 1 if first == "lowest" else -1]
+    with pytest.raises(StatisticsError, match="needs that of peak .*, there is zero, mean, positional-mean"):
+        site = again.run.calibration.sites[0]
+        Ranked("attribution", under="peak").order(site, 0, again.run.calibration[site])
+    site, weight = again.run.calibration.sites[0], tiny.gpt2().transformer.h[0].attn.c_proj.weight
+    score = again.run.calibration[site][Moments].sd * weight.norm(dim=1)
+    assert Ranked("weighted-sd").order(site, 0, again.run.calibration[site]).tolist() == score.argsort().tolist()
+
+
+def synthetic(layers, heads, verified=True):
+    generator = torch.Generator().manual_seed(0)
+    by_site, measured = {}, []
+    for layer in range(layers):
+        site = Site(f"model.layers.{layer}.self_attn.o_proj", 4 * heads, heads=heads)
+        units = 4 * heads + heads + 1
+        found = torch.randn(4, units, generator=generator).double().abs().pow(3) * 0.01
+        by_site[site] = found
+        measured.append(["mean", site.name, "head", 0, "largest", float(found[2, 4 * heads]) * 1.1, 0.001])
+        measured.append(["mean", site.name, "head", 1, "random", float(found[2, 4 * heads + 1]) * 0.9, 0.001])
+    return table_of({"mean": by_site}, measured if verified else ())
+
+
+@pytest.mark.parametrize(("layers", "heads"), [(5, 5), (30, 9), (32, 32)])
+@pytest.mark.parametrize("verified", [True, False])
+def test_figures_of_any_size(layers, heads, verified, tmp_path):
+    figure = plot(synthetic(layers, heads, verified))
+    assert len(figure.axes) == 3 + verified  # a map, its scale, the neurons, and the truth
+    figure.savefig(tmp_path / "figure.png")
+    ticks = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert ticks[:2] == ["0", "1"] and len(ticks) <= 32
+
+
+def test_how_far_to_trust_a_map_is_what_scipy_says():
+    table = synthetic(30, 9)
+    said = trust(table).set_index("level").loc["head"]
+    own = table[(table["level"] == "head") & table["verified"].notna()]
+    x, y = own["estimate"], own["verified"]
+    assert said["pearson"] == pytest.approx(stats.pearsonr(x, y)[0])
+    assert said["spearman"] == pytest.approx(stats.spearmanr(x, y)[0])
+    assert said["slope"] == pytest.approx(stats.linregress(x, y).slope)
+    assert said["pearson_low"] <= said["pearson"] <= said["pearson_high"]
+    text = lines(table)
+    assert "estimates against the truth" in text and "within 2 standard errors of 0" in text
+    assert wide(table, "head").columns.tolist()[:4] == ["site", "head", "mean_first", "mean_second"]
+
+
+def test_recall_counts_what_the_random_sample_stands_for():
+    true, largest = np.array([5.0, 4, 3, 2, 3.5, 0, 0, 0]), np.array([True] * 4 + [False] * 4)
+    # half of the four largest reach their median of 3.5; a quarter of the random ones does, of 40 others
+    assert attributions._recall(true, largest, 44) == pytest.approx(2 / (2 + 0.25 * 40))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"verify": 3}, "verify needs attributions"),
+        ({"attribute": ["zero"], "draws": 0}, "draws is 0"),
+        ({"attribute": ["zero"], "attribution_examples": 0}, "attribution_examples 0"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, said):
+    with pytest.raises(ConfigError, match=said):
+        AblationCallback(["zero"], **options)
+
+
+def test_what_cannot_be_attributed_is_refused(tmp_path):
+    methods = [ConditionalOptimal(steps=1, examples=2)]
+    callback = AblationCallback(methods, [1.0], [1], attribute=methods)
+    with pytest.raises(ConfigError, match="conditional-optimal can't be attributed"):
+        tiny.fit(tmp_path, callback=callback)
+
+    class Graphless(tiny.Own):
+        def evaluate(self, batch):
+            with torch.no_grad():
+                return super().evaluate(batch)
+
+    with pytest.raises(ConfigError, match="needs gradients of the logits"):
+        tiny.fit(tmp_path, Graphless(tiny.gpt2()), callback=AblationCallback(["zero"], [1.0], [1], attribute=["zero"]))
+
+
+def test_a_share_of_the_examples_is_attributed(tmp_path):
+    given = {"val": tiny.loader(seed=2), "methods": ["zero"], "verify": 2}
+    train = tiny.loader(seed=1)
+    part = attributed(tmp_path / "part", tiny.Own(tiny.gpt2()), train, attribution_examples=3, **given)
+    head = DataLoader(train.dataset[:4], batch_size=2)  # as near as whole batches allow
+    whole = attributed(tmp_path / "whole", tiny.Own(tiny.gpt2()), head, **given)
+    pd.testing.assert_frame_equal(part.attribution, whole.attribution, atol=1e-7)
