@@ -47,9 +47,9 @@ class Attributing:
         if self.verify and not self.methods:
             raise ConfigError("verify needs attributions: name their methods (--ablation.attribute '[zero, mean]')")
 
-    def covers(self, batch_idx: int, batch_size: int, processes: int) -> bool:
-        """Whether a batch is among those that are used, the same on every process."""
-        return self.examples is None or batch_idx * batch_size * processes < self.examples
+    def covers(self, batch_idx: int, batch_size: int, module: Any) -> bool:
+        """Whether a batch of each of the module's processes is used, the same on all of them."""
+        return self.examples is None or batch_idx * batch_size * module.trainer.world_size < self.examples
 
 
 def levels_of(site: Site) -> dict[str, int]:

@@ -49,7 +49,7 @@ def test_the_first_command_installs_and_runs_and_the_second_tests():
 def test_every_command_is_known_here():
     others = {command for command in COMMANDS if "lightning_ablate" not in command}
     assert others == {"python -m pytest", "tensorboard --logdir lightning_logs"}
-    assert len(runnable()) == 20
+    assert len(runnable()) == 23
     papers = [command.split()[-1] for command in COMMANDS if "configs/paper_" in command]
     assert sorted(papers) == sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("paper_*.yaml"))
 

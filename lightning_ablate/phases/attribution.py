@@ -56,7 +56,7 @@ class AttributionPhase(Phase):
         """Adds what the examples of one batch tell."""
         module, found = self.module, dict[Site, Tensor]()
         examples = module.examples_of(batch, batch_idx)
-        if not self.options.covers(batch_idx, len(examples), module.trainer.world_size):
+        if not self.options.covers(batch_idx, len(examples), module):
             return
         self._batch.examples, seed = examples, self.options.seed
         with torch.no_grad():
@@ -141,7 +141,7 @@ class VerificationPhase(SweepPhase):
     def step(self, batch: Any, batch_idx: int) -> None:
         """Evaluates every condition on one batch of those that were attributed."""
         examples = self.module.examples_of(batch, batch_idx)
-        if self.options.covers(batch_idx, len(examples), self.module.trainer.world_size):
+        if self.options.covers(batch_idx, len(examples), self.module):
             super().step(batch, batch_idx)
 
     def end_epoch(self) -> None:

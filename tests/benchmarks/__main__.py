@@ -18,6 +18,7 @@ COMMANDS = [
     "sweep --shape digits --rounds 5",
     "sweep --memory --tokens 2048",
     "calibration --memory",
+    "attribution --memory --tokens 2048",
     "startup",
     "scale",
     "scale --processes",
