@@ -9,10 +9,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lightning_ablate.choices import Choice, seed_of
+from lightning_ablate.choices import Choice, Ranked, seed_of
 from lightning_ablate.conditions import Selection
 from lightning_ablate.errors import ConfigError
-from lightning_ablate.methods import AblationMethod
+from lightning_ablate.methods import AblationMethod, ConditionalMean, LearnedMethod
 from lightning_ablate.metrics import Scored
 from lightning_ablate.sites import Site
 from lightning_ablate.statistics import FOUND, SiteStatistics
@@ -27,7 +27,7 @@ SUMS = ("first", "second", "estimate", "square", "with_n")  # what is summed ove
 class Attributing:
     """How units are attributed: under which ``methods``, from how many ``draws``, how many of them are verified.
 
-    ``examples`` is how many of the calibration data are used, as near as whole batches allow, None for all; the
+    ``examples`` is how many of the calibration data are used, the first ones by their indices, None for all; the
     ``seed`` is that of what methods draw. ConfigError for fewer than one draw or example.
     """
 
@@ -46,10 +46,35 @@ class Attributing:
             )
         if self.verify and not self.methods:
             raise ConfigError("verify needs attributions: name their methods (--ablation.attribute '[zero, mean]')")
+        names = [method.name for method in self.methods]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"attribute names {', '.join(names)}, expected each once (--ablation.attribute)")
 
-    def covers(self, batch_idx: int, batch_size: int, module: Any) -> bool:
-        """Whether a batch of each of the module's processes is used, the same on all of them."""
-        return self.examples is None or batch_idx * batch_size * module.trainer.world_size < self.examples
+    def check(self, choice: Choice, learned: Sequence[str]) -> None:
+        """Raises ConfigError for methods that can't be attributed, and a choice by an attribution that isn't made.
+
+        ``learned`` are the names of the methods whose values the run learns.
+        """
+        names = [method.name for method in self.methods]
+        for method in (one for one in self.methods if isinstance(one, LearnedMethod)):
+            if isinstance(method, ConditionalMean) or method.name not in learned:
+                raise ConfigError(
+                    f"{method.name} can't be attributed: expected a method whose values don't depend on what else is "
+                    "ablated, and one that learns in --ablation.methods as well (--ablation.attribute)"
+                )
+        if not (isinstance(choice, Ranked) and choice.by == "attribution"):
+            return
+        if set(names) & set(learned):
+            raise ConfigError("neurons are ranked by an attribution, which waits for what is learned of such neurons")
+        if (choice.under or next(iter(names), None)) not in names:
+            raise ConfigError(
+                f"neurons are ranked by the attribution under {choice.under or 'some method'}, expected it in "
+                f"--ablation.attribute, which names {', '.join(names) or 'none'}"
+            )
+
+    def used(self, examples: Tensor) -> Tensor:
+        """Which of a batch's examples are used, bool ``(batch,)``; none that only fills it."""
+        return (examples >= 0) if self.examples is None else (examples >= 0) & (examples < self.examples)
 
 
 def levels_of(site: Site) -> dict[str, int]:
@@ -140,6 +165,8 @@ def per_position(sums: Tensor, n: Tensor) -> Tensor:
     ``n`` ``(2,)`` are the sums of the examples' scored positions and of their squares.
     """
     first, second, estimate, square, with_n = sums / n[0]
+    if n[1] == n[0].square():  # a single example
+        square = square + torch.nan
     spread = square - 2 * estimate * with_n + estimate.square() * n[1] / n[0]
     return torch.stack([first, second, estimate, (spread.clamp_min(0) / n[0]).sqrt()])
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -148,7 +148,7 @@ def norms_of(target: nn.Module, sites: Iterable[Site]) -> dict[Site, Tensor]:
     """Of each site that a plain linear projection reads, the norms of its columns, ``(neurons,)`` float32."""
     found = {}
     for site in sites:
-        weights = weights_of(target, site)
+        weights = weights_of(target, replace(site, uses=1))  # however often it runs
         if weights is not None:
             weight, _, transposed = weights
             found[site] = weight.float().norm(dim=1 if transposed else 0)

@@ -15,7 +15,7 @@ from lightning_ablate.calibration import Calibration, digest, fingerprint
 from lightning_ablate.choices import Choice, choice_of
 from lightning_ablate.conditions import Condition, check_conditions, distinct_conditions, listed
 from lightning_ablate.errors import ConfigError
-from lightning_ablate.methods import AblationMethod, method_of
+from lightning_ablate.methods import AblationMethod, LearnedMethod, method_of
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.base import evaluation_loaders
 from lightning_ablate.report import report_attribution, report_neurons, report_results, tabulated
@@ -97,6 +97,7 @@ class AblationCallback(lightning.Callback):
         trainers.check_trainer(trainer)
         self.folder = trainers.folder_of(trainer, self.dirpath)
         if stage == TrainerFn.FITTING:
+            self.attributing.check(self.neurons, [m.name for m in self.methods if isinstance(m, LearnedMethod)])
             trainers.run_epochs(trainer, None)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
@@ -104,8 +105,7 @@ class AblationCallback(lightning.Callback):
         size = trainers.calibration_size(trainer)
         trainers.warn_if_shared(trainer)
         self._begin(trainer, pl_module)
-        self._epochs = phases.schedule(self._kinds, self.methods, self.neurons, **size)
-        self._epochs += phases.attributing(self.attributing, trainers.example_count(trainer.train_dataloader))
+        self._epochs = phases.schedule(self._kinds, self.methods, self.neurons, attributing=self.attributing, **size)
         trainers.run_epochs(trainer, max(1, len(self._epochs) - self.run.progress.epochs))
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
@@ -132,7 +132,7 @@ class AblationCallback(lightning.Callback):
             run.partial += trainers.cut_short("calibration", [seen], [trainer.train_dataloader])
             report_neurons(trainer, run.calibration, pl_module.name, self.folder, self.figures)
             run.calibration.reduce()
-        elif run.progress.epochs == len(self._epochs) - 1 and self.attributing.methods:
+        elif isinstance(phase, phases.AttributionPhase | phases.VerificationPhase):
             report_attribution(trainer, self.attribution, self.folder, self.figures)
         run.progress = phases.Progress(run.progress.epochs + 1)
         if self._unfinished is not None:

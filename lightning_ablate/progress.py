@@ -28,9 +28,10 @@ class SweepProgressBar(TQDMProgressBar):
         if not isinstance(phase, SweepPhase) or self.is_disabled:
             return
         bar, conditions = self.val_progress_bar, phase.conditions
-        if phase.batches == 0:
+        if batch_idx == 0:
             batches = sum(trainer.num_val_batches)
             bar.reset(int(batches) * len(conditions) if batches < float("inf") else None)
+            bar.update(phase.batches * len(conditions))
             bar.set_description(phase.title)
             bar.unit = " passes"
         place = {condition: phase.batches * len(conditions) + number for number, condition in enumerate(conditions)}

@@ -84,7 +84,6 @@ def report_results(
 ) -> str:
     """Writes the results' files, gives loggers options, figure and curves, and returns what to tell the user."""
     paths, notes = [], list[str]()
-    told = [str(results), *([attributions.lines(attribution)] if len(attribution) else [])]
     if folder is not None:
         others = ("neurons.*", "heads.parquet", "attribution.*", CHECKPOINT)
         paths = [*results.save(folder, forms), *(path for other in others for path in sorted(folder.glob(other)))]
@@ -101,6 +100,7 @@ def report_results(
         pictures = [str(path) for path in paths if path.suffix == ".png"]
         if pictures and hasattr(logger, "log_image"):  # Weights & Biases, and what is like it
             logger.log_image(results.figure_name, pictures)
+    told = [str(results), *([attributions.lines(attribution)] if len(attribution) else [])]
     return "\n".join(["", "\n\n".join(told), "", *map(str, paths), *notes])
 
 
@@ -113,7 +113,7 @@ def _curves(results: Results, folder: Path) -> Path:
         summary = one.summary()
         for method in one.methods:
             own: Any = summary[summary["method"].isin(["none", method])]
-            with SummaryWriter(str(curves / one.suffixed(method, place))) as writer:
+            with SummaryWriter(str(curves / results.suffixed(method, place))) as writer:
                 for metric in METRICS:
                     for fraction, value in zip(own["fraction"], own[metric], strict=True):
                         writer.add_scalar(f"ablation/{metric}", value, round(100 * fraction))

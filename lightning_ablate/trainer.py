@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import IterableDataset, Subset
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_ablate.data.base import ExactSampler
+from lightning_ablate.data.base import AblationDataModule, ExactSampler
 from lightning_ablate.errors import ConfigError, StatisticsError, loading
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.base import evaluation_loaders
@@ -71,8 +71,9 @@ def calibration_size(trainer: lightning.Trainer) -> dict[str, Any]:
         )
     check_counts_once(trainer, trainer.train_dataloader)
     batch_size = _batch_size(trainer.train_dataloader) * trainer.world_size
+    examples = example_count(trainer.train_dataloader)
     steps = 1 if _is_dry(trainer) else None
-    return {"batches": trainer.num_training_batches, "batch_size": batch_size, "steps": steps}
+    return {"batches": trainer.num_training_batches, "batch_size": batch_size, "steps": steps, "examples": examples}
 
 
 def check_counts_once(trainer: lightning.Trainer, *loaders: Any) -> None:
@@ -109,20 +110,25 @@ def example_count(loader: Any) -> int:
 
 def warn_if_shared(trainer: lightning.Trainer) -> None:
     """Warns where examples that calibrate are evaluated as well, which flatters what is fitted to them."""
-    own = _contents(getattr(trainer.train_dataloader, "dataset", None))
+    own = getattr(trainer.train_dataloader, "dataset", None)
     for name, loader in zip(data_names(trainer), evaluation_loaders(trainer), strict=True):
-        if shared := len(own & _contents(getattr(loader, "dataset", None))):
+        if shared := _shared(own, getattr(loader, "dataset", None)):
             rank_zero_warn(
                 f"{shared:,} examples of {name} calibrate and are evaluated as well, which flatters methods that fit "
                 "them closely (conditional and learned ones); evaluate others"
             )
 
 
-def _contents(data: Any) -> set[Any]:
-    """What tells the examples of a data set from those of another, as far as it is known without reading them."""
-    if isinstance(data, Subset):
-        return {(id(data.dataset), index) for index in data.indices}
-    return {(id(data), index) for index in range(_length(data))}
+def _shared(one: Any, other: Any) -> int:
+    """How many examples two data sets share, as far as it is known without reading them."""
+    (whole, indices), (same, others) = (
+        (data.dataset, data.indices) if isinstance(data, Subset) else (data, None) for data in (one, other)
+    )
+    if whole is None or whole is not same:
+        return 0
+    if indices is None or others is None:
+        return _length(one if others is None else other) if indices is None else len(indices)
+    return len(set(indices) & set(others))
 
 
 def _is_dry(trainer: lightning.Trainer) -> bool:
@@ -161,7 +167,8 @@ def data_names(trainer: lightning.Trainer) -> list[str]:
     if isinstance(loaders, Mapping):
         names = list(map(str, loaders))
     else:
-        others = [one.name for one in getattr(trainer.datamodule, "evaluation", ())]  # type: ignore[attr-defined]
+        data = getattr(trainer, "datamodule", None)
+        others = [one.name for one in data.evaluation] if isinstance(data, AblationDataModule) else []
         names = [first, *others] if len(others) == count - 1 else [first] * count
     return [f"{name} {place + 1}" if name in names[:place] else name for place, name in enumerate(names)]
 

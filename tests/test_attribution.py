@@ -13,8 +13,15 @@ from torch.utils.data import DataLoader
 from lightning_ablate import AblationCallback, AblationModule, Ranked, Scored, Site
 from lightning_ablate import attribution as attributions
 from lightning_ablate.attribution import cotangents, orders, table_of, trust
-from lightning_ablate.errors import ConfigError, StatisticsError
-from lightning_ablate.methods import Ablation, ConditionalMean, ConditionalMeanPerHead, ConditionalOptimal, others_of
+from lightning_ablate.errors import ConfigError, DataError, StatisticsError
+from lightning_ablate.methods import (
+    Ablation,
+    ConditionalMean,
+    ConditionalMeanPerHead,
+    ConditionalOptimal,
+    Optimal,
+    others_of,
+)
 from lightning_ablate.phases import attribution as phase
 from lightning_ablate.results.attributions import lines, plot, wide
 from lightning_ablate.statistics import FOUND, Moments
@@ -322,8 +329,13 @@ def test_options_that_make_no_sense_are_refused(options, said):
 def test_what_cannot_be_attributed_is_refused(tmp_path):
     methods = [ConditionalOptimal(steps=1, examples=2)]
     callback = AblationCallback(methods, [1.0], [1], attribute=methods)
-    with pytest.raises(ConfigError, match="conditional-optimal can't be attributed"):
+    with pytest.raises(ConfigError, match="conditional-optimal can.t be attributed"):
         tiny.fit(tmp_path, callback=callback)
+
+    for under, given in ((None, ()), ("mean", ["zero"])):
+        choice = Ranked("attribution", under=under)
+        with pytest.raises(ConfigError, match="expected it in --ablation.attribute"):
+            tiny.fit(tmp_path, callback=AblationCallback(["zero"], [0.5], [1], neurons=choice, attribute=given))
 
     class Graphless(tiny.Own):
         def evaluate(self, batch):
@@ -338,6 +350,42 @@ def test_a_share_of_the_examples_is_attributed(tmp_path):
     given = {"val": tiny.loader(seed=2), "methods": ["zero"], "verify": 2}
     train = tiny.loader(seed=1)
     part = attributed(tmp_path / "part", tiny.Own(tiny.gpt2()), train, attribution_examples=3, **given)
-    head = DataLoader(train.dataset[:4], batch_size=2)  # as near as whole batches allow
+    head = DataLoader(train.dataset[:3], batch_size=2)
     whole = attributed(tmp_path / "whole", tiny.Own(tiny.gpt2()), head, **given)
     pd.testing.assert_frame_equal(part.attribution, whole.attribution, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:.* calibrate and are evaluated as well")
+def test_the_same_examples_are_attributed_and_verified_whatever_their_order(tmp_path):
+    rows = tiny.loader(7, seed=1).dataset
+    given = {"val": tiny.loader(seed=2), "methods": ["mean"], "verify": 2, "attribution_examples": 3}
+    plain = attributed(tmp_path / "plain", tiny.Own(tiny.gpt2()), DataLoader(rows, batch_size=3), **given).attribution
+    mixed = DataLoader(rows, batch_size=3, shuffle=True, generator=torch.Generator().manual_seed(0))
+    other = attributed(tmp_path / "mixed", tiny.Own(tiny.gpt2()), mixed, **given).attribution
+    for column in ("estimate", "verified"):
+        np.testing.assert_allclose(plain[column], other[column], rtol=2e-3, atol=2e-6)
+
+
+def test_examples_that_are_not_those_of_the_batch_are_told(tmp_path):
+    known = tiny.loader(6, seed=1).dataset
+    rows = [{"id" if name == "index" else name: value for name, value in row.items()} for row in known]
+
+    class Named(tiny.Own):
+        def evaluate(self, batch):
+            return super().evaluate({**batch, "index": batch["id"]})
+
+        def valid(self, batch):
+            return batch["attention_mask"].bool()
+
+    callback = AblationCallback(["zero"], [1.0], [1], attribute=["zero"])
+    with pytest.raises(DataError, match="`evaluate` scored example 5, the batch holds 0, 1"):
+        tiny.fit(tmp_path, Named(tiny.gpt2()), DataLoader(rows[::-1], batch_size=2), DataLoader(rows), callback)
+
+
+@pytest.mark.filterwarnings("ignore:.*what was learned is worse than the mean")  # in a step
+def test_what_is_learned_waits_for_the_ranks_or_is_attributed_itself(tmp_path):
+    learned = Optimal(steps=1, examples=2)
+    for number, (attribute, neurons) in enumerate(((["zero"], Ranked("attribution")), ([learned], None))):
+        callback = AblationCallback([learned], [0.5], [1], neurons=neurons, attribute=attribute, verify=1)
+        tiny.fit(tmp_path / str(number), callback=callback)
+        assert callback.attribution["verified"].notna().sum() >= 2 and len(callback.results.table) == 2

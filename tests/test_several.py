@@ -81,6 +81,22 @@ def own(folder, *more, loaders=None, train=None):
     return callback.results
 
 
+def test_only_what_is_evaluated_of_others_is_read_and_names_stay_apart(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        texts = [{"text": f"{name} {number} is {number}"} for number in range(60)]
+        (tmp_path / name / "test.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    few = {"evaluation_split": "test", "max_length": 32, "evaluation_tokens": 200}
+    named = [{"name": str(tmp_path / name), **few} for name in ("one", "two")]
+    others = [{"class_path": "TextData", "init_args": options} for options in named]
+    given = [*arguments(LONG), f"--data.evaluation={json.dumps(others)}"]
+    results = found(tmp_path / "run", *given)
+    assert [name.rsplit("/", 1)[-1] for name in results.data] == ["python-texts", "one", "two"]
+    frames = [one.table.assign(data=f"/{number}/test") for number, one in enumerate(results.each)]
+    alike = Results(pd.concat(frames))
+    assert alike.labels == ["test", "test 2", "test 3"] and len(alike.flat()) == 4 * len(alike.table)
+
+
 @pytest.mark.parametrize("batch", [0, 1, 2])
 def test_a_run_that_died_in_one_of_them_goes_on(tmp_path, batch):
     whole = own(tmp_path / "whole")

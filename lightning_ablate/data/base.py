@@ -125,9 +125,19 @@ class AblationDataModule(lightning.LightningDataModule, ABC):
         """Takes it from a checkpoint."""
         self.calibrated = set(state_dict["calibrated"])
 
+    def prepare_data(self) -> None:
+        """Downloads what there is to download, once a node."""
+        self.download(get_args(Purpose))
+        for one in self.evaluation:
+            one.download(["evaluation"])
+
+    def download(self, purposes: Sequence[Purpose]) -> None:
+        """What these purposes need, by default nothing."""
+
     def setup(self, stage: str) -> None:
         """For ``fit``, loads the calibration and then the evaluation examples, so that what is amiss shows early."""
-        self.examples = {}
+        for one in (self, *self.evaluation):
+            one.examples = {}
         if stage == "fit":
             self.calibrated = None
             for purpose in get_args(Purpose):
@@ -258,12 +268,10 @@ class SourceData(AblationDataModule):
             raise DataError(f"{self.name} holds {row[column]!r} in {column!r}, expected text")
         return row[column]
 
-    def prepare_data(self) -> None:
-        """Downloads what the hub has, once a node."""
-        for one in self.evaluation:
-            one.prepare_data()
+    def download(self, purposes: Sequence[Purpose]) -> None:
+        """What the hub has."""
         if not self.streaming:
-            for purpose in get_args(Purpose):
+            for purpose in purposes:
                 self.source(purpose)
 
     def describe(self) -> dict[str, Any]:

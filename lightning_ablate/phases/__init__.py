@@ -4,5 +4,5 @@ from lightning_ablate.phases.attribution import AttributionPhase, VerificationPh
 from lightning_ablate.phases.calibration import CalibrationPhase
 from lightning_ablate.phases.phase import Done, Phase
 from lightning_ablate.phases.resume import Progress, Run, Unfinished, is_unfinished
-from lightning_ablate.phases.schedule import Epoch, attributing, plan, schedule
+from lightning_ablate.phases.schedule import Epoch, plan, schedule
 from lightning_ablate.phases.sweep import SweepPhase

@@ -19,7 +19,7 @@ from lightning_ablate.attribution import (
     table_of,
 )
 from lightning_ablate.conditions import BASELINE, Condition
-from lightning_ablate.errors import ConfigError, NonFiniteError
+from lightning_ablate.errors import ConfigError, DataError, NonFiniteError, few
 from lightning_ablate.methods import Ablation, AblationMethod, Batch, Replacement
 from lightning_ablate.metrics import METRICS
 from lightning_ablate.phases.phase import Phase
@@ -56,7 +56,8 @@ class AttributionPhase(Phase):
         """Adds what the examples of one batch tell."""
         module, found = self.module, dict[Site, Tensor]()
         examples = module.examples_of(batch, batch_idx)
-        if not self.options.covers(batch_idx, len(examples), module):
+        used = self.options.used(examples)
+        if _passed_over(module, self.options, used):
             return
         self._batch.examples, seed = examples, self.options.seed
         with torch.no_grad():
@@ -66,7 +67,13 @@ class AttributionPhase(Phase):
             scored = module.evaluate(batch)
         if not scored.logits.requires_grad:
             raise ConfigError("attribution needs gradients of the logits that `evaluate` gives; is it under no_grad?")
-        match = (scored.example.unsqueeze(1) == examples) & (examples >= 0)
+        match = scored.example.unsqueeze(1) == examples
+        if not bool((match.any(1) | (scored.example < 0)).all()):
+            raise DataError(
+                f"`evaluate` scored example {int(scored.example.max())}, the batch holds {few(examples.tolist())}: "
+                "give batches their examples' places in the data as `index`, or override `examples_of`"
+            )
+        match &= used
         rows = torch.where(match.any(1), match.int().argmax(1), -1)
         with torch.no_grad():
             self._add(scored, rows, examples.tolist(), found)
@@ -74,11 +81,13 @@ class AttributionPhase(Phase):
     def end_epoch(self) -> None:
         """Merges the processes, and hands the estimates to the calibration; NonFiniteError if they aren't finite."""
         self.n = self.module.summed(self.n)
+        if not self.n[0]:
+            raise DataError("the examples that are attributed have no scored position; is everything padding?")
         for method, by_site in self.sums.items():
             for site, sums in by_site.items():
                 by_site[site] = self.module.summed(sums)
                 attributed = per_position(by_site[site], self.n)
-                if not bool(attributed.isfinite().all()):
+                if not bool(attributed[:3].isfinite().all()):
                     raise NonFiniteError(
                         f"attributions of {method} at {site.name} aren't finite; try another precision "
                         "(--trainer.precision, --model.dtype)"
@@ -141,20 +150,28 @@ class VerificationPhase(SweepPhase):
     def step(self, batch: Any, batch_idx: int) -> None:
         """Evaluates every condition on one batch of those that were attributed."""
         examples = self.module.examples_of(batch, batch_idx)
-        if self.options.covers(batch_idx, len(examples), self.module):
+        if not _passed_over(self.module, self.options, self.options.used(examples)):
             super().step(batch, batch_idx)
 
     def end_epoch(self) -> None:
         """Merges the processes; the run's table gets the measured effects."""
         super().end_epoch()
-        sums = self.metrics.sums[:, METRICS.index("cross_entropy")]
-        n, (base, *others) = self.metrics.n.double(), sums
+        sums = self.metrics.sums[:, METRICS.index("cross_entropy"), : self.options.examples]
+        n, (base, *others) = self.metrics.n[: self.options.examples].double(), sums
         keys = self.rows[["method", "site", "level", "unit", "picked"]].itertuples(index=False, name=None)
         self._run.measured = []
         for key, own in zip(keys, others, strict=True):
             effect = (own - base).sum() / n.sum()
             spread = (own - base - effect * n).square().sum().sqrt() / n.sum()
             self._run.measured.append([*key, effect.item(), spread.item() if len(n) > 1 else float("nan")])
+
+    def _check_examples(self, example: Tensor) -> None:
+        """Calibration data may number their examples as they like."""
+
+
+def _passed_over(module: "AblationModule", options: Attributing, used: Tensor) -> bool:
+    """Whether no process uses any example of its batch; asked of all, as the passes of a sharded target need all."""
+    return options.examples is not None and not bool(module.summed(used.any().float()))
 
 
 def _kept(found: dict[Site, Tensor], site: Site, activations: Tensor) -> Tensor:

@@ -34,15 +34,23 @@ def schedule(
     batches: float,
     batch_size: int,
     steps: int | None = None,
+    attributing: Attributing | None = None,
+    examples: int = 0,
 ) -> list[Epoch]:
-    """The epochs that gather these kinds of statistics, and behind them those in which methods learn.
+    """The epochs that gather these kinds of statistics, and behind them those that attribute, and that learn.
 
-    ``batches`` are those of an epoch and process, ``batch_size`` that of all processes together; of ``steps`` None
-    takes each method's own. ConfigError if there is something to learn from data without a length.
+    Attribution comes first, as what is learned may be of neurons that it ranks, unless it is of what is learned.
+    ``batches`` are those of an epoch and process, of ``examples`` in all, ``batch_size`` that of all processes
+    together; of ``steps`` None takes each method's own. ConfigError if there is something to learn from data without a
+    length.
     """
     calibrate = partial(CalibrationPhase, kinds=kinds)
+    attributing = attributing or Attributing()
     found = [Epoch(number, calibrate, 1.0) for number in range(1 + max(kind.epoch() for kind in kinds))]
-    for method in (one for one in methods if isinstance(one, LearnedMethod)):
+    learned = [method for method in methods if isinstance(method, LearnedMethod)]
+    waits = bool({method.name for method in learned} & {method.name for method in attributing.methods})
+    found += [] if waits else _attributing(attributing, examples)
+    for method in learned:
         if batches == float("inf"):
             raise ConfigError(
                 f"{method.name} learns in steps over the calibration data, which tell no length; give the loader one, "
@@ -52,10 +60,10 @@ def schedule(
         course = Course.of(steps=steps or method.steps, **sizes)
         learn = partial(LearningPhase, method=method, choice=choice, course=course)
         found += [Epoch(number, learn, _BACKWARD) for number in range(course.epochs)]
-    return found
+    return found + (_attributing(attributing, examples) if waits else [])
 
 
-def attributing(options: Attributing, examples: int) -> list[Epoch]:
+def _attributing(options: Attributing, examples: int) -> list[Epoch]:
     """The epochs that attribute, and then verify, with ``examples`` calibration examples; none without methods."""
     found = [Epoch(0, partial(AttributionPhase, options=options), 1.0 + 2.0 * (1 + options.draws))]
     if options.verify:

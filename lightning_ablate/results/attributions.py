@@ -30,8 +30,9 @@ def lines(table: pd.DataFrame) -> str:
             measured = "" if pd.isna(row.get("verified")) else f", verified {row['verified']:+.4f}"
             place = f"{row['site']} {level} {row['unit']}"
             found.append(f"  {place}: {row['estimate']:+.4f} ± {row['se']:.4f}{measured}")
-    if "verified" in table:
-        shown = trust(table).set_index(["method", "level"])
+    trusted = trust(table) if "verified" in table else pd.DataFrame()
+    if len(trusted):
+        shown = trusted.set_index(["method", "level"])
         cells = {"units": shown["units"]}
         for name in ("pearson", "spearman", "slope"):
             ends = zip(shown[name], shown[f"{name}_low"], shown[f"{name}_high"], strict=True)

@@ -101,6 +101,12 @@ class Results:
         """The results on each data set."""
         return self._parts or [self]
 
+    @property
+    def labels(self) -> list[str]:
+        """Short names of the data sets, all different."""
+        names = list(map(base_name, self.data))
+        return [f"{name} {place + 1}" if name in names[:place] else name for place, name in enumerate(names)]
+
     def on(self, data: str) -> "Results":
         """The results on one data set, by its name or the end of its path; ConfigError if there is none such."""
         found = [one for one in self.each if data in (one.data[0], base_name(one.data[0]))]
@@ -190,12 +196,12 @@ class Results:
 
     def flat(self) -> dict[str, float]:
         """Each condition's scores by a name of their own, as loggers take them: ``top1/mean 0.5 seed 42``."""
-        found = dict[str, float]()
+        found, labels = dict[str, float](), dict(zip(self.data, self.labels, strict=True))
         for row in self.table.to_dict("records"):
             where = row["part"] or f"{row['fraction']:g}"
             words = [row["method"], where, *(f"{n} {row[n]}" for n in ("head", "seed") if not pd.isna(row[n]))]
             name = "baseline" if row["method"] == BASELINE else " ".join(words)
-            name += f" on {base_name(row['data'])}" if len(self.data) > 1 else ""
+            name += f" on {labels[row['data']]}" if len(self.data) > 1 else ""
             found |= {f"{metric}/{name}": float(row[metric]) for metric in METRICS}
         return found
 
@@ -211,14 +217,14 @@ class Results:
         made: dict[str, Callable[[], Figure]] = {self.figure_name: self.plot}
         for place, one in enumerate(self.each):
             if self.parts:
-                made[one.suffixed(self.figure_name, place)] = one.plot
+                made[self.suffixed(self.figure_name, place)] = one.plot
             elif one.examples is not None and len(one.methods) > 1:
-                made[one.suffixed("comparisons", place)] = partial(figures.differences, one)
+                made[self.suffixed("comparisons", place)] = partial(figures.differences, one)
         return made
 
     def suffixed(self, name: str, place: int) -> str:
-        """A name for what there is of each data set, this being the one at that place."""
-        return f"{name}_{re.sub(r'[^A-Za-z0-9.-]+', '_', base_name(self.data[0]))}" if place else name
+        """A name for what there is of each data set, here of the one at that place."""
+        return f"{name}_{re.sub(r'[^A-Za-z0-9.-]+', '_', self.labels[place])}" if place else name
 
     def save(self, folder: Path | str, forms: Sequence[str] = ("png",)) -> list[Path]:
         """Writes results.csv, run.json, examples.parquet and figures into a folder, each whole or not at all.

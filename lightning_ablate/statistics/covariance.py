@@ -47,8 +47,9 @@ class Covariance(ActivationStatistic):
         ``examples`` are the indices of its examples, ``(batch,)`` int64; None counts them from 0.
         """
         count = len(activations if valid is None else valid)
-        if examples is None or len(examples) != count:  # what comes first isn't the examples
+        if examples is None or count % max(1, len(examples)):  # what comes first isn't the examples
             examples = torch.arange(count, device=activations.device)
+        examples = examples.repeat_interleave(count // max(1, len(examples)))  # of windows, whose examples share them
         for half in (0, 1):
             own = (examples % 2 == half).unsqueeze(1)
             self._add(half, positions(activations, own if valid is None else own & valid))
@@ -138,7 +139,7 @@ def _left(one: Tensor, other: Tensor, ridges: Tensor) -> Tensor:
     """
     shift = other[1] - one[1]
     seen, truth = one[2:] / one[0], other[2:] / other[0] + torch.outer(shift, shift)
-    sd = seen.diagonal().sqrt()
+    sd = (seen.diagonal() + truth.diagonal()).div(2).sqrt()  # of both, or one that rests in the first tells too much
     scale = torch.where(sd > 0, 1 / sd, 0.0)  # a neuron that is constant tells nothing
     seen, truth = (scale[:, None] * matrix for matrix in (seen, truth))  # of those that tell
     left = torch.zeros_like(ridges)
