@@ -70,7 +70,7 @@ class AttributionPhase(Phase):
         match = scored.example.unsqueeze(1) == examples
         if not bool((match.any(1) | (scored.example < 0)).all()):
             raise DataError(
-                f"`evaluate` scored example {int(scored.example.max())}, the batch holds {few(examples.tolist())}: "
+                f"`evaluate` scored example {int(scored.example.max())}, the batch holds {few(map(str, examples.tolist()))}: "
                 "give batches their examples' places in the data as `index`, or override `examples_of`"
             )
         match &= used
