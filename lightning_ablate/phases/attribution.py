@@ -69,8 +69,9 @@ class AttributionPhase(Phase):
             raise ConfigError("attribution needs gradients of the logits that `evaluate` gives; is it under no_grad?")
         match = scored.example.unsqueeze(1) == examples
         if not bool((match.any(1) | (scored.example < 0)).all()):
+            held = few(map(str, examples.tolist()))
             raise DataError(
-                f"`evaluate` scored example {int(scored.example.max())}, the batch holds {few(map(str, examples.tolist()))}: "
+                f"`evaluate` scored example {int(scored.example.max())}, the batch holds {held}: "
                 "give batches their examples' places in the data as `index`, or override `examples_of`"
             )
         match &= used
