@@ -140,8 +140,6 @@ def _truth(axes: "Axes", verified: pd.DataFrame) -> None:
     ends = [both.min().min(), both.max().max()]
     axes.plot(ends, ends, color="0.35", linewidth=0.9, linestyle=(0, (5, 2)))
     room = 0.3 * max(map(abs, ends))
-    axes.set_xlim(ends[0] - scale, ends[1] + room)
-    axes.set_ylim(ends[0] - scale, ends[1] + room)
     axes.set_title("estimate against truth (2 se)", fontsize=8)
     axes.set_xlabel("estimate (nats)", fontsize=8)
     axes.set_ylabel("verified (nats)", fontsize=8)
@@ -150,6 +148,8 @@ def _truth(axes: "Axes", verified: pd.DataFrame) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         ticks = axis.get_majorticklocs()
         axis.set_ticks(ticks[:: max(1, len(ticks) // 4)])
+    axes.set_xlim(ends[0] - scale, ends[1] + room)
+    axes.set_ylim(ends[0] - scale, ends[1] + room)
     axes.legend(fontsize=6, frameon=False)
 
 
