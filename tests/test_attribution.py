@@ -232,8 +232,9 @@ def whole(tmp_path_factory):
     return folder
 
 
-def test_files_and_two_processes(tmp_path, whole):
-    found(tmp_path / "two", *arguments(), *TWO)
+@pytest.mark.parametrize("strategy", ["ddp", "sharded"])
+def test_files_and_two_processes(tmp_path, whole, strategy):
+    found(tmp_path / "two", *arguments(), *TWO, f"--trainer.strategy={strategy}")
     for name in ("neurons.parquet", "heads.parquet"):
         one, two = (pd.read_parquet(folder / name) for folder in (whole, tmp_path / "two"))
         columns = [column for column in one if column.split("_", 1)[-1] in (*FOUND, "verified")]
