@@ -48,7 +48,7 @@ class AblationCallback(lightning.Callback):
         dirpath: the folder for the run's files; None takes the logger's. If a run with the same configuration died
             there, this one goes on from where it was.
         save_every: seconds from one save of an unfinished sweep to the next.
-        attribute: under which methods the effect of every neuron, head and site alone is estimated, see
+        attribute: in ``fit``, under which methods the effect of every neuron, head and site alone is estimated, see
             :class:`~lightning_ablate.phases.AttributionPhase`.
         verify: how many of the largest estimates, and as many others, are measured, of neurons and of heads.
         draws: backward passes for the second order of an attribution.
@@ -166,7 +166,8 @@ class AblationCallback(lightning.Callback):
         self.results = tabulated(phase.conditions, scored, pl_module.name, facts)
         pl_module.log_dict(self.results.flat(), add_dataloader_idx=False, sync_dist=True)
         if trainer.is_global_zero:
-            self._told = report_results(trainer, self.results, self.attribution, self.folder, self.figures)
+            attribution = self.attribution if trainer.state.fn == TrainerFn.FITTING else None
+            self._told = report_results(trainer, self.results, attribution, self.folder, self.figures)
             if self._unfinished:
                 self._unfinished.close()
 

@@ -80,7 +80,11 @@ def report_attribution(
 
 
 def report_results(
-    trainer: lightning.Trainer, results: Results, attribution: pd.DataFrame, folder: Path | None, forms: Sequence[str]
+    trainer: lightning.Trainer,
+    results: Results,
+    attribution: pd.DataFrame | None,
+    folder: Path | None,
+    forms: Sequence[str],
 ) -> str:
     """Writes the results' files, gives loggers options, figure and curves, and returns what to tell the user."""
     paths, notes = [], list[str]()
@@ -100,7 +104,7 @@ def report_results(
         pictures = [str(path) for path in paths if path.suffix == ".png"]
         if pictures and hasattr(logger, "log_image"):  # Weights & Biases, and what is like it
             logger.log_image(results.figure_name, pictures)
-    told = [str(results), *([attributions.lines(attribution)] if len(attribution) else [])]
+    told = [str(results), *([attributions.lines(attribution)] if attribution is not None and len(attribution) else [])]
     return "\n".join(["", "\n\n".join(told), "", *map(str, paths), *notes])
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SHOWN = 5  # units of a method
-_COLUMNS = ("first", "second", "estimate", "se", "verified", "verified_se")
+_COLUMNS = ("first", "second", "estimate", "se", "picked", "verified", "verified_se")
 _COLOR = {"neuron": "#0072B2", "head": "#D55E00"}
 
 
