@@ -12,13 +12,12 @@ from torch import Tensor
 from lightning_ablate.choices import Choice, Ranked, seed_of
 from lightning_ablate.conditions import Selection
 from lightning_ablate.errors import ConfigError
-from lightning_ablate.methods import AblationMethod, ConditionalMean, LearnedMethod
+from lightning_ablate.methods import AblationMethod, LearnedMethod
 from lightning_ablate.metrics import Scored
 from lightning_ablate.sites import Site
 from lightning_ablate.statistics import FOUND, SiteStatistics
 
 BOUND = 10.0  # nats of an example at which what one position does to it levels off
-LEVELS = ("neuron", "head", "site")
 _KEYS = ["method", "site", "level", "unit"]
 SUMS = ("first", "second", "estimate", "square", "with_n")  # what is summed over the examples of each unit
 
@@ -57,7 +56,7 @@ class Attributing:
         """
         names = [method.name for method in self.methods]
         for method in (one for one in self.methods if isinstance(one, LearnedMethod)):
-            if isinstance(method, ConditionalMean) or method.name not in learned:
+            if not method.attributable or method.name not in learned:
                 raise ConfigError(
                     f"{method.name} can't be attributed: expected a method whose values don't depend on what else is "
                     "ablated, and one that learns in --ablation.methods as well (--ablation.attribute)"

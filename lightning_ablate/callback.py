@@ -132,7 +132,7 @@ class AblationCallback(lightning.Callback):
             run.partial += trainers.cut_short("calibration", [seen], [trainer.train_dataloader])
             report_neurons(trainer, run.calibration, pl_module.name, self.folder, self.figures)
             run.calibration.reduce()
-        elif isinstance(phase, phases.AttributionPhase | phases.VerificationPhase):
+        elif isinstance(phase, phases.VerificationPhase if self.attributing.verify else phases.AttributionPhase):
             report_attribution(trainer, self.attribution, self.folder, self.figures)
         run.progress = phases.Progress(run.progress.epochs + 1)
         if self._unfinished is not None:

@@ -175,7 +175,7 @@ def test_the_conditional_mean_of_a_unit_alone_is_that_of_a_condition_which_ablat
     statistics = tiny.gathered(site, [x + torch.randn(x.shape) * 0.1], *kind.statistics)
     new = torch.randn(4, 5, 12)
     nothing = Ablation(site, torch.ones(12, dtype=torch.bool), statistics, None)
-    for replace, size in kind().alone(nothing, [1, 4, 12]):
+    for size, replace in kind().alone(nothing, [1, 4, 12]).items():
         for unit in range(12 // size):
             mask = torch.arange(12) // size == unit
             expected = kind().prepare(Ablation(site, mask, statistics, None))(new).expand(new.shape)

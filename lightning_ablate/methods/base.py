@@ -66,6 +66,7 @@ class AblationMethod(ABC):
         statistics: what calibration must gather for it.
         seeded: whether the seed matters beyond the choice of neurons.
         source: the kind of input it resamples from, if it does (see :meth:`AblationModule.source`).
+        attributable: whether :meth:`alone` says what takes the place of a unit that is ablated alone.
         needs_batch: whether the replacement depends on which examples and positions are run, not on activations alone.
     """
 
@@ -73,20 +74,20 @@ class AblationMethod(ABC):
     statistics: ClassVar[tuple[type[ActivationStatistic], ...]] = ()
     seeded: ClassVar[bool] = False
     source: ClassVar[str | None] = None
+    attributable: ClassVar[bool] = True
     needs_batch: ClassVar[bool] = False
 
     @abstractmethod
     def prepare(self, ablation: Ablation) -> Replacement:
         """The replacement at one site under one condition, computed once and then applied to every batch."""
 
-    def alone(self, ablation: Ablation, sizes: Sequence[int]) -> list[tuple[Replacement, int]]:
-        """For units of so many neurons side by side: what takes the place of each if it alone is ablated.
+    def alone(self, ablation: Ablation, sizes: Sequence[int]) -> dict[int, Replacement]:
+        """By the size of units of so many neurons side by side: what takes the place of each if it alone is ablated.
 
         By default that of all neurons of ``ablation``, as what takes the place of one seldom depends on which others
         are ablated. Override it where it does.
         """
-        replacement = self.prepare(ablation)
-        return [(replacement, size) for size in sizes]
+        return dict.fromkeys(sizes, self.prepare(ablation))
 
 
 @dataclass(frozen=True, eq=False)

@@ -75,20 +75,20 @@ class ConditionalMean(AblationMethod):
         slope = torch.block_diag(*slopes).float()  # type: ignore[no-untyped-call]
         return Affine(offset, slope, statistics[Moments].mean.to(mask.device)[kept].float(), kept, ablated)
 
-    def alone(self, ablation: Ablation, sizes: Sequence[int]) -> list[tuple[Replacement, int]]:
+    def alone(self, ablation: Ablation, sizes: Sequence[int]) -> dict[int, Replacement]:
         """From the precision matrix P: less ``(P_uu)⁻¹ (P (x − μ))_u``, what the others don't tell of the unit u."""
         gathered, device = ablation.statistics[self.covariance], ablation.mask.device
         covariance = torch.block_diag(*gathered.covariance.to(device).double())  # type: ignore[no-untyped-call]
         precision = self.solved(covariance, torch.eye(len(covariance), device=device).double(), gathered.ridge)
-        mean, found = ablation.statistics[Moments].mean.to(device).float(), list[tuple[Replacement, int]]()
+        mean, found = ablation.statistics[Moments].mean.to(device).float(), dict[int, Replacement]()
         for size in sizes:
             if size == len(precision):
-                found.append((constant(mean), size))
+                found[size] = constant(mean)
                 continue
             columns = precision.view(len(precision), -1, size).transpose(0, 1)  # of each unit
             own = torch.stack([column[u * size : (u + 1) * size] for u, column in enumerate(columns)])
             unexplained = torch.linalg.solve(own, columns, left=False).transpose(0, 1).reshape(precision.shape)
-            found.append((partial(_explained, mean, unexplained.float()), size))
+            found[size] = partial(_explained, mean, unexplained.float())
         return found
 
     def solved(self, among: Tensor, across: Tensor, ridge: float) -> Tensor:

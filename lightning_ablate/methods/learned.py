@@ -1,6 +1,6 @@
 """Optimal ablation: values that are learned."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import ClassVar
 
 import torch
@@ -71,6 +71,7 @@ class ConditionalOptimal(LearnedMethod, ConditionalMean):
     """
 
     name = "conditional-optimal"
+    attributable = False  # the intercept is learned where much is ablated
     statistics = ConditionalMean.statistics
 
     def __init__(
@@ -89,13 +90,6 @@ class ConditionalOptimal(LearnedMethod, ConditionalMean):
         mean = ablation.statistics[Moments].mean.to(unexplained)
         learned = ablation.statistics.learned(self.name).to(unexplained)
         return mean + unexplained.sqrt() * (learned - mean)
-
-    def alone(self, ablation: Ablation, sizes: Sequence[int]) -> list[tuple[Replacement, int]]:
-        """ConfigError: it isn't made for units that are ablated alone."""
-        raise ConfigError(
-            f"{self.name} can't be attributed, as its intercept is learned where much is ablated; take "
-            "conditional-mean (--ablation.attribute)"
-        )
 
     def prepare(self, ablation: Ablation) -> Replacement:
         """As :class:`ConditionalMean`; while values are learned for other neurons in every example.

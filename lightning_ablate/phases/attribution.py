@@ -107,25 +107,19 @@ class AttributionPhase(Phase):
         one = torch.ones(len(examples), 1, dtype=torch.bool, device=n.device)
         for place, site in enumerate(self.sites):
             own = torch.stack([by_example(gradient[place].float(), one)[0] for gradient in gradients])
+            given = found[site].detach()
             for name, by_site in self.sums.items():
-                made = [
-                    orders((own * by_example(delta.float(), one)[0]).view(*own.shape[:3], -1, size).sum(4))
-                    for delta, size in self._deltas(name, site, found[site])
-                ]
+                alone, products, made = self._alone[name][site], dict[int, Tensor](), []
+                for size, replace in alone.items():
+                    if id(replace) not in products:  # levels mostly share what takes the neurons' place
+                        delta = replace(given).to(given.dtype) - given
+                        products[id(replace)] = own * by_example(delta.float(), one)[0]
+                    made.append(orders(products[id(replace)].view(*own.shape[:3], -1, size).sum(4)))
                 first, second, whole = (torch.cat(order, 1) for order in zip(*made, strict=True))
                 each = [first, second, whole, whole.square(), whole * n.unsqueeze(1)]
                 by_site[site] += torch.stack([order.sum(0) for order in each])
 
-    def _deltas(self, name: str, site: Site, activations: Tensor) -> list[tuple[Tensor, int]]:
-        """What ablating each unit alone adds to the activations, and how many neurons such a unit has."""
-        made: dict[int, Tensor] = {}
-        given = activations.detach()
-        for replace, _ in self._alone[name][site]:
-            if id(replace) not in made:
-                made[id(replace)] = replace(given).to(given.dtype) - given
-        return [(made[id(replace)], size) for replace, size in self._alone[name][site]]
-
-    def _prepared(self, method: AblationMethod, site: Site) -> list[tuple[Replacement, int]]:
+    def _prepared(self, method: AblationMethod, site: Site) -> dict[int, Replacement]:
         mask = torch.ones(site.width, dtype=torch.bool, device=self.module.device)
         ablation = Ablation(site, mask, self._run.calibration[site], self.options.seed, self._batch)
         return method.alone(ablation, list(levels_of(site).values()))

@@ -1,7 +1,9 @@
 """The columns of the tables of results, how these are read, and what is computed from their rows."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,6 +19,7 @@ EXAMPLES = dict.fromkeys(("condition", "example", "n"), "int64") | _SCORES
 _FLOATS = {name: lambda cell: float(cell or "nan") for name, kind in TABLE.items() if kind == "float64"}
 # rows of the table, (seeds, conditions) int64, and the weights of these conditions' scores
 Contrast = tuple[np.ndarray, np.ndarray]
+_Made = Callable[..., pd.DataFrame]
 
 
 def typed(frame: pd.DataFrame, types: Mapping[str, str], name: str) -> pd.DataFrame:
@@ -55,3 +58,16 @@ def area(curve: Mapping[float, Mapping[int | None, int]], to: float) -> Contrast
     rows = [[0, *(at.get(seed, next(iter(at.values()))) for at in points.values())] for seed in seeds]
     used = np.array([True, *(share > 0 for share in shares)])
     return np.array(rows)[:, used], np.array([-1.0, *shares])[used]
+
+
+def by_data(make: _Made) -> _Made:
+    """Makes a table of every data set, and a column ``data`` where there are several."""
+
+    @wraps(make)
+    def made(self: Any, *args: Any, **options: Any) -> pd.DataFrame:
+        if len(self.data) == 1:
+            return make(self, *args, **options)
+        tables = {one.data[0]: make(one, *args, **options) for one in self.each}
+        return pd.concat(tables, names=["data"]).reset_index(level="data").reset_index(drop=True)
+
+    return made

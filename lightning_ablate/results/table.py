@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial, wraps
+from functools import partial
 from itertools import combinations, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,28 +16,14 @@ from lightning_ablate.metrics import METRICS
 from lightning_ablate.results import figures, text
 from lightning_ablate.results.bootstrap import intervals
 from lightning_ablate.results.folder import write_whole
-from lightning_ablate.results.frames import BASELINE, EXAMPLES, TABLE, Contrast, area, read, rectangular, typed
+from lightning_ablate.results.frames import BASELINE, EXAMPLES, TABLE, Contrast, area, by_data, read, rectangular, typed
 from lightning_ablate.results.text import base_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COMPARED = ("top1", "cross_entropy")
-_Table = Callable[..., pd.DataFrame]
 _Cell = tuple[float, str, int | None]  # fraction, part, head
-
-
-def _by_data(make: _Table) -> _Table:
-    """Makes a table of every data set, and a column ``data`` where there are several."""
-
-    @wraps(make)
-    def made(self: "Results", *args: Any, **options: Any) -> pd.DataFrame:
-        if len(self.data) == 1:
-            return make(self, *args, **options)
-        tables = {one.data[0]: make(one, *args, **options) for one in self.each}
-        return pd.concat(tables, names=["data"]).reset_index(level="data").reset_index(drop=True)
-
-    return made
 
 
 class Results:
@@ -108,8 +94,8 @@ class Results:
         return [f"{name} {place + 1}" if name in names[:place] else name for place, name in enumerate(names)]
 
     def on(self, data: str) -> "Results":
-        """The results on one data set, by its name or the end of its path; ConfigError if there is none such."""
-        found = [one for one in self.each if data in (one.data[0], base_name(one.data[0]))]
+        """The results on one data set, by its name or its label; ConfigError if there is none such."""
+        found = [one for one, label in zip(self.each, self.labels, strict=True) if data in (one.data[0], label)]
         if not found:
             raise ConfigError(f"there are no results on {data!r}, expected one of {', '.join(self.data)}")
         return found[0]
@@ -134,7 +120,7 @@ class Results:
         """Why the run doesn't cover all its data; empty for a whole run."""
         return list(self.facts.get("partial") or [])
 
-    @_by_data
+    @by_data
     def summary(self) -> pd.DataFrame:
         """A row a method and fraction, the baseline first: what it scored.
 
@@ -150,7 +136,7 @@ class Results:
                 contrasts.append((rows, np.ones(1)))
         return self._frame(["method", "fraction", "part", "head"], keys, contrasts, METRICS)
 
-    @_by_data
+    @by_data
     def compare(self, method: str | None = None, other: str | None = None) -> pd.DataFrame:
         """How much more one method scores than another, on the same neurons and the same examples.
 
@@ -178,7 +164,7 @@ class Results:
                     contrasts.append((rows, np.array([1.0, -1.0])))
         return self._frame(["method", "other", "fraction", "part", "head"], keys, contrasts, COMPARED)
 
-    @_by_data
+    @by_data
     def ranking(self) -> pd.DataFrame:
         """A row a method, the least damage first: its scores above the baseline's, averaged over the fractions.
 
