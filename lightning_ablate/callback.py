@@ -80,7 +80,7 @@ class AblationCallback(lightning.Callback):
         self.fractions, self.seeds, self.sites = listed(fractions), listed(seeds), listed(sites)
         self.neurons, self.dirpath = choice_of(neurons), dirpath
         self.save_every, self.figures = save_every, listed(figures)
-        attributed = tuple(method_of(method) for method in listed(attribute))
+        attributed = tuple(method_of(method, "--ablation.attribute") for method in listed(attribute))
         self.attributing = Attributing(attributed, draws, verify, attribution_examples, next(iter(self.seeds), 0))
         check_conditions(self.methods, self.fractions, self.seeds, self.sites)
         self.results: Results | None = None

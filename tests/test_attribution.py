@@ -318,6 +318,8 @@ def test_recall_counts_what_the_random_sample_stands_for():
     ("options", "said"),
     [
         ({"verify": 3}, "verify needs attributions"),
+        ({"attribute": ["meen"]}, "--ablation.attribute has no 'meen'; alike: mean"),
+        ({"attribute": ["mean", "mean"]}, "attribute names mean, mean, expected each once"),
         ({"attribute": ["zero"], "draws": 0}, "draws is 0"),
         ({"attribute": ["zero"], "attribution_examples": 0}, "attribution_examples 0"),
     ],

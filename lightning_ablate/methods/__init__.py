@@ -24,8 +24,11 @@ from lightning_ablate.methods.resample import (
 )
 
 
-def method_of(given: AblationMethod | str) -> AblationMethod:
-    """A method as it is given; or of any imported class of this ``name``, with its defaults, or else ConfigError."""
+def method_of(given: AblationMethod | str, option: str = "--ablation.methods") -> AblationMethod:
+    """A method as it is given; or of any imported class of this ``name``, with its defaults, or else ConfigError.
+
+    The ``option`` is where it was given, as errors name it.
+    """
     if isinstance(given, AblationMethod):
         return given
     if isinstance(given, type):
@@ -38,12 +41,12 @@ def method_of(given: AblationMethod | str) -> AblationMethod:
         why = "is the class path, or an option's name, wrong?"
         if "class_path" not in name:
             module, _, kind = name.rpartition(".")
-            with loading(name, ConfigError, "--ablation.methods"):
+            with loading(name, ConfigError, option):
                 why = f"{getattr(import_module(module), kind)!r:.60} is no AblationMethod"
-        raise ConfigError(f"can't make a method of {name:.120} (--ablation.methods): {why}")
+        raise ConfigError(f"can't make a method of {name:.120} ({option}): {why}")
     if name not in known:
         close = ", ".join(get_close_matches(name, known, 2)) or "none"
-        raise ConfigError(f"--ablation.methods has no {name!r:.24}; alike: {close}; known: {' '.join(known):.190}")
+        raise ConfigError(f"{option} has no {name!r:.24}; alike: {close}; known: {' '.join(known):.190}")
     return known[name]()
 
 
