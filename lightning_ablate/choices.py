@@ -11,10 +11,12 @@ from torch import Tensor
 from lightning_ablate.conditions import Selection
 from lightning_ablate.errors import ConfigError, SiteError, StatisticsError, few
 from lightning_ablate.sites import Site, heads_of
-from lightning_ablate.statistics import FOUND, ActivationStatistic, Histogram, Moments, SiteStatistics
+from lightning_ablate.statistics import FOUND, ActivationStatistic, Covariance, Histogram, Moments, SiteStatistics
 
 Unit = Literal["neuron", "head"]
-Quantity = Literal["sd", "rms", "skewness", "kurtosis", "gap", "weighted-sd", "attribution"]
+Quantity = Literal[
+    "sd", "rms", "skewness", "kurtosis", "gap", "weighted-sd", "weighted-rms", "unexplained", "attribution"
+]
 
 
 class Choice(ABC):
@@ -42,12 +44,15 @@ class Ordered(Choice):
     """Takes the units of a site in an order: a fraction f takes the first ``round(f * units)``.
 
     Args:
-        unit: ``neuron``, or ``head`` for all neurons of an attention head together.
+        unit: ``neuron``; ``head`` for all neurons of an attention head together; or how many neurons side by side, as
+            those of the query heads that share a key and value head (their number times the width of a head).
     """
 
     seeded: ClassVar[bool] = True  # whether the order depends on the seed
 
-    def __init__(self, unit: Unit = "neuron") -> None:
+    def __init__(self, unit: Unit | int = "neuron") -> None:
+        if unit not in get_args(Unit) and not (type(unit) is int and unit > 0):
+            raise ConfigError(f"unit is {unit!r}, expected neuron, head or a number of neurons (--ablation.neurons)")
         self.unit = unit
 
     @abstractmethod
@@ -55,8 +60,12 @@ class Ordered(Choice):
         """The units of a site, first to go first: a permutation ``(units,)`` int64 on the CPU."""
 
     def units(self, site: Site) -> int:
-        """How many units a site has."""
-        return site.width if self.unit == "neuron" else heads_of(site)
+        """How many units a site has; SiteError if it can't be divided into such."""
+        if not isinstance(self.unit, int):
+            return site.width if self.unit == "neuron" else heads_of(site)
+        if site.width % self.unit:
+            raise SiteError(f"{site.name} has {site.width} neurons, expected units of {self.unit} to fill it")
+        return site.width // self.unit
 
     def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
         """Every fraction with every seed; at a fraction of 1 the seed can't matter.
@@ -103,12 +112,14 @@ class Ranked(Ordered):
     Args:
         by: ``sd``, the standard deviation; ``rms``, the root of the mean square; or how far a neuron's distribution
             is from one that is symmetric around its most frequent value: ``skewness`` or ``kurtosis`` (the excess)
-            without their sign, or ``gap``, the distance of mean and mode in standard deviations; ``weighted-sd``, the
-            standard deviation times the norm of the projection's column that reads the neuron (the score of FLAP, An et
-            al. 2024); or ``attribution``, the estimated effect of ablating the unit alone. Of a head it is the mean
-            over its neurons, but the attribution of the head.
+            without their sign, or ``gap``, the distance of mean and mode in standard deviations. Times the norm of the
+            projection's column that reads the neuron: ``weighted-sd`` (the score of FLAP, An et al. 2024),
+            ``weighted-rms`` (Wanda's, Sun et al. 2024, by neuron), and ``unexplained``, the standard deviation of what
+            all other neurons of the site don't explain of it (the optimal brain surgeon's, Hassibi & Stork 1993). Or
+            ``attribution``, the estimated effect of ablating the unit alone. Of several neurons it is the mean of
+            theirs, or of their heads' attributions.
         first: which end goes first.
-        unit: ``neuron``, or ``head`` for all neurons of an attention head together.
+        unit: see :class:`Ordered`.
         under: the method under which units were attributed; None takes the first of ``attribute``.
 
     Example:
@@ -125,7 +136,7 @@ class Ranked(Ordered):
         self,
         by: Quantity = "sd",
         first: Literal["lowest", "highest"] = "lowest",
-        unit: Unit = "neuron",
+        unit: Unit | int = "neuron",
         under: str | None = None,
     ) -> None:
         super().__init__(unit)
@@ -133,7 +144,8 @@ class Ranked(Ordered):
             if given not in known:
                 raise ConfigError(f"{name} is {given!r}, expected one of {', '.join(known)} (--ablation.neurons)")
         self.by, self.first, self.under = by, first, under
-        self.statistics = (Histogram,) if by == "gap" else (Moments,)
+        own = {"gap": (Moments, Histogram), "unexplained": (Moments, Covariance)}
+        self.statistics = own.get(by, (Moments,))
 
     def order(self, site: Site, seed: int, statistics: SiteStatistics | None = None) -> Tensor:
         """From the lowest, or the highest, on; of equal units the first in the site goes first."""
@@ -150,11 +162,10 @@ class Ranked(Ordered):
         if self.by == "gap":
             gap = moments.mean - statistics[Histogram].places.mode
             return torch.where(moments.sd > 0, gap / moments.sd, 0.0).abs()
-        if self.by == "weighted-sd":
-            return moments.sd * statistics.norms.to(moments.sd)
-        if self.by == "rms":
-            return (moments.mean.square() + moments.sd.square()).sqrt()
-        return getattr(moments, self.by).abs()
+        if self.by == "unexplained":
+            return statistics[Covariance].unexplained.sqrt() * statistics.norms.to(moments.sd)
+        values = moments.rms if self.by.endswith("rms") else getattr(moments, self.by.removeprefix("weighted-")).abs()
+        return values * statistics.norms.to(values) if self.by.startswith("weighted") else values
 
     def _attributed(self, site: Site, statistics: SiteStatistics) -> Tensor:
         """The estimates of the units, ``(units,)``; StatisticsError if there are none."""
@@ -165,8 +176,10 @@ class Ranked(Ordered):
                 f"ranking by attribution needs that of {under or 'some method'} at {site.name}, there is "
                 f"{', '.join(known) or 'none'}: run `fit` with it (--ablation.attribute '[mean]')"
             )
-        start = 0 if self.unit == "neuron" else site.width  # heads are behind the neurons
-        return known[under].cpu()[FOUND.index("estimate"), start : start + self.units(site)]
+        estimates = known[under].cpu()[FOUND.index("estimate")]
+        whole = self.unit != "neuron" and site.heads and site.heads % self.units(site) == 0
+        own = estimates[site.width : site.width + site.heads] if whole else estimates[: site.width]
+        return own.view(self.units(site), -1).mean(1)
 
 
 class EachHead(Choice):

@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_ablate.errors import ConfigError, StatisticsError
+from lightning_ablate.errors import ConfigError
 from lightning_ablate.methods.base import Ablation, AblationMethod, Affine, Replacement, constant
-from lightning_ablate.statistics import Covariance, HeadCovariance, Moments
+from lightning_ablate.statistics import Covariance, HeadCovariance, Moments, SiteStatistics, solved
 
 
 class ConditionalMean(AblationMethod):
@@ -26,6 +26,8 @@ class ConditionalMean(AblationMethod):
         ridge: λ, a share of each kept neuron's own variance, so that the scale of a neuron plays no part. None takes
             the one that did best at the site on calibration examples that were held out, see :attr:`Covariance.ridge`:
             without it few of them (a thousand positions) can do more harm than the mean.
+        centred: whether means play a part; False regresses the values themselves, without an intercept, as a projection
+            needs it that has no bias to take one (see ``lightning_ablate.export``).
         name: what results call it, where the method is there with several options.
 
     Example:
@@ -44,17 +46,25 @@ class ConditionalMean(AblationMethod):
     statistics = (Moments, Covariance)
     covariance: ClassVar[type[Covariance]] = Covariance
 
-    def __init__(self, ridge: float | None = None, name: str | None = None) -> None:
+    def __init__(self, ridge: float | None = None, centred: bool = True, name: str | None = None) -> None:
         if ridge is not None and not ridge > 0:
             raise ConfigError(f"ridge is {ridge}, expected a share of the variance above 0, or null to choose it")
-        self.ridge, self.name = ridge, name or self.name
+        self.ridge, self.centred, self.name = ridge, centred, name or self.name
 
     def intercept(self, ablation: Ablation, unexplained: Tensor) -> Tensor:
         """What the ablated neurons are expected to be when the kept ones are at their means, ``(..., neurons)``.
 
         ``unexplained`` ``(..., neurons)`` float64 is the share of each one's variance that the kept ones don't explain.
         """
-        return ablation.statistics[Moments].mean
+        return self.moments(ablation.statistics)[0].to(unexplained)
+
+    def moments(self, statistics: SiteStatistics) -> tuple[Tensor, Tensor]:
+        """The means ``(neurons,)`` and covariances ``(blocks, width, width)``, or 0 and the mean products."""
+        mean, covariance = statistics[Moments].mean, statistics[self.covariance].covariance
+        if self.centred:
+            return mean, covariance
+        rows = mean.to(covariance).view(len(covariance), -1, 1)
+        return torch.zeros_like(mean), covariance + rows @ rows.mT
 
     def prepare(self, ablation: Ablation) -> Replacement:
         """Factorises the covariance of the kept neurons once."""
@@ -62,25 +72,26 @@ class ConditionalMean(AblationMethod):
         ablated, kept = mask.nonzero().squeeze(1), (~mask).nonzero().squeeze(1)
         unexplained = torch.ones(mask.shape, dtype=torch.float64, device=mask.device)
         if not len(kept):
-            return constant(self.intercept(ablation, unexplained).to(mask.device).float())
-        slopes, explained, gathered = [], [], statistics[self.covariance]
-        blocks = gathered.covariance
+            return constant(self.intercept(ablation, unexplained).float())
+        slopes, explained, ridge = [], [], self.ridge or statistics[self.covariance].ridge
+        mean, blocks = self.moments(statistics)
         for block, own in zip(blocks, mask.view(len(blocks), -1), strict=True):
             covariance = block.to(mask.device).double()
             across = covariance[~own][:, own]
-            slopes.append(self.solved(covariance[~own][:, ~own], across, gathered.ridge))
+            slopes.append(solved(covariance[~own][:, ~own], across, ridge))
             explained.append(share(across * slopes[-1], covariance.diagonal()[own]))
         unexplained[ablated] -= torch.cat(explained)
-        offset = self.intercept(ablation, unexplained).to(mask.device).float()
+        offset = self.intercept(ablation, unexplained).float()
         slope = torch.block_diag(*slopes).float()  # type: ignore[no-untyped-call]
-        return Affine(offset, slope, statistics[Moments].mean.to(mask.device)[kept].float(), kept, ablated)
+        return Affine(offset, slope, mean.to(mask.device)[kept].float(), kept, ablated)
 
     def alone(self, ablation: Ablation, sizes: Sequence[int]) -> dict[int, Replacement]:
         """From the precision matrix P: less ``(P_uu)⁻¹ (P (x − μ))_u``, what the others don't tell of the unit u."""
-        gathered, device = ablation.statistics[self.covariance], ablation.mask.device
-        covariance = torch.block_diag(*gathered.covariance.to(device).double())  # type: ignore[no-untyped-call]
-        precision = self.solved(covariance, torch.eye(len(covariance), device=device).double(), gathered.ridge)
-        mean, found = ablation.statistics[Moments].mean.to(device).float(), dict[int, Replacement]()
+        (means, blocks), device = self.moments(ablation.statistics), ablation.mask.device
+        covariance = torch.block_diag(*blocks.to(device).double())  # type: ignore[no-untyped-call]
+        ridge = self.ridge or ablation.statistics[self.covariance].ridge
+        precision = solved(covariance, torch.eye(len(covariance), device=device).double(), ridge)
+        mean, found = means.to(device).float(), dict[int, Replacement]()
         for size in sizes:
             if size == len(precision):
                 found[size] = constant(mean)
@@ -90,22 +101,6 @@ class ConditionalMean(AblationMethod):
             unexplained = torch.linalg.solve(own, columns, left=False).transpose(0, 1).reshape(precision.shape)
             found[size] = partial(_explained, mean, unexplained.float())
         return found
-
-    def solved(self, among: Tensor, across: Tensor, ridge: float) -> Tensor:
-        """The regression on the kept neurons, ``(..., kept, ablated)`` float64; ``among`` them is written over.
-
-        ``ridge`` is the site's, for where none was given.
-        """
-        diagonal = among.diagonal(dim1=-2, dim2=-1)
-        variances, ridge = diagonal.clone(), self.ridge or ridge
-        while ridge <= 100:
-            # a constant neuron has no variance, and then nothing to tell either
-            diagonal.copy_(variances * (1 + ridge) + torch.finfo(among.dtype).tiny)
-            factor, failed = torch.linalg.cholesky_ex(among)
-            if not bool(failed.any()):
-                return torch.cholesky_solve(across, factor)
-            ridge *= 10  # sums in float32, of fewer positions than neurons
-        raise StatisticsError("can't be solved: the covariance is not positive definite; calibrate on more data")
 
 
 class ConditionalMeanPerHead(ConditionalMean):

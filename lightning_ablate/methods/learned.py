@@ -11,7 +11,7 @@ from lightning_ablate.methods.base import Ablation, AblationMethod, Replacement
 from lightning_ablate.methods.conditional import ConditionalMean, share
 from lightning_ablate.methods.constants import ConstantMethod
 from lightning_ablate.sites import Site
-from lightning_ablate.statistics import ActivationStatistic, Covariance, Moments, SiteStatistics
+from lightning_ablate.statistics import ActivationStatistic, Covariance, Moments, SiteStatistics, solved
 
 
 class LearnedMethod(AblationMethod):
@@ -103,7 +103,7 @@ class ConditionalOptimal(LearnedMethod, ConditionalMean):
         covariance = gathered.covariance.to(mask.device).double()
         among = torch.where(~mask.mT & ~mask, covariance, torch.eye(mask.shape[2], device=mask.device).double())
         across = torch.where(~mask.mT & mask, covariance, 0.0)
-        slope = self.solved(among, across, gathered.ridge)
+        slope = solved(among, across, self.ridge or gathered.ridge)
         explained = share(across * slope, covariance.diagonal(dim1=-2, dim2=-1)).unsqueeze(1)
         offset, center = self.intercept(ablation, 1 - explained).float(), statistics[Moments].mean.to(mask.device)
 

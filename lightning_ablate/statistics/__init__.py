@@ -1,7 +1,7 @@
 """Statistics of neurons, gathered batch by batch and merged over ranks; one torchmetrics.Metric a file."""
 
 from lightning_ablate.statistics.base import FOUND, ActivationStatistic, SiteStatistics, with_needs
-from lightning_ablate.statistics.covariance import Covariance, HeadCovariance
+from lightning_ablate.statistics.covariance import Covariance, HeadCovariance, solved
 from lightning_ablate.statistics.histogram import Histogram
 from lightning_ablate.statistics.moments import Moments
 from lightning_ablate.statistics.positional import MeanByPosition

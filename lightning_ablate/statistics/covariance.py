@@ -5,6 +5,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from lightning_ablate.errors import StatisticsError
 from lightning_ablate.sites import Site, heads_of
 from lightning_ablate.statistics.base import ActivationStatistic, SiteStatistics, positions
 
@@ -85,6 +86,14 @@ class Covariance(ActivationStatistic):
             self.chosen.fill_(self._choose())
         return self.chosen.item()
 
+    @property
+    def unexplained(self) -> Tensor:
+        """The variance of each neuron that all others of its block don't explain, ``(neurons,)`` float64."""
+        covariance = self.covariance.double()
+        identity = torch.eye(covariance.shape[1], dtype=covariance.dtype, device=covariance.device)
+        precision = solved(covariance, identity.expand_as(covariance), self.ridge)
+        return 1 / precision.diagonal(dim1=1, dim2=2).flatten()
+
     def reduce(self) -> None:
         """Chooses the ridge, and keeps the examples apart no longer."""
         super().reduce()
@@ -130,6 +139,24 @@ class HeadCovariance(Covariance):
     def of(cls, site: Site, earlier: SiteStatistics | None = None) -> Self:
         """With the heads of the site as its blocks; SiteError if it has none."""
         return cls(site.width, earlier, blocks=heads_of(site))
+
+
+def solved(among: Tensor, across: Tensor, ridge: float) -> Tensor:
+    """Regressions ``(..., kept, ablated)`` float64 on neurons with covariances ``among`` ``(..., kept, kept)``.
+
+    ``across`` ``(..., kept, ablated)`` are those with what is regressed; ``ridge`` is a share of each variance to add.
+    ``among`` is written over. StatisticsError if it isn't positive definite with any ridge.
+    """
+    diagonal = among.diagonal(dim1=-2, dim2=-1)
+    variances = diagonal.clone()
+    while ridge <= 100:
+        # a constant neuron has no variance, and then nothing to tell either
+        diagonal.copy_(variances * (1 + ridge) + torch.finfo(among.dtype).tiny)
+        factor, failed = torch.linalg.cholesky_ex(among)
+        if not bool(failed.any()):
+            return torch.cholesky_solve(across, factor)
+        ridge *= 10  # sums in float32, of fewer positions than neurons
+    raise StatisticsError("can't be solved: the covariance is not positive definite; calibrate on more data")
 
 
 def _left(one: Tensor, other: Tensor, ridges: Tensor) -> Tensor:

@@ -65,6 +65,11 @@ class Moments(ActivationStatistic):
         return (self.sums[2] / self.sums[0]).sqrt()
 
     @property
+    def rms(self) -> Tensor:
+        """The roots of the mean squares, ``(neurons,)`` float64."""
+        return (self.mean.square() + self.sd.square()).sqrt()
+
+    @property
     def skewness(self) -> Tensor:
         """The third standardised moments, ``(neurons,)`` float64; 0 for a constant neuron."""
         return torch.where(self.sd == 0, 0.0, self.sums[3] / self.sums[0] / self.sd.pow(3))
