@@ -55,8 +55,8 @@ class Attributing:
         ``learned`` are the names of the methods whose values the run learns.
         """
         names = [method.name for method in self.methods]
-        for method in (one for one in self.methods if isinstance(one, LearnedMethod)):
-            if not method.attributable or method.name not in learned:
+        for method in self.methods:
+            if not method.attributable or (isinstance(method, LearnedMethod) and method.name not in learned):
                 raise ConfigError(
                     f"{method.name} can't be attributed: expected a method whose values don't depend on what else is "
                     "ablated, and one that learns in --ablation.methods as well (--ablation.attribute)"

@@ -36,9 +36,9 @@ class AblationCallback(lightning.Callback):
     Args:
         methods: what replaces a neuron: names (``zero``, ``mean``, ``peak``, ``mode``, ``half-sample-mode``,
             ``median``, ``positional-mean``, ``noise``, ``conditional-mean``, ``conditional-mean-per-head``,
-            ``optimal``, ``conditional-optimal``, ``resample-same-position``, ``resample-any-position``,
-            ``resample-characters``, ``resample-ids``, ``resample-generated``, ``resample-pixels``), instances, or class
-            paths of subclasses of AblationMethod.
+            ``conditional-sequential``, ``optimal``, ``conditional-optimal``, ``resample-same-position``,
+            ``resample-any-position``, ``resample-characters``, ``resample-ids``, ``resample-generated``,
+            ``resample-pixels``), instances, or class paths of subclasses of AblationMethod.
         fractions: shares of each site's neurons, 0 to 1.
         seeds: of the choice of neurons, and of what a method draws.
         sites: ``attention`` (the default: of every layer), ``self-attention``, ``cross-attention``, ``mlp``, and
@@ -105,7 +105,8 @@ class AblationCallback(lightning.Callback):
         size = trainers.calibration_size(trainer)
         trainers.warn_if_shared(trainer)
         self._begin(trainer, pl_module)
-        self._epochs = phases.schedule(self._kinds, self.methods, self.neurons, attributing=self.attributing, **size)
+        size |= {"attributing": self.attributing, "conditions": self._conditions}
+        self._epochs = phases.schedule(self._kinds, self.methods, self.neurons, **size)
         trainers.run_epochs(trainer, max(1, len(self._epochs) - self.run.progress.epochs))
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]

@@ -144,8 +144,8 @@ class Ranked(Ordered):
             if given not in known:
                 raise ConfigError(f"{name} is {given!r}, expected one of {', '.join(known)} (--ablation.neurons)")
         self.by, self.first, self.under = by, first, under
-        own = {"gap": (Moments, Histogram), "unexplained": (Moments, Covariance)}
-        self.statistics = own.get(by, (Moments,))
+        more: dict[str, type[ActivationStatistic]] = {"gap": Histogram, "unexplained": Covariance}
+        self.statistics = (Moments, *([more[by]] if by in more else []))
 
     def order(self, site: Site, seed: int, statistics: SiteStatistics | None = None) -> Tensor:
         """From the lowest, or the highest, on; of equal units the first in the site goes first."""
@@ -177,8 +177,9 @@ class Ranked(Ordered):
                 f"{', '.join(known) or 'none'}: run `fit` with it (--ablation.attribute '[mean]')"
             )
         estimates = known[under].cpu()[FOUND.index("estimate")]
-        whole = self.unit != "neuron" and site.heads and site.heads % self.units(site) == 0
-        own = estimates[site.width : site.width + site.heads] if whole else estimates[: site.width]
+        heads = site.heads or 0
+        whole = self.unit != "neuron" and heads and heads % self.units(site) == 0
+        own = estimates[site.width : site.width + heads] if whole else estimates[: site.width]
         return own.view(self.units(site), -1).mean(1)
 
 

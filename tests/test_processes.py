@@ -22,7 +22,7 @@ OPTIMAL, CONDITIONAL = (
     {"class_path": f"lightning_ablate.methods.{name}", "init_args": {"steps": 4}}
     for name in ("Optimal", "ConditionalOptimal")
 )
-METHODS = ["positional-mean", "noise", "resample-any-position", "conditional-mean", OPTIMAL]
+METHODS = ["positional-mean", "noise", "resample-any-position", "conditional-mean", "conditional-sequential", OPTIMAL]
 LEARNED = 1e-4  # nats: the sums of a step are rounded in another order
 
 
@@ -54,7 +54,7 @@ def test_two_processes_find_what_one_does_on_padded_and_masked_text(tmp_path):
     small = [*TEXT, "--data.calibration_tokens=1500", "--data.evaluation_tokens=700"]
     small.append(f"--ablation.methods={json.dumps(METHODS)}")
     one, two = found(tmp_path / "one", *small), found(tmp_path / "two", *small, *TWO)
-    assert len(one.table) == 1 + 5 * 2
+    assert len(one.table) == 1 + 6 * 2
     assert_same(one, two, LEARNED)
     again = ["validate", "--ckpt_path", tmp_path / "one" / "ablation.ckpt", *TWO, "--trainer.strategy=sharded"]
     assert_same(one, found(tmp_path / "sharded", *again))

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -113,6 +113,43 @@ class ConditionalMeanPerHead(ConditionalMean):
     name = "conditional-mean-per-head"
     statistics = (Moments, HeadCovariance)
     covariance = HeadCovariance
+
+
+class ConditionalSequential(ConditionalMean):
+    """The same regression, fitted where it acts: for each condition, with everything before a site already ablated.
+
+    What is kept has drifted there, and what is ablated would have been what it is in the intact target: the regression
+    is of the intact values on the kept neurons as they are then, as layerwise reconstruction has it when it prunes
+    (SlimGPT, Ling et al. 2024; GRAIL, arXiv 2602.23795). ``fit`` makes it for the conditions of its sweep, two forward
+    passes of the calibration data each, and the checkpoint holds kept × ablated float32 numbers a site for each of
+    them; others need another ``fit``. The options are those of :class:`ConditionalMean`.
+    """
+
+    name = "conditional-sequential"
+    attributable = False  # a unit alone has nothing before it
+
+    def prepare(self, ablation: Ablation) -> Replacement:
+        """Takes what was fitted for the condition."""
+        packed, mask = ablation.statistics.learned(self.key(ablation.condition)).to(ablation.mask.device), ablation.mask
+        offset = packed.new_zeros(len(mask)).masked_scatter(mask, packed[-1])
+        kept, ablated = (~mask).nonzero().squeeze(1), mask.nonzero().squeeze(1)
+        return Affine(offset, packed[:-1], packed.new_zeros(len(kept)), kept, ablated) if len(kept) else Affine(offset)
+
+    def key(self, condition: str) -> str:
+        """The name under which a calibration holds what was fitted for a condition, see :attr:`Selection.key`."""
+        return f"{self.name} {condition}"
+
+    def regressed(self, ablation: Ablation) -> Affine:
+        """The regression from statistics of intact values of the ablated neurons, and drifted ones of the kept."""
+        return cast(Affine, super().prepare(ablation))
+
+    @staticmethod
+    def packed(affine: Affine, mask: Tensor) -> Tensor:
+        """A regression as one tensor ``(kept + 1, ablated)`` float32, the intercept last."""
+        offset = affine.offset[mask]
+        if affine.slope is None:
+            return offset.unsqueeze(0)
+        return torch.cat([affine.slope, (offset - affine.center @ affine.slope).unsqueeze(0)])
 
 
 def _explained(mean: Tensor, unexplained: Tensor, activations: Tensor) -> Tensor:

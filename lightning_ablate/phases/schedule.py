@@ -9,9 +9,10 @@ from lightning_ablate.attribution import Attributing
 from lightning_ablate.choices import Choice
 from lightning_ablate.conditions import Condition
 from lightning_ablate.errors import ConfigError
-from lightning_ablate.methods import AblationMethod, LearnedMethod
+from lightning_ablate.methods import AblationMethod, ConditionalSequential, LearnedMethod
 from lightning_ablate.phases.attribution import AttributionPhase, VerificationPhase
 from lightning_ablate.phases.calibration import CalibrationPhase
+from lightning_ablate.phases.fitting import FittingPhase
 from lightning_ablate.phases.learning import Course, LearningPhase
 from lightning_ablate.phases.phase import Phase
 from lightning_ablate.statistics import ActivationStatistic
@@ -36,12 +37,14 @@ def schedule(
     steps: int | None = None,
     attributing: Attributing | None = None,
     examples: int = 0,
+    conditions: Callable[[], Sequence[Condition]] = list,
 ) -> list[Epoch]:
-    """The epochs that gather these kinds of statistics, and behind them those that attribute, and that learn.
+    """The epochs that gather these kinds of statistics, and behind them those that attribute, learn, and fit.
 
     Attribution comes first, as what is learned may be of neurons that it ranks, unless it is of what is learned.
     ``batches`` are those of an epoch and process, of ``examples`` in all, ``batch_size`` that of all processes
-    together; of ``steps`` None takes each method's own. ConfigError if there is something to learn from data without a
+    together; of ``steps`` None takes each method's own; ``conditions`` gives those of the sweep, once the sites are
+    known. ConfigError if there is something to learn from data without a
     length.
     """
     calibrate = partial(CalibrationPhase, kinds=kinds)
@@ -60,6 +63,8 @@ def schedule(
         course = Course.of(steps=steps or method.steps, **sizes)
         learn = partial(LearningPhase, method=method, choice=choice, course=course)
         found += [Epoch(number, learn, _BACKWARD) for number in range(course.epochs)]
+    for fitted in (method for method in methods if isinstance(method, ConditionalSequential)):
+        found.append(Epoch(0, partial(FittingPhase, method=fitted, choice=choice, conditions=conditions), 0.0))
     return found + (_attributing(attributing, examples) if waits else [])
 
 
@@ -82,7 +87,9 @@ def plan(
     """One line on what a run amounts to, with ``batches`` in an epoch of ``fit`` and in the sweep, of each process."""
     sources = {method.name: method.source for method in methods}
     resampled = {(sources[c.method], c.seed) for c in conditions[1:] if sources[c.method] is not None}
-    passes = batches[0] * sum(epoch.cost for epoch in epochs) + batches[1] * (len(conditions) + len(resampled))
+    fitted = {method.name for method in methods if isinstance(method, ConditionalSequential)}
+    calibrating = sum(epoch.cost for epoch in epochs) + 2 * sum(c.method in fitted for c in conditions)
+    passes = batches[0] * calibrating + batches[1] * (len(conditions) + len(resampled))
     about = f"plan: {len(conditions):,} conditions"
     if passes == float("inf"):
         return f"{about}, {phase.seconds:.2g} s a forward pass; the data tell no length"

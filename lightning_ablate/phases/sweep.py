@@ -140,7 +140,8 @@ class SweepPhase(Phase):
             check_mask(mask, site, type(self._choice).__name__)
             if not bool(mask.any()):
                 continue
-            ablation = Ablation(site, mask.to(self.module.device), statistics, condition.seed, self._batch)
+            mask = mask.to(self.module.device)
+            ablation = Ablation(site, mask, statistics, condition.seed, self._batch, condition.key)
             try:
                 replacement = self._constants.get((method.name, site)) or method.prepare(ablation)
             except StatisticsError as error:

@@ -1,9 +1,11 @@
 """Places of a target whose input is read and replaced."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -92,11 +94,11 @@ def hooked(target: nn.Module, hooks: Mapping[Site, Hook], *, once: bool = False)
     modules: dict[str, dict[int, Site]] = {}
     for site in hooks:
         modules.setdefault(site.path, {})[site.use] = site
-    runs = dict.fromkeys(modules, 0)
+    runs = Counter[tuple[str, int]]()  # of each thread, in which passes can go side by side
 
     def before(path: str, uses: Mapping[int, Site], of: int, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
-        site = uses.get(runs[path] % of)
-        runs[path] += 1
+        site = uses.get(runs[path, get_ident()] % of)
+        runs[path, get_ident()] += 1
         changed = None if site is None else hooks[site](inputs[0])
         return None if changed is None else (changed, *inputs[1:])
 
@@ -107,9 +109,9 @@ def hooked(target: nn.Module, hooks: Mapping[Site, Hook], *, once: bool = False)
             stack.callback(target.get_submodule(path).register_forward_pre_hook(hook).remove)
         yield
     for site in hooks if once else ():
-        if runs[site.path] != site.uses:
+        if (ran := runs[site.path, get_ident()]) != site.uses:
             raise SiteError(
-                f"the site {site.name} ran {runs[site.path]} times in one forward pass, expected {site.uses}, as when "
+                f"the site {site.name} ran {ran} times in one forward pass, expected {site.uses}, as when "
                 "the sites were found: `evaluate` must run the target once, in the same way for every batch, and not "
                 "compiled by torch.compile before"
             )

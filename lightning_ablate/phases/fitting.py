@@ -1,0 +1,151 @@
+"""Fitting: regressions where they act, site after site, with everything before a site already ablated."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from queue import SimpleQueue
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lightning_ablate.choices import Choice
+from lightning_ablate.conditions import Condition
+from lightning_ablate.errors import ConfigError, SiteError
+from lightning_ablate.methods import Ablation, ConditionalSequential, Edit
+from lightning_ablate.phases.phase import Phase
+from lightning_ablate.phases.resume import Run
+from lightning_ablate.sites import Site, hooked
+from lightning_ablate.statistics import SiteStatistics
+
+if TYPE_CHECKING:
+    from lightning_ablate.modules import AblationModule
+
+
+class FittingPhase(Phase):
+    """Fits :class:`~lightning_ablate.methods.ConditionalSequential` for every condition of a sweep.
+
+    It takes two forward passes of the calibration data for each condition, of the intact and of the ablated target,
+    behind the last batch. All batches go through the target side by side: each pass waits at a site until every other
+    one is there, so that the regression knows all of them; what has to be kept is what a forward pass hands on there.
+    """
+
+    def __init__(
+        self,
+        module: "AblationModule",
+        run: Run,
+        method: ConditionalSequential,
+        choice: Choice,
+        conditions: Callable[[], Sequence[Condition]],
+    ) -> None:
+        super().__init__(module)
+        if module.device_mesh is not None:
+            raise ConfigError(f"{method.name} can't be fitted on a sharded target; leave it out (--ablation.methods)")
+        self.title, self.method, self._run, self._choice = f"Fitting {method.name}", method, run, choice
+        self._conditions = [condition for condition in conditions() if condition.method == method.name]
+        self._batches: list[tuple[Any, Tensor]] = []
+        self._current: _Pass | None = None
+
+    def step(self, batch: Any, batch_idx: int) -> None:
+        """Keeps the batch, and fits with all of them once it is the last."""
+        self._batches.append((batch, self.module.examples_of(batch, batch_idx)))
+        if self.module.trainer.is_last_batch:
+            learned, sites = self._run.calibration.learned, self._run.calibration.sites
+            with torch.no_grad():
+                for condition in tqdm(self._conditions, self.title, leave=False, disable=self.module.global_rank > 0):
+                    masks = {site: self._mask(condition, site) for site in sites}
+                    found = self._fitted(condition, {site: mask for site, mask in masks.items() if bool(mask.any())})
+                    nothing = torch.zeros(1, 0, device=self.module.device)
+                    learned[self.method.key(condition.key)] = {site: found.get(site, nothing) for site in sites}
+            self._batches.clear()
+
+    def _mask(self, condition: Condition, site: Site) -> Tensor:
+        return self._choice.mask(condition, site, self._run.calibration[site]).to(self.module.device)
+
+    def _fitted(self, condition: Condition, masks: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
+        """What the method keeps of each site, see :meth:`ConditionalSequential.packed`."""
+        passes = [[_Pass(partial(self._evaluate, batch)) for _ in range(2)] for batch, _ in self._batches]
+        edit: Edit | None = None
+        found = {}
+        try:
+            with hooked(self.module.target, {site: partial(self._arrive, site) for site in masks}):
+                for site, mask in masks.items():
+                    gathered = [kind.of(site).to(self.module.device) for kind in self.method.statistics]
+                    for (clean, ablated), (batch, examples) in zip(passes, self._batches, strict=True):
+                        mixed = torch.where(mask, self._at(site, clean, None), self._at(site, ablated, edit))
+                        for statistic in gathered:
+                            more = {"examples": examples} if statistic.takes_examples else {}
+                            statistic.update(mixed, self.module.valid_at(site, batch), **more)
+                    for statistic in gathered:
+                        statistic.sync()
+                        statistic.reduce()
+                    statistics = SiteStatistics(site.name, {type(one): one for one in gathered})
+                    affine = self.method.regressed(Ablation(site, mask, statistics, condition.seed))
+                    edit, found[site] = Edit(mask, affine), self.method.packed(affine, mask)
+        finally:
+            for one in (one for both in passes for one in both):
+                self._current = one
+                one.stop()
+        return found
+
+    def _at(self, site: Site, one: "_Pass", edit: Edit | None) -> Tensor:
+        """The activations with which a pass comes to its next site, which must be this one."""
+        self._current = one
+        here, activations = one.resume(edit)
+        if here != site:
+            raise SiteError(f"the sites ran in another order than when they were found: {here} in place of {site.name}")
+        return activations
+
+    def _arrive(self, site: Site, activations: Tensor) -> Tensor | None:
+        assert self._current is not None
+        return self._current.arrive(site, activations)
+
+    def _evaluate(self, batch: Any) -> None:
+        with torch.no_grad(), self.module.trainer.precision_plugin.forward_context():  # both are of one thread alone
+            self.module.evaluate(batch)
+
+
+class _Stopped(Exception):
+    """Ends a pass that is needed no longer."""
+
+
+class _Pass:
+    """A forward pass in a thread of its own, which waits at every site; a single one runs at a time."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self._out: SimpleQueue[Any] = SimpleQueue()
+        self._in: SimpleQueue[Any] = SimpleQueue()
+        self._thread = Thread(target=self._run, args=(run,), daemon=True)
+
+    def resume(self, edit: Edit | None) -> tuple[Any, Tensor]:
+        """Lets it do an edit and go on to the next site: that site, or what else ended it, and its activations."""
+        if self._thread.ident is None:
+            self._thread.start()
+        else:
+            self._in.put(edit)
+        found = self._out.get()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def arrive(self, site: Site, activations: Tensor) -> Tensor | None:
+        """Called within the pass: hands the activations over, and waits for what is done to them."""
+        self._out.put((site, activations))
+        edit = self._in.get()
+        if isinstance(edit, _Stopped):
+            raise edit
+        return None if edit is None else edit(activations)
+
+    def stop(self) -> None:
+        """Ends it, wherever it is."""
+        if self._thread.is_alive():
+            self._in.put(_Stopped())
+            self._thread.join()
+
+    def _run(self, run: Callable[[], None]) -> None:
+        try:
+            run()
+            self._out.put(("the end", None))
+        except BaseException as error:
+            self._out.put(error)
