@@ -4,6 +4,7 @@ import errno
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 
 EXPECTED = (
     "Found .* module.* in eval mode",  # as the target is meant to be
@@ -28,24 +29,35 @@ Without options, fit runs on an embedded model and data. All options: {PROGRAM} 
 
 
 def main() -> None:
-    """Runs the command line; what the user can mend ends in one line."""
+    """Runs the command line."""
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print(USAGE)
         return
     if sys.argv[1] not in COMMANDS and not sys.argv[1].startswith("-"):
         print(f"error: unknown command {sys.argv[1]!r}, expected {' or '.join(COMMANDS)} (--help)", file=sys.stderr)
         sys.exit(2)
+
+    def command() -> object:
+        from lightning_ablate.cli import AblationCLI
+
+        return AblationCLI()
+
+    running(command)
+
+
+def running(command: Callable[[], object]) -> None:
+    """Calls a command; what the user can mend ends in one line."""
     for message in EXPECTED:
         warnings.filterwarnings("ignore", message)
     from jsonargparse import ArgumentError
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from lightning_ablate.cli import AblationCLI, in_a_line
+    from lightning_ablate.cli import in_a_line
     from lightning_ablate.errors import AblationError
 
     try:
-        AblationCLI()
+        command()
     except (AblationError, MisconfigurationException) as error:
         sys.exit(f"error: {error}")
     except ArgumentError as error:

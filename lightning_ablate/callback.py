@@ -14,7 +14,8 @@ from lightning_ablate.attribution import Attributing, table_of
 from lightning_ablate.calibration import Calibration, digest, fingerprint
 from lightning_ablate.choices import Choice, choice_of
 from lightning_ablate.conditions import Condition, check_conditions, distinct_conditions, listed
-from lightning_ablate.errors import ConfigError
+from lightning_ablate.errors import ConfigError, few
+from lightning_ablate.export import export
 from lightning_ablate.methods import AblationMethod, LearnedMethod, method_of
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.base import evaluation_loaders
@@ -231,6 +232,28 @@ class AblationCallback(lightning.Callback):
     def attribution(self) -> pd.DataFrame:
         """What every unit is worth, see :func:`~lightning_ablate.attribution.table_of`; empty without attribution."""
         return table_of(self.run.calibration.attributed, self.run.measured)
+
+    def restore(self, module: AblationModule, checkpoint: Path | str) -> None:
+        """Takes what a run left in ``ablation.ckpt``, without a Trainer; refuses that of another target."""
+        module.configure_model()
+        self.run = phases.Run(fingerprint(module.target), Calibration(self.sites))
+        state = trainers.callback_state(Path(checkpoint), self)
+        self.run.load_state_dict(state, module.target, kinds=self._kinds, which=self.sites)
+
+    def export(
+        self, module: AblationModule, folder: Path | str, method: str, fraction: float = 1.0, seed: int | None = None
+    ) -> Path:
+        """Writes a condition of the run as a smaller model, see :func:`lightning_ablate.export.export`.
+
+        ``seed`` None takes the first. ConfigError if the run has no such condition.
+        """
+        own = [c for c in self._conditions() if c.method == method and c.fraction == fraction and not c.part]
+        found = [c for c in own if seed is None or c.seed in (seed, None)]
+        if not found:
+            known = dict.fromkeys(f"{c.method} {c.fraction:g}" for c in self._conditions()[1:] if not c.part)
+            raise ConfigError(f"the run has no {method} at {fraction:g} (seed {seed}), expected one of {few(known)}")
+        chosen = next(one for one in self.methods if one.name == method)
+        return export(module, self.run.calibration, self.neurons, chosen, found[0], folder, self.results)
 
     @property
     def _kinds(self) -> list[type[ActivationStatistic]]:

@@ -28,6 +28,8 @@ from lightning_ablate.errors import AblationError, ConfigError, TargetError, loa
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.phases import is_unfinished
 from lightning_ablate.progress import SweepProgressBar
+from lightning_ablate.results import Results
+from lightning_ablate.trainer import CHECKPOINT
 
 # jsonargparse lists every type it tried; what went wrong is said in between
 _TRIED = re.compile(r"Does not validate|Subtypes:|Errors:|Given value|- Expected a <class 'NoneType'>")
@@ -46,7 +48,7 @@ class ConfigInCheckpoint(SaveConfigCallback):
 
     def save_config(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Writes config.yaml into the run's folder, which holds no earlier one."""
-        folder = next(c for c in trainer.callbacks if isinstance(c, AblationCallback)).folder  # type: ignore[attr-defined]
+        folder = callback_of(trainer).folder
         if folder is not None and not is_unfinished(folder):  # whose own is there, and the same if it goes on
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -59,6 +61,11 @@ class ConfigInCheckpoint(SaveConfigCallback):
         return {"config": self.parser.dump(self.config, skip_none=False)}
 
 
+def callback_of(trainer: Any) -> AblationCallback:
+    """The callback that the command line adds to a Trainer."""
+    return next(callback for callback in trainer.callbacks if isinstance(callback, AblationCallback))
+
+
 class AblationCLI(LightningCLI):
     """Runs ``fit`` and ``validate``.
 
@@ -66,7 +73,7 @@ class AblationCLI(LightningCLI):
     starts from its checkpoint's.
     """
 
-    def __init__(self, args: ArgsType = None) -> None:
+    def __init__(self, args: ArgsType = None, run: bool = True) -> None:
         super().__init__(
             AblationModule,
             lightning.LightningDataModule,
@@ -83,6 +90,7 @@ class AblationCLI(LightningCLI):
             },
             load_from_checkpoint_support=False,  # the checkpoint holds the whole configuration
             args=args,
+            run=run,
         )
 
     @staticmethod
@@ -118,6 +126,30 @@ class AblationCLI(LightningCLI):
         if options.get("enable_progress_bar") is not False and not there:
             kwargs["callbacks"] = [*callbacks, SweepProgressBar()]
         return super().instantiate_trainer(**kwargs)
+
+
+def export_run() -> None:
+    """``python -m lightning_ablate.export RUN OUT``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lightning_ablate.export",
+        description="Writes a condition of a run as a smaller model that transformers or timm load by themselves.",
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run of `fit`, which holds ablation.ckpt")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to make")
+    parser.add_argument("--method", required=True, help="what takes the neurons' place, as results call it")
+    parser.add_argument("--fraction", type=float, default=1.0, help="share of the neurons that go")
+    parser.add_argument("--seed", type=int, help="of the choice of neurons; the first one by default")
+    given = parser.parse_args()
+    checkpoint = str(given.run / CHECKPOINT)
+    config = _config_of(checkpoint)
+    if config is None:
+        raise ConfigError(f"{checkpoint!r} holds no configuration: of a run in Python, use callback.export()")
+    here = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--trainer.logger=false"]
+    made = AblationCLI(["--config", config, *here], run=False)
+    callback = callback_of(made.trainer)
+    callback.restore(made.model, checkpoint)
+    callback.results = Results.load(given.run)
+    print(callback.export(made.model, given.out, given.method, given.fraction, given.seed))
 
 
 @contextmanager

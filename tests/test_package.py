@@ -12,11 +12,11 @@ PACKAGE = ROOT / "lightning_ablate"
 # each imports only what is in front of it
 RANKS = (
     "errors tokens, sites demo, statistics, conditions, choices, methods metrics, "
-    "attribution calibration folding sharding, ablation results data, phases, modules, progress trainer, report, "
-    "callback, cli"
+    "attribution calibration smaller sharding, ablation results data, phases, modules, progress trainer, "
+    "report export, callback, cli"
 )
 # plain torch and torchmetrics: usable and testable without a Trainer
-PLAIN = "statistics sites choices conditions methods metrics calibration ablation folding phases results".split()
+PLAIN = "statistics sites choices conditions methods metrics calibration ablation smaller phases results".split()
 
 
 def imports(tree):
@@ -26,7 +26,7 @@ def imports(tree):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+        elif not (isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'")):
             yield from imports(node)
 
 

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Sized
+from pathlib import Path
 from typing import Any, cast
 
 import lightning
@@ -117,6 +118,9 @@ class AblationModule(lightning.LightningModule, ABC):
             "parameters": sum(p.numel() for p in parameters),
             "dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
         }
+
+    def save_beside(self, folder: Path) -> None:
+        """Writes what belongs to the target into the folder of a smaller one: a tokenizer, an image processor."""
 
     def configure_model(self) -> None:
         """Builds the target and freezes it; on sharded processes each takes its share."""

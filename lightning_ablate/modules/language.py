@@ -4,6 +4,7 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
@@ -40,6 +41,10 @@ class LanguageModel(HubModule):
     def tokenizer(self) -> Any:
         """The target's tokenizer."""
         return self.beside("AutoTokenizer")
+
+    def save_beside(self, folder: Path) -> None:
+        """Writes the tokenizer."""
+        self.tokenizer.save_pretrained(folder)
 
     def valid(self, batch: TextBatch) -> Tensor:
         """Everything but padding, ``(batch, seq)``."""

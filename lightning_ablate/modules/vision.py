@@ -89,6 +89,11 @@ class ImageClassifier(HubModule):
         transform, mode = create_transform(**config), "L" if config["input_size"][0] == 1 else "RGB"
         return lambda image: transform(image.convert(mode))
 
+    def save_beside(self, folder: Path) -> None:
+        """Writes the image processor, which timm has in its configuration."""
+        if self.library == "transformers":
+            self.beside("AutoImageProcessor").save_pretrained(folder)
+
     def source(self, kind: str, seed: int, batch: ImageBatch) -> ImageBatch:
         """One image of pixels drawn uniformly from the 256 levels, preprocessed as any other."""
         if kind != "pixels":

@@ -17,7 +17,7 @@ from lightning_ablate.methods import Ablation, ConditionalSequential, Edit
 from lightning_ablate.phases.phase import Phase
 from lightning_ablate.phases.resume import Run
 from lightning_ablate.sites import Site, hooked
-from lightning_ablate.statistics import SiteStatistics
+from lightning_ablate.statistics import Covariance, SiteStatistics
 
 if TYPE_CHECKING:
     from lightning_ablate.modules import AblationModule
@@ -79,6 +79,8 @@ class FittingPhase(Phase):
                             statistic.update(mixed, self.module.valid_at(site, batch), **more)
                     for statistic in gathered:
                         statistic.sync()
+                        if isinstance(statistic, Covariance):
+                            statistic.choose(mask)
                         statistic.reduce()
                     statistics = SiteStatistics(site.name, {type(one): one for one in gathered})
                     affine = self.method.regressed(Ablation(site, mask, statistics, condition.seed))

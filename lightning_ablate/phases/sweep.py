@@ -59,7 +59,7 @@ class SweepPhase(Phase):
         # kept while it takes less memory than the target, or 1 GiB; the rest is made anew for every batch
         room = max(_ROOM, sum(parameter.nbytes for parameter in module.target.parameters()))
         for condition in self.conditions[1:]:
-            edits = self._prepared(condition)
+            edits = self.edits_of(condition)
             if (size := sum(edit.nbytes for edit in edits.values())) <= room:
                 room -= size
                 self._edits[condition] = edits
@@ -116,7 +116,7 @@ class SweepPhase(Phase):
     @contextmanager
     def applied(self, condition: Condition) -> Iterator[None]:
         """Ablates the target for the one forward pass inside."""
-        edits = self._edits.get(condition) or self._prepared(condition)
+        edits = self._edits.get(condition) or self.edits_of(condition)
         with record_function(str(condition)), ablated(self.module.target, edits, once=True):
             yield
 
@@ -131,7 +131,7 @@ class SweepPhase(Phase):
             metrics.load_state_dict(dict(saved))
             metrics.to(self.module.device)
 
-    def _prepared(self, condition: Condition) -> dict[Site, Edit]:
+    def edits_of(self, condition: Condition) -> dict[Site, Edit]:
         """What a condition does to each site; those it leaves alone are left out."""
         edits: dict[Site, Edit] = {}
         for site in self._calibration.sites if condition != BASELINE else ():

@@ -94,8 +94,12 @@ class Covariance(ActivationStatistic):
         precision = solved(covariance, identity.expand_as(covariance), self.ridge)
         return 1 / precision.diagonal(dim1=1, dim2=2).flatten()
 
+    def choose(self, mask: Tensor) -> None:
+        """Chooses the ridge with which just the neurons of a mask ``(neurons,)`` bool are regressed on the others."""
+        self.chosen.fill_(self._choose(mask.view(self.blocks, -1)))
+
     def reduce(self) -> None:
-        """Chooses the ridge, and keeps the examples apart no longer."""
+        """Chooses the ridge, unless it is chosen, and keeps the examples apart no longer."""
         super().reduce()
         self.ridge  # noqa: B018
         self.sums = self._whole
@@ -120,15 +124,17 @@ class Covariance(ActivationStatistic):
         with torch.autocast(rows.device.type, enabled=False):
             _add(sums, torch.full_like(mean, rows.shape[1]), mean, deviations.mT @ deviations)
 
-    def _choose(self) -> float:
+    def _choose(self, masks: Tensor | None = None) -> float:
         if len(self.sums) == self.blocks or not bool((self.sums[:, 0, 0] > 0).all()):
             return _UNKNOWN
         ridges = torch.tensor(RIDGES, dtype=torch.float64, device=self.sums.device)
         left = torch.zeros_like(ridges)
         halves = self._halves
+        every = torch.arange(halves.shape[3], device=ridges.device) % 2 == 0
         for block in range(self.blocks):
-            for one, other in (halves[:, block], halves[:, block].flip(0)):
-                left += _left(one.double(), other.double(), ridges)
+            for gone in (every, ~every) if masks is None else (masks[block],):
+                for one, other in (halves[:, block], halves[:, block].flip(0)):
+                    left += _left(one.double(), other.double(), ridges, gone)
         return RIDGES[int(left.argmin())]
 
 
@@ -159,26 +165,23 @@ def solved(among: Tensor, across: Tensor, ridge: float) -> Tensor:
     raise StatisticsError("can't be solved: the covariance is not positive definite; calibrate on more data")
 
 
-def _left(one: Tensor, other: Tensor, ridges: Tensor) -> Tensor:
+def _left(one: Tensor, other: Tensor, ridges: Tensor, gone: Tensor) -> Tensor:
     """The squared error in ``other`` of regressions from ``one``, for each ridge, less what no ridge changes.
 
-    Both are the sums ``(width + 2, width)`` of one block.
+    Both are the sums ``(width + 2, width)`` of one block, of which neurons that are ``gone`` are regressed on others.
     """
     shift = other[1] - one[1]
     seen, truth = one[2:] / one[0], other[2:] / other[0] + torch.outer(shift, shift)
     sd = (seen.diagonal() + truth.diagonal()).div(2).sqrt()  # of both, or one that rests in the first tells too much
     scale = torch.where(sd > 0, 1 / sd, 0.0)  # a neuron that is constant tells nothing
     seen, truth = (scale[:, None] * matrix for matrix in (seen, truth))  # of those that tell
-    left = torch.zeros_like(ridges)
-    for first in (0, 1):
-        kept, gone = slice(first, None, 2), slice(1 - first, None, 2)
-        # in the basis of the eigenvectors a ridge only changes the weights of the directions
-        values, basis = torch.linalg.eigh(seen[kept, kept] * scale[kept])
-        told, true = basis.T @ seen[kept, gone], basis.T @ truth[kept, gone]
-        among = (basis.T @ (truth[kept, kept] * scale[kept]) @ basis) * (told @ told.T)
-        weights = 1 / (values.clamp_min(0) + ridges[:, None])
-        left += ((weights @ among) * weights).sum(1) - 2 * weights @ (told * true).sum(1)
-    return left
+    seen, truth, scale = seen[~gone], truth[~gone], scale[~gone]
+    # in the basis of the eigenvectors a ridge only changes the weights of the directions
+    values, basis = torch.linalg.eigh(seen[:, ~gone] * scale)
+    told, true = basis.T @ seen[:, gone], basis.T @ truth[:, gone]
+    among = (basis.T @ (truth[:, ~gone] * scale) @ basis) * (told @ told.T)
+    weights = 1 / (values.clamp_min(0) + ridges[:, None])
+    return ((weights @ among) * weights).sum(1) - 2 * weights @ (told * true).sum(1)
 
 
 def _add(sums: Tensor, count: Tensor, mean: Tensor, products: Tensor) -> None:

@@ -1,0 +1,141 @@
+"""A condition of a run as a smaller model that transformers or timm load by themselves, with a card of what it is."""
+
+import copy
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from lightning_ablate.calibration import Calibration
+from lightning_ablate.choices import Choice
+from lightning_ablate.conditions import BASELINE, Condition
+from lightning_ablate.errors import ConfigError, TargetError, loading
+from lightning_ablate.methods import AblationMethod, ConditionalMean, ConditionalMeanPerHead
+from lightning_ablate.phases import SweepPhase
+from lightning_ablate.results import Results
+from lightning_ablate.results.folder import versions
+from lightning_ablate.smaller import BiasError, shrunk
+
+if TYPE_CHECKING:
+    from lightning_ablate.modules import AblationModule
+
+_METRICS = {"top1": "top-1 accuracy", "cross_entropy": "cross-entropy, nats", "kl": "KL divergence from intact, nats"}
+
+
+def export(
+    module: "AblationModule",
+    calibration: Calibration,
+    choice: Choice,
+    method: AblationMethod,
+    condition: Condition,
+    folder: Path | str,
+    results: Results | None = None,
+) -> Path:
+    """Writes a smaller model that computes what the target does under a condition, whole or not at all.
+
+    A conditional mean is fitted without an intercept where the architecture has no bias to take one. The folder holds
+    what ``from_pretrained`` or ``timm.create_model("local-dir:...")`` need, and a README.md with what was removed and,
+    from ``results``, what it scored.
+
+    Raises:
+        ConfigError: if the folder is there already.
+        SiteError: if the architecture can't be narrower by just these neurons, see :func:`shrunk`.
+    """
+    folder, note = Path(folder), ""
+    if folder.exists():
+        raise ConfigError(f"{str(folder)!r} is there already, expected the name of a new folder")
+    module.configure_model()
+    try:
+        form, model = shrunk(module.target, _edits(module, calibration, choice, method, condition))
+    except BiasError:
+        if type(method) not in (ConditionalMean, ConditionalMeanPerHead):
+            raise
+        uncentred = copy.copy(method)
+        uncentred.centred = False  # type: ignore[attr-defined]
+        form, model = shrunk(module.target, _edits(module, calibration, choice, uncentred, condition))
+        note = f"Fitted without an intercept (`centred: false`), as {form.name} has no bias to take one."
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        with loading(str(part), TargetError):
+            form.save(model, part)
+            module.save_beside(part)
+        sizes = [sum(p.numel() for p in one.parameters()) for one in (module.target, model)]
+        words = _card(module.name, condition, sizes, form.options, note, results)
+        (part / "README.md").write_text(words, encoding="utf-8")
+        part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return folder
+
+
+def _edits(
+    module: "AblationModule", calibration: Calibration, choice: Choice, method: AblationMethod, condition: Condition
+) -> Any:
+    return SweepPhase(module, calibration, [method], [BASELINE, condition], choice).edits_of(condition)
+
+
+def _card(
+    name: str, condition: Condition, sizes: list[int], options: Mapping[str, Any], note: str, results: Results | None
+) -> str:
+    """README.md of the folder."""
+    before, after = sizes
+    facts = {} if results is None else results.facts
+    sites = facts.get("sites", ())
+    kinds = ", ".join(dict.fromkeys(str(site["kind"]) for site in sites)) or "sites"
+    lines = ["---", f"base_model: {name}", "tags: [pruned]", "---", "", f"# {Path(name).name}, smaller", ""]
+    lines += [
+        f"{name} without {100 * condition.fraction:g}% of the {kinds} neurons of each layer, `{condition.method}` of "
+        f"lightning_ablate in their place, folded into the weights that stay: {after:,} of {before:,} parameters "
+        f"({', '.join(f'{key} {value}' for key, value in options.items())}). {note}".rstrip(),
+        "",
+    ]
+    if results is not None:
+        data = facts.get("data", {})
+        chosen = facts.get("neurons", {})
+        lines += [
+            f"Neurons were chosen by `{chosen}`, seed {condition.seed}; calibrated on {data.get('name', 'data')} "
+            f"({data.get('calibration', {}).get('examples', '?')} examples). What the ablated model scored on "
+            f"{int(results.baseline['n']):,} positions, mean [95% interval over examples]"
+            f"{', with an intercept' if note else ''}:",
+            "",
+            _scores(results, condition),
+        ]
+    lines += [
+        "",
+        "Made by",
+        "",
+        "```",
+        shlex.join(["python", "-m", "lightning_ablate.export", *sys.argv[1:]]),
+        "```",
+        "",
+    ]
+    lines += [", ".join(f"{package} {version}" for package, version in versions().items()), ""]
+    return "\n".join(lines)
+
+
+def _scores(results: Results, condition: Condition) -> str:
+    """A table of the intact and the ablated model."""
+    summary: pd.DataFrame = results.each[0].summary()
+    own = summary[(summary["method"] == condition.method) & (summary["fraction"] == condition.fraction)].iloc[0]
+    label = "ablated" if own["seeds"] == 1 else f"ablated, mean over {own['seeds']} choices of neurons"
+    rows = [f"| | intact | {label} |", "| --- | --- | --- |"]
+    for metric, label in _METRICS.items():
+        cells = [
+            f"{row[metric]:.4f} [{row[f'{metric}_low']:.4f}, {row[f'{metric}_high']:.4f}]"
+            for row in (summary.iloc[0], own)
+        ]
+        rows.append(f"| {label} | {cells[0]} | {cells[1]} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    from lightning_ablate.__main__ import running
+    from lightning_ablate.cli import export_run
+
+    running(export_run)
