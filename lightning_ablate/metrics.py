@@ -1,5 +1,6 @@
 """What a condition scores, per scored position."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,31 +18,43 @@ class Scored(NamedTuple):
     """What a target says at the n scored positions of a batch: ``logits`` ``(n, classes)``, floating.
 
     ``targets`` ``(n,)`` int64 are the right classes; ``example`` ``(n,)`` int64 says which example of the data each
-    position belongs to; positions below 0 don't count.
+    position belongs to; positions below 0 don't count. ``extra`` are the values ``(n,)`` of one's own metrics, by the
+    names that the module's ``metrics`` declares; their means over the positions are in all results.
     """
 
     logits: Tensor
     targets: Tensor
     example: Tensor
+    extra: Mapping[str, Tensor] = {}
 
 
-def checked(scored: Any) -> Scored:
-    """Raises DataError unless there are logits ``(n, classes)``, and targets among the classes, for n positions."""
-    if not (isinstance(scored, tuple) and len(scored) == 3):
+def checked(scored: Any, extra: Sequence[str] = ()) -> Scored:
+    """Raises DataError unless there are logits ``(n, classes)``, and targets among the classes, for n positions.
+
+    ``extra`` are the metrics that are declared.
+    """
+    if not (isinstance(scored, tuple) and len(scored) in (3, 4)):
         raise DataError(
             f"`evaluate` gave a {type(scored).__name__}, expected Scored(logits, targets, example): logits (n, "
             "classes), targets (n,) and the examples' indices (n,) of the n scored positions"
         )
-    logits, targets, example = scored
+    scored = Scored(*scored)
+    logits, targets, example, own = scored
+    if tuple(own) != tuple(extra) or any(values.shape != targets.shape for values in own.values()):
+        given = {name: tuple(values.shape) for name, values in own.items()}
+        raise DataError(
+            f"`evaluate` gave the extra metrics {given}, expected {', '.join(extra) or 'none'}, each of them "
+            f"({len(targets)},): name them in the module's `metrics`, in this order"
+        )
     if logits.ndim != 2 or targets.shape != logits.shape[:1] or example.shape != logits.shape[:1]:
-        shapes = [tuple(tensor.shape) for tensor in scored]
+        shapes = [tuple(tensor.shape) for tensor in (logits, targets, example)]
         raise DataError(f"`evaluate` gave the shapes {shapes}, expected (n, classes), (n,) and (n,)")
     if len(targets) and not bool(((targets >= 0) & (targets < logits.shape[1])).all()):
         raise DataError(
             f"the labels run from {int(targets.min())} to {int(targets.max())}, expected targets from 0 to "
             f"{logits.shape[1] - 1}, the target's classes; do data and target belong together?"
         )
-    return Scored(*scored)
+    return scored
 
 
 class Scores(NamedTuple):
@@ -66,7 +79,7 @@ class Clean(NamedTuple):
     @classmethod
     def of(cls, scored: Scored) -> "Clean":
         """The same positions' probabilities and their entropy."""
-        logits, targets, _ = scored
+        logits, targets = scored.logits, scored.targets
         probabilities = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
         for own, chunk in zip(_chunks(probabilities), _chunks(logits), strict=True):
             torch.sub(chunk.float(), chunk.amax(1, keepdim=True), out=own)
@@ -126,17 +139,18 @@ def _log_total(below: Tensor) -> Tensor:
 class SweepMetrics(Metric):
     """Sums over the scored positions of every example, for every condition of a sweep.
 
-    One metric for all conditions, so that ranks merge in one reduction. With ``examples`` 0 these aren't told apart.
+    One metric for all conditions, so that ranks merge in one reduction. With ``examples`` 0 these aren't told apart;
+    ``extra`` are the names of one's own metrics.
     """
 
     full_state_update = False
-    sums: Tensor  # in the order of METRICS; in the last column what belongs to no known example
+    sums: Tensor  # in the order of `names`; in the last column what belongs to no known example
     n: Tensor  # scored positions, likewise
 
-    def __init__(self, conditions: int, examples: int = 0) -> None:
+    def __init__(self, conditions: int, examples: int = 0, extra: Sequence[str] = ()) -> None:
         super().__init__()
-        self.examples = examples
-        sums = torch.zeros(conditions, len(METRICS), examples + 1, dtype=torch.float64)
+        self.examples, self.names = examples, (*METRICS, *extra)
+        sums = torch.zeros(conditions, len(self.names), examples + 1, dtype=torch.float64)
         self.add_state("sums", sums, dist_reduce_fx="sum", persistent=True)
         self.add_state("n", torch.zeros(examples + 1, dtype=torch.int64), dist_reduce_fx="sum", persistent=True)
 
@@ -144,7 +158,8 @@ class SweepMetrics(Metric):
         """Adds what the condition of that index, 0 being the baseline, scored on one batch."""
         counts = scored.example >= 0
         place = torch.where(counts & (scored.example < self.examples), scored.example, self.examples)
-        each = torch.stack([column.double() for column in scores(scored.logits, scored.targets, clean)])
+        columns = [*scores(scored.logits, scored.targets, clean), *scored.extra.values()]
+        each = torch.stack([column.double() for column in columns])
         self.sums[condition].index_add_(1, place, torch.where(counts, each, 0.0))
         if condition == 0:  # all conditions score the same positions
             self.n.index_add_(0, place, counts.long())
@@ -155,9 +170,9 @@ class SweepMetrics(Metric):
 
     @property
     def means(self) -> dict[str, Tensor]:
-        """``n`` ``()`` int64, and ``(conditions,)`` means over n: top1, top5 (shares), cross_entropy, kl (nats)."""
+        """``n`` ``()`` int64, and ``(conditions,)`` means over n, by their names."""
         n = self.n.sum()
-        return {"n": n, **dict(zip(METRICS, (self.sums.sum(2) / n).unbind(1), strict=True))}
+        return {"n": n, **dict(zip(self.names, (self.sums.sum(2) / n).unbind(1), strict=True))}
 
     @property
     def by_example(self) -> tuple[Tensor, Tensor] | None:

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_ablate.calibration import Calibration
 from lightning_ablate.conditions import Condition
-from lightning_ablate.metrics import METRICS, SweepMetrics
+from lightning_ablate.metrics import SweepMetrics
 from lightning_ablate.results import Results, attributions
 from lightning_ablate.results.folder import versions
 from lightning_ablate.results.neurons import Neurons
@@ -46,7 +46,7 @@ def _examples(metrics: SweepMetrics, conditions: Sequence[int]) -> pd.DataFrame 
         return None
     n, sums = (values.cpu().numpy() for values in metrics.by_example)
     pairs = pd.MultiIndex.from_product([conditions, range(len(n))], names=["condition", "example"])
-    scores = {name: sums[:, place].ravel() for place, name in enumerate(METRICS)}
+    scores = {name: sums[:, place].ravel() for place, name in enumerate(metrics.names)}
     return pd.DataFrame({"n": np.tile(n, len(conditions)), **scores}, index=pairs).reset_index()
 
 
@@ -118,7 +118,7 @@ def _curves(results: Results, folder: Path) -> Path:
         for method in one.methods:
             own: Any = summary[summary["method"].isin(["none", method])]
             with SummaryWriter(str(curves / results.suffixed(method, place))) as writer:
-                for metric in METRICS:
+                for metric in one.metrics:
                     for fraction, value in zip(own["fraction"], own[metric], strict=True):
                         writer.add_scalar(f"ablation/{metric}", value, round(100 * fraction))
     return curves

@@ -103,7 +103,7 @@ def test_a_method_of_ones_own_by_its_class_path_and_sites_by_a_pattern(run, digi
 def test_choices_have_short_names(run, digits, choice, options, parts):
     chosen = [f"--ablation.neurons={choice}", *(f"--ablation.neurons.{option}" for option in options)]
     code, out, _ = run("fit", *chosen, "--ablation.methods=[zero]", *SHORT, *FEW, *QUIET)
-    assert code == 0 and ("most important first" in out) == (parts > 1)
+    assert code == 0 and ("largest first" in out) == (parts > 1)
     assert table(digits / "version_0")["part"].nunique() == parts
     assert json.loads((digits / "version_0/run.json").read_text())["neurons"]["class"] == choice
     code, _, err = run("validate", f"--ckpt_path={digits}/version_0/ablation.ckpt", *QUIET)

@@ -24,10 +24,13 @@ class AblationModule(lightning.LightningModule, ABC):
     ``build_target`` and ``evaluate`` are all a subclass must give. The ``target`` is frozen and stays in eval mode.
     The ``phase``, which :class:`~lightning_ablate.AblationCallback` provides, says what a run does with its batches.
 
+    Metrics of one's own are named in ``metrics``, and ``evaluate`` gives them as ``extra`` of what it scored.
+
     Args:
         name: what results call the target.
     """
 
+    metrics: Sequence[str] = ()
     target: nn.Module
     phase: Phase | None = None
     place: int = 0  # of the validation loader whose batches are run

@@ -52,7 +52,7 @@ class CalibrationPhase(Phase):
                 scored = self.module.evaluate(batch)
             self.seconds = time.perf_counter() - began
         if batch_idx == 0:
-            checked(scored)
+            checked(scored, self.module.metrics)
         self._check_finite()
 
     def end_epoch(self) -> None:

@@ -49,7 +49,7 @@ class SweepPhase(Phase):
         super().__init__(module)
         self.conditions, self.classes = tuple(conditions), 0
         self.done = [0] * len(examples)  # batches of each data set
-        self.each = [SweepMetrics(len(self.conditions), count).to(module.device) for count in examples]
+        self.each = [SweepMetrics(len(self.conditions), n, module.metrics).to(module.device) for n in examples]
         self.announce: Callable[[Condition], None] = lambda condition: None
         self._calibration, self._choice = calibration, choice or Random()
         self._methods = {method.name: method for method in methods}
@@ -95,7 +95,7 @@ class SweepPhase(Phase):
                 with self.applied(condition):
                     scored = self.module.evaluate(batch)
                 if clean is None:
-                    self._check_examples(checked(scored).example)
+                    self._check_examples(checked(scored, self.module.metrics).example)
                     clean, self.classes = Clean.of(scored), scored.logits.shape[1]
                 with record_function("scoring"):
                     self.metrics.update(index, scored, clean)

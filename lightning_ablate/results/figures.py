@@ -38,7 +38,7 @@ _CHARACTER = 0.065  # inches that one takes at 8 points
 
 
 def degradation(*results: "Results") -> "Figure":
-    """Top-1 accuracy and cross-entropy by the ablated fraction: a column a target, a curve a method.
+    """Top-1 accuracy, cross-entropy and one's own metrics by the ablated fraction: a column a target, a curve a method.
 
     Bands are the 95% intervals over examples, where these are known; bars are ± 1 standard deviation over the seeds.
     """
@@ -46,21 +46,25 @@ def degradation(*results: "Results") -> "Figure":
     labels = {method: textwrap.fill(method, 44) for method in methods}
     columns = len(results) * (2 if max(map(len, methods), default=0) <= 20 else 1)
     lines = sum(label.count("\n") for label in labels.values()) + -(-(len(methods) + 2) // columns)
-    figure = blank(0.4 + 3.1 * len(results), 4.4 + 0.17 * lines)
-    axes = figure.subplots(2, len(results), sharex="col", squeeze=False)
+    own = list(dict.fromkeys(metric for one in results for metric in one.own))
+    figure = blank(0.4 + 3.1 * len(results), 4.4 + 2 * len(own) + 0.17 * lines)
+    axes = figure.subplots(2 + len(own), len(results), sharex="col", squeeze=False)
     handles: dict[str, Any] = {}
-    for (top, bottom), one in zip(axes.T, results, strict=True):
-        classes = one.facts.get("classes")
-        for panel, metric, scale in ((top, "top1", 100), (bottom, "cross_entropy", 1)):
+    for (top, *others), one in zip(axes.T, results, strict=True):
+        classes, bottom = one.facts.get("classes"), others[-1]
+        for panel, metric in zip((top, *others), ("top1", "cross_entropy", *own), strict=True):
+            scale = 100 if metric == "top1" else 1
+            if metric not in one.metrics:
+                continue
             _curves(panel, one.summary(), methods, metric, scale)
             panel.axhline(scale * one.baseline[metric], **_ZERO, label="nothing ablated")
-            if classes:
+            if classes and metric not in own:
                 chance = 1 / classes if metric == "top1" else math.log(classes)
                 panel.axhline(scale * chance, **_CHANCE, label="chance")
         bottom.set_xlabel("neurons ablated (%)", fontsize=9)
         top.set_title(_title(one, 40), fontsize=9)
         handles |= {name: handle for handle, name in zip(*top.get_legend_handles_labels(), strict=True)}
-    for row, label in zip(axes[:, 0], ("top-1 accuracy (%)", "cross-entropy (nats)"), strict=True):
+    for row, label in zip(axes[:, 0], ("top-1 accuracy (%)", "cross-entropy (nats)", *own), strict=True):
         row.set_ylabel(label, fontsize=9)
     names = [name for name in (*methods, "nothing ablated", "chance") if name in handles]
     shown = [handles[name] for name in names], [labels.get(name, name) for name in names]
@@ -104,31 +108,35 @@ def differences(results: "Results") -> "Figure":
     return figure
 
 
-def importance(results: "Results") -> "Figure":
+def importance(results: "Results", metric: str = "cross_entropy") -> "Figure":
     """What each head costs when it alone is ablated, as a map a method; or each site or layer, as a line a method.
 
-    Where what examples scored is known, a dot marks a head, and a band around a line shows, what they tell from 0.
+    It is the change of the ``metric``. Where what examples scored is known, a dot marks a head, and a band around a
+    line shows, what they tell from 0.
     """
-    damage = results.compare(other="none")
+    renamed = {metric: "value", f"{metric}_low": "low", f"{metric}_high": "high"}
+    damage = results.compare(other="none")[["method", "part", "head", *renamed]].rename(columns=renamed)
+    label = "added cross-entropy (nats)" if metric == "cross_entropy" else f"change of {metric}"
     names = short(results.parts)
     if damage["head"].notna().any():
-        return _maps(results, damage, names)
+        return _maps(results, damage, names, label)
     methods, labels = results.methods, [textwrap.fill(method, 64) for method in results.methods]
     columns = max(1, min(3, 66 // (6 + max(map(len, labels)))))
     tilted = len(names) > 8 or max(map(len, names)) > 30 / len(names)
     below = 0.055 * max(map(len, names)) * tilted + 0.17 * -(-len(methods) // columns)
     figure = blank(max(5.0, 1.0 + 0.2 * len(names)), 3.0 + below)
     axes = figure.subplots()
-    for method, label, style in zip(methods, labels, cycle(_STYLES)):
+    for method, name, style in zip(methods, labels, cycle(_STYLES)):
         own = damage[damage["method"] == method]
         x = own["part"].map(results.parts.index).to_numpy()
-        axes.plot(x, own["cross_entropy"].to_numpy(), label=label, markersize=3.5, linewidth=1.2, **style)
-        ends = own["cross_entropy_low"].to_numpy(), own["cross_entropy_high"].to_numpy()
-        axes.fill_between(x, *ends, color=style["color"], alpha=0.15, linewidth=0)
+        axes.plot(x, own["value"].to_numpy(), label=name, markersize=3.5, linewidth=1.2, **style)
+        axes.fill_between(
+            x, own["low"].to_numpy(), own["high"].to_numpy(), color=style["color"], alpha=0.15, linewidth=0
+        )
     axes.axhline(0, **_ZERO)
     axes.set_xticks(range(len(names)), names, rotation=90 if tilted else 0)
     axes.set_xlabel(_kind(names), fontsize=9)
-    axes.set_ylabel("added cross-entropy (nats)", fontsize=9)
+    axes.set_ylabel(label, fontsize=9)
     plain(axes, 8)
     figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     figure.suptitle(_title(results, 70), fontsize=9)
@@ -205,7 +213,7 @@ def _fraction_ticks(axes: "Axes", fractions: Sequence[float], size: int, most: i
         axes.set_xticks([100 * fraction for fraction in shown], [f"{100 * f:g}" for f in shown], fontsize=size)
 
 
-def _maps(results: "Results", damage: pd.DataFrame, names: Sequence[str]) -> "Figure":
+def _maps(results: "Results", damage: pd.DataFrame, names: Sequence[str], label: str) -> "Figure":
     methods, heads = results.methods, 1 + int(damage["head"].max())
     across = min(_ACROSS, len(methods))
     lines = -(-len(methods) // across)
@@ -215,14 +223,14 @@ def _maps(results: "Results", damage: pd.DataFrame, names: Sequence[str]) -> "Fi
     above = 0.5 + 0.15 * max(name.count("\n") for name in titles)
     figure = blank(width, 1.2 + lines * (above + max(1.2, 0.17 * len(names))))
     panels = figure.subplots(lines, across, sharey=True, sharex=True, squeeze=False).ravel()
-    largest = damage["cross_entropy"].abs().max() or 1.0
+    largest = damage["value"].abs().max() or 1.0
     for panel, method, name in zip(panels, methods, titles, strict=False):
         own = damage[(damage["method"] == method) & damage["head"].notna()]
         rows, columns = own["part"].map(results.parts.index).to_numpy(), own["head"].astype(int).to_numpy()
         values = np.full((len(names), heads), np.nan)
-        values[rows, columns] = own["cross_entropy"].to_numpy()
+        values[rows, columns] = own["value"].to_numpy()
         image = panel.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
-        told = ((own["cross_entropy_low"] > 0) | (own["cross_entropy_high"] < 0)).to_numpy()
+        told = ((own["low"] > 0) | (own["high"] < 0)).to_numpy()
         panel.plot(columns[told], rows[told], "o", markersize=2.5, color="white", mec="black", mew=0.5)
         panel.set_title(name, fontsize=9)
         ticks = range(0, heads, 1 + (heads - 1) // 16)
@@ -233,10 +241,10 @@ def _maps(results: "Results", damage: pd.DataFrame, names: Sequence[str]) -> "Fi
     figure.supxlabel("head", fontsize=9)
     figure.supylabel(_kind(names), fontsize=9)
     scale = figure.colorbar(image, ax=list(panels))
-    scale.set_label("added cross-entropy (nats)", fontsize=9)
+    scale.set_label(label, fontsize=9)
     scale.ax.tick_params(labelsize=8)
     said = [_title(results, 999)]
-    if damage["cross_entropy_low"].notna().any():
+    if damage["low"].notna().any():
         said.append("dot: the 95% interval over examples leaves out 0")
     figure.suptitle("\n".join(textwrap.fill(line, int(13 * width)) for line in said), fontsize=9)
     return figure

@@ -16,18 +16,21 @@ _SCORES = dict.fromkeys(METRICS, "float64")
 TABLE = {"model": "str", "data": "str", "method": "str", "fraction": "float64", "seed": "Int64", "part": "str"}
 TABLE |= {"head": "Int64", "n": "int64"} | _SCORES
 EXAMPLES = dict.fromkeys(("condition", "example", "n"), "int64") | _SCORES
-_FLOATS = {name: lambda cell: float(cell or "nan") for name, kind in TABLE.items() if kind == "float64"}
 # rows of the table, (seeds, conditions) int64, and the weights of these conditions' scores
 Contrast = tuple[np.ndarray, np.ndarray]
 _Made = Callable[..., pd.DataFrame]
 
 
 def typed(frame: pd.DataFrame, types: Mapping[str, str], name: str) -> pd.DataFrame:
-    """A frame with these columns, of these types; DataError if one is missing, and what the frame is called then."""
+    """A frame with these columns, of these types, and behind them one's own metrics; DataError if one is missing.
+
+    The frame is called by its ``name`` then.
+    """
     missing = [column for column in types if column not in frame.columns]
     if missing:
         raise DataError(f"{name} lacks the columns {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}")
-    return frame[list(types)].astype(types).reset_index(drop=True)
+    own = {name: "float64" for name in frame.columns if name not in types}
+    return frame[[*types, *own]].astype({**types, **own}).reset_index(drop=True)
 
 
 def read(path: Path, types: Mapping[str, str]) -> pd.DataFrame:
@@ -35,10 +38,11 @@ def read(path: Path, types: Mapping[str, str]) -> pd.DataFrame:
     with loading(str(path), DataError):
         if path.suffix == ".parquet":
             return typed(pd.read_parquet(path), types, str(path))
-        kinds = {name: kind for name, kind in types.items() if name not in _FLOATS}
+        floats = [name for name in pd.read_csv(path, nrows=0).columns if types.get(name, "float64") == "float64"]
+        kinds = {name: kind for name, kind in types.items() if name not in floats}
         empty = {name: [""] for name in ("seed", "head")}  # a method may be called "none", a model "NA"
-        table = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=empty, converters=_FLOATS)
-        return typed(table, types, str(path))
+        read: Any = {"converters": dict.fromkeys(floats, lambda cell: float(cell or "nan")), "na_values": empty}
+        return typed(pd.read_csv(path, dtype=kinds, keep_default_na=False, **read), types, str(path))
 
 
 def rectangular(examples: pd.DataFrame, conditions: int) -> bool:

@@ -39,9 +39,9 @@ class Results:
             confined to), seed (missing where it can't matter), part (the one site or layer that was ablated; empty for
             all), head (missing for all), n (scored positions), top1 and top5 (share of them whose target has the
             largest logit, or one of the five largest), cross_entropy, and kl, that of the ablated from the clean
-            prediction (nats per scored position).
+            prediction (nats per scored position). Any other column is a metric of one's own.
         examples: a row a condition and example, the same examples in the same order for every condition: condition (row
-            of the table), example, n (its scored positions), and the sums of the four scores over these. None where the
+            of the table), example, n (its scored positions), and the sums of the scores over these. None where the
             data don't tell examples apart; a data set may be left out.
         facts: what run.json says; ``classes``, their number or the size of the vocabulary, and ``partial``, why the run
             doesn't cover all its data, are used here.
@@ -111,6 +111,16 @@ class Results:
         return [part for part in self.table["part"].unique() if part]
 
     @property
+    def own(self) -> list[str]:
+        """The metrics of one's own."""
+        return [name for name in self.table.columns if name not in TABLE]
+
+    @property
+    def metrics(self) -> list[str]:
+        """All metrics."""
+        return [*METRICS, *self.own]
+
+    @property
     def figure_name(self) -> str:
         """``importance`` of conditions confined to parts, or else ``degradation``."""
         return "importance" if self.parts else "degradation"
@@ -134,7 +144,7 @@ class Results:
                 rows = np.array(list(seeds.values()))[:, None]
                 keys.append((method, *cell))
                 contrasts.append((rows, np.ones(1)))
-        return self._frame(["method", "fraction", "part", "head"], keys, contrasts, METRICS)
+        return self._frame(["method", "fraction", "part", "head"], keys, contrasts, self.metrics)
 
     @by_data
     def compare(self, method: str | None = None, other: str | None = None) -> pd.DataFrame:
@@ -162,7 +172,7 @@ class Results:
                         continue  # no seed of one is a seed of the other
                     keys.append((one, two, *cell))
                     contrasts.append((rows, np.array([1.0, -1.0])))
-        return self._frame(["method", "other", "fraction", "part", "head"], keys, contrasts, COMPARED)
+        return self._frame(["method", "other", "fraction", "part", "head"], keys, contrasts, [*COMPARED, *self.own])
 
     @by_data
     def ranking(self) -> pd.DataFrame:
@@ -177,7 +187,7 @@ class Results:
         to = min((max(self._cells[method])[0] for method in self.methods), default=1.0)
         keys = [(method, to) for method in self.methods]
         contrasts = [area({cell[0]: rows for cell, rows in self._cells[m].items()}, to) for m in self.methods]
-        ranked = self._frame(["method", "to"], keys, contrasts, COMPARED[::-1])
+        ranked = self._frame(["method", "to"], keys, contrasts, [*COMPARED[::-1], *self.own])
         return ranked.sort_values("cross_entropy", kind="stable", ignore_index=True)
 
     def flat(self) -> dict[str, float]:
@@ -188,15 +198,16 @@ class Results:
             words = [row["method"], where, *(f"{n} {row[n]}" for n in ("head", "seed") if not pd.isna(row[n]))]
             name = "baseline" if row["method"] == BASELINE else " ".join(words)
             name += f" on {labels[row['data']]}" if len(self.data) > 1 else ""
-            found |= {f"{metric}/{name}": float(row[metric]) for metric in METRICS}
+            found |= {f"{metric}/{name}": float(row[metric]) for metric in self.metrics}
         return found
 
-    def plot(self) -> "Figure":
+    def plot(self, metric: str = "cross_entropy") -> "Figure":
         """The curves of the methods by fraction; or, of conditions confined to parts, what each part costs.
 
-        Data sets have their columns of curves; of parts only those of the first are shown.
+        Data sets have their columns of curves; of parts only those of the first are shown. ``metric`` is what of parts
+        is shown.
         """
-        return figures.importance(self.each[0]) if self.parts else figures.degradation(*self.each)
+        return figures.importance(self.each[0], metric) if self.parts else figures.degradation(*self.each)
 
     def pictures(self) -> dict[str, Callable[[], "Figure"]]:
         """What draws each figure that is saved, by its name without the suffix."""
@@ -204,6 +215,8 @@ class Results:
         for place, one in enumerate(self.each):
             if self.parts:
                 made[self.suffixed(self.figure_name, place)] = one.plot
+                for metric in self.own:
+                    made[f"{self.suffixed(self.figure_name, place)}_{metric}"] = partial(one.plot, metric)
             elif one.examples is not None and len(one.methods) > 1:
                 made[self.suffixed("comparisons", place)] = partial(figures.differences, one)
         return made

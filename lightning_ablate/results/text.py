@@ -53,6 +53,7 @@ def _head(results: "Results") -> str:
     first = (
         f"{title(results)}: {base['n']:,} scored positions; nothing ablated: "
         f"top-1 {100 * base['top1']:.2f}%, cross-entropy {base['cross_entropy']:.4f} nats"
+        + "".join(f", {metric} {base[metric]:.4f}" for metric in results.own)
     )
     return "\n".join([first, *(f"PARTIAL: {reason}" for reason in results.partial), *_ridges(results)])
 
@@ -74,7 +75,8 @@ def _scores(results: "Results") -> str:
     if len(shown) > 3:
         usual = [fraction for fraction in (0.1, 0.5, 0.9) if fraction in shown]
         shown = usual or [shown[0], shown[len(shown) // 2], shown[-1]]
-    heads = (("top-1 %", "top1", 100, 2), ("cross-entropy", "cross_entropy", 1, 4))
+    heads = [("top-1 %", "top1", 100, 2), ("cross-entropy", "cross_entropy", 1, 4)]
+    heads += [(metric, metric, 1, 4) for metric in results.own]
     columns = [(head, f"{100 * fraction:g}%") for head, *_ in heads for fraction in shown]
     cells = pd.DataFrame("", index=results.methods, columns=pd.MultiIndex.from_tuples(columns, names=["", "ablated"]))
     for _, row in summary[summary["fraction"].isin(shown)].iterrows():
@@ -95,6 +97,7 @@ def _ranks(results: "Results") -> str:
     cells = {
         "added cross-entropy": [_with_interval(row, "cross_entropy", 1, 4) for _, row in ranking.iterrows()],
         "lost top-1, points": [_with_interval(row, "top1", -100, 2) for _, row in ranking.iterrows()],
+        **{f"change of {m}": [_with_interval(row, m, 1, 4) for _, row in ranking.iterrows()] for m in results.own},
     }
     frame = pd.DataFrame(cells, index=ranking["method"].tolist())
     frame.columns.name = f"mean over 0 to {100 * ranking['to'].iloc[0]:g}%"
@@ -114,23 +117,27 @@ def _differences(results: "Results") -> str:
     lines = {}
     for _, row in here.iterrows():
         first = f"{row['method']} − {row['other']} at {100 * row['fraction']:g}%: "
-        lines[first + _with_interval(row, "top1", 100, 2, " points")] = _with_interval(
-            row, "cross_entropy", 1, 4, " nats"
-        )
+        others = [_with_interval(row, metric, 1, 4, f" {metric}") for metric in results.own]
+        told = "   ".join([_with_interval(row, "cross_entropy", 1, 4, " nats"), *others])
+        lines[first + _with_interval(row, "top1", 100, 2, " points")] = told
     width = max(map(len, lines))
     return "\n".join([*(f"{first:{width}}   {second}" for first, second in lines.items()), "", note])
 
 
 def _parts(results: "Results") -> str:
     """The most important sites, layers or heads of each method."""
-    damage = results.compare(other="none").sort_values("cross_entropy", ascending=False, kind="stable")
-    cells = {}
-    for method in results.methods:
-        for _, row in damage[damage["method"] == method].head(_PARTS).iterrows():
-            name = row["part"] if pd.isna(row["head"]) else f"{row['part']} head {row['head']}"
-            cells[method, name] = _with_interval(row, "cross_entropy", 1, 4)
-    lines = pd.Series(cells).to_frame().to_string(header=False)
-    return f"most important first: added cross-entropy, nats\n{lines}"
+    damage, found = results.compare(other="none"), list[str]()
+    for metric in ("cross_entropy", *results.own):
+        size = abs if metric in results.own else None
+        cells = {}
+        for method in results.methods:
+            own = damage[damage["method"] == method].sort_values(metric, key=size, ascending=False, kind="stable")
+            for _, row in own.head(_PARTS).iterrows():
+                name = row["part"] if pd.isna(row["head"]) else f"{row['part']} head {row['head']}"
+                cells[method, name] = _with_interval(row, metric, 1, 4)
+        label = "added cross-entropy, nats" if metric == "cross_entropy" else f"change of {metric}"
+        found.append(f"largest first: {label}\n{pd.Series(cells).to_frame().to_string(header=False)}")
+    return "\n\n".join(found)
 
 
 def _with_interval(row: pd.Series, metric: str, scale: float, digits: int, unit: str = "") -> str:

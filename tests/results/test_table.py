@@ -234,7 +234,7 @@ def test_str_of_parts_shows_the_most_important_first(made):
     results = made(("zero",), places=HEADS)
     losses = results.table["cross_entropy"].tolist()
     ranked = sorted(range(6), key=lambda place: -losses[1 + place])[:5]
-    lines = str(results).partition("most important first: added cross-entropy, nats\n")[2].splitlines()
+    lines = str(results).partition("largest first: added cross-entropy, nats\n")[2].splitlines()
     for place, line in zip(ranked, lines, strict=True):
         assert "{} head {} ".format(*HEADS[place]) in line and f" {losses[1 + place] - losses[0]:+.4f} [" in line
     with pytest.raises(ConfigError, match="make no curve"):
