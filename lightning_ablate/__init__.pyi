@@ -11,7 +11,9 @@ from .choices import Ranked as Ranked
 from .conditions import Selection as Selection
 from .data import AblationDataModule as AblationDataModule
 from .data import ImageData as ImageData
+from .data import IndirectObjects as IndirectObjects
 from .data import LabelledTexts as LabelledTexts
+from .data import PairedTexts as PairedTexts
 from .data import TextData as TextData
 from .data import TextPairs as TextPairs
 from .data.demo import Digits as Digits
@@ -37,6 +39,7 @@ from .methods import ResampleAnyPosition as ResampleAnyPosition
 from .methods import ResampleCharacters as ResampleCharacters
 from .methods import ResampleGenerated as ResampleGenerated
 from .methods import ResampleIds as ResampleIds
+from .methods import ResamplePartner as ResamplePartner
 from .methods import ResamplePixels as ResamplePixels
 from .methods import ResampleSamePosition as ResampleSamePosition
 from .methods import Zero as Zero
@@ -46,6 +49,7 @@ from .modules import AblationModule as AblationModule
 from .modules import CausalLM as CausalLM
 from .modules import ImageClassifier as ImageClassifier
 from .modules import MaskedLM as MaskedLM
+from .modules import PairedLM as PairedLM
 from .modules import Seq2SeqLM as Seq2SeqLM
 from .modules import SequenceClassifier as SequenceClassifier
 from .results import Results as Results

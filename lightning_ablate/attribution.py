@@ -27,7 +27,8 @@ class Attributing:
     """How units are attributed: under which ``methods``, from how many ``draws``, how many of them are verified.
 
     ``examples`` is how many of the calibration data are used, the first ones by their indices, None for all; the
-    ``seed`` is that of what methods draw. ConfigError for fewer than one draw or example.
+    ``seed`` is that of what methods draw. Of one's own ``metric``, if it is named, its loss is attributed, to first
+    order, in place of what the cross-entropy gains. ConfigError for fewer than one draw or example.
     """
 
     methods: tuple[AblationMethod, ...] = ()
@@ -35,6 +36,7 @@ class Attributing:
     verify: int = 0
     examples: int | None = None
     seed: int = 0
+    metric: str | None = None
 
     def __post_init__(self) -> None:
         """Checks the numbers."""

@@ -39,7 +39,7 @@ class AblationCallback(lightning.Callback):
             ``median``, ``positional-mean``, ``noise``, ``conditional-mean``, ``conditional-mean-per-head``,
             ``conditional-sequential``, ``optimal``, ``conditional-optimal``, ``resample-same-position``,
             ``resample-any-position``, ``resample-characters``, ``resample-ids``, ``resample-generated``,
-            ``resample-pixels``), instances, or class paths of subclasses of AblationMethod.
+            ``resample-pixels``, ``resample-partner``), instances, or class paths of subclasses of AblationMethod.
         fractions: shares of each site's neurons, 0 to 1.
         seeds: of the choice of neurons, and of what a method draws.
         sites: ``attention`` (the default: of every layer), ``self-attention``, ``cross-attention``, ``mlp``, and
@@ -54,6 +54,7 @@ class AblationCallback(lightning.Callback):
         verify: how many of the largest estimates, and as many others, are measured, of neurons and of heads.
         draws: backward passes for the second order of an attribution.
         attribution_examples: how many calibration examples are attributed; None takes all.
+        attribute_metric: the module's own metric whose loss is attributed; None takes what the cross-entropy gains.
         figures: the forms in which figures are saved: ``png``, ``pdf``, ``svg``.
 
     Attributes:
@@ -75,6 +76,7 @@ class AblationCallback(lightning.Callback):
         verify: int = 0,
         draws: int = 8,
         attribution_examples: int | None = None,
+        attribute_metric: str | None = None,
         figures: Sequence[Literal["png", "pdf", "svg"]] = ("png",),
     ) -> None:
         self.methods = [method_of(method) for method in listed(methods)]
@@ -82,7 +84,8 @@ class AblationCallback(lightning.Callback):
         self.neurons, self.dirpath = choice_of(neurons), dirpath
         self.save_every, self.figures = save_every, listed(figures)
         attributed = tuple(method_of(method, "--ablation.attribute") for method in listed(attribute))
-        self.attributing = Attributing(attributed, draws, verify, attribution_examples, next(iter(self.seeds), 0))
+        seed = next(iter(self.seeds), 0)
+        self.attributing = Attributing(attributed, draws, verify, attribution_examples, seed, attribute_metric)
         check_conditions(self.methods, self.fractions, self.seeds, self.sites)
         self.results: Results | None = None
         self.folder: Path | None = None
@@ -231,7 +234,9 @@ class AblationCallback(lightning.Callback):
     @property
     def attribution(self) -> pd.DataFrame:
         """What every unit is worth, see :func:`~lightning_ablate.attribution.table_of`; empty without attribution."""
-        return table_of(self.run.calibration.attributed, self.run.measured)
+        table = table_of(self.run.calibration.attributed, self.run.measured)
+        table.attrs["of"] = self.attributing.metric or "nats"
+        return table
 
     def restore(self, module: AblationModule, checkpoint: Path | str) -> None:
         """Takes what a run left in ``ablation.ckpt``, without a Trainer; refuses that of another target."""

@@ -3,4 +3,5 @@
 from lightning_ablate.data.base import AblationDataModule, ExactSampler, Examples
 from lightning_ablate.data.image import ImageData
 from lightning_ablate.data.labelled import LabelledTexts, TextPairs
+from lightning_ablate.data.pairs import IndirectObjects, PairedTexts
 from lightning_ablate.data.text import TextData

@@ -18,6 +18,7 @@ from lightning_ablate.methods.resample import (
     ResampleCharacters,
     ResampleGenerated,
     ResampleIds,
+    ResamplePartner,
     ResamplePixels,
     ResampleSamePosition,
     others_of,

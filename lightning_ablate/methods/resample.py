@@ -108,6 +108,17 @@ class ResampleAnyPosition(ResampleSamePosition):
         return below(hashed(seed, examples, own), length)
 
 
+class ResamplePartner(Resample):
+    """Resamples from the same position of an example's partner, such as the corrupt text of a pair.
+
+    With heads as units this is activation patching (Vig et al. 2020; Wang et al. 2023).
+    """
+
+    name = "resample-partner"
+    source = "partner"
+    seeded = False
+
+
 def others_of(examples: Tensor, seed: int, count: int) -> Tensor:
     """Another of ``count`` examples in the place of each ``(batch,)`` int64, all others being equally likely."""
     return (examples.clamp_min(0) + 1 + below(hashed(seed, examples), torch.tensor(count - 1))) % count

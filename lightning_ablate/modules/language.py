@@ -167,6 +167,30 @@ class CausalLM(LanguageModel):
             return cast(Any, self.target).generate(ids, **options)[0, :length]
 
 
+class PairedLM(CausalLM):
+    """A causal model that decides between an answer and a foil, on :class:`~lightning_ablate.data.PairedTexts`.
+
+    The last token of each text is scored, by what comes next: top-1 and the others by the answer among all tokens;
+    ``logit_difference`` is the answer's logit less the foil's, ``preferred`` the share of texts where it is above 0.
+    """
+
+    metrics = ("logit_difference", "preferred")
+
+    def evaluate(self, batch: TextBatch) -> Scored:
+        """One scored position an example."""
+        rows = torch.arange(len(batch["last"]), device=batch["last"].device)
+        logits = self.logits(batch)[rows, batch["last"]]
+        difference = (logits[rows, batch["answer"]] - logits[rows, batch["foil"]]).float()
+        extra = {"logit_difference": difference, "preferred": (difference > 0).float()}
+        return Scored(logits, batch["answer"], batch["index"], extra)
+
+    def source(self, kind: str, seed: int, batch: TextBatch) -> TextBatch:
+        """Also the kind ``partner``: the other text of each pair."""
+        if kind != "partner":
+            return super().source(kind, seed, batch)
+        return {**batch, **{name: batch[f"partner_{name}"] for name in ("input_ids", "attention_mask")}}
+
+
 class MaskedLM(LanguageModel):
     """A language model that fills in chosen tokens; scored at these.
 

@@ -21,7 +21,6 @@ from lightning_ablate.attribution import (
 from lightning_ablate.conditions import BASELINE, Condition
 from lightning_ablate.errors import ConfigError, DataError, NonFiniteError, few
 from lightning_ablate.methods import Ablation, AblationMethod, Batch, Replacement
-from lightning_ablate.metrics import METRICS
 from lightning_ablate.phases.phase import Phase
 from lightning_ablate.phases.resume import Run
 from lightning_ablate.phases.sweep import SweepPhase, read_source
@@ -46,6 +45,11 @@ class AttributionPhase(Phase):
     def __init__(self, module: "AblationModule", run: Run, options: Attributing) -> None:
         super().__init__(module)
         self.options, self.sites, methods = options, run.calibration.sites, options.methods
+        if options.metric not in (None, *module.metrics):
+            raise ConfigError(
+                f"{type(module).__name__} has no metric {options.metric!r} (--ablation.attribute_metric), it has "
+                f"{', '.join(module.metrics) or 'none of its own'}"
+            )
         self._run, self._batch = run, Batch()
         self.n = torch.zeros(2, dtype=torch.float64, device=module.device)
         self.sums = {
@@ -99,11 +103,16 @@ class AttributionPhase(Phase):
     def _add(self, scored: Any, rows: Tensor, examples: list[int], found: dict[Site, Tensor]) -> None:
         n = torch.bincount(rows[rows >= 0], minlength=len(examples)).double()
         self.n += torch.stack([n.sum(), n.square().sum()])
-        inputs, draws = [found[site] for site in self.sites], self.options.draws
-        gradients = [
-            torch.autograd.grad(scored.logits, inputs, cotangent, retain_graph=number < draws)
-            for number, cotangent in enumerate(cotangents(scored, rows, examples, draws))
-        ]
+        inputs, draws, metric = [found[site] for site in self.sites], self.options.draws, self.options.metric
+        if metric is not None:
+            values = scored.extra[metric]
+            lost = torch.autograd.grad(values, inputs, -(rows >= 0).to(values.dtype))
+            gradients = [lost, [torch.zeros_like(one) for one in lost]]
+        else:
+            gradients = [
+                torch.autograd.grad(scored.logits, inputs, cotangent, retain_graph=number < draws)
+                for number, cotangent in enumerate(cotangents(scored, rows, examples, draws))
+            ]
         one = torch.ones(len(examples), 1, dtype=torch.bool, device=n.device)
         for place, site in enumerate(self.sites):
             own = torch.stack([by_example(gradient[place].float(), one)[0] for gradient in gradients])
@@ -152,7 +161,8 @@ class VerificationPhase(SweepPhase):
     def end_epoch(self) -> None:
         """Merges the processes; the run's table gets the measured effects."""
         super().end_epoch()
-        sums = self.metrics.sums[:, METRICS.index("cross_entropy"), : self.options.examples]
+        place = self.metrics.names.index(self.options.metric or "cross_entropy")
+        sums = self.metrics.sums[:, place, : self.options.examples] * (-1 if self.options.metric else 1)
         n, (base, *others) = self.metrics.n[: self.options.examples].double(), sums
         keys = self.rows[["method", "site", "level", "unit", "picked"]].itertuples(index=False, name=None)
         self._run.measured = []

@@ -22,7 +22,9 @@ _COLOR = {"neuron": "#0072B2", "head": "#D55E00"}
 
 def lines(table: pd.DataFrame) -> str:
     """The units that are worth most under each method, how many are below the noise, and how far it can be trusted."""
-    found = ["what units are worth alone, nats per scored position: estimate ± standard error"]
+    found = [
+        f"what units are worth alone, {table.attrs.get('of', 'nats')} per scored position: estimate ± standard error"
+    ]
     for (method, level), own in table[table["level"] != "site"].groupby(["method", "level"], sort=False):
         noise = int((own["estimate"].abs() < 2 * own["se"]).sum())
         found.append(f"{method}, {len(own):,} {level}s, {noise:,} of them within 2 standard errors of 0")
@@ -70,7 +72,7 @@ def save(table: pd.DataFrame, folder: Path, forms: Sequence[str]) -> list[Path]:
 
 def plot(table: pd.DataFrame) -> "Figure":
     """A row a method: a map of the heads, the neurons by site, and estimates against what was measured."""
-    methods = list(table["method"].unique())
+    methods, of = list(table["method"].unique()), table.attrs.get("of", "nats")
     sites = list(table["site"].unique())
     heads, verified = table[table["level"] == "head"], "verified" in table
     columns = [width for width, wanted in ((1.4, len(heads)), (1.6, True), (1.3, verified)) if wanted]
@@ -80,15 +82,15 @@ def plot(table: pd.DataFrame) -> "Figure":
     for row, method in zip(grid, methods, strict=True):
         panels, own = iter(row), table[table["method"] == method]
         if len(heads):
-            _map(next(panels), own[own["level"] == "head"], sites, figure)
-        _neurons(next(panels), own[own["level"] == "neuron"], sites)
+            _map(next(panels), own[own["level"] == "head"], sites, figure, of)
+        _neurons(next(panels), own[own["level"] == "neuron"], sites, of)
         if verified:
-            _truth(next(panels), own.dropna(subset="verified"))
+            _truth(next(panels), own.dropna(subset="verified"), of)
         row[0].set_ylabel(f"{method}\n\n{row[0].get_ylabel()}", fontsize=9)
     return figure
 
 
-def _map(axes: "Axes", heads: pd.DataFrame, sites: Sequence[str], figure: "Figure") -> None:
+def _map(axes: "Axes", heads: pd.DataFrame, sites: Sequence[str], figure: "Figure", of: str) -> None:
     values = np.full((len(sites), 1 + heads["unit"].max()), np.nan)
     values[heads["site"].map(list(sites).index), heads["unit"]] = heads["estimate"]
     largest = np.nanmax(np.abs(values)) or 1.0
@@ -102,11 +104,11 @@ def _map(axes: "Axes", heads: pd.DataFrame, sites: Sequence[str], figure: "Figur
     axes.set_xticks(range(0, values.shape[1], 1 + (values.shape[1] - 1) // 16))
     scale = figure.colorbar(image, ax=axes)
     scale.ax.tick_params(labelsize=7)
-    scale.set_label("nats", fontsize=8)
+    scale.set_label(of, fontsize=8)
     axes.tick_params(labelsize=7)
 
 
-def _neurons(axes: "Axes", neurons: pd.DataFrame, sites: Sequence[str]) -> None:
+def _neurons(axes: "Axes", neurons: pd.DataFrame, sites: Sequence[str], of: str) -> None:
     """Their distribution in each site: the median, the quartiles, 5% to 95%, and the largest as a dot."""
     by_site = neurons.groupby("site", sort=False)["estimate"]
     lowest, low, middle, high, highest = (by_site.quantile(q).to_numpy() for q in (0.05, 0.25, 0.5, 0.75, 0.95))
@@ -120,14 +122,14 @@ def _neurons(axes: "Axes", neurons: pd.DataFrame, sites: Sequence[str]) -> None:
     axes.set_ylim(len(places) - 0.5, -0.5)
     _site_ticks(axes.yaxis, sites)
     axes.set_title("neurons by site (quartiles, 5% to 95%, largest)", fontsize=8)
-    axes.set_xlabel("estimate (nats)", fontsize=8)
+    axes.set_xlabel(f"estimate ({of})", fontsize=8)
     plain(axes, 7)
     axes.minorticks_off()
     ticks = [tick for tick in axes.get_xticks() if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]]
     axes.set_xticks(ticks[:: max(1, len(ticks) // 4)])
 
 
-def _truth(axes: "Axes", verified: pd.DataFrame) -> None:
+def _truth(axes: "Axes", verified: pd.DataFrame, of: str) -> None:
     for (level, how), own in verified.groupby(["level", "picked"], sort=False):
         face = _COLOR[level] if how == "largest" else "none"
         style: dict[str, Any] = {"color": _COLOR[level], "mfc": face, "ms": 3.5, "mew": 0.8}
@@ -141,8 +143,8 @@ def _truth(axes: "Axes", verified: pd.DataFrame) -> None:
     axes.plot(ends, ends, color="0.35", linewidth=0.9, linestyle=(0, (5, 2)))
     room = 0.3 * max(map(abs, ends))
     axes.set_title("estimate against truth (2 se)", fontsize=8)
-    axes.set_xlabel("estimate (nats)", fontsize=8)
-    axes.set_ylabel("verified (nats)", fontsize=8)
+    axes.set_xlabel(f"estimate ({of})", fontsize=8)
+    axes.set_ylabel(f"verified ({of})", fontsize=8)
     plain(axes, 7)
     axes.minorticks_off()
     for axis in (axes.xaxis, axes.yaxis):

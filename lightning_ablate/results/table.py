@@ -146,6 +146,19 @@ class Results:
                 contrasts.append((rows, np.ones(1)))
         return self._frame(["method", "fraction", "part", "head"], keys, contrasts, self.metrics)
 
+    def kept(self, metric: str, nothing: float) -> pd.DataFrame:
+        """The summary of how much of a metric is kept: 1 with nothing ablated, 0 where it is what ``nothing`` says.
+
+        That may be what it is on corrupt inputs, ``results.on("... reversed").baseline[metric]``, so that it is
+        normalised as activation patching is; both ends are taken as known.
+        """
+        frame, whole = self.summary(), self.baseline[metric] - nothing
+        frame["kept"], frame["kept_low"], frame["kept_high"] = (
+            (frame[f"{metric}{end}"] - nothing) / whole
+            for end in (("", "_low", "_high") if whole > 0 else ("", "_high", "_low"))
+        )
+        return frame[[name for name in frame if not name.startswith(tuple(self.metrics))]]
+
     @by_data
     def compare(self, method: str | None = None, other: str | None = None) -> pd.DataFrame:
         """How much more one method scores than another, on the same neurons and the same examples.

@@ -1,0 +1,179 @@
+"""Pairs of texts between two answers: patching by plain hooks, in both directions, and what can't be aligned."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lightning_ablate import AblationCallback, EachHead, IndirectObjects, PairedLM, PairedTexts
+from lightning_ablate.data.pairs import _FRAMES, _NAMES, _OBJECTS, _PLACES
+from lightning_ablate.errors import ConfigError, DataError
+from tests import reference, tiny
+
+ROWS = [
+    {
+        "clean": f"the {'cat' * (n % 2)} {n} is a",
+        "corrupt": f"the {'dog' * (n % 2)} {9 - n} is a",
+        "answer": "c",
+        "foil": "d",
+    }
+    for n in range(10)
+]
+METHODS = ["zero", "mean", "resample-partner"]
+
+
+def paired(rows=ROWS, **options):
+    sizes = {"calibration_examples": 4, "evaluation_examples": 6, "batch_size": 4, "shuffle_seed": None}
+    return PairedTexts.of(rows, **{**sizes, **options})
+
+
+def run(tmp_path, data, *more, **options):
+    module = PairedLM.of(tiny.gpt2(), tokenizer=tiny.tokenizer())
+    callback = AblationCallback(METHODS, neurons=EachHead(), **options)
+    tiny.trainer(tmp_path, callback, *more).fit(module, datamodule=data)
+    return module, callback
+
+
+def plain(module, batch, values, head, site):
+    """The logit difference with a head's activations set by plain hooks; and what the site does."""
+    seen = {}
+
+    def change(x):
+        seen["x"] = x.clone()
+        if values is None:
+            return None
+        own = slice(4 * head, 4 * head + 4)
+        x = x.clone()
+        x[..., own] = values[..., own] if values.ndim == 3 else values[own]
+        return x
+
+    with reference.plain_hooks(module.target, {site: change}), torch.no_grad():
+        logits = module.target(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    rows = torch.arange(len(logits))
+    last = logits[rows, batch["last"]]
+    return last[rows, batch["answer"]] - last[rows, batch["foil"]], seen["x"]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_zero_mean_and_partner_are_what_plain_hooks_do_in_both_directions(tmp_path, reverse):
+    data = paired(reverse=reverse)
+    module, callback = run(tmp_path, data)
+    batches = {p: torch.utils.data.default_collate(list(data._examples(p))) for p in ("calibration", "evaluation")}
+    batch = batches["evaluation"]
+    partner = {**batch, **{n: batch[f"partner_{n}"] for n in ("input_ids", "attention_mask")}}
+    assert reverse == (ROWS[4]["clean"] != module.tokenizer.decode(batch["input_ids"][0][: batch["last"][0] + 1]))
+    table = callback.results.table
+    base, _ = plain(module, batch, None, 0, "transformer.h.0.attn.c_proj")
+    assert table["logit_difference"][0] == pytest.approx(base.mean().item(), abs=1e-5)
+    assert table["preferred"][0] == (base > 0).float().mean()
+    for row in table.iloc[1:].itertuples():
+        calibrating = batches["calibration"]
+        _, seen = plain(module, calibrating, None, 0, row.part)
+        mean = seen[calibrating["attention_mask"].bool()].mean(0)
+        _, other = plain(module, partner, None, 0, row.part)
+        values = {"zero": torch.zeros(16), "mean": mean, "resample-partner": other}[row.method]
+        expected, _ = plain(module, batch, values, row.head, row.part)
+        assert row.logit_difference == pytest.approx(expected.mean().item(), abs=1e-5)
+        assert row.preferred == pytest.approx((expected > 0).float().mean().item())
+    assert len(table) == 1 + 3 * 8  # partners know no seeds
+
+
+def test_both_directions_in_one_run_give_the_share_that_is_kept(tmp_path):
+    data = paired(evaluation=[paired(reverse=True)])
+    _, callback = run(tmp_path, data)
+    clean, corrupt = callback.results.each
+    assert corrupt.data == ["given reversed"]
+    ends = clean.baseline["logit_difference"], corrupt.baseline["logit_difference"]
+    kept = clean.kept("logit_difference", ends[1])
+    assert (
+        kept["kept"][0] == 1 and (kept["kept_low"] <= kept["kept"]).all() and (kept["kept"] <= kept["kept_high"]).all()
+    )
+    third = clean.table["logit_difference"][3]
+    assert kept["kept"][3] == pytest.approx((third - ends[1]) / (ends[0] - ends[1]))
+    assert corrupt.kept("logit_difference", ends[0])["kept"][0] == 1
+
+
+def test_the_loss_of_the_metric_is_attributed_to_first_order_and_verified(tmp_path):
+    data = paired()
+    options = {"attribute": ["zero", "resample-partner"], "attribute_metric": "logit_difference", "verify": 3}
+    module, callback = run(tmp_path, data, **options)
+    batch = torch.utils.data.default_collate(list(data._examples("calibration")))
+    partner = {**batch, **{n: batch[f"partner_{n}"] for n in ("input_ids", "attention_mask")}}
+    heads = callback.attribution[lambda t: t["level"] == "head"]
+    assert callback.attribution.attrs["of"] == "logit_difference" and (callback.attribution["second"] == 0).all()
+    for site in callback.run.calibration.sites:
+        kept = {}
+
+        def keep(x, kept=kept):
+            kept["x"] = x.detach().requires_grad_()
+            return kept["x"]
+
+        with reference.plain_hooks(module.target, {site.name: keep}):
+            logits = module.target(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        rows = torch.arange(4)
+        last = logits[rows, batch["last"]]
+        (last[rows, batch["answer"]] - last[rows, batch["foil"]]).mean().backward()
+        _, other = plain(module, partner, None, 0, site.name)
+        for method, values in (("zero", torch.zeros(())), ("resample-partner", other)):
+            expected = -(kept["x"].grad * (values - kept["x"].detach())).view(4, -1, 4, 4).sum((0, 1, 3))
+            own = heads[(heads["method"] == method) & (heads["site"] == site.name)]
+            torch.testing.assert_close(torch.tensor(own["estimate"].to_numpy()).float(), expected, rtol=1e-4, atol=1e-6)
+    one = heads[heads["picked"] == "largest"].iloc[0]
+    assert one["method"] == "zero"
+    own = slice(4 * one["unit"], 4 * one["unit"] + 4)
+    zeros = torch.zeros(16)
+    truth = plain(module, batch, None, 0, one["site"])[0] - plain(module, batch, zeros, one["unit"], one["site"])[0]
+    assert own.start >= 0 and one["verified"] == pytest.approx(truth.mean().item(), abs=1e-5)
+    with pytest.raises(ConfigError, match=r"no metric 'x' .*it has logit_difference, preferred"):
+        run(tmp_path, paired(), attribute=["zero"], attribute_metric="x")
+
+
+WRONG = {
+    "the row 'the  8 is a': clean has 11 tokens and corrupt 12, expected as many": {"corrupt": "the  1 is ab"},
+    "answer 'cd' is 2 tokens, expected 1": {"answer": "cd"},
+    "foil '' is 0 tokens": {"foil": ""},
+    "has no column 'foil'": {"foil": None},
+    "and at most 32": {"clean": "c" * 40, "corrupt": "d" * 40},
+    "expected text": {"clean": 3},
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_pairs_that_cannot_be_aligned_are_told_in_a_line_with_their_row(tmp_path, words):
+    rows = [dict(row) for row in ROWS]
+    rows[8] |= WRONG[words]
+    if rows[8]["foil"] is None:
+        rows = [{key: value for key, value in row.items() if key != "foil"} for row in rows]
+    if rows[8]["clean"] == 3:
+        rows = [{**row, "clean": 3} for row in rows]
+    with pytest.raises(DataError, match=words) as error:
+        run(tmp_path, paired(rows))
+    assert "\n" not in str(error.value)
+
+
+def words_tokenizer():
+    known = f"{_NAMES} {_OBJECTS} {' '.join(_PLACES)} {' '.join(_FRAMES)}".replace(",", " ,").split()
+    vocabulary = {word: place for place, word in enumerate(dict.fromkeys(["<unk>", *known]))}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", model_max_length=64)
+
+
+def test_indirect_objects_are_balanced_and_of_single_tokens(tmp_path):
+    data = IndirectObjects(calibration_examples=20, evaluation_examples=200, batch_size=50)
+    module = PairedLM.of(tiny.gpt2(), tokenizer=words_tokenizer())
+    callback = AblationCallback(["resample-partner"], neurons=EachHead())
+    tiny.trainer(tmp_path, callback).fit(module, datamodule=data)
+    assert callback.results.baseline["n"] == 200
+    rows = data.source("evaluation")
+    assert len({row["clean"] for row in rows[:220]}) > 210
+    first = 0
+    for row in rows[:200]:
+        names = [word.strip(",") for word in row["clean"].split()[1:4:2]]
+        assert row["answer"].strip() in names and row["foil"].strip() in names
+        assert row["clean"].count(row["foil"].strip()) == 2 and row["corrupt"].count(row["answer"].strip()) == 2
+        first += names[0] == row["answer"].strip()
+    assert first == 100
+    assert IndirectObjects(seed=1).name == "indirect-objects"
+    with pytest.raises(DataError, match=r"has 0 of our names and 0 of our objects as single tokens"):
+        run(tmp_path, IndirectObjects(calibration_examples=2, evaluation_examples=2))
