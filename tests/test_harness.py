@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on an ablated model and on an exported one; where the package is there (the extra `harness`)."""
+"""lm-evaluation-harness on an ablated model and on an exported one, where the package is there (extra `harness`)."""
 
 import json
 

@@ -1,15 +1,20 @@
 """Every command and example of the README, run as it stands there, with stand-ins for the hub and for long runs."""
 
+import contextlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import types
 from importlib.util import find_spec
 from pathlib import Path
+from unittest import mock
 
 import lightning
 import pandas as pd
 import pytest
+import timm
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
@@ -17,6 +22,7 @@ from torch.utils.data import DataLoader
 from lightning_ablate import AblationCallback, LearnedMethod, Results
 from lightning_ablate.__main__ import main
 from tests import reference, tiny
+from tests.test_pairs import words_tokenizer
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -49,7 +55,7 @@ def test_the_first_command_installs_and_runs_and_the_second_tests():
 def test_every_command_is_known_here():
     others = {command for command in COMMANDS if "lightning_ablate" not in command}
     assert others == {"python -m pytest", "tensorboard --logdir lightning_logs"}
-    assert len(runnable()) == 23
+    assert len(runnable()) == 26
     papers = [command.split()[-1] for command in COMMANDS if "configs/paper_" in command]
     assert sorted(papers) == sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("paper_*.yaml"))
 
@@ -61,9 +67,9 @@ def stand_ins(tmp_path_factory):
     Dataset.from_dict({"text": tiny.TEXTS * 5}).to_parquet(folder / "texts.parquet")
     opt = tiny.save_language_model(folder / "opt", tiny.opt())
     (folder / "configs").symlink_to(ROOT / "configs")
-    return folder, {
-        "facebook/opt-125m": opt,
-    }
+    tiny.gpt2().save_pretrained(folder / "gpt2")
+    words_tokenizer().save_pretrained(folder / "gpt2")
+    return folder, {"facebook/opt-125m": opt}
 
 
 @pytest.mark.parametrize("command", runnable())
@@ -80,12 +86,20 @@ def test_command_runs(command, stand_ins, monkeypatch, capfd):
         assert not done.stderr
         return
     words = [names.get(word, word) for word in shlex.split(command.removeprefix(PIP))]
+    if "export" in command:
+        shutil.rmtree(folder / "smaller", ignore_errors=True)
+        done = subprocess.run([sys.executable, *words[1:]], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert timm.create_model(f"local-dir:{folder}/smaller", pretrained=True)
+        return
     if "smollm2" in command:
         words += ["--model.name", names["facebook/opt-125m"], "--data.name", "texts.parquet", "--data.subset=null"]
     if "--ckpt_path" in words:
         words[words.index("--ckpt_path") + 1] = str(min(folder.glob("lightning_logs/digits/version_*/ablation.ckpt")))
     elif "--data.name" in words:
         words += [*SHORT_TEXT, "--data.max_length=32"]
+    elif "pairs" in command:
+        words += ["--model.name", str(folder / "gpt2")]
     else:
         words += SHORT_TEXT if "--config" in words and "vit" not in command else SHORT_IMAGES
         words += ["--data.evaluation_images=37"] * bool(SEVERAL & set(words))  # which two processes can't share evenly
@@ -171,6 +185,42 @@ def test_the_own_method_and_choice_run_as_they_stand(tmp_path):
     loss, _, n = reference.evaluation(model, tiny.loader(seed=2), put)
     row = callback.results.table.iloc[2]
     assert row["method"] == "largest" and row["n"] == n and row["cross_entropy"] == pytest.approx(loss, abs=2e-6)
+
+
+def test_the_own_metric_runs_as_it_stands(tmp_path, gpt2_folder):
+    (example,) = [block for block in blocks("python") if "metrics =" in block]
+    assert len([line for line in example[example.index("class ") :].splitlines() if line.strip()]) <= 6
+    names = {}
+    exec(example, names)
+    callback = AblationCallback(["zero"], [0.5], [1])
+    module = names["Confident"](gpt2_folder)
+    tiny.fit(tmp_path, module, callback=callback)
+    batch = next(iter(tiny.loader(6, 6, seed=2)))
+    with torch.no_grad():
+        scored = module.evaluate(batch)
+    sure = scored.logits.softmax(1).amax(1)[scored.example >= 0] > 0.5
+    assert callback.results.baseline["confident"] == pytest.approx(sure.float().mean().item())
+
+
+def test_the_harness_example_runs_as_it_stands(tmp_path, capsys):
+    """With a stand-in for the package; tests/test_harness.py has the real one."""
+    (example,) = [block for block in blocks("python") if "lm_eval" in block]
+    assert len(example.splitlines()) <= 15
+    model = tiny.gpt2()
+    tiny.fit(tmp_path, tiny.Own(model), callback=AblationCallback(["mean"], [0.5], [1], dirpath=tmp_path))
+    masks = {"transformer.h.0.attn.c_proj": torch.ones(16, dtype=torch.bool)}
+
+    def simple_evaluate(lm, tasks):
+        logits = tiny.run(lm["pretrained"])
+        return {"samples": {tasks[0]: [{"acc": float(one.argmax() % 2)} for one in logits.flatten(0, 1)]}}
+
+    stand_ins = {name: types.ModuleType(name) for name in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface")}
+    stand_ins["lm_eval"].simple_evaluate = simple_evaluate
+    stand_ins["lm_eval.models.huggingface"].HFLM = dict
+    with contextlib.chdir(tmp_path), mock.patch.dict(sys.modules, stand_ins):
+        exec(example, {"model": model, "tokenizer": None, "masks": masks})
+    assert float(capsys.readouterr().out.splitlines()[-1]) != 0
+    assert reference.hooks(model) == 0
 
 
 def test_the_notebook_example_runs_as_it_stands(tmp_path, monkeypatch, capsys):
