@@ -2,8 +2,7 @@
 
 import copy
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -61,12 +60,17 @@ def shrunk(target: nn.Module, edits: Mapping[Site, Edit]) -> tuple["Form", nn.Mo
         _check_whole(site, own)
         candidates = list(form.narrower(site, own))
         if features(form.built("meta").get_submodule(site.path)) != len(own):
-            form.choose(candidates, partial(_fits, site, len(own), edits, shapes), site)
+            error = SiteError(
+                f"{form.name} has no option that makes {site.name} narrower by these neurons alone: expected as many "
+                "of every layer, and an MLP whose width, or heads whose number, is set apart from the hidden size"
+            )
+            form.choose(candidates, partial(_fits, site, len(own), edits, shapes), error)
         elif len(own) < site.width and not any(more.items() <= form.options.items() for more in candidates):
             raise _uneven(form, [site])
     added = [f"{path}.bias" for path, (_, bias) in folded.items() if bool(bias.any())]
     if lacking := [name for name in added if name not in shapes]:
-        form.choose(form.biased(), lambda model: set(lacking) <= set(model.state_dict()), lacking)
+        error = BiasError(f"{form.name} has no option that gives {few(lacking)} to hold what takes the neurons' place")
+        form.choose(form.biased(), lambda model: set(lacking) <= set(model.state_dict()), error)
     model = form.built("cpu")
     narrow = model.state_dict()
     if wrong := [site for site, own in kept.items() if features(model.get_submodule(site.path)) != len(own)]:
@@ -93,74 +97,28 @@ def _uneven(form: "Form", sites: Iterable[Site]) -> SiteError:
     )
 
 
-class Form(ABC):
-    """How a target is built again, under other ``options`` of its configuration, and saved."""
-
-    name: str
-    shared: int | None = None  # key and value heads, where they are fewer than heads
+class Form:
+    """How a target of transformers is built again, under other ``options`` of its configuration, and saved."""
 
     def __init__(self, target: nn.Module) -> None:
         self.target, self.options = cast(Any, target), Options()
+        self.name, self.known = type(target).__name__, self.target.config.to_dict()
+        self.shared: int | None = self.known.get("num_key_value_heads")  # of the heads, where they are fewer
 
-    @abstractmethod
     def build(self, options: Options) -> nn.Module:
         """A model with weights of no meaning."""
-
-    @abstractmethod
-    def narrower(self, site: Site, kept: Tensor) -> Iterator[Options]:
-        """Options that may leave a site the neurons kept, int64."""
-
-    @abstractmethod
-    def biased(self) -> Iterator[Options]:
-        """Options that may give projections a bias."""
-
-    @abstractmethod
-    def probe(self) -> dict[str, Tensor]:
-        """Some input."""
-
-    @abstractmethod
-    def save(self, model: nn.Module, folder: Path) -> None:
-        """Writes the model, so that its library loads it by the name of the folder."""
-
-    def built(self, device: str, more: Options | None = None) -> nn.Module:
-        """A model under the options chosen so far."""
-        with torch.device(device):
-            return self.build(self.options | (more or {}))
-
-    def choose(self, candidates: Iterable[Options], fits: Any, where: Any) -> None:
-        """Takes the first options under which a model fits; SiteError, or BiasError, if there are none."""
-        for more in candidates:
-            with suppress(Exception):  # what a library raises for options that make no model
-                if fits(self.built("meta", more)):
-                    self.options |= more
-                    return
-        if isinstance(where, Site):
-            raise SiteError(
-                f"{self.name} has no option that makes {where.name} narrower by these neurons alone: expected as many "
-                "of every layer, and an MLP whose width, or heads whose number, is set apart from the hidden size"
-            )
-        raise BiasError(f"{self.name} has no option that gives {few(where)} to hold what takes the neurons' place")
-
-
-class _Transformers(Form):
-    def __init__(self, target: nn.Module) -> None:
-        super().__init__(target)
-        self.name, self.known = type(target).__name__, self.target.config.to_dict()
-        self.shared = self.known.get("num_key_value_heads")
-
-    def build(self, options: Options) -> nn.Module:
         config = copy.deepcopy(self.target.config)
         for name, value in options.items():
             setattr(config, name, value)
         return type(self.target)._from_config(config, dtype=self.target.dtype)
 
     def narrower(self, site: Site, kept: Tensor) -> Iterator[Options]:
+        """Options that may leave a site the neurons kept, int64."""
         beside = Options()
         if site.heads is not None:
             size, shared = site.width // site.heads, self.shared
-            beside = {"head_dim": size} | (
-                {} if shared is None else {"num_key_value_heads": _groups(site, kept, shared)}
-            )
+            beside = {"head_dim": size}
+            beside |= {} if shared is None else {"num_key_value_heads": _groups(site, kept, shared)}
         for name, value in self.known.items():
             if site.heads is None and (value == site.width or (value is None and ("inner" in name or "inter" in name))):
                 yield {name: len(kept)}
@@ -168,9 +126,11 @@ class _Transformers(Form):
                 yield {name: len(kept) // size, **beside}
 
     def biased(self) -> Iterator[Options]:
+        """Options that may give projections a bias."""
         yield from ({name: True} for name, value in self.known.items() if value is False and "bias" in name)
 
     def probe(self) -> dict[str, Tensor]:
+        """Some input."""
         config, generator = self.target.config, torch.Generator().manual_seed(0)
         if self.target.main_input_name == "pixel_values":
             size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
@@ -180,12 +140,29 @@ class _Transformers(Form):
         return {"input_ids": ids, **({"decoder_input_ids": ids} if config.is_encoder_decoder else {})}
 
     def save(self, model: nn.Module, folder: Path) -> None:
+        """Writes the model, so that its library loads it by the name of the folder."""
         cast(Any, model).save_pretrained(folder)
+
+    def built(self, device: str, more: Options | None = None) -> nn.Module:
+        """A model under the options chosen so far."""
+        with torch.device(device):
+            return self.build(self.options | (more or {}))
+
+    def choose(self, candidates: Iterable[Options], fits: Callable[[nn.Module], bool], error: SiteError) -> None:
+        """Takes the first options under which a model fits, or raises the error."""
+        for more in candidates:
+            with suppress(Exception):  # what a library raises for options that make no model
+                if fits(self.built("meta", more)):
+                    self.options |= more
+                    return
+        raise error
 
 
 class _Timm(Form):
+    shared = None
+
     def __init__(self, target: nn.Module) -> None:
-        super().__init__(target)
+        self.target, self.options = cast(Any, target), Options()
         self.name, self.known = self.target.pretrained_cfg["architecture"], dict(getattr(target, "_model_args", {}))
 
     def build(self, options: Options) -> nn.Module:
@@ -219,7 +196,7 @@ class _Timm(Form):
 def form_of(target: nn.Module) -> Form:
     """The form of a target; SiteError if it is neither of transformers nor of timm."""
     if hasattr(target, "_from_config"):
-        return _Transformers(target)
+        return Form(target)
     if hasattr(target, "pretrained_cfg"):
         return _Timm(target)
     raise SiteError(f"a {type(target).__name__} can't be built again: expected a model of transformers or timm")
