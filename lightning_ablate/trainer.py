@@ -205,13 +205,7 @@ def _plainly(value: Any) -> Any:
 
 
 def options_of(made: Any) -> dict[str, Any]:
-    """What an object keeps, its name and its class, with the module unless that is of this package.
-
-    Example:
-        >>> from lightning_ablate.choices import Random
-        >>> options_of(Random(unit="head"))
-        {'class': 'Random', 'unit': 'head'}
-    """
+    """What an object keeps, its name and its class, with the module unless that is of this package."""
     kind = type(made)
     own = kind.__module__.startswith("lightning_ablate.")
     named = {"name": made.name} if hasattr(made, "name") else {}

@@ -44,10 +44,6 @@ class ExactSampler(DistributedSampler[int]):
     """Deals the examples to the ranks in turn, and fills the short ranks with :data:`FILLER` in place of a repetition.
 
     Every rank gets the same number of batches of the same shape. It is a DistributedSampler so that Lightning keeps it.
-
-    Example:
-        >>> [list(ExactSampler(3, batch_size=2, rank=rank, world_size=2)) for rank in (0, 1)]
-        [[0, 2], [1, -1]]
     """
 
     def __init__(self, examples: int, batch_size: int, rank: int, world_size: int) -> None:

@@ -46,11 +46,6 @@ class Optimal(LearnedMethod, ConstantMethod):
     """An ablated neuron is the constant with which the target does best (Li & Janson 2024, arXiv 2409.09951).
 
     They are learned for all neurons together, see :class:`LearnedMethod`.
-
-    Example:
-        >>> statistics = SiteStatistics("attn.proj", {}, {"optimal": torch.tensor([0.5, 2.0])})
-        >>> Optimal().values(Site("attn.proj", 2), statistics)
-        tensor([0.5000, 2.0000])
     """
 
     name = "optimal"

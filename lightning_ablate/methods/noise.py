@@ -13,17 +13,6 @@ class Noise(AblationMethod):
     """An ablated neuron is drawn anew at every position, from a normal with its mean and standard deviation.
 
     A draw depends on the seed, the site, the example, the position and the neuron, so that all fractions share it.
-
-    Example:
-        >>> from lightning_ablate.sites import Site
-        >>> from lightning_ablate.statistics import SiteStatistics
-        >>> statistic = Moments(neurons=2)
-        >>> statistic.update(torch.tensor([[[1.0, 2.0], [3.0, 2.0]]]))
-        >>> statistics = SiteStatistics("attn.proj", {Moments: statistic})
-        >>> here = Ablation(Site("attn.proj", 2), torch.tensor([True, True]), statistics, 42)
-        >>> Noise().prepare(here)(torch.zeros(1, 2, 2))
-        tensor([[[1.0919, 2.0000],
-                 [2.6969, 2.0000]]])
     """
 
     name = "noise"

@@ -12,16 +12,6 @@ class PositionalMean(AblationMethod):
 
     Positions are places in the sequence as the target gets it; for an image its patches and special tokens. At
     positions that calibration never saw it is the mean over all positions.
-
-    Example:
-        >>> from lightning_ablate.sites import Site
-        >>> from lightning_ablate.statistics import SiteStatistics
-        >>> gathered = {kind: kind(neurons=1) for kind in (Moments, MeanByPosition)}
-        >>> for statistic in gathered.values():
-        ...     statistic.update(torch.tensor([[[1.0], [2.0]], [[3.0], [6.0]]]))
-        >>> here = Ablation(Site("attn.proj", 1), torch.tensor([True]), SiteStatistics("attn.proj", gathered), None)
-        >>> PositionalMean().prepare(here)(torch.zeros(1, 3, 1)).flatten()
-        tensor([2., 4., 3.])
     """
 
     name = "positional-mean"

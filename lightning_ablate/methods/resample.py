@@ -15,17 +15,6 @@ class Resample(AblationMethod):
     The target's module makes that input from the condition's seed, of the kind named (see
     :meth:`AblationModule.source`): one for the whole batch, or one in the place of each example. It is run once for all
     conditions with nothing ablated, and its activations are kept for that long.
-
-    Example:
-        >>> from lightning_ablate.methods.base import Batch, Source
-        >>> from lightning_ablate.sites import Site
-        >>> from lightning_ablate.statistics import SiteStatistics
-        >>> site, mask = Site("attn.proj", 1), torch.ones(1, dtype=torch.bool)
-        >>> source = Source(torch.tensor([[[5.0], [6.0]]]), torch.ones(1, 2, dtype=torch.bool))
-        >>> batch = Batch(torch.arange(3), {("pixels", 42): {site: source}})
-        >>> replace = ResamplePixels().prepare(Ablation(site, mask, SiteStatistics("attn.proj", {}), 42, batch))
-        >>> replace(torch.zeros(3, 2, 1)).squeeze(2).tolist()
-        [[5.0, 6.0], [5.0, 6.0], [5.0, 6.0]]
     """
 
     seeded = True

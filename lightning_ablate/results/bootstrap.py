@@ -16,10 +16,6 @@ def intervals(sums: np.ndarray, positions: np.ndarray, seed: int = 0) -> np.ndar
         sums: ``(scores, examples)`` float64, each score's sum over the scored positions of each example.
         positions: ``(examples,)``, how many of each example's positions were scored; those with none are left out.
         seed: of the draws.
-
-    Example:
-        >>> intervals(np.array([[1.0, 2.0, 3.0]]), np.array([4, 8, 12])).tolist()
-        [[0.25], [0.25]]
     """
     counted, ends = positions > 0, np.full((2, len(sums)), np.nan)
     examples = int(counted.sum())

@@ -48,13 +48,6 @@ class Results:
 
     Raises:
         DataError: if a column is missing, the baseline isn't first, or the conditions' examples are not the same.
-
-    Example:
-        >>> rows = [("none", 0.0, 0.9, 1.0), ("zero", 0.5, 0.6, 2.0), ("mean", 0.5, 0.8, 1.5)]
-        >>> table = pd.DataFrame(rows, columns=["method", "fraction", "top1", "cross_entropy"])
-        >>> table = table.assign(model="gpt2", data="demo", seed=1, part="", head=None, n=10, top5=1.0, kl=0.1)
-        >>> Results(table).ranking()["method"].tolist()
-        ['mean', 'zero']
     """
 
     def __init__(

@@ -21,12 +21,6 @@ class Covariance(ActivationStatistic):
     Chan, Golub & LeVeque (1979). Sums are float64 up to 2,048 neurons and float32 above: 4 n² bytes a site, 67 MB
     for 4,096 neurons, and twice that while they are gathered: examples with even and with odd indices are kept apart,
     so that :attr:`ridge` can be chosen. Between ``blocks`` of neurons side by side, equally wide, nothing is kept.
-
-    Example:
-        >>> statistic = Covariance(neurons=2)
-        >>> statistic.update(torch.tensor([[[1.0, 2.0], [3.0, 6.0]]]))
-        >>> statistic.mean.tolist(), statistic.covariance.tolist()
-        ([2.0, 4.0], [[[1.0, 2.0], [2.0, 4.0]]])
     """
 
     takes_examples: ClassVar[bool] = True

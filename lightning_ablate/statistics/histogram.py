@@ -36,15 +36,6 @@ class Histogram(ActivationStatistic):
     called, five numbers, which are all that the checkpoint holds.
 
     A neuron that was 0 at least as often as not has 0 as its mode, median and half-sample mode.
-
-    Example:
-        >>> activations = torch.tensor([[[0.0], [0.25], [0.25], [1.0]]])
-        >>> moments = Moments(neurons=1)
-        >>> moments.update(activations)
-        >>> histogram = Histogram(neurons=1, earlier=SiteStatistics("site", {Moments: moments}))
-        >>> histogram.update(activations)
-        >>> histogram.counts.nonzero().tolist(), round(histogram.places.peak.item(), 6)
-        ([[0, 0], [0, 250], [0, 999]], 0.255)
     """
 
     bins = 1000

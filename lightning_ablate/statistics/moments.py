@@ -15,12 +15,6 @@ class Moments(ActivationStatistic):
     Every batch gives its own mean and sums of powers of the deviations from it, in float64; these merge by the formulas
     of Pébay (2008, "Formulas for robust, one-pass parallel computation of covariances and arbitrary-order statistical
     moments"), so that neurons far from zero keep their digits.
-
-    Example:
-        >>> statistic = Moments(neurons=2)
-        >>> statistic.update(torch.tensor([[[1.0, 2.0], [3.0, 6.0]]]))
-        >>> statistic.mean.tolist(), statistic.sd.tolist(), statistic.high.tolist()
-        ([2.0, 4.0], [1.0, 2.0], [3.0, 6.0])
     """
 
     sums: Tensor  # count, mean, and sums of the second to fourth powers of the deviations from it
