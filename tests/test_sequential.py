@@ -15,11 +15,11 @@ from tests import tiny
 RIDGE = 1e-10
 
 
-def callback(folder=None, fractions=(0.5, 1.0), **options):
-    return AblationCallback([ConditionalSequential(RIDGE)], fractions, [1], dirpath=folder, **options)
+def callback(folder=None, fractions=(0.5, 1.0), intact=False, **options):
+    return AblationCallback([ConditionalSequential(RIDGE, intact)], fractions, [1], dirpath=folder, **options)
 
 
-def plainly(model, batch, sites, fraction):
+def plainly(model, batch, sites, fraction, intact):
     """The logits, by site after site of least squares on what plain hooks see, and plain replacements."""
     real = batch["attention_mask"].bool()
     found, edits = {}, {}
@@ -56,19 +56,22 @@ def plainly(model, batch, sites, fraction):
         mask = Random().mask(Selection(fraction, 1), site)
         _, drifted = run()
         kept = np.column_stack([np.ones(int(real.sum())), drifted[site.name][real][:, ~mask].double().numpy()])
-        weights, *_ = np.linalg.lstsq(kept, clean[site.name][real][:, mask].double().numpy(), rcond=None)
+        regressed = (clean if intact else drifted)[site.name][real][:, mask]
+        weights, *_ = np.linalg.lstsq(kept, regressed.double().numpy(), rcond=None)
         edits[site.name] = mask, torch.from_numpy(weights)
     return run()[0], edits
 
 
 @pytest.mark.parametrize("make", [tiny.gpt2, tiny.albert])
+@pytest.mark.parametrize("intact", [False, True])
 @pytest.mark.parametrize("batch_size", [2, 6])
-def test_each_site_is_regressed_with_all_before_it_ablated(tmp_path, make, batch_size):
+def test_each_site_is_regressed_with_all_before_it_ablated(tmp_path, make, batch_size, intact):
     """Also where one module runs three times, and however the data are cut into batches."""
-    module, done = tiny.fit(tmp_path, tiny.Own(make()), tiny.loader(batch_size=batch_size), callback=callback())
+    loader = tiny.loader(batch_size=batch_size)
+    module, done = tiny.fit(tmp_path, tiny.Own(make()), loader, callback=callback(intact=intact))
     calibration, batch = done.run.calibration, tiny.tokens(6)
     for fraction in (0.5, 1.0):
-        expected, edits = plainly(module.target, batch, calibration.sites, fraction)
+        expected, edits = plainly(module.target, batch, calibration.sites, fraction, intact)
         condition = next(c for c in done._conditions() if c.fraction == fraction)
         for site in calibration.sites:
             learned = calibration.learned[ConditionalSequential().key(condition.key)][site]

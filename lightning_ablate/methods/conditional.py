@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -118,15 +118,24 @@ class ConditionalMeanPerHead(ConditionalMean):
 class ConditionalSequential(ConditionalMean):
     """The same regression, fitted where it acts: for each condition, with everything before a site already ablated.
 
-    What is kept has drifted there, and what is ablated would have been what it is in the intact target: the regression
-    is of the intact values on the kept neurons as they are then, as layerwise reconstruction has it when it prunes
-    (SlimGPT, Ling et al. 2024; GRAIL, arXiv 2602.23795). ``fit`` makes it for the conditions of its sweep, two forward
-    passes of the calibration data each, and the checkpoint holds kept × ablated float32 numbers a site for each of
-    them; others need another ``fit``. The options are those of :class:`ConditionalMean`.
+    What is kept has drifted there, and with it what it lets one expect of the ablated neurons. ``fit`` makes it for the
+    conditions of its sweep, a forward pass of the calibration data each, and the checkpoint holds kept × ablated
+    float32 numbers a site for each of them; others need another ``fit``.
+
+    Args:
+        intact: whether the values that are regressed are those of the intact target, so that drift is made good as
+            well, as layerwise reconstruction does when it prunes (SlimGPT, Ling et al. 2024; GRAIL, arXiv 2602.23795),
+            instead of those that the neurons would have there. It takes a second forward pass.
+        options: those of :class:`ConditionalMean`.
     """
 
     name = "conditional-sequential"
+    statistics, fitted_from = (), ConditionalMean.statistics  # which calibration needn't gather
     attributable = False  # a unit alone has nothing before it
+
+    def __init__(self, ridge: float | None = None, intact: bool = False, **options: Any) -> None:
+        super().__init__(ridge, **options)
+        self.intact = intact
 
     def prepare(self, ablation: Ablation) -> Replacement:
         """Takes what was fitted for the condition."""
@@ -140,7 +149,7 @@ class ConditionalSequential(ConditionalMean):
         return f"{self.name} {condition}"
 
     def regressed(self, ablation: Ablation) -> Affine:
-        """The regression from statistics of intact values of the ablated neurons, and drifted ones of the kept."""
+        """The regression from statistics of what the ablated neurons should be, and of the kept ones as they are."""
         return cast(Affine, super().prepare(ablation))
 
     @staticmethod

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class FittingPhase(Phase):
     """Fits :class:`~lightning_ablate.methods.ConditionalSequential` for every condition of a sweep.
 
-    It takes two forward passes of the calibration data for each condition, of the intact and of the ablated target,
+    It takes a forward pass of the calibration data for each condition, or a second one of the intact target beside it,
     behind the last batch. All batches go through the target side by side: each pass waits at a site until every other
     one is there, so that the regression knows all of them; what has to be kept is what a forward pass hands on there.
     """
@@ -65,15 +65,18 @@ class FittingPhase(Phase):
 
     def _fitted(self, condition: Condition, masks: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
         """What the method keeps of each site, see :meth:`ConditionalSequential.packed`."""
-        passes = [[_Pass(partial(self._evaluate, batch)) for _ in range(2)] for batch, _ in self._batches]
+        beside = 1 if self.method.intact else 0
+        passes = [[_Pass(partial(self._evaluate, batch)) for _ in range(1 + beside)] for batch, _ in self._batches]
         edit: Edit | None = None
         found = {}
         try:
             with hooked(self.module.target, {site: partial(self._arrive, site) for site in masks}):
                 for site, mask in masks.items():
-                    gathered = [kind.of(site).to(self.module.device) for kind in self.method.statistics]
-                    for (clean, ablated), (batch, examples) in zip(passes, self._batches, strict=True):
-                        mixed = torch.where(mask, self._at(site, clean, None), self._at(site, ablated, edit))
+                    gathered = [kind.of(site).to(self.module.device) for kind in self.method.fitted_from]
+                    for (ablated, *intact), (batch, examples) in zip(passes, self._batches, strict=True):
+                        mixed = self._at(site, ablated, edit)
+                        for one in intact:
+                            mixed = torch.where(mask, self._at(site, one, None), mixed)
                         for statistic in gathered:
                             more = {"examples": examples} if statistic.takes_examples else {}
                             statistic.update(mixed, self.module.valid_at(site, batch), **more)

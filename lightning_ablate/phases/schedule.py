@@ -87,8 +87,8 @@ def plan(
     """One line on what a run amounts to, with ``batches`` in an epoch of ``fit`` and in the sweep, of each process."""
     sources = {method.name: method.source for method in methods}
     resampled = {(sources[c.method], c.seed) for c in conditions[1:] if sources[c.method] is not None}
-    fitted = {method.name for method in methods if isinstance(method, ConditionalSequential)}
-    calibrating = sum(epoch.cost for epoch in epochs) + 2 * sum(c.method in fitted for c in conditions)
+    fitted = {method.name: 1 + method.intact for method in methods if isinstance(method, ConditionalSequential)}
+    calibrating = sum(epoch.cost for epoch in epochs) + sum(fitted.get(c.method, 0) for c in conditions)
     passes = batches[0] * calibrating + batches[1] * (len(conditions) + len(resampled))
     about = f"plan: {len(conditions):,} conditions"
     if passes == float("inf"):

@@ -61,7 +61,8 @@ def _head(results: "Results") -> str:
 def _ridges(results: "Results") -> list[str]:
     """What was chosen for the methods that let it be chosen."""
     chosen = [ridge for by_site in (results.facts.get("ridges") or {}).values() for ridge in by_site.values()]
-    whose = [m["name"] for m in results.facts.get("methods") or () if m.get("ridge", 0) is None]
+    methods = results.facts.get("methods") or ()
+    whose = [m["name"] for m in methods if m.get("ridge", 0) is None and m["class"] != "ConditionalSequential"]
     if not (chosen and whose):
         return []
     span = f"{min(chosen):g} to {max(chosen):g}, median {median(chosen):g}"
