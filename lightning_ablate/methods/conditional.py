@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.methods.base import Ablation, AblationMethod, Affine, Replacement, constant
-from lightning_ablate.statistics import Covariance, HeadCovariance, Moments, SiteStatistics, solved
+from lightning_ablate.statistics import ActivationStatistic, Covariance, HeadCovariance, Moments, SiteStatistics, solved
 
 
 class ConditionalMean(AblationMethod):
@@ -43,7 +43,7 @@ class ConditionalMean(AblationMethod):
     """
 
     name = "conditional-mean"
-    statistics = (Moments, Covariance)
+    statistics: ClassVar[tuple[type[ActivationStatistic], ...]] = (Moments, Covariance)
     covariance: ClassVar[type[Covariance]] = Covariance
 
     def __init__(self, ridge: float | None = None, centred: bool = True, name: str | None = None) -> None:
@@ -130,7 +130,8 @@ class ConditionalSequential(ConditionalMean):
     """
 
     name = "conditional-sequential"
-    statistics, fitted_from = (), ConditionalMean.statistics  # which calibration needn't gather
+    statistics: ClassVar[tuple[type[ActivationStatistic], ...]] = ()
+    fitted_from = ConditionalMean.statistics  # which calibration need not gather
     attributable = False  # a unit alone has nothing before it
 
     def __init__(self, ridge: float | None = None, intact: bool = False, **options: Any) -> None:
