@@ -59,6 +59,8 @@ class Results:
         if not len(self.table) or self.baseline["method"] != BASELINE:
             raise DataError(f"the first row of the table must be the baseline, of the method {BASELINE!r}")
         self.data = self.table["data"].unique().tolist()
+        self.own = [name for name in self.table.columns if name not in TABLE]  # metrics of one's own
+        self.metrics = [*METRICS, *self.own]
         self._parts = [self._part(data) for data in self.data] if len(self.data) > 1 else []
         if self._parts:
             return
@@ -104,16 +106,6 @@ class Results:
         return [part for part in self.table["part"].unique() if part]
 
     @property
-    def own(self) -> list[str]:
-        """The metrics of one's own."""
-        return [name for name in self.table.columns if name not in TABLE]
-
-    @property
-    def metrics(self) -> list[str]:
-        """All metrics."""
-        return [*METRICS, *self.own]
-
-    @property
     def figure_name(self) -> str:
         """``importance`` of conditions confined to parts, or else ``degradation``."""
         return "importance" if self.parts else "degradation"
@@ -140,17 +132,15 @@ class Results:
         return self._frame(["method", "fraction", "part", "head"], keys, contrasts, self.metrics)
 
     def kept(self, metric: str, nothing: float) -> pd.DataFrame:
-        """The summary of how much of a metric is kept: 1 with nothing ablated, 0 where it is what ``nothing`` says.
+        """The summary of what is kept of a metric: 1 with nothing ablated, 0 where it is ``nothing``, both as known.
 
-        That may be what it is on corrupt inputs, ``results.on("... reversed").baseline[metric]``, so that it is
-        normalised as activation patching is; both ends are taken as known.
+        With what it is on corrupt inputs, ``results.on("... reversed").baseline[metric]``, as in activation patching.
         """
         frame, whole = self.summary(), self.baseline[metric] - nothing
-        frame["kept"], frame["kept_low"], frame["kept_high"] = (
-            (frame[f"{metric}{end}"] - nothing) / whole
-            for end in (("", "_low", "_high") if whole > 0 else ("", "_high", "_low"))
-        )
-        return frame[[name for name in frame if not name.startswith(tuple(self.metrics))]]
+        kept = (frame[[metric, f"{metric}_low", f"{metric}_high"]].to_numpy() - nothing) / whole
+        kept[:, 1:].sort(axis=1)
+        names = [name for name in frame if not name.startswith(tuple(self.metrics))]
+        return frame[names].assign(**dict(zip(("kept", "kept_low", "kept_high"), kept.T, strict=True)))
 
     @by_data
     def compare(self, method: str | None = None, other: str | None = None) -> pd.DataFrame:
