@@ -107,7 +107,9 @@ class FittingPhase(Phase):
         return self._current.arrive(site, activations)
 
     def _evaluate(self, batch: Any) -> None:
-        with torch.no_grad(), self.module.trainer.precision_plugin.forward_context():  # both are of one thread alone
+        if self.module.device.type == "cuda":  # which, as the contexts, is of one thread alone
+            torch.cuda.set_device(self.module.device)
+        with torch.no_grad(), self.module.trainer.precision_plugin.forward_context():
             self.module.evaluate(batch)
 
 
