@@ -45,17 +45,24 @@ class Attributing:
                 f"draws is {self.draws}, verify {self.verify} and attribution_examples {self.examples}; expected "
                 "at least 1, 0 and 1 (--ablation.draws, --ablation.verify, --ablation.attribution_examples)"
             )
-        if self.verify and not self.methods:
-            raise ConfigError("verify needs attributions: name their methods (--ablation.attribute '[zero, mean]')")
+        if (self.verify or self.metric is not None) and not self.methods:
+            raise ConfigError(
+                "verify and attribute_metric need attributions: name their methods (--ablation.attribute '[mean]')"
+            )
         names = [method.name for method in self.methods]
         if len(set(names)) < len(names):
             raise ConfigError(f"attribute names {', '.join(names)}, expected each once (--ablation.attribute)")
 
-    def check(self, choice: Choice, learned: Sequence[str]) -> None:
+    def check(self, choice: Choice, learned: Sequence[str], metrics: Sequence[str] = ()) -> None:
         """Raises ConfigError for methods that can't be attributed, and a choice by an attribution that isn't made.
 
-        ``learned`` are the names of the methods whose values the run learns.
+        ``learned`` are the names of the methods whose values the run learns, ``metrics`` those of the module's own.
         """
+        if self.metric not in (None, *metrics):
+            raise ConfigError(
+                f"the module has no metric {self.metric!r} (--ablation.attribute_metric), it has "
+                f"{', '.join(metrics) or 'none of its own'}"
+            )
         names = [method.name for method in self.methods]
         for method in self.methods:
             if not method.attributable or (isinstance(method, LearnedMethod) and method.name not in learned):

@@ -11,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_ablate import phases
 from lightning_ablate import trainer as trainers
 from lightning_ablate.attribution import Attributing, table_of
-from lightning_ablate.calibration import Calibration, digest, fingerprint
+from lightning_ablate.calibration import Calibration, check_target, digest, fingerprint
 from lightning_ablate.choices import Choice, choice_of
 from lightning_ablate.conditions import Condition, check_conditions, distinct_conditions, listed
 from lightning_ablate.errors import ConfigError, few
@@ -101,7 +101,8 @@ class AblationCallback(lightning.Callback):
         trainers.check_trainer(trainer)
         self.folder = trainers.folder_of(trainer, self.dirpath)
         if stage == TrainerFn.FITTING:
-            self.attributing.check(self.neurons, [m.name for m in self.methods if isinstance(m, LearnedMethod)])
+            learned = [method.name for method in self.methods if isinstance(method, LearnedMethod)]
+            self.attributing.check(self.neurons, learned, pl_module.metrics)
             trainers.run_epochs(trainer, None)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
@@ -250,13 +251,22 @@ class AblationCallback(lightning.Callback):
     ) -> Path:
         """Writes a condition of the run as a smaller model, see :func:`lightning_ablate.export.export`.
 
-        ``seed`` None takes the first. ConfigError if the run has no such condition.
+        ``seed`` None takes the first. ConfigError if the run has no such condition, or is of single parts; TargetError
+        if it is of another target.
         """
-        own = [c for c in self._conditions() if c.method == method and c.fraction == fraction and not c.part]
+        if not hasattr(self, "run"):
+            raise ConfigError("there is no run to export yet: `fit` first")
+        module.configure_model()
+        check_target(self.run.state_dict(), fingerprint(module.target))
+        conditions = self._conditions()[1:]
+        own = [c for c in conditions if c.method == method and c.fraction == fraction]
         found = [c for c in own if seed is None or c.seed in (seed, None)]
-        if not found:
-            known = dict.fromkeys(f"{c.method} {c.fraction:g}" for c in self._conditions()[1:] if not c.part)
-            raise ConfigError(f"the run has no {method} at {fraction:g} (seed {seed}), expected one of {few(known)}")
+        if not found or len({(c.part, c.head) for c in found}) > 1:
+            known = dict.fromkeys(f"{c.method} {c.fraction:g}" for c in conditions)
+            raise ConfigError(
+                f"the run has no {method} at {fraction:g} (seed {seed}), or several parts alone; expected one of "
+                f"{few(known)}, of all sites together"
+            )
         chosen = next(one for one in self.methods if one.name == method)
         return export(module, self.run.calibration, self.neurons, chosen, found[0], folder, self.results)
 

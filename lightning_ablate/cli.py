@@ -147,6 +147,8 @@ def export_run() -> None:
     here = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--trainer.logger=false"]
     made = AblationCLI(["--config", config, *here], run=False)
     callback = callback_of(made.trainer)
+    made.model.configure_model()
+    made.model = made.trainer.precision_plugin.convert_module(made.model)  # as it was calibrated
     callback.restore(made.model, checkpoint)
     callback.results = Results.load(given.run)
     print(callback.export(made.model, given.out, given.method, given.fraction, given.seed))

@@ -24,11 +24,6 @@ class Selection:
     part: str = ""
     head: int | None = None
 
-    @property
-    def key(self) -> str:
-        """What tells it from all other selections, whatever the method."""
-        return f"{self.fraction!r} {self.seed} {self.head} {self.part}"
-
 
 @dataclass(frozen=True)
 class Condition(Selection):

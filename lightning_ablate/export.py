@@ -1,9 +1,7 @@
 """A condition of a run as a smaller model that transformers or timm load by themselves, with a card of what it is."""
 
 import copy
-import shlex
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +11,7 @@ import pandas as pd
 from lightning_ablate.calibration import Calibration
 from lightning_ablate.choices import Choice
 from lightning_ablate.conditions import BASELINE, Condition
-from lightning_ablate.errors import ConfigError, TargetError, loading
+from lightning_ablate.errors import ConfigError
 from lightning_ablate.methods import AblationMethod, ConditionalMean, ConditionalMeanPerHead
 from lightning_ablate.phases import SweepPhase
 from lightning_ablate.results import Results
@@ -61,9 +59,8 @@ def export(
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        with loading(str(part), TargetError):
-            form.save(model, part)
-            module.save_beside(part)
+        form.save(model, part)
+        module.save_beside(part)
         sizes = [sum(p.numel() for p in one.parameters()) for one in (module.target, model)]
         words = _card(module.name, condition, sizes, form.options, note, results)
         (part / "README.md").write_text(words, encoding="utf-8")
@@ -77,7 +74,7 @@ def export(
 def _edits(
     module: "AblationModule", calibration: Calibration, choice: Choice, method: AblationMethod, condition: Condition
 ) -> Any:
-    return SweepPhase(module, calibration, [method], [BASELINE, condition], choice).edits_of(condition)
+    return SweepPhase(module, calibration, [method], [BASELINE], choice).edits_of(condition)
 
 
 def _card(
@@ -106,15 +103,9 @@ def _card(
             "",
             _scores(results, condition),
         ]
-    lines += [
-        "",
-        "Made by",
-        "",
-        "```",
-        shlex.join(["python", "-m", "lightning_ablate.export", *sys.argv[1:]]),
-        "```",
-        "",
-    ]
+    seed = "" if condition.seed is None else f" --seed {condition.seed}"
+    words = f"RUN OUT --method {condition.method} --fraction {condition.fraction:g}{seed}"
+    lines += ["", "Made from the run by", "", "```", f"python -m lightning_ablate.export {words}", "```", ""]
     lines += [", ".join(f"{package} {version}" for package, version in versions().items()), ""]
     return "\n".join(lines)
 

@@ -11,6 +11,7 @@ from lightning_ablate.errors import DataError
 
 # float32 logits scored at a time: what a core's cache holds, or enough to keep a GPU busy
 _CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}
+_TAKEN = "model data method other fraction to seed seeds part head n condition example kept".split()
 _PIECE = 4096  # classes whose terms are summed in float32, these sums in float64
 
 
@@ -40,6 +41,8 @@ def checked(scored: Any, extra: Sequence[str] = ()) -> Scored:
         )
     scored = Scored(*scored)
     logits, targets, example, own = scored
+    if taken := [name for name in extra if name in (*_TAKEN, *METRICS) or extra.count(name) > 1]:
+        raise DataError(f"the module's `metrics` name {taken[0]!r}, which results call another column; expected others")
     if tuple(own) != tuple(extra) or any(values.shape != targets.shape for values in own.values()):
         given = {name: tuple(values.shape) for name, values in own.items()}
         raise DataError(

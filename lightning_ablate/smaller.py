@@ -53,6 +53,9 @@ def shrunk(target: nn.Module, edits: Mapping[Site, Edit]) -> tuple["Form", nn.Mo
         BiasError: if something must be added where neither the projection nor an option has a bias.
         SiteError: if the edits can't be folded, or the architecture can't be narrower by just these neurons.
     """
+    dtype = next(target.parameters()).dtype
+    if dtype != torch.float32:  # folded and compared before it is rounded
+        target = copy.deepcopy(target).float()
     folded, form = fold(target, edits), form_of(target)
     kept = {site: (~edit.mask).nonzero().squeeze(1).cpu() for site, edit in edits.items()}
     shapes = {name: tensor.shape for name, tensor in target.state_dict().items()}
@@ -86,7 +89,7 @@ def shrunk(target: nn.Module, edits: Mapping[Site, Edit]) -> tuple["Form", nn.Mo
         narrow[name] = value
     model.load_state_dict(narrow)
     _check_same(target, edits, model.requires_grad_(False).eval(), form)
-    return form, model
+    return form, model.to(dtype)
 
 
 def _uneven(form: "Form", sites: Iterable[Site]) -> SiteError:
@@ -141,7 +144,12 @@ class Form:
 
     def save(self, model: nn.Module, folder: Path) -> None:
         """Writes the model, so that its library loads it by the name of the folder."""
-        cast(Any, model).save_pretrained(folder)
+        made = cast(Any, model)
+        if hasattr(made.config, "use_cache"):
+            made.config.use_cache = True  # which a module turns off
+        if getattr(self.target, "generation_config", None) is not None:
+            made.generation_config = self.target.generation_config
+        made.save_pretrained(folder)
 
     def built(self, device: str, more: Options | None = None) -> nn.Module:
         """A model under the options chosen so far."""
@@ -269,13 +277,18 @@ def _said(output: Any) -> Tensor:
 
 def _check_same(target: nn.Module, edits: Mapping[Site, Edit], model: nn.Module, form: Form) -> None:
     """Runs both on an input; SiteError unless they say the same."""
-    device, probe = next(target.parameters()).device, form.probe()
-    with torch.no_grad(), hooked(target, edits):
-        expected = _said(target(**{name: value.to(device) for name, value in probe.items()})).float().cpu()
-    off, most = float("inf"), float(expected.abs().max())
+    device = next(target.parameters()).device
+    try:
+        probe = form.probe()
+        with torch.no_grad(), hooked(target, edits):
+            expected = _said(target(**{name: value.to(device) for name, value in probe.items()})).cpu()
+    except Exception as error:  # what a library raises for inputs of another kind
+        raise SiteError(f"{form.name} can't be tried out on token ids or pixels alone: {error!s:.100}") from error
+    off, real = float("inf"), expected.abs() < torch.finfo(expected.dtype).max / 2
+    most = float(expected[real].abs().max())
     with torch.no_grad(), suppress(Exception):  # what a model raises whose parts don't fit one another
-        off = float((expected - _said(model(**probe)).float()).abs().max())
-    if not off <= (1e-4 if next(target.parameters()).dtype == torch.float32 else 3e-2) * max(1.0, most):
+        off = float((expected - _said(model(**probe)))[real].abs().max())
+    if not off <= 1e-4 * max(1.0, most):
         raise SiteError(
             f"the smaller {form.name} doesn't compute what the ablated one does (logits are off by {off:.2g} of "
             f"{most:.2g}): its weights lie in another way, or its heads differ from layer to layer where they mustn't"

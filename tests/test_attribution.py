@@ -317,7 +317,7 @@ def test_recall_counts_what_the_random_sample_stands_for():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"verify": 3}, "verify needs attributions"),
+        ({"verify": 3}, "verify and attribute_metric need attributions"),
         ({"attribute": ["meen"]}, "--ablation.attribute has no 'meen'; alike: mean"),
         ({"attribute": ["mean", "mean"]}, "attribute names mean, mean, expected each once"),
         ({"attribute": ["zero"], "draws": 0}, "draws is 0"),

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lightning_ablate import AblationCallback, CausalLM, ConditionalMean, Random
+from lightning_ablate import AblationCallback, CausalLM, ConditionalMean, Only, Random, smaller
 from lightning_ablate.conditions import Selection
-from lightning_ablate.errors import ConfigError, SiteError
+from lightning_ablate.errors import ConfigError, SiteError, TargetError
 from lightning_ablate.methods import Ablation, Affine, Edit
 from lightning_ablate.sites import find_sites, hooked
 from lightning_ablate.smaller import BiasError, shrunk
@@ -179,6 +179,10 @@ def test_a_run_is_exported_with_its_card_whole_or_not_at_all(tmp_path, monkeypat
     module = CausalLM(saved)
     callback = AblationCallback(["mean", "conditional-mean"], [0.5], [1, 2], sites="mlp", dirpath=tmp_path / "run")
     tiny.fit(tmp_path, module, callback=callback)
+    with pytest.raises(ConfigError, match="there is no run to export yet"):
+        AblationCallback().export(module, tmp_path / "out", "zero")
+    with pytest.raises(TargetError, match="of another target"):
+        callback.export(tiny.Own(tiny.gpt2()), tmp_path / "out", "conditional-mean", 0.5)
     with pytest.raises(
         ConfigError, match="the run has no zero at 0.5 .*expected one of mean 0.5, conditional-mean 0.5"
     ):
@@ -214,6 +218,36 @@ def test_a_run_is_exported_with_its_card_whole_or_not_at_all(tmp_path, monkeypat
         expected = module.logits(batch)
     with torch.no_grad():
         torch.testing.assert_close(small.logits(batch), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_low_precision_is_kept_and_wrong_rows_are_noticed_in_it(dtype, monkeypatch):
+    model = tiny.gpt2().to(dtype)
+    edits = edits_for(tiny.sites(model, "mlp"))
+    _, small = shrunk(model, edits)
+    assert small.dtype == dtype and next(model.parameters()).dtype == dtype
+    places = smaller._places
+    monkeypatch.setattr(
+        smaller, "_places", lambda name, *more: places(name, *more).roll(int("0.mlp.c_fc.bias" in name))
+    )
+    with pytest.raises(SiteError, match="doesn't compute what the ablated one does"):
+        shrunk(model, edits)
+
+
+def test_what_generates_and_exactly_these_neurons_go_along(tmp_path):
+    saved = tiny.save_language_model(tmp_path / "model", tiny.gpt2())
+    module = CausalLM(saved)
+    module.configure_model()
+    module.target.generation_config.repetition_penalty = 1.3
+    sites = tiny.sites(module.target, "mlp")
+    choice = Only(neurons={site.name: [1, 5, 7] for site in sites})
+    callback = AblationCallback(["conditional-mean"], neurons=choice, sites="mlp", dirpath=tmp_path / "run")
+    tiny.fit(tmp_path, module, callback=callback)
+    folder = callback.export(module, tmp_path / "out", "conditional-mean")
+    assert json.loads((folder / "config.json").read_text())["n_inner"] == 61
+    assert json.loads((folder / "config.json").read_text())["use_cache"]
+    assert json.loads((folder / "generation_config.json").read_text())["repetition_penalty"] == 1.3
+    assert not module.target.config.use_cache
 
 
 def test_the_command_exports_a_run_of_the_command_line(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_ablate import AblationCallback, CausalLM, EachHead, Results
-from lightning_ablate.errors import DataError
+from lightning_ablate.errors import DataError, NonFiniteError
 from tests import tiny
 from tests.command import CONFIGS, FEW, TWO, assert_same, found
 
@@ -100,3 +100,24 @@ def test_what_is_not_declared_or_of_another_form_is_told_in_a_line(tmp_path):
     for kind in (Undeclared, Long):
         with pytest.raises(DataError, match=r"gave the extra metrics .* expected .*name them in"):
             tiny.fit(tmp_path, kind(tiny.gpt2()))
+
+
+@pytest.mark.parametrize("name", ["n", "top1", "seed", "part", "kept"])
+def test_names_of_other_columns_are_refused(tmp_path, name):
+    class Taken(Own):
+        metrics = (name,)
+
+    with pytest.raises(DataError, match=f"name '{name}', which results call another column"):
+        tiny.fit(tmp_path, Taken(tiny.gpt2()))
+
+
+def test_a_metric_that_is_no_number_is_named(tmp_path):
+    class Odd(Own):
+        metrics = ("odd",)
+
+        def evaluate(self, batch):
+            scored = super().evaluate(batch)
+            return scored._replace(extra={"odd": scored.extra["half"] * torch.nan})
+
+    with pytest.raises(NonFiniteError, match="the values of odd under 'baseline' are NaN"):
+        tiny.fit(tmp_path, Odd(tiny.gpt2()))

@@ -1,5 +1,7 @@
 """Pairs of texts between two answers: patching by plain hooks, in both directions, and what can't be aligned."""
 
+import json
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -91,6 +93,18 @@ def test_both_directions_in_one_run_give_the_share_that_is_kept(tmp_path):
     third = clean.table["logit_difference"][3]
     assert kept["kept"][3] == pytest.approx((third - ends[1]) / (ends[0] - ends[1]))
     assert corrupt.kept("logit_difference", ends[0])["kept"][0] == 1
+    both = callback.results.kept("logit_difference", ends[1] - 1)  # each by its own intact inputs
+    assert both[both["method"] == "none"]["kept"].tolist() == [1, 1] and set(both["data"]) == set(callback.results.data)
+
+
+def test_files_are_read_in_both_directions(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+    sizes = {"calibration_examples": 4, "evaluation_examples": 6, "evaluation_split": "train"}
+    data = PairedTexts(str(path), **sizes, evaluation=[PairedTexts(str(path), **sizes, reverse=True)])
+    _, callback = run(tmp_path, data)
+    assert callback.results.data == [str(path), f"{path} reversed"]
+    assert callback.results.labels == ["pairs.jsonl", "pairs.jsonl reversed"]
 
 
 def test_the_loss_of_the_metric_is_attributed_to_first_order_and_verified(tmp_path):
@@ -124,8 +138,13 @@ def test_the_loss_of_the_metric_is_attributed_to_first_order_and_verified(tmp_pa
     zeros = torch.zeros(16)
     truth = plain(module, batch, None, 0, one["site"])[0] - plain(module, batch, zeros, one["unit"], one["site"])[0]
     assert own.start >= 0 and one["verified"] == pytest.approx(truth.mean().item(), abs=1e-5)
-    with pytest.raises(ConfigError, match=r"no metric 'x' .*it has logit_difference, preferred"):
-        run(tmp_path, paired(), attribute=["zero"], attribute_metric="x")
+    for options, words in (
+        ({"attribute": ["zero"], "attribute_metric": "x"}, r"no metric 'x' .*it has logit_difference, preferred"),
+        ({"attribute": ["zero"], "attribute_metric": "preferred"}, "needs gradients of the preferred"),
+        ({"attribute_metric": "preferred"}, "verify and attribute_metric need attributions"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            run(tmp_path, paired(), **options)
 
 
 WRONG = {
@@ -134,6 +153,7 @@ WRONG = {
     "foil '' is 0 tokens": {"foil": ""},
     "has no column 'foil'": {"foil": None},
     "and at most 32": {"clean": "c" * 40, "corrupt": "d" * 40},
+    "clean has 32 tokens and corrupt 40": {"clean": "c" * 32, "corrupt": "d" * 40},
     "expected text": {"clean": 3},
 }
 

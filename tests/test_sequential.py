@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from lightning_ablate import AblationCallback, ConditionalSequential, Random, ablated
+from lightning_ablate.calibration import digest
 from lightning_ablate.conditions import Selection
 from lightning_ablate.errors import ConfigError, SiteError, StatisticsError
 from lightning_ablate.phases import SweepPhase
+from lightning_ablate.phases.sweep import masks_of
 from tests import tiny
 
 RIDGE = 1e-10
@@ -73,8 +75,9 @@ def test_each_site_is_regressed_with_all_before_it_ablated(tmp_path, make, batch
     for fraction in (0.5, 1.0):
         expected, edits = plainly(module.target, batch, calibration.sites, fraction, intact)
         condition = next(c for c in done._conditions() if c.fraction == fraction)
+        masks = digest({s.name: mask for s, mask in masks_of(condition, done.neurons, calibration).items()})
         for site in calibration.sites:
-            learned = calibration.learned[ConditionalSequential().key(condition.key)][site]
+            learned = calibration.learned[done.methods[0].key(masks)][site]
             mask, weights = edits[site.name]
             assert learned.shape == ((~mask).sum() + 1, mask.sum())
             if make is tiny.gpt2:  # the other's neurons hardly differ between positions, so that weights say little
@@ -98,8 +101,11 @@ def test_a_killed_run_and_validate_need_no_new_fit_but_other_conditions_do(tmp_p
         assert again.results.table.equals(whole.results.table)
     checkpoint = tmp_path / "whole" / "ablation.ckpt"
     assert tiny.validate(tmp_path, checkpoint, callback()).table.equals(whole.results.table)
-    with pytest.raises(StatisticsError, match=r"conditional-sequential.*needs the values it learns.*run `fit`"):
-        tiny.validate(tmp_path, checkpoint, callback(fractions=[0.3]))
+    others = [callback(fractions=[0.3]), callback(neurons=Random("head")), callback(intact=True)]
+    others.append(AblationCallback([ConditionalSequential(0.1)], [0.5, 1.0], [1]))
+    for other in others:  # of other neurons, or under other options
+        with pytest.raises(StatisticsError, match=r"conditional-sequential.*needs the values it learns.*run `fit`"):
+            tiny.validate(tmp_path, checkpoint, other)
 
 
 class Second(tiny.Own):

@@ -209,7 +209,7 @@ class SourceData(AblationDataModule):
     ) -> None:
         super().__init__(name, batch_size=batch_size, num_workers=num_workers, evaluation=evaluation)
         self.splits: dict[Purpose, str | None] = {"calibration": calibration_split, "evaluation": evaluation_split}
-        self.subset, self.streaming, self.shuffle_seed = subset, streaming, shuffle_seed
+        self.path, self.subset, self.streaming, self.shuffle_seed = name, subset, streaming, shuffle_seed
         self.unit, self.reached = unit, dict[Purpose, int]()
         self.given: Any = None
         self.budgets: dict[Purpose, int] = dict(zip(get_args(Purpose), budgets, strict=True))
@@ -237,7 +237,7 @@ class SourceData(AblationDataModule):
             return self.given if self.shuffle_seed is None else self.given.shuffle(seed=self.shuffle_seed)
         options: Any = {"subset": self.subset, "streaming": self.streaming, "shuffle_seed": self.shuffle_seed}
         try:
-            return open_source(self.name, split=self.splits[purpose] or "validation", **options)
+            return open_source(self.path, split=self.splits[purpose] or "validation", **options)
         except DataError as error:
             if self.splits[purpose] or not ("Unknown split" in str(error) or isinstance(error.__cause__, KeyError)):
                 raise

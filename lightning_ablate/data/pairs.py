@@ -35,8 +35,8 @@ class PairedTexts(TextRows):
     def example(self, row: dict[str, Any], tokenizer: Any) -> dict[str, Tensor]:
         """What a target takes of both texts, each ``(length,)``, and ``last``, ``answer``, ``foil`` ``()``, int64."""
         read, partner = (self.tokens(tokenizer, self.text(row, name)) for name in ("clean", "corrupt"))
-        lengths = [int(made["attention_mask"].sum()) for made in (read, partner)]
-        if lengths[0] != lengths[1] or len(tokenizer(row["clean"])["input_ids"]) > self.max_length:
+        lengths = [len(tokenizer(row[name])["input_ids"]) for name in ("clean", "corrupt")]
+        if lengths[0] != lengths[1] or lengths[0] > self.max_length:
             raise DataError(
                 f"{self.name}, the row {row['clean']!r:.70}: clean has {lengths[0]} tokens and corrupt {lengths[1]}, "
                 f"expected as many, and at most {self.max_length} (--data.max_length)"

@@ -44,8 +44,8 @@ class Ablation:
 
     ``mask`` is ``(neurons,)`` bool, True for the ablated neurons, on the target's device; while values are learned
     ``(examples, 1, neurons)``, and activations are ``(examples, positions, neurons)``. ``statistics`` are those the
-    method needs; ``seed`` is the condition's, None where it can't matter, and ``condition`` its key, see
-    :attr:`~lightning_ablate.conditions.Selection.key`.
+    method needs; ``seed`` is the condition's, None where it can't matter, and ``masks`` a digest of the masks of all
+    sites.
     """
 
     site: Site
@@ -53,7 +53,7 @@ class Ablation:
     statistics: SiteStatistics
     seed: int | None
     batch: Batch = field(default_factory=Batch)
-    condition: str = ""
+    masks: str = ""
 
     def by_example(self, activations: Tensor) -> Tensor:
         """Activations as ``(batch, positions, neurons)``; StatisticsError if the examples can't be told apart."""

@@ -26,9 +26,9 @@ class ConditionalMean(AblationMethod):
         ridge: λ, a share of each kept neuron's own variance, so that the scale of a neuron plays no part. None takes
             the one that did best at the site on calibration examples that were held out, see :attr:`Covariance.ridge`:
             without it few of them (a thousand positions) can do more harm than the mean.
+        name: what results call it, where the method is there with several options.
         centred: whether means play a part; False regresses the values themselves, without an intercept, as a projection
             needs it that has no bias to take one (see ``lightning_ablate.export``).
-        name: what results call it, where the method is there with several options.
 
     Example:
         >>> from lightning_ablate.sites import Site
@@ -46,7 +46,7 @@ class ConditionalMean(AblationMethod):
     statistics: ClassVar[tuple[type[ActivationStatistic], ...]] = (Moments, Covariance)
     covariance: ClassVar[type[Covariance]] = Covariance
 
-    def __init__(self, ridge: float | None = None, centred: bool = True, name: str | None = None) -> None:
+    def __init__(self, ridge: float | None = None, name: str | None = None, *, centred: bool = True) -> None:
         if ridge is not None and not ridge > 0:
             raise ConfigError(f"ridge is {ridge}, expected a share of the variance above 0, or null to choose it")
         self.ridge, self.centred, self.name = ridge, centred, name or self.name
@@ -64,7 +64,7 @@ class ConditionalMean(AblationMethod):
         if self.centred:
             return mean, covariance
         rows = mean.to(covariance).view(len(covariance), -1, 1)
-        return torch.zeros_like(mean), covariance + rows @ rows.mT
+        return torch.zeros_like(mean), covariance + rows * rows.mT
 
     def prepare(self, ablation: Ablation) -> Replacement:
         """Factorises the covariance of the kept neurons once."""
@@ -140,14 +140,14 @@ class ConditionalSequential(ConditionalMean):
 
     def prepare(self, ablation: Ablation) -> Replacement:
         """Takes what was fitted for the condition."""
-        packed, mask = ablation.statistics.learned(self.key(ablation.condition)).to(ablation.mask.device), ablation.mask
+        packed, mask = ablation.statistics.learned(self.key(ablation.masks)).to(ablation.mask.device), ablation.mask
         offset = packed.new_zeros(len(mask)).masked_scatter(mask, packed[-1])
         kept, ablated = (~mask).nonzero().squeeze(1), mask.nonzero().squeeze(1)
         return Affine(offset, packed[:-1], packed.new_zeros(len(kept)), kept, ablated) if len(kept) else Affine(offset)
 
-    def key(self, condition: str) -> str:
-        """The name under which a calibration holds what was fitted for a condition, see :attr:`Selection.key`."""
-        return f"{self.name} {condition}"
+    def key(self, masks: str) -> str:
+        """The name under which a calibration holds what was fitted for the masks of this digest."""
+        return f"{self.name} {self.ridge} {self.centred} {self.intact} {masks}"
 
     def regressed(self, ablation: Ablation) -> Affine:
         """The regression from statistics of what the ablated neurons should be, and of the kept ones as they are."""

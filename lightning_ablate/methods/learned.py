@@ -62,7 +62,7 @@ class ConditionalOptimal(LearnedMethod, ConditionalMean):
     ``x̂_a = μ_a + δ_a r_a + Σ_ak Σ_kk⁻¹ (x_k − μ_k)``. δ is learned, and r, the standard deviation of the neuron that
     the kept ones don't explain, as a share of its own, lets it fade where these tell enough.
 
-    Its options are those of :class:`ConditionalMean` and :class:`LearnedMethod`.
+    Its options are the ``ridge`` of :class:`ConditionalMean` and those of :class:`LearnedMethod`.
     """
 
     name = "conditional-optimal"

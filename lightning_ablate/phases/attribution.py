@@ -45,11 +45,6 @@ class AttributionPhase(Phase):
     def __init__(self, module: "AblationModule", run: Run, options: Attributing) -> None:
         super().__init__(module)
         self.options, self.sites, methods = options, run.calibration.sites, options.methods
-        if options.metric not in (None, *module.metrics):
-            raise ConfigError(
-                f"{type(module).__name__} has no metric {options.metric!r} (--ablation.attribute_metric), it has "
-                f"{', '.join(module.metrics) or 'none of its own'}"
-            )
         self._run, self._batch = run, Batch()
         self.n = torch.zeros(2, dtype=torch.float64, device=module.device)
         self.sums = {
@@ -70,8 +65,12 @@ class AttributionPhase(Phase):
                 self._batch.sources[kind, seed] = read_source(module, self.sites, kind, seed, batch)
         with torch.enable_grad(), hooked(module.target, {s: partial(_kept, found, s) for s in self.sites}, once=True):
             scored = module.evaluate(batch)
-        if not scored.logits.requires_grad:
-            raise ConfigError("attribution needs gradients of the logits that `evaluate` gives; is it under no_grad?")
+        metric = self.options.metric
+        if not (scored.logits if metric is None else scored.extra[metric]).requires_grad:
+            raise ConfigError(
+                f"attribution needs gradients of the {metric or 'logits'} that `evaluate` gives; is it a step "
+                "function, or made under no_grad?"
+            )
         match = scored.example.unsqueeze(1) == examples
         if not bool((match.any(1) | (scored.example < 0)).all()):
             held = few(map(str, examples.tolist()))

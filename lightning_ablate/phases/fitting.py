@@ -4,23 +4,28 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from queue import SimpleQueue
 from threading import Thread
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lightning_ablate.calibration import digest
 from lightning_ablate.choices import Choice
 from lightning_ablate.conditions import Condition
 from lightning_ablate.errors import ConfigError, SiteError
 from lightning_ablate.methods import Ablation, ConditionalSequential, Edit
 from lightning_ablate.phases.phase import Phase
 from lightning_ablate.phases.resume import Run
+from lightning_ablate.phases.sweep import masks_of
 from lightning_ablate.sites import Site, hooked
 from lightning_ablate.statistics import Covariance, SiteStatistics
 
 if TYPE_CHECKING:
     from lightning_ablate.modules import AblationModule
+
+
+_BATCHES = 256  # each has a thread of its own, and that one its pool
 
 
 class FittingPhase(Phase):
@@ -48,20 +53,23 @@ class FittingPhase(Phase):
         self._current: _Pass | None = None
 
     def step(self, batch: Any, batch_idx: int) -> None:
-        """Keeps the batch, and fits with all of them once it is the last."""
+        """Keeps the batch, and fits with all of them once it is the last; ConfigError if they are too many."""
+        if batch_idx == _BATCHES:
+            raise ConfigError(
+                f"{self.method.name} takes a thread for each batch of the calibration data, expected at most "
+                f"{_BATCHES}; raise --data.batch_size"
+            )
         self._batches.append((batch, self.module.examples_of(batch, batch_idx)))
         if self.module.trainer.is_last_batch:
-            learned, sites = self._run.calibration.learned, self._run.calibration.sites
+            learned, sites, device = self._run.calibration.learned, self._run.calibration.sites, self.module.device
+            silent = self.module.global_rank > 0 or cast(Any, self.module.trainer).progress_bar_callback is None
             with torch.no_grad():
-                for condition in tqdm(self._conditions, self.title, leave=False, disable=self.module.global_rank > 0):
-                    masks = {site: self._mask(condition, site) for site in sites}
-                    found = self._fitted(condition, {site: mask for site, mask in masks.items() if bool(mask.any())})
-                    nothing = torch.zeros(1, 0, device=self.module.device)
-                    learned[self.method.key(condition.key)] = {site: found.get(site, nothing) for site in sites}
+                for condition in tqdm(self._conditions, self.title, leave=False, disable=silent):
+                    masks = masks_of(condition, self._choice, self._run.calibration)
+                    found = self._fitted(condition, {s: m.to(device) for s, m in masks.items() if bool(m.any())})
+                    key = self.method.key(digest({site.name: mask for site, mask in masks.items()}))
+                    learned[key] = {site: found.get(site, torch.zeros(1, 0, device=device)) for site in sites}
             self._batches.clear()
-
-    def _mask(self, condition: Condition, site: Site) -> Tensor:
-        return self._choice.mask(condition, site, self._run.calibration[site]).to(self.module.device)
 
     def _fitted(self, condition: Condition, masks: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
         """What the method keeps of each site, see :meth:`ConditionalSequential.packed`."""
@@ -82,12 +90,13 @@ class FittingPhase(Phase):
                             statistic.update(mixed, self.module.valid_at(site, batch), **more)
                     for statistic in gathered:
                         statistic.sync()
-                        if isinstance(statistic, Covariance):
+                        if isinstance(statistic, Covariance) and self.method.ridge is None:
                             statistic.choose(mask)
                         statistic.reduce()
                     statistics = SiteStatistics(site.name, {type(one): one for one in gathered})
-                    affine = self.method.regressed(Ablation(site, mask, statistics, condition.seed))
-                    edit, found[site] = Edit(mask, affine), self.method.packed(affine, mask)
+                    with torch.autocast(mask.device.type, enabled=False):
+                        affine = self.method.regressed(Ablation(site, mask, statistics, condition.seed))
+                        edit, found[site] = Edit(mask, affine), self.method.packed(affine, mask)
         finally:
             for one in (one for both in passes for one in both):
                 self._current = one

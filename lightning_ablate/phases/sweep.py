@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from lightning_ablate.ablation import ablated
-from lightning_ablate.calibration import Calibration
+from lightning_ablate.calibration import Calibration, digest
 from lightning_ablate.choices import Choice, Random
-from lightning_ablate.conditions import BASELINE, Condition
+from lightning_ablate.conditions import BASELINE, Condition, Selection
 from lightning_ablate.errors import DataError, NonFiniteError, StatisticsError
 from lightning_ablate.methods import Ablation, AblationMethod, Batch, ConstantMethod, Edit, Replacement, Source
-from lightning_ablate.metrics import Clean, SweepMetrics, checked
+from lightning_ablate.metrics import METRICS, Clean, Scored, SweepMetrics, checked
 from lightning_ablate.phases.phase import Phase
 from lightning_ablate.sites import Site, check_mask, hooked
 from lightning_ablate.statistics.base import by_example
@@ -95,10 +95,11 @@ class SweepPhase(Phase):
                 with self.applied(condition):
                     scored = self.module.evaluate(batch)
                 if clean is None:
-                    self._check_examples(checked(scored, self.module.metrics).example)
+                    scored = checked(scored, self.module.metrics)
+                    self._check_examples(scored.example)
                     clean, self.classes = Clean.of(scored), scored.logits.shape[1]
                 with record_function("scoring"):
-                    self.metrics.update(index, scored, clean)
+                    self.metrics.update(index, Scored(*scored), clean)
                 del scored  # or the next pass would hold the logits of two conditions
         self._check_finite()
         self.done[self.module.place] = batch_idx + 1
@@ -134,14 +135,14 @@ class SweepPhase(Phase):
     def edits_of(self, condition: Condition) -> dict[Site, Edit]:
         """What a condition does to each site; those it leaves alone are left out."""
         edits: dict[Site, Edit] = {}
-        for site in self._calibration.sites if condition != BASELINE else ():
-            method, statistics = self._methods[condition.method], self._calibration[site]
-            mask = self._choice.mask(condition, site, statistics)
-            check_mask(mask, site, type(self._choice).__name__)
+        masks = {} if condition == BASELINE else masks_of(condition, self._choice, self._calibration)
+        whole = digest({site.name: mask for site, mask in masks.items()})
+        for site, mask in masks.items():
             if not bool(mask.any()):
                 continue
+            method, statistics = self._methods[condition.method], self._calibration[site]
             mask = mask.to(self.module.device)
-            ablation = Ablation(site, mask, statistics, condition.seed, self._batch, condition.key)
+            ablation = Ablation(site, mask, statistics, condition.seed, self._batch, whole)
             try:
                 replacement = self._constants.get((method.name, site)) or method.prepare(ablation)
             except StatisticsError as error:
@@ -170,10 +171,20 @@ class SweepPhase(Phase):
         finite = self.metrics.finite
         if not bool(finite.all()):
             bad = [str(c) for c, good in zip(self.conditions, finite.tolist(), strict=True) if not good]
+            odd = [name for name, values in self.metrics.means.items() if not bool(values.isfinite().all())]
+            what = "logits" if set(odd) & set(METRICS) else f"values of {odd[0]}"
             raise NonFiniteError(
-                f"the logits under {bad[0]!r} are NaN or infinite ({len(bad)} of {len(self.conditions)} conditions); "
+                f"the {what} under {bad[0]!r} are NaN or infinite ({len(bad)} of {len(self.conditions)} conditions); "
                 "try another precision (--trainer.precision, --model.dtype)"
             )
+
+
+def masks_of(condition: Selection, choice: Choice, calibration: Calibration) -> dict[Site, Tensor]:
+    """The neurons of every site that are ablated, ``(neurons,)`` bool on the CPU."""
+    masks = {site: choice.mask(condition, site, calibration[site]) for site in calibration.sites}
+    for site, mask in masks.items():
+        check_mask(mask, site, type(choice).__name__)
+    return masks
 
 
 def read_source(

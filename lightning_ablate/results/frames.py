@@ -29,7 +29,7 @@ def typed(frame: pd.DataFrame, types: Mapping[str, str], name: str) -> pd.DataFr
     missing = [column for column in types if column not in frame.columns]
     if missing:
         raise DataError(f"{name} lacks the columns {', '.join(missing)}; it has {', '.join(map(str, frame.columns))}")
-    own = {name: "float64" for name in frame.columns if name not in types}
+    own = {name: "float64" for name in frame.select_dtypes("number").columns if name not in types}
     return frame[[*types, *own]].astype({**types, **own}).reset_index(drop=True)
 
 

@@ -131,6 +131,7 @@ class Results:
                 contrasts.append((rows, np.ones(1)))
         return self._frame(["method", "fraction", "part", "head"], keys, contrasts, self.metrics)
 
+    @by_data
     def kept(self, metric: str, nothing: float) -> pd.DataFrame:
         """The summary of what is kept of a metric: 1 with nothing ablated, 0 where it is ``nothing``, both as known.
 
@@ -139,8 +140,8 @@ class Results:
         frame, whole = self.summary(), self.baseline[metric] - nothing
         kept = (frame[[metric, f"{metric}_low", f"{metric}_high"]].to_numpy() - nothing) / whole
         kept[:, 1:].sort(axis=1)
-        names = [name for name in frame if not name.startswith(tuple(self.metrics))]
-        return frame[names].assign(**dict(zip(("kept", "kept_low", "kept_high"), kept.T, strict=True)))
+        keys = list(frame)[: list(frame).index(METRICS[0])]
+        return frame[keys].assign(**dict(zip(("kept", "kept_low", "kept_high"), kept.T, strict=True)))
 
     @by_data
     def compare(self, method: str | None = None, other: str | None = None) -> pd.DataFrame:
