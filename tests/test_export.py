@@ -228,7 +228,7 @@ def test_a_low_precision_is_kept_and_wrong_rows_are_noticed_in_it(dtype, monkeyp
     assert small.dtype == dtype and next(model.parameters()).dtype == dtype
     places = smaller._places
     monkeypatch.setattr(
-        smaller, "_places", lambda name, *more: places(name, *more).roll(int("0.mlp.c_fc.bias" in name))
+        smaller, "_places", lambda name, *more: places(name, *more).roll(int("0.mlp.c_fc.weight" in name))
     )
     with pytest.raises(SiteError, match="doesn't compute what the ablated one does"):
         shrunk(model, edits)
