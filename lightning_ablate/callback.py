@@ -236,7 +236,8 @@ class AblationCallback(lightning.Callback):
     def attribution(self) -> pd.DataFrame:
         """What every unit is worth, see :func:`~lightning_ablate.attribution.table_of`; empty without attribution."""
         table = table_of(self.run.calibration.attributed, self.run.measured)
-        table.attrs["of"] = self.attributing.metric or "nats"
+        metric = self.attributing.metric
+        table.attrs["of"] = "nats" if metric is None else f"loss of {metric}"
         return table
 
     def restore(self, module: AblationModule, checkpoint: Path | str) -> None:
@@ -247,25 +248,30 @@ class AblationCallback(lightning.Callback):
         self.run.load_state_dict(state, module.target, kinds=self._kinds, which=self.sites)
 
     def export(
-        self, module: AblationModule, folder: Path | str, method: str, fraction: float = 1.0, seed: int | None = None
+        self,
+        module: AblationModule,
+        folder: Path | str,
+        method: str,
+        fraction: float | None = None,
+        seed: int | None = None,
     ) -> Path:
         """Writes a condition of the run as a smaller model, see :func:`lightning_ablate.export.export`.
 
-        ``seed`` None takes the first. ConfigError if the run has no such condition, or is of single parts; TargetError
-        if it is of another target.
+        ``fraction`` None takes the only one, ``seed`` None the first. ConfigError if the run has no such condition, or
+        is of single parts; TargetError if it is of another target.
         """
         if not hasattr(self, "run"):
             raise ConfigError("there is no run to export yet: `fit` first")
         module.configure_model()
         check_target(self.run.state_dict(), fingerprint(module.target))
         conditions = self._conditions()[1:]
-        own = [c for c in conditions if c.method == method and c.fraction == fraction]
+        own = [c for c in conditions if c.method == method and fraction in (None, c.fraction)]
         found = [c for c in own if seed is None or c.seed in (seed, None)]
-        if not found or len({(c.part, c.head) for c in found}) > 1:
-            known = dict.fromkeys(f"{c.method} {c.fraction:g}" for c in conditions)
+        if len({(c.fraction, c.part, c.head) for c in found}) != 1:
+            many = "more than one" if found else "no"
             raise ConfigError(
-                f"the run has no {method} at {fraction:g} (seed {seed}), or several parts alone; expected one of "
-                f"{few(known)}, of all sites together"
+                f"the run has {many} {method} at fraction {fraction}, seed {seed}, of all sites; expected one of "
+                f"{few(map(str, conditions))}"
             )
         chosen = next(one for one in self.methods if one.name == method)
         return export(module, self.run.calibration, self.neurons, chosen, found[0], folder, self.results)

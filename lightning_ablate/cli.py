@@ -137,7 +137,7 @@ def export_run() -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run of `fit`, which holds ablation.ckpt")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to make")
     parser.add_argument("--method", required=True, help="what takes the neurons' place, as results call it")
-    parser.add_argument("--fraction", type=float, default=1.0, help="share of the neurons that go")
+    parser.add_argument("--fraction", type=float, help="share of the neurons that go; by default the only one")
     parser.add_argument("--seed", type=int, help="of the choice of neurons; the first one by default")
     given = parser.parse_args()
     checkpoint = str(given.run / CHECKPOINT)

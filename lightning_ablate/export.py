@@ -116,7 +116,7 @@ def _scores(results: Results, condition: Condition) -> str:
     own = summary[(summary["method"] == condition.method) & (summary["fraction"] == condition.fraction)].iloc[0]
     label = "ablated" if own["seeds"] == 1 else f"ablated, mean over {own['seeds']} choices of neurons"
     rows = [f"| | intact | {label} |", "| --- | --- | --- |"]
-    for metric, label in _METRICS.items():
+    for metric, label in {**_METRICS, **{name: name for name in results.own}}.items():
         cells = [
             f"{row[metric]:.4f} [{row[f'{metric}_low']:.4f}, {row[f'{metric}_high']:.4f}]"
             for row in (summary.iloc[0], own)

@@ -47,7 +47,7 @@ def checked(scored: Any, extra: Sequence[str] = ()) -> Scored:
         given = {name: tuple(values.shape) for name, values in own.items()}
         raise DataError(
             f"`evaluate` gave the extra metrics {given}, expected {', '.join(extra) or 'none'}, each of them "
-            f"({len(targets)},): name them in the module's `metrics`, in this order"
+            f"({len(targets)},), as Scored's `extra`, which the module's `metrics` names in the same order"
         )
     if logits.ndim != 2 or targets.shape != logits.shape[:1] or example.shape != logits.shape[:1]:
         shapes = [tuple(tensor.shape) for tensor in (logits, targets, example)]

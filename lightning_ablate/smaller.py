@@ -218,9 +218,9 @@ def _check_whole(site: Site, kept: Tensor) -> None:
         size = site.width // site.heads
         if len(kept) != size * len(set(kept.div(size, rounding_mode="floor").tolist())):
             raise SiteError(
-                f"single attention neurons go at {site.name}, which rotary pairs and shared heads don't allow a "
-                "smaller model: take heads (--ablation.neurons.unit head), or all that share a key and value head "
-                "(unit: their neurons), or MLP neurons (--ablation.sites mlp)"
+                f"single attention neurons go at {site.name}, but in a smaller model all heads are equally wide: take "
+                "heads (--ablation.neurons.unit head), all that share a key and value head (unit: their neurons), or "
+                "MLP neurons (--ablation.sites mlp)"
             )
 
 

@@ -98,7 +98,10 @@ def test_what_is_not_declared_or_of_another_form_is_told_in_a_line(tmp_path):
             return scored._replace(extra={**scored.extra, "half": torch.zeros(3)})
 
     for kind in (Undeclared, Long):
-        with pytest.raises(DataError, match=r"gave the extra metrics .* expected .*name them in"):
+        with pytest.raises(
+            DataError,
+            match=r"gave the extra metrics .* expected .*Scored's `extra`, which the module's `metrics` names",
+        ):
             tiny.fit(tmp_path, kind(tiny.gpt2()))
 
 

@@ -114,7 +114,9 @@ def test_the_loss_of_the_metric_is_attributed_to_first_order_and_verified(tmp_pa
     batch = torch.utils.data.default_collate(list(data._examples("calibration")))
     partner = {**batch, **{n: batch[f"partner_{n}"] for n in ("input_ids", "attention_mask")}}
     heads = callback.attribution[lambda t: t["level"] == "head"]
-    assert callback.attribution.attrs["of"] == "logit_difference" and (callback.attribution["second"] == 0).all()
+    assert (
+        callback.attribution.attrs["of"] == "loss of logit_difference" and (callback.attribution["second"] == 0).all()
+    )
     for site in callback.run.calibration.sites:
         kept = {}
 
@@ -152,7 +154,9 @@ WRONG = {
     "answer 'cd' is 2 tokens, expected 1": {"answer": "cd"},
     "foil '' is 0 tokens": {"foil": ""},
     "has no column 'foil'": {"foil": None},
-    "and at most 32": {"clean": "c" * 40, "corrupt": "d" * 40},
+    "are the same token": {"foil": "c"},
+    "from 1 to 32": {"clean": "", "corrupt": ""},
+    "clean has 40 tokens and corrupt 40, expected as many, from 1 to 32": {"clean": "c" * 40, "corrupt": "d" * 40},
     "clean has 32 tokens and corrupt 40": {"clean": "c" * 32, "corrupt": "d" * 40},
     "expected text": {"clean": 3},
 }
@@ -169,6 +173,17 @@ def test_pairs_that_cannot_be_aligned_are_told_in_a_line_with_their_row(tmp_path
     with pytest.raises(DataError, match=words) as error:
         run(tmp_path, paired(rows))
     assert "\n" not in str(error.value)
+
+
+def test_other_texts_are_sources_but_no_pairs(tmp_path):
+    module = PairedLM.of(tiny.gpt2(), tokenizer=tiny.tokenizer())
+    callback = AblationCallback(["resample-ids", "resample-same-position"], [0.5], [1])
+    tiny.trainer(tmp_path, callback).fit(module, datamodule=paired())
+    assert len(callback.results.table) == 3
+    with pytest.raises(ConfigError, match="no metric 'x' here; those there are: top1"):
+        callback.results.kept("x", 0)
+    with pytest.raises(DataError, match="PairedLM reads pairs of texts, and these are none"):
+        tiny.fit(tmp_path, module)
 
 
 def words_tokenizer():

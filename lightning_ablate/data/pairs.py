@@ -36,10 +36,10 @@ class PairedTexts(TextRows):
         """What a target takes of both texts, each ``(length,)``, and ``last``, ``answer``, ``foil`` ``()``, int64."""
         read, partner = (self.tokens(tokenizer, self.text(row, name)) for name in ("clean", "corrupt"))
         lengths = [len(tokenizer(row[name])["input_ids"]) for name in ("clean", "corrupt")]
-        if lengths[0] != lengths[1] or lengths[0] > self.max_length:
+        if lengths[0] != lengths[1] or not 0 < lengths[0] <= self.max_length:
             raise DataError(
                 f"{self.name}, the row {row['clean']!r:.70}: clean has {lengths[0]} tokens and corrupt {lengths[1]}, "
-                f"expected as many, and at most {self.max_length} (--data.max_length)"
+                f"expected as many, from 1 to {self.max_length} (--data.max_length)"
             )
         words = {}
         for name in ("answer", "foil"):
@@ -50,6 +50,8 @@ class PairedTexts(TextRows):
                     "(a space in front belongs to most)"
                 )
             words[name] = torch.tensor(ids[0])
+        if words["answer"] == words["foil"]:
+            raise DataError(f"{self.name}, the row {row['clean']!r:.70}: answer and foil are the same token")
         read, partner = (partner, read) if self.reverse else (read, partner)
         last = read["attention_mask"].nonzero().max()
         return {**read, **{f"partner_{name}": value for name, value in partner.items()}, "last": last, **words}

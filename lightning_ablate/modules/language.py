@@ -178,6 +178,10 @@ class PairedLM(CausalLM):
 
     def evaluate(self, batch: TextBatch) -> Scored:
         """One scored position an example."""
+        if "last" not in batch:
+            raise DataError(
+                "PairedLM reads pairs of texts, and these are none; expected --data PairedTexts or another of its kind"
+            )
         rows = torch.arange(len(batch["last"]), device=batch["last"].device)
         logits = self.logits(batch)[rows, batch["last"]]
         difference = (logits[rows, batch["answer"]] - logits[rows, batch["foil"]]).float()
@@ -187,7 +191,8 @@ class PairedLM(CausalLM):
     def source(self, kind: str, seed: int, batch: TextBatch) -> TextBatch:
         """Also the kind ``partner``: the other text of each pair."""
         if kind != "partner":
-            return super().source(kind, seed, batch)
+            found, nothing = super().source(kind, seed, batch), batch["last"].new_zeros(1)
+            return {**dict.fromkeys(("last", "answer", "foil"), nothing), **found}
         return {**batch, **{name: batch[f"partner_{name}"] for name in ("input_ids", "attention_mask")}}
 
 

@@ -137,6 +137,8 @@ class Results:
 
         With what it is on corrupt inputs, ``results.on("... reversed").baseline[metric]``, as in activation patching.
         """
+        if metric not in self.metrics:
+            raise ConfigError(f"there is no metric {metric!r} here; those there are: {', '.join(self.metrics)}")
         frame, whole = self.summary(), self.baseline[metric] - nothing
         kept = (frame[[metric, f"{metric}_low", f"{metric}_high"]].to_numpy() - nothing) / whole
         kept[:, 1:].sort(axis=1)
