@@ -78,7 +78,7 @@ COMMANDS = [  # the command, and what its message names
     (f"fit {GPT2}", "required: --data"),
     (f"fit {GPT2} --data=TextData", "required: name"),
     (f"fit {GPT2} --data=Digits", "--data"),
-    ("fit --data=NoData", "--data: no such class 'NoData', expected Digits, ImageData, LabelledTexts"),
+    ("fit --data=NoData", "--data: no such class 'NoData', expected Digits, ImageData, IndirectObjects"),
     ("fit --data.evaluation_images=5000", "--data.evaluation_images"),
     ("fit --data.calibration_images=0", "--data.calibration_images"),
     (f"{TEXT} --data.name=none.parquet", "'none.parquet' does not exist (--data.name)"),
