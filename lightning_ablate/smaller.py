@@ -113,6 +113,7 @@ class Form:
         config = copy.deepcopy(self.target.config)
         for name, value in options.items():
             setattr(config, name, value)
+        type(config).from_dict(config.to_dict())  # which must be there to be read, or raises
         return type(self.target)._from_config(config, dtype=self.target.dtype)
 
     def narrower(self, site: Site, kept: Tensor) -> Iterator[Options]:

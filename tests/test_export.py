@@ -23,7 +23,10 @@ SHORT = (
     "bert roberta distilbert electra deberta-v2 modernbert bart t5 m2m_100 vit beit deit vit_tiny_patch16_224 "
     "vit_small_patch14_reg4_dinov2 eva02_tiny_patch14_224 swin_tiny_patch4_window7_224"
 ).split()
-NO_MLP = {"albert", "bloom"}  # a module that runs several times; a projection that is more than a matrix
+NO_MLP = (  # no option, several uses of a module, a norm over the neurons; cpmant has no cache
+    "albert bitnet bloom cpmant falcon moshi mpt openai-gpt dinov2 dinov2_with_registers swin "
+    "vit_base_patch16_siglip_224 cait_xxs24_224"
+).split()
 HEADS = "llama qwen3 phi3 mistral olmo t5 vit gemma".split()  # of the kinds that can lose heads
 FRESH = """
 import json, sys
