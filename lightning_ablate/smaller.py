@@ -59,15 +59,16 @@ def shrunk(target: nn.Module, edits: Mapping[Site, Edit]) -> tuple["Form", nn.Mo
     folded, form = fold(target, edits), form_of(target)
     kept = {site: (~edit.mask).nonzero().squeeze(1).cpu() for site, edit in edits.items()}
     shapes = {name: tensor.shape for name, tensor in target.state_dict().items()}
+    skeleton = form.built("meta")
     for site, own in kept.items():
         _check_whole(site, own)
         candidates = list(form.narrower(site, own))
-        if features(form.built("meta").get_submodule(site.path)) != len(own):
+        if features(skeleton.get_submodule(site.path)) != len(own):
             error = SiteError(
                 f"{form.name} has no option that makes {site.name} narrower by these neurons alone: expected as many "
                 "of every layer, and an MLP whose width, or heads whose number, is set apart from the hidden size"
             )
-            form.choose(candidates, partial(_fits, site, len(own), edits, shapes), error)
+            skeleton = form.choose(candidates, partial(_fits, site, len(own), edits, shapes), error)
         elif len(own) < site.width and not any(more.items() <= form.options.items() for more in candidates):
             raise _uneven(form, [site])
     added = [f"{path}.bias" for path, (_, bias) in folded.items() if bool(bias.any())]
@@ -157,13 +158,13 @@ class Form:
         with torch.device(device):
             return self.build(self.options | (more or {}))
 
-    def choose(self, candidates: Iterable[Options], fits: Callable[[nn.Module], bool], error: SiteError) -> None:
-        """Takes the first options under which a model fits, or raises the error."""
+    def choose(self, candidates: Iterable[Options], fits: Callable[[nn.Module], bool], error: SiteError) -> nn.Module:
+        """Takes the first options under which a model without weights fits, and returns it; or raises the error."""
         for more in candidates:
             with suppress(Exception):  # what a library raises for options that make no model
-                if fits(self.built("meta", more)):
+                if fits(model := self.built("meta", more)):
                     self.options |= more
-                    return
+                    return model
         raise error
 
 

@@ -13,7 +13,7 @@ from lightning_ablate import EachHead, EachLayer, Only, Random, Ranked, Site
 from lightning_ablate.choices import seed_of
 from lightning_ablate.conditions import Condition, Selection
 from lightning_ablate.errors import ConfigError, SiteError, StatisticsError
-from lightning_ablate.statistics import Histogram, Moments, SiteStatistics
+from lightning_ablate.statistics import Covariance, Histogram, Moments, SiteStatistics, covariance
 from tests import tiny
 
 SITE = Site("model.layers.3.self_attn.o_proj", 37)
@@ -120,3 +120,41 @@ def test_ranked_orders_neurons_as_numpy_does(by, first, sign):
     assert Ranked(by).selections([HEADS], [0.0, 0.5, 1.0], [1, 2]) == [Selection(0.5), Selection(1.0)]
     with pytest.raises(StatisticsError, match="needs the statistic Moments of the site here"):
         Ranked(by).mask(Selection(0.5), HEADS, SiteStatistics("here", {}))
+
+
+def test_scores_of_what_is_lost_are_those_of_numpy_and_solved_once(monkeypatch):
+    """Wanda's and FLAP's by neuron, and the optimal brain surgeon's, also by units of several neurons."""
+    x = torch.randn(4, 500, 12) @ torch.randn(12, 12) + torch.randn(12)
+    norms, flat = torch.rand(12), x.flatten(0, 1).double().numpy()
+    gathered = {kind: kind.of(HEADS) for kind in (Moments, Covariance)}
+    for statistic in gathered.values():
+        statistic.update(x)
+    gathered[Covariance].chosen.fill_(1e-12)
+    statistics = SiteStatistics(HEADS.name, gathered, norms=norms)
+    value = {
+        "weighted-sd": flat.std(0),
+        "weighted-rms": np.sqrt((flat**2).mean(0)),
+        "unexplained": 1 / np.sqrt(np.linalg.inv(np.cov(flat.T, bias=True)).diagonal()),
+    }
+    solved, calls = covariance.solved, []
+    monkeypatch.setattr(covariance, "solved", lambda *given: calls.append(given) or solved(*given))
+    for by, score in value.items():
+        weighted = score * norms.double().numpy()
+        assert Ranked(by).order(HEADS, 0, statistics).tolist() == np.argsort(weighted).tolist()
+        for unit, units in ((4, 3), (6, 2)):
+            order = np.argsort(weighted.reshape(units, unit).mean(1))
+            assert Ranked(by, unit=unit).order(HEADS, 0, statistics).tolist() == order.tolist()
+            mask = Ranked(by, unit=unit).mask(Selection(1 / units), HEADS, statistics)
+            assert mask.view(units, unit).all(1).nonzero().flatten().tolist() == [order[0]]
+    assert len(calls) == 1  # for all conditions
+    gathered[Covariance].update(3 * x)
+    Ranked("unexplained").order(HEADS, 0, statistics)
+    assert len(calls) == 2
+
+
+def test_units_that_make_no_sense_are_refused():
+    with pytest.raises(SiteError, match=r"h\.0\.attn\.proj has 12 neurons, expected units of 5 to fill it"):
+        Random(5).selections([HEADS], [0.5], [1])
+    for unit in (0, -1, "layer", 1.5):
+        with pytest.raises(ConfigError, match="expected neuron, head or a number of neurons"):
+            Random(unit)

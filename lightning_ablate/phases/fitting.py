@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from queue import SimpleQueue
-from threading import Thread
+from threading import Thread, current_thread
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -50,7 +50,6 @@ class FittingPhase(Phase):
         self.title, self.method, self._run, self._choice = f"Fitting {method.name}", method, run, choice
         self._conditions = [condition for condition in conditions() if condition.method == method.name]
         self._batches: list[tuple[Any, Tensor]] = []
-        self._current: _Pass | None = None
 
     def step(self, batch: Any, batch_idx: int) -> None:
         """Keeps the batch, and fits with all of them once it is the last; ConfigError if they are too many."""
@@ -78,13 +77,13 @@ class FittingPhase(Phase):
         edit: Edit | None = None
         found = {}
         try:
-            with hooked(self.module.target, {site: partial(self._arrive, site) for site in masks}):
+            with hooked(self.module.target, {site: partial(_arrive, site) for site in masks}):
                 for site, mask in masks.items():
                     gathered = [kind.of(site).to(self.module.device) for kind in self.method.fitted_from]
                     for (ablated, *intact), (batch, examples) in zip(passes, self._batches, strict=True):
-                        mixed = self._at(site, ablated, edit)
+                        mixed = _at(site, ablated, edit)
                         for one in intact:
-                            mixed = torch.where(mask, self._at(site, one, None), mixed)
+                            mixed = torch.where(mask, _at(site, one, None), mixed)
                         for statistic in gathered:
                             more = {"examples": examples} if statistic.takes_examples else {}
                             statistic.update(mixed, self.module.valid_at(site, batch), **more)
@@ -99,21 +98,8 @@ class FittingPhase(Phase):
                         edit, found[site] = Edit(mask, affine), self.method.packed(affine, mask)
         finally:
             for one in (one for both in passes for one in both):
-                self._current = one
                 one.stop()
         return found
-
-    def _at(self, site: Site, one: "_Pass", edit: Edit | None) -> Tensor:
-        """The activations with which a pass comes to its next site, which must be this one."""
-        self._current = one
-        here, activations = one.resume(edit)
-        if here != site:
-            raise SiteError(f"the sites ran in another order than when they were found: {here} in place of {site.name}")
-        return activations
-
-    def _arrive(self, site: Site, activations: Tensor) -> Tensor | None:
-        assert self._current is not None
-        return self._current.arrive(site, activations)
 
     def _evaluate(self, batch: Any) -> None:
         if self.module.device.type == "cuda":  # which, as the contexts, is of one thread alone
@@ -126,18 +112,19 @@ class _Stopped(Exception):
     """Ends a pass that is needed no longer."""
 
 
-class _Pass:
+class _Pass(Thread):
     """A forward pass in a thread of its own, which waits at every site; a single one runs at a time."""
 
-    def __init__(self, run: Callable[[], None]) -> None:
+    def __init__(self, forward: Callable[[], None]) -> None:
+        super().__init__(daemon=True)
+        self._forward = forward
         self._out: SimpleQueue[Any] = SimpleQueue()
         self._in: SimpleQueue[Any] = SimpleQueue()
-        self._thread = Thread(target=self._run, args=(run,), daemon=True)
 
     def resume(self, edit: Edit | None) -> tuple[Any, Tensor]:
         """Lets it do an edit and go on to the next site: that site, or what else ended it, and its activations."""
-        if self._thread.ident is None:
-            self._thread.start()
+        if self.ident is None:
+            self.start()
         else:
             self._in.put(edit)
         found = self._out.get()
@@ -155,13 +142,26 @@ class _Pass:
 
     def stop(self) -> None:
         """Ends it, wherever it is."""
-        if self._thread.is_alive():
+        if self.is_alive():
             self._in.put(_Stopped())
-            self._thread.join()
+            self.join()
 
-    def _run(self, run: Callable[[], None]) -> None:
+    def run(self) -> None:
+        """The pass."""
         try:
-            run()
+            self._forward()
             self._out.put(("the end", None))
         except BaseException as error:
             self._out.put(error)
+
+
+def _arrive(site: Site, activations: Tensor) -> Tensor | None:
+    return cast(_Pass, current_thread()).arrive(site, activations)
+
+
+def _at(site: Site, one: _Pass, edit: Edit | None) -> Tensor:
+    """The activations with which a pass comes to its next site, which must be this one."""
+    here, activations = one.resume(edit)
+    if here != site:
+        raise SiteError(f"the sites ran in another order than when they were found: {here} in place of {site.name}")
+    return activations

@@ -44,8 +44,7 @@ def schedule(
     Attribution comes first, as what is learned may be of neurons that it ranks, unless it is of what is learned.
     ``batches`` are those of an epoch and process, of ``examples`` in all, ``batch_size`` that of all processes
     together; of ``steps`` None takes each method's own; ``conditions`` gives those of the sweep, once the sites are
-    known. ConfigError if there is something to learn from data without a
-    length.
+    known. ConfigError if there is something to learn from data without a length.
     """
     calibrate = partial(CalibrationPhase, kinds=kinds)
     attributing = attributing or Attributing()

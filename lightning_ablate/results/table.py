@@ -133,7 +133,7 @@ class Results:
 
     @by_data
     def kept(self, metric: str, nothing: float) -> pd.DataFrame:
-        """The summary of what is kept of a metric: 1 with nothing ablated, 0 where it is ``nothing``, both as known.
+        """The summary, and ``kept`` of a metric: 1 with nothing ablated, 0 where it is ``nothing``, both as known.
 
         With what it is on corrupt inputs, ``results.on("... reversed").baseline[metric]``, as in activation patching.
         """
@@ -142,8 +142,7 @@ class Results:
         frame, whole = self.summary(), self.baseline[metric] - nothing
         kept = (frame[[metric, f"{metric}_low", f"{metric}_high"]].to_numpy() - nothing) / whole
         kept[:, 1:].sort(axis=1)
-        keys = list(frame)[: list(frame).index(METRICS[0])]
-        return frame[keys].assign(**dict(zip(("kept", "kept_low", "kept_high"), kept.T, strict=True)))
+        return frame.assign(**dict(zip(("kept", "kept_low", "kept_high"), kept.T, strict=True)))
 
     @by_data
     def compare(self, method: str | None = None, other: str | None = None) -> pd.DataFrame:
@@ -203,8 +202,7 @@ class Results:
     def plot(self, metric: str = "cross_entropy") -> "Figure":
         """The curves of the methods by fraction; or, of conditions confined to parts, what each part costs.
 
-        Data sets have their columns of curves; of parts only those of the first are shown. ``metric`` is what of parts
-        is shown.
+        Data sets have their columns of curves; of parts the ``metric`` on the first is shown.
         """
         return figures.importance(self.each[0], metric) if self.parts else figures.degradation(*self.each)
 

@@ -30,6 +30,7 @@ class Covariance(ActivationStatistic):
     def __init__(self, neurons: int, earlier: SiteStatistics | None = None, blocks: int = 1) -> None:
         super().__init__(neurons, earlier)
         self.blocks, width = blocks, neurons // blocks
+        self._unexplained: Tensor | None = None
         dtype = torch.float64 if neurons <= _DOUBLE else torch.float32
         # of every block, of even and then of odd examples: the count in every column, the mean, and the products
         sums = torch.zeros(2 * blocks, width + 2, width, dtype=dtype)
@@ -41,7 +42,7 @@ class Covariance(ActivationStatistic):
 
         ``examples`` are the indices of its examples, ``(batch,)`` int64; None counts them from 0.
         """
-        count = len(activations if valid is None else valid)
+        self._unexplained, count = None, len(activations if valid is None else valid)
         if examples is None or count % max(1, len(examples)):  # what comes first isn't the examples
             examples = torch.arange(count, device=activations.device)
         examples = examples.repeat_interleave(count // max(1, len(examples)))  # of windows, whose examples share them
@@ -83,10 +84,12 @@ class Covariance(ActivationStatistic):
     @property
     def unexplained(self) -> Tensor:
         """The variance of each neuron that all others of its block don't explain, ``(neurons,)`` float64."""
-        covariance = self.covariance.double()
-        identity = torch.eye(covariance.shape[1], dtype=covariance.dtype, device=covariance.device)
-        precision = solved(covariance, identity.expand_as(covariance), self.ridge)
-        return 1 / precision.diagonal(dim1=1, dim2=2).flatten()
+        if self._unexplained is None:  # a choice asks for every condition, or every example
+            covariance = self.covariance.double()
+            identity = torch.eye(covariance.shape[1], dtype=covariance.dtype, device=covariance.device)
+            precision = solved(covariance, identity.expand_as(covariance), self.ridge)
+            self._unexplained = 1 / precision.diagonal(dim1=1, dim2=2).flatten()
+        return self._unexplained
 
     def choose(self, mask: Tensor) -> None:
         """Chooses the ridge with which just the neurons of a mask ``(neurons,)`` bool are regressed on the others."""
@@ -95,6 +98,7 @@ class Covariance(ActivationStatistic):
     def reduce(self) -> None:
         """Chooses the ridge, unless it is chosen, and keeps the examples apart no longer."""
         super().reduce()
+        self._unexplained = None
         self.ridge  # noqa: B018
         self.sums = self._whole
 

@@ -54,3 +54,13 @@ def test_fewer_positions_than_neurons_in_float32_are_solved(edit):
     x, mask = torch.randn(1, 64, 2112) + torch.randn(1, 64, 1), torch.arange(2112) % 4 == 0
     found = edit(ConditionalMean(), x, mask)(x)  # such wide sites keep float32
     assert bool(found.isfinite().all()) and float((found - x)[..., mask].abs().mean()) < float(x.std())
+
+
+def test_without_means_it_is_the_regression_without_an_intercept(edit):
+    x, new = mixed(800)[None, ..., torch.tensor([0, 1, 4, 5, 6, 7, 8, 9])], torch.randn(5, 3, 8)
+    mask = torch.tensor([True, False, True, False, False, True, False, False])
+    found = edit(ConditionalMean(ridge=1e-12, centred=False), x, mask)(new)
+    kept, gone = (x[0, :, own].double().numpy() for own in (~mask, mask))
+    weights, *_ = np.linalg.lstsq(kept, gone, rcond=None)
+    np.testing.assert_allclose(found[..., mask], new[..., ~mask].double().numpy() @ weights, rtol=1e-4, atol=1e-4)
+    assert not edit(ConditionalMean(centred=False), x, torch.ones(8, dtype=torch.bool))(new).any()
