@@ -17,8 +17,9 @@ from lightning_ablate.metrics import Scored
 from lightning_ablate.sites import Site
 from lightning_ablate.statistics import FOUND, SiteStatistics
 
-BOUND = 10.0  # nats of an example at which what one position does to it levels off
+BOUND = 20.0  # nats of an example at which the second order of one position levels off
 _KEYS = ["method", "site", "level", "unit"]
+GROUP = ["method", "level", "kind"]  # what is picked and compared together
 SUMS = ("first", "second", "estimate", "square", "with_n")  # what is summed over the examples of each unit
 
 
@@ -121,18 +122,16 @@ def orders(moved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """First and second orders of each example and unit, and the estimate, each ``(examples, units)`` float64.
 
     ``moved`` ``(1 + draws, examples, positions, units)`` is the change of what each cotangent stands for, by position.
-    The estimate is the sum of both orders, to which a position whose own second order is ``½ E(g̃·δ)²`` nats adds less
-    by ``1 / (1 + that / BOUND)``: a square goes on growing where the loss levels off, by the normalisations and the
-    softmax behind a site, and a few positions, above all those that begin a text, would outweigh all others.
+    The estimate is the sum of both orders, but a position whose own second order is ``½ E(g̃·δ)²`` nats moves the square
+    less by ``1 / (1 + that / BOUND)``: a square goes on growing where the loss levels off, by the normalisations and
+    the softmax behind a site, and a few positions, above all those that begin a text, would outweigh all others.
     """
-    first, drawn = moved[0], moved[1:]
+    first, drawn = moved[0].sum(1, dtype=torch.float64), moved[1:]
     weight = 1 / (1 + drawn.square().mean(0) / (2 * BOUND))
-    found = []
-    for one in (1.0, weight):
-        linear = (first * one).sum(1, dtype=torch.float64)
-        found.append((linear, 0.5 * (drawn * one).sum(2, dtype=torch.float64).square().mean(0)))
-    (linear, square), kept = found
-    return linear, square, kept[0] + kept[1]
+    second, bounded = (
+        0.5 * (drawn * one).sum(2, dtype=torch.float64).square().mean(0) for one in (torch.ones_like(weight), weight)
+    )
+    return first, second, first + bounded
 
 
 class Unit(NamedTuple):
@@ -182,71 +181,106 @@ def per_position(sums: Tensor, n: Tensor) -> Tensor:
 def table_of(attributed: Mapping[str, Mapping[Site, Tensor]], measured: Sequence[Sequence[Any]] = ()) -> pd.DataFrame:
     """A row a method and unit, from what was found by method and site ``(FOUND, units)``.
 
-    Columns: method, site, level (neuron, head or site), unit (its place in the site), and, in nats per scored
-    position, first, second (order), estimate (their sum, the second order bounded) and se, its standard error over the
-    examples. Of what was ``measured`` also picked (``largest`` or ``random``), verified (the true effect) and
-    verified_se.
+    Columns: method, site, kind (of the site), level (neuron, head or site), unit (its place in the site), and, in nats
+    per scored position, first, second (order), estimate (their sum, the second order bounded) and se, its standard
+    error over the examples. Of what was ``measured`` also picked (``largest`` or ``random``), verified (the true
+    effect) and verified_se; and calibrated, the estimate with its second order scaled by what was measured of such
+    units, see :func:`scale_of`.
     """
     frames = []
     for method, by_site in attributed.items():
         for site, found in by_site.items():
             places = [(level, unit) for level, size in levels_of(site).items() for unit in range(site.width // size)]
-            frame = pd.DataFrame(places, columns=["level", "unit"]).assign(method=method, site=site.name)
-            frames.append(frame[_KEYS].assign(**dict(zip(FOUND, found.cpu().numpy(), strict=True))))
-    table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*_KEYS, *FOUND])
+            frame = pd.DataFrame(places, columns=["level", "unit"]).assign(
+                method=method, site=site.name, kind=site.kind
+            )
+            frames.append(frame[[*_KEYS, "kind"]].assign(**dict(zip(FOUND, found.cpu().numpy(), strict=True))))
+    table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*_KEYS, "kind", *FOUND])
+    if not measured:
+        return table
     columns = [*_KEYS, "picked", "verified", "verified_se"]
-    return table.merge(pd.DataFrame(list(measured), columns=columns), how="left", on=_KEYS) if measured else table
+    table = table.merge(pd.DataFrame(list(measured), columns=columns), how="left", on=_KEYS)
+    for _, own in table.groupby(GROUP, sort=False):
+        measured_of = own.dropna(subset="verified")
+        scale = float(scale_of(*_columns(measured_of), weights_of(measured_of, len(own))))
+        table.loc[own.index, "calibrated"] = own["first"] + scale * (own["estimate"] - own["first"])
+    return table
+
+
+def weights_of(measured: pd.DataFrame, whole: int) -> np.ndarray:
+    """How many of ``whole`` units each measured one stands for: the largest for themselves, the others for the rest."""
+    largest = (measured["picked"] == "largest").to_numpy()
+    return np.where(largest, 1.0, (whole - largest.sum()) / max(1, (~largest).sum()))
+
+
+def scale_of(first: np.ndarray, estimate: np.ndarray, verified: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """What makes ``first + scale * (estimate - first)`` add up to the truth, as the measured units tell; at least 0.
+
+    The first order is right by its definition and the second by its shape more than its size: higher orders grow with
+    it. All are ``(..., measured)``, the scale ``(...,)``, 1 where there is no second order. It is a ratio estimate
+    with units weighted by what they stand for (Horvitz & Thompson 1952).
+    """
+    second, missing = (weights * (estimate - first)).sum(-1), (weights * (verified - first)).sum(-1)
+    return np.divide(missing, second, out=np.ones_like(second), where=second != 0).clip(0)
+
+
+def _columns(measured: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """First order, estimate and truth, each ``(measured,)``."""
+    first, estimate, verified = measured[["first", "estimate", "verified"]].to_numpy().T
+    return first, estimate, verified
 
 
 def picked(frame: pd.DataFrame, count: int, seed: int = 0) -> pd.DataFrame:
-    """Of each method, and of neurons and of heads, ``count`` of the largest estimates, and as many random others.
+    """Of each method, and of neurons and heads of each kind of site, ``count`` of the largest estimates.
+
+    And as many random others.
 
     The rows of the table with a column ``picked``: ``largest`` or ``random``.
     """
     found = []
-    for (method, level), rows in frame[frame["level"] != "site"].groupby(["method", "level"], sort=False):
+    for group, rows in frame[frame["level"] != "site"].groupby(GROUP, sort=False):
         largest = rows.nlargest(count, "estimate")
         others = rows.drop(largest.index)
-        generator = np.random.default_rng(seed_of("verify", seed, method, level))
+        generator = np.random.default_rng(seed_of("verify", seed, *group))
         drawn = others.iloc[np.sort(generator.permutation(len(others))[:count])]
         found += [largest.assign(picked="largest"), drawn.assign(picked="random")]
     return pd.concat(found)
 
 
 def trust(frame: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
-    """How far the estimates agree with what was measured: a row a method and level.
+    """How far the estimates agree with what was measured: a row for each of ``GROUP``.
 
-    Its columns are units (measured), pearson, spearman, slope (of the truth on the estimate), each with ``_low`` and
-    ``_high``, the ends of the 95% interval of a bootstrap over the units; recall, the share of the units whose true
-    effect is at least the median of the largest estimates' that are among these, by the random sample's share; and
-    missed, the largest true effect in the random sample, whose estimates are smaller.
+    Its columns are units (measured), pearson, spearman, slope (of the truth on the estimate) and scale (see
+    :func:`scale_of`), each with ``_low`` and ``_high``, the ends of the 95% interval of a bootstrap over the units;
+    recall, the share of the units whose true effect is at least the median of the largest estimates' that are among
+    these, by the random sample's share; and missed, the largest true effect in the random sample, whose estimates are
+    smaller.
     """
     rows = []
-    for (method, level), own in frame.dropna(subset="verified").groupby(["method", "level"], sort=False):
-        whole = int(((frame["method"] == method) & (frame["level"] == level)).sum())
+    for group, every in frame.groupby(GROUP, sort=False):
+        own = every.dropna(subset="verified")
         if len(own) < 3:
             continue
-        pair, largest = own[["estimate", "verified"]].to_numpy().T, (own["picked"] == "largest").to_numpy()
+        first, estimate, true = _columns(own)
+        largest, weights = (own["picked"] == "largest").to_numpy(), weights_of(own, len(every))
         again = np.random.default_rng(0).integers(len(own), size=(draws, len(own)))
-        row: dict[str, Any] = {"method": method, "level": level, "units": len(own)}
-        for name, measure in (("pearson", _pearson), ("spearman", _spearman), ("slope", _slope)):
-            row[name] = measure(*pair[:, None])[0]
+        row: dict[str, Any] = {**dict(zip(GROUP, group, strict=True)), "units": len(own)}
+        for name, measure in (("pearson", _pearson), ("spearman", _spearman), ("slope", _slope), ("scale", scale_of)):
+            given = (first, estimate, true, weights) if measure is scale_of else (estimate, true)
+            row[name] = measure(*(values[None] for values in given))[0]
             with np.errstate(all="ignore"):
-                ends = np.nanpercentile(measure(pair[0][again], pair[1][again]), [2.5, 97.5])
+                ends = np.nanpercentile(measure(*(values[again] for values in given)), [2.5, 97.5])
             row[f"{name}_low"], row[f"{name}_high"] = ends
-        row["recall"] = _recall(pair[1], largest, whole)
-        row["missed"] = pair[1][~largest].max() if (~largest).any() else np.nan
+        row["recall"] = _recall(true, largest, weights)
+        row["missed"] = true[~largest].max() if (~largest).any() else np.nan
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _recall(true: np.ndarray, largest: np.ndarray, whole: int) -> float:
-    """By the random sample the share of truly large units that are among the largest estimates."""
-    if not largest.any():
-        return float("nan")
-    enough = np.median(true[largest])
-    inside, outside = (true[largest] >= enough).sum(), (true[~largest] >= enough).mean() if (~largest).any() else 0.0
-    return float(inside / (inside + outside * (whole - largest.sum())))
+def _recall(true: np.ndarray, largest: np.ndarray, weights: np.ndarray) -> float:
+    """By what units stand for the share of truly large ones that are among the largest estimates."""
+    large = weights * (true >= np.median(true[largest])) if largest.any() else np.zeros_like(true)
+    return float(large[largest].sum() / large.sum()) if large.any() else float("nan")
 
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -128,7 +128,8 @@ def test_what_is_verified_is_what_plain_hooks_find_on_the_same_examples(gpt2):
     raw = reference.raw_activations(model, batches, paths)
     clean, *_ = reference.evaluation(model, batches, {})
     checked = gpt2.attribution.dropna(subset="verified")
-    assert checked.groupby(["method", "level"]).size().tolist() == [8, 10] * len(METHODS)  # all heads, and neurons
+    groups = checked.groupby(["method", "level", "kind"]).size()
+    assert groups.tolist() == [8, 10, 10] * len(METHODS)  # all heads, and neurons of both kinds of site
     for row in checked[checked["method"].isin(["zero", "mean"])].itertuples():
         width = raw[row.site].shape[1]
         size = 1 if row.level == "neuron" else width // 4
@@ -166,7 +167,7 @@ def test_of_a_trained_target_estimates_agree_with_the_truth(tmp_path):
         )
         for method in ("zero", "mean"):
             pair = table[[f"{method}_estimate", f"{method}_verified"]].dropna()
-            assert len(pair) == {"neurons": 32, "heads": 16}[name] and np.corrcoef(pair.T)[0, 1] > pearson
+            assert len(pair) == {"neurons": 64, "heads": 16}[name] and np.corrcoef(pair.T)[0, 1] > pearson
 
 
 @pytest.mark.parametrize("kind", [ConditionalMean, ConditionalMeanPerHead])
@@ -308,10 +309,33 @@ def test_how_far_to_trust_a_map_is_what_scipy_says():
     assert wide(table, "head").columns.tolist()[:4] == ["site", "head", "mean_first", "mean_second"]
 
 
+def test_second_orders_are_scaled_until_the_measured_units_add_up():
+    """A third of the units has been measured; on average over the samples the scale is that of all."""
+    generator, site = np.random.default_rng(0), Site("p", 60)
+    first, second = generator.normal(size=61), generator.exponential(size=61) ** 2
+    found = torch.tensor(np.stack([first, 9 * second, first + second, second]))
+    true = first + second * generator.uniform(1, 2, size=61)
+    whole, plain = (true - first)[:60].sum() / second[:60].sum(), table_of({"mean": {site: found}})
+    sums, ends = [], []
+    for seed in range(200):
+        rows = attributions.picked(plain[plain["level"] == "neuron"], 10, seed)
+        keys = rows[["method", "site", "level", "unit", "picked"]].itertuples(index=False, name=None)
+        table = table_of({"mean": {site: found}}, [[*key, true[key[3]], 0.0] for key in keys])
+        own = table[table["level"] == "neuron"]
+        scale = ((own["calibrated"] - own["first"]) / (own["estimate"] - own["first"])).to_numpy()
+        said = trust(table).iloc[0]
+        assert np.ptp(scale) < 1e-9 and said["scale"] == pytest.approx(scale[0])
+        sums.append(scale[0])
+        ends.append(said["scale_low"] <= whole <= said["scale_high"])
+    assert np.mean(sums) == pytest.approx(whole, rel=0.01) and np.std(sums) < 0.1 and np.mean(ends) > 0.85
+    site_row = table[table["level"] == "site"]  # of which none was measured
+    assert site_row["calibrated"].item() == pytest.approx(site_row["estimate"].item())
+
+
 def test_recall_counts_what_the_random_sample_stands_for():
     true, largest = np.array([5.0, 4, 3, 2, 3.5, 0, 0, 0]), np.array([True] * 4 + [False] * 4)
     # half of the four largest reach their median of 3.5; a quarter of the random ones does, of 40 others
-    assert attributions._recall(true, largest, 44) == pytest.approx(2 / (2 + 0.25 * 40))
+    assert attributions._recall(true, largest, np.where(largest, 1.0, 10.0)) == pytest.approx(2 / (2 + 0.25 * 40))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lightning_ablate.attribution import trust
+from lightning_ablate.attribution import GROUP, trust
 from lightning_ablate.results.figures import blank, drawn, plain, short
 from lightning_ablate.results.folder import write_whole
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SHOWN = 5  # units of a method
-_COLUMNS = ("first", "second", "estimate", "se", "picked", "verified", "verified_se")
+_COLUMNS = ("first", "second", "estimate", "se", "picked", "verified", "verified_se", "calibrated")
 _COLOR = {"neuron": "#0072B2", "head": "#D55E00"}
 
 
@@ -25,18 +25,18 @@ def lines(table: pd.DataFrame) -> str:
     found = [
         f"what units are worth alone, {table.attrs.get('of', 'nats')} per scored position: estimate ± standard error"
     ]
-    for (method, level), own in table[table["level"] != "site"].groupby(["method", "level"], sort=False):
+    for (method, level, kind), own in table[table["level"] != "site"].groupby(GROUP, sort=False):
         noise = int((own["estimate"].abs() < 2 * own["se"]).sum())
-        found.append(f"{method}, {len(own):,} {level}s, {noise:,} of them within 2 standard errors of 0")
+        found.append(f"{method}, {len(own):,} {level}s ({kind}), {noise:,} of them within 2 standard errors of 0")
         for _, row in own.nlargest(_SHOWN, "estimate").iterrows():
             measured = "" if pd.isna(row.get("verified")) else f", verified {row['verified']:+.4f}"
             place = f"{row['site']} {level} {row['unit']}"
             found.append(f"  {place}: {row['estimate']:+.4f} ± {row['se']:.4f}{measured}")
     trusted = trust(table) if "verified" in table else pd.DataFrame()
     if len(trusted):
-        shown = trusted.set_index(["method", "level"])
+        shown = trusted.set_index(GROUP)
         cells = {"units": shown["units"]}
-        for name in ("pearson", "spearman", "slope"):
+        for name in ("pearson", "spearman", "slope", "scale"):
             ends = zip(shown[name], shown[f"{name}_low"], shown[f"{name}_high"], strict=True)
             cells[name] = [f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high in ends]
         cells |= {"recall": shown["recall"].round(2), "missed": shown["missed"].round(4)}
