@@ -1,6 +1,7 @@
 """Conditional-mean ablation."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -118,9 +119,10 @@ class ConditionalMeanPerHead(ConditionalMean):
 class ConditionalSequential(ConditionalMean):
     """The same regression, fitted where it acts: for each condition, with everything before a site already ablated.
 
-    What is kept has drifted there, and with it what it lets one expect of the ablated neurons. ``fit`` makes it for the
-    conditions of its sweep, a forward pass of the calibration data each, and the checkpoint holds kept × ablated
-    float32 numbers a site for each of them; others need another ``fit``.
+    What is kept has drifted there, and with it what it lets one expect of the ablated neurons; but their means stay
+    those of the intact target, so that with nothing kept it is the mean. ``fit`` makes it for the conditions of its
+    sweep, a forward pass of the calibration data each, and the checkpoint holds kept × ablated float32 numbers a site
+    for each of them; others need another ``fit``.
 
     Args:
         intact: whether the values that are regressed are those of the intact target, so that drift is made good as
@@ -149,9 +151,13 @@ class ConditionalSequential(ConditionalMean):
         """The name under which a calibration holds what was fitted for the masks of this digest."""
         return f"{self.name} {self.ridge} {self.centred} {self.intact} {masks}"
 
-    def regressed(self, ablation: Ablation) -> Affine:
-        """The regression from statistics of what the ablated neurons should be, and of the kept ones as they are."""
-        return cast(Affine, super().prepare(ablation))
+    def regressed(self, ablation: Ablation, mean: Tensor) -> Affine:
+        """The regression, from statistics of what the ablated neurons should be, and of the kept ones as they are.
+
+        ``mean`` ``(neurons,)`` is that of the intact target.
+        """
+        made, mask = cast(Affine, super().prepare(ablation)), ablation.mask
+        return replace(made, offset=torch.where(mask, mean.to(made.offset), made.offset)) if self.centred else made
 
     @staticmethod
     def packed(affine: Affine, mask: Tensor) -> Tensor:

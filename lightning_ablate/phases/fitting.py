@@ -19,7 +19,7 @@ from lightning_ablate.phases.phase import Phase
 from lightning_ablate.phases.resume import Run
 from lightning_ablate.phases.sweep import masks_of
 from lightning_ablate.sites import Site, hooked
-from lightning_ablate.statistics import Covariance, SiteStatistics
+from lightning_ablate.statistics import Covariance, Moments, SiteStatistics
 
 if TYPE_CHECKING:
     from lightning_ablate.modules import AblationModule
@@ -79,6 +79,7 @@ class FittingPhase(Phase):
         try:
             with hooked(self.module.target, {site: partial(_arrive, site) for site in masks}):
                 for site, mask in masks.items():
+                    mean = self._run.calibration[site][Moments].mean
                     gathered = [kind.of(site).to(self.module.device) for kind in self.method.fitted_from]
                     for (ablated, *intact), (batch, examples) in zip(passes, self._batches, strict=True):
                         mixed = _at(site, ablated, edit)
@@ -94,7 +95,7 @@ class FittingPhase(Phase):
                         statistic.reduce()
                     statistics = SiteStatistics(site.name, {type(one): one for one in gathered})
                     with torch.autocast(mask.device.type, enabled=False):
-                        affine = self.method.regressed(Ablation(site, mask, statistics, condition.seed))
+                        affine = self.method.regressed(Ablation(site, mask, statistics, condition.seed), mean)
                         edit, found[site] = Edit(mask, affine), self.method.packed(affine, mask)
         finally:
             for one in (one for both in passes for one in both):
