@@ -38,12 +38,12 @@ class Calibration:
     def with_learned(self, site: Site, learned: Mapping[str, Tensor]) -> SiteStatistics:
         """The statistics of one site, and other values as those learned for it."""
         attributed = {name: values[site] for name, values in self.attributed.items()}
-        return SiteStatistics(site.name, self.statistics[site], learned, attributed, self.norms.get(site))
+        return SiteStatistics(site.name, self.statistics[site], learned, attributed, self._weights.get(site))
 
     def locate(self, sites: Iterable[Site], target: nn.Module | None = None) -> None:
         """Takes the sites, once they are found in a target."""
         self.sites = tuple(sites)
-        self.norms = {} if target is None else norms_of(target, self.sites)
+        self._weights = {} if target is None else read_by(target, self.sites)
         self.statistics: dict[Site, dict[type[ActivationStatistic], ActivationStatistic]] = {s: {} for s in self.sites}
 
     def add(self, site: Site, statistic: ActivationStatistic) -> None:
@@ -144,14 +144,14 @@ class Calibration:
             return cls.from_state_dict(state["calibration"], target, device=device)
 
 
-def norms_of(target: nn.Module, sites: Iterable[Site]) -> dict[Site, Tensor]:
-    """Of each site that a plain linear projection reads, the norms of its columns, ``(neurons,)`` float32."""
+def read_by(target: nn.Module, sites: Iterable[Site]) -> dict[Site, Tensor]:
+    """Of each site that a plain linear projection reads, its weights, ``(neurons, outputs)``, not a copy of them."""
     found = {}
     for site in sites:
         weights = weights_of(target, replace(site, uses=1))  # however often it runs
         if weights is not None:
             weight, _, transposed = weights
-            found[site] = weight.float().norm(dim=1 if transposed else 0)
+            found[site] = weight.detach() if transposed else weight.detach().T
     return found
 
 

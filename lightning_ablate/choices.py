@@ -15,7 +15,7 @@ from lightning_ablate.statistics import FOUND, ActivationStatistic, Covariance, 
 
 Unit = Literal["neuron", "head"]
 Quantity = Literal[
-    "sd", "rms", "skewness", "kurtosis", "gap", "weighted-sd", "weighted-rms", "unexplained", "attribution"
+    "sd", "rms", "skewness", "kurtosis", "gap", "weighted-sd", "weighted-rms", "unexplained", "surgeon", "attribution"
 ]
 
 
@@ -115,8 +115,10 @@ class Ranked(Ordered):
             without their sign, or ``gap``, the distance of mean and mode in standard deviations. Times the norm of the
             projection's column that reads the neuron: ``weighted-sd`` (the score of FLAP, An et al. 2024),
             ``weighted-rms`` (Wanda's, Sun et al. 2024, by neuron), and ``unexplained``, the standard deviation of what
-            all other neurons of the site don't explain of it (the optimal brain surgeon's, Hassibi & Stork 1993). Or
-            ``attribution``, the estimated effect of ablating the unit alone. Of several neurons it is the mean of
+            all other neurons of the site don't explain of it. ``surgeon`` takes this up one unit after the other, each
+            time of those that are left and with weights that make its loss good (the optimal brain surgeon, Hassibi &
+            Stork 1993), see :func:`~lightning_ablate.statistics.covariance.eliminated`. Or ``attribution``, the
+            estimated effect of ablating the unit alone. Of several neurons, but for ``surgeon``, it is the mean of
             theirs, or of their heads' attributions.
         first: which end goes first.
         unit: see :class:`Ordered`.
@@ -144,13 +146,16 @@ class Ranked(Ordered):
             if given not in known:
                 raise ConfigError(f"{name} is {given!r}, expected one of {', '.join(known)} (--ablation.neurons)")
         self.by, self.first, self.under = by, first, under
-        more: dict[str, type[ActivationStatistic]] = {"gap": Histogram, "unexplained": Covariance}
-        self.statistics = (Moments, *([more[by]] if by in more else []))
+        more: type[ActivationStatistic] = Histogram if by == "gap" else Covariance
+        self.statistics = (Moments, more) if by in ("gap", "unexplained", "surgeon") else (Moments,)
 
     def order(self, site: Site, seed: int, statistics: SiteStatistics | None = None) -> Tensor:
         """From the lowest, or the highest, on; of equal units the first in the site goes first."""
         if statistics is None:
             raise ConfigError(f"ranking by {self.by} needs the statistics of the site, and got none")
+        if self.by == "surgeon":
+            order = statistics[Covariance].order(statistics.weight, site.width // self.units(site))
+            return order if self.first == "lowest" else order.flip(0)
         if self.by == "attribution":
             values = self._attributed(site, statistics)
         else:
@@ -163,9 +168,11 @@ class Ranked(Ordered):
             gap = moments.mean - statistics[Histogram].places.mode
             return torch.where(moments.sd > 0, gap / moments.sd, 0.0).abs()
         if self.by == "unexplained":
-            return statistics[Covariance].unexplained.sqrt() * statistics.norms.to(moments.sd)
-        values = moments.rms if self.by.endswith("rms") else getattr(moments, self.by.removeprefix("weighted-")).abs()
-        return values * statistics.norms.to(values) if self.by.startswith("weighted") else values
+            values = statistics[Covariance].unexplained.sqrt()
+        else:
+            values = getattr(moments, self.by.removeprefix("weighted-")).abs()
+        weighted = self.by == "unexplained" or self.by.startswith("weighted")
+        return values * statistics.weight.float().norm(dim=1).to(values) if weighted else values
 
     def _attributed(self, site: Site, statistics: SiteStatistics) -> Tensor:
         """The estimates of the units, ``(units,)``; StatisticsError if there are none."""

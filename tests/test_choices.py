@@ -122,15 +122,38 @@ def test_ranked_orders_neurons_as_numpy_does(by, first, sign):
         Ranked(by).mask(Selection(0.5), HEADS, SiteStatistics("here", {}))
 
 
-def test_scores_of_what_is_lost_are_those_of_numpy_and_solved_once(monkeypatch):
-    """Wanda's and FLAP's by neuron, and the optimal brain surgeon's, also by units of several neurons."""
-    x = torch.randn(4, 500, 12) @ torch.randn(12, 12) + torch.randn(12)
-    norms, flat = torch.rand(12), x.flatten(0, 1).double().numpy()
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_surgeon_takes_the_unit_without_which_least_squares_do_best(size):
+    """Each time by numpy's least squares of the whole output on the neurons that would be left."""
+    x, weight = torch.randn(1, 300, 12) @ torch.randn(12, 12), torch.randn(12, 5)
     gathered = {kind: kind.of(HEADS) for kind in (Moments, Covariance)}
     for statistic in gathered.values():
         statistic.update(x)
     gathered[Covariance].chosen.fill_(1e-12)
-    statistics = SiteStatistics(HEADS.name, gathered, norms=norms)
+    statistics = SiteStatistics(HEADS.name, gathered, weight=weight)
+    centred = (x[0] - x[0].mean(0)).double().numpy()
+    output, left, order = centred @ weight.double().numpy(), list(range(12 // size)), []
+    while left:
+        errors = []
+        for unit in left:
+            kept = [neuron for one in left if one != unit for neuron in range(one * size, one * size + size)]
+            solution = np.linalg.lstsq(centred[:, kept], output, rcond=None)[0]
+            errors.append(np.square(output - centred[:, kept] @ solution).sum())
+        order.append(left.pop(int(np.argmin(errors))))
+    unit = "neuron" if size == 1 else "head"
+    assert Ranked("surgeon", unit=unit).order(HEADS, 0, statistics).tolist() == order
+    assert Ranked("surgeon", "highest", unit).order(HEADS, 0, statistics).tolist() == order[::-1]
+
+
+def test_scores_of_what_is_lost_are_those_of_numpy_and_solved_once(monkeypatch):
+    """Wanda's and FLAP's by neuron, and the optimal brain surgeon's, also by units of several neurons."""
+    x = torch.randn(4, 500, 12) @ torch.randn(12, 12) + torch.randn(12)
+    weight, flat = torch.randn(12, 5), x.flatten(0, 1).double().numpy()
+    gathered = {kind: kind.of(HEADS) for kind in (Moments, Covariance)}
+    for statistic in gathered.values():
+        statistic.update(x)
+    gathered[Covariance].chosen.fill_(1e-12)
+    statistics = SiteStatistics(HEADS.name, gathered, weight=weight)
     value = {
         "weighted-sd": flat.std(0),
         "weighted-rms": np.sqrt((flat**2).mean(0)),
@@ -139,7 +162,7 @@ def test_scores_of_what_is_lost_are_those_of_numpy_and_solved_once(monkeypatch):
     solved, calls = covariance.solved, []
     monkeypatch.setattr(covariance, "solved", lambda *given: calls.append(given) or solved(*given))
     for by, score in value.items():
-        weighted = score * norms.double().numpy()
+        weighted = score * weight.norm(dim=1).double().numpy()
         assert Ranked(by).order(HEADS, 0, statistics).tolist() == np.argsort(weighted).tolist()
         for unit, units in ((4, 3), (6, 2)):
             order = np.argsort(weighted.reshape(units, unit).mean(1))

@@ -24,9 +24,9 @@ class SiteStatistics:
         statistics: Mapping[type["ActivationStatistic"], "ActivationStatistic"],
         learned: Mapping[str, Tensor] | None = None,
         attributed: Mapping[str, Tensor] | None = None,
-        norms: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> None:
-        self.site, self.attributed, self._norms = site, dict(attributed or {}), norms
+        self.site, self.attributed, self._weight = site, dict(attributed or {}), weight
         self._statistics, self._learned = dict(statistics), dict(learned or {})
 
     def __getitem__(self, kind: type[S]) -> S:
@@ -49,16 +49,16 @@ class SiteStatistics:
         return self._learned[method]
 
     @property
-    def norms(self) -> Tensor:
-        """The norms of the columns with which the projection reads the neurons, ``(neurons,)`` float32.
+    def weight(self) -> Tensor:
+        """The target's own weights with which the projection reads the neurons, ``(neurons, outputs)``, floating.
 
         StatisticsError where the projection is more than a matrix and a bias.
         """
-        if self._norms is None:
+        if self._weight is None:
             raise StatisticsError(
                 f"needs the weights with which a projection reads {self.site}, which is no plain linear one"
             )
-        return self._norms
+        return self._weight
 
     def __contains__(self, kind: type["ActivationStatistic"]) -> bool:
         """Whether the statistic of that class was gathered."""

@@ -31,6 +31,7 @@ class Covariance(ActivationStatistic):
         super().__init__(neurons, earlier)
         self.blocks, width = blocks, neurons // blocks
         self._unexplained: Tensor | None = None
+        self._orders = dict[int, Tensor]()
         dtype = torch.float64 if neurons <= _DOUBLE else torch.float32
         # of every block, of even and then of odd examples: the count in every column, the mean, and the products
         sums = torch.zeros(2 * blocks, width + 2, width, dtype=dtype)
@@ -42,7 +43,8 @@ class Covariance(ActivationStatistic):
 
         ``examples`` are the indices of its examples, ``(batch,)`` int64; None counts them from 0.
         """
-        self._unexplained, count = None, len(activations if valid is None else valid)
+        count = len(activations if valid is None else valid)
+        self._forget()
         if examples is None or count % max(1, len(examples)):  # what comes first isn't the examples
             examples = torch.arange(count, device=activations.device)
         examples = examples.repeat_interleave(count // max(1, len(examples)))  # of windows, whose examples share them
@@ -85,11 +87,17 @@ class Covariance(ActivationStatistic):
     def unexplained(self) -> Tensor:
         """The variance of each neuron that all others of its block don't explain, ``(neurons,)`` float64."""
         if self._unexplained is None:  # a choice asks for every condition, or every example
-            covariance = self.covariance.double()
-            identity = torch.eye(covariance.shape[1], dtype=covariance.dtype, device=covariance.device)
-            precision = solved(covariance, identity.expand_as(covariance), self.ridge)
-            self._unexplained = 1 / precision.diagonal(dim1=1, dim2=2).flatten()
+            self._unexplained = 1 / self._precision.diagonal(dim1=1, dim2=2).flatten()
         return self._unexplained
+
+    def order(self, weight: Tensor, size: int = 1) -> Tensor:
+        """In which units of ``size`` neurons go, by the optimal brain surgeon, ``(units,)`` int64 on the CPU.
+
+        ``weight`` ``(neurons, outputs)``, floating, reads them; see :func:`eliminated`.
+        """
+        if size not in self._orders:
+            self._orders[size] = eliminated(self._precision[0], weight.to(self.sums.device).double(), size).cpu()
+        return self._orders[size]
 
     def choose(self, mask: Tensor) -> None:
         """Chooses the ridge with which just the neurons of a mask ``(neurons,)`` bool are regressed on the others."""
@@ -98,9 +106,19 @@ class Covariance(ActivationStatistic):
     def reduce(self) -> None:
         """Chooses the ridge, unless it is chosen, and keeps the examples apart no longer."""
         super().reduce()
-        self._unexplained = None
+        self._forget()
         self.ridge  # noqa: B018
         self.sums = self._whole
+
+    @property
+    def _precision(self) -> Tensor:
+        """The inverse of the covariance with its ridge, ``(blocks, width, width)`` float64."""
+        covariance = self.covariance.double()
+        identity = torch.eye(covariance.shape[1], dtype=covariance.dtype, device=covariance.device)
+        return solved(covariance, identity.expand_as(covariance), self.ridge)
+
+    def _forget(self) -> None:
+        self._unexplained, self._orders = None, {}
 
     @property
     def _whole(self) -> Tensor:
@@ -161,6 +179,36 @@ def solved(among: Tensor, across: Tensor, ridge: float) -> Tensor:
             return torch.cholesky_solve(across, factor)
         ridge *= 10  # sums in float32, of fewer positions than neurons
     raise StatisticsError("can't be solved: the covariance is not positive definite; calibrate on more data")
+
+
+def eliminated(precision: Tensor, weight: Tensor, size: int) -> Tensor:
+    """The order in which units of ``size`` neurons go, each the one that the output of the projection needs least.
+
+    With what those that stay let one expect of a unit u in its place, the output changes by ``tr(W_uᵀ P_uu⁻¹ W_u)``,
+    the mean square per position. Behind each, weights have taken it over, and the precision P is that of the rest: the
+    optimal brain surgeon (Hassibi & Stork 1993) one layer at a time. ``precision`` ``(neurons, neurons)`` and
+    ``weight`` ``(neurons, outputs)``, float64, are of no use afterwards. It takes neurons³ steps, like an inverse.
+    """
+    left, order = torch.arange(len(precision) // size, device=precision.device), []
+    while len(left):
+        gone = torch.zeros(len(left), dtype=torch.bool, device=left.device)
+        for _ in range(1 + len(left) // 8):  # then their rows are dropped
+            own = precision.view(len(left), size, len(left), size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+            read, inverse = weight.view(len(left), size, -1), torch.linalg.inv(own)
+            lost = (inverse @ read * read).sum((1, 2)).masked_fill(gone, torch.inf)
+            unit = int(lost.argmin())
+            rows = slice(unit * size, (unit + 1) * size)
+            shares = precision[:, rows] @ inverse[unit]
+            weight.addmm_(shares, weight[rows].clone(), alpha=-1)
+            precision.addmm_(shares, precision[rows].clone(), alpha=-1)
+            precision[rows, rows] = torch.eye(size).to(precision)
+            gone[unit] = True
+            order.append(left[unit])
+            if bool(gone.all()):
+                break
+        stay = (~gone).repeat_interleave(size)
+        left, precision, weight = left[~gone], precision[stay][:, stay], weight[stay]
+    return torch.stack(order)
 
 
 def _left(one: Tensor, other: Tensor, ridges: Tensor, gone: Tensor) -> Tensor:
