@@ -1,5 +1,4 @@
 from .ablation import ablated as ablated
-from .attribution import Alone as Alone
 from .calibration import Calibration as Calibration
 from .callback import AblationCallback as AblationCallback
 from .choices import Choice as Choice

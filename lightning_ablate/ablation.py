@@ -17,21 +17,18 @@ from lightning_ablate.statistics import SiteStatistics
 @contextmanager
 def ablated(
     target: nn.Module,
-    masks: Mapping[str, Tensor] | Mapping[Site, Edit],
+    masks: Mapping[str, Tensor],
     method: AblationMethod | str = "zero",
     calibration: Calibration | None = None,
-    *,
-    once: bool = False,
 ) -> Iterator[None]:
     """Ablates a target for whatever runs it inside: forward passes, generation, a training loop of one's own.
 
     Args:
         target: the model; it is left as it was, whatever happens.
         masks: by path of a site's projection (``h.3.attn.c_proj``) which of its neurons are ablated whenever it runs,
-            or by name of a calibration's site: bool ``(neurons,)``; or by site an :class:`Edit` that is made already.
+            or by name of a calibration's site: bool ``(neurons,)``.
         method: what takes their place, or its name.
         calibration: the statistics that the method needs (see :meth:`Calibration.load`), or StatisticsError.
-        once: whether a single forward pass is expected inside.
 
     Raises:
         SiteError: if a path names no projection, or a mask doesn't fit it.
@@ -39,21 +36,18 @@ def ablated(
     """
     chosen, calibration = method_of(method), calibration or Calibration()
     edits: dict[Site, Edit] = {}
-    for place, given in masks.items():
-        if isinstance(given, Edit):
-            edits[place] = given  # type: ignore[index]
-            continue
+    if chosen.needs_batch:
+        raise ConfigError(
+            f"{chosen.name} depends on which examples and positions are run, which only a sweep knows; expected a "
+            "method that goes by the activations alone"
+        )
+    for path, given in masks.items():
         given = torch.as_tensor(given)
-        site = _site(target, str(place), given, calibration)
-        if chosen.needs_batch:
-            raise ConfigError(
-                f"{chosen.name} depends on which examples and positions are run, which only a sweep knows; expected a "
-                "method that goes by the activations alone"
-            )
+        site = _site(target, path, given, calibration)
         mask = given.to(next(target.parameters()).device)
         statistics = calibration[site] if site in calibration.statistics else SiteStatistics(site.name, {})
         edits[site] = Edit(mask, chosen.prepare(Ablation(site, mask, statistics, None)))
-    with hooked(target, edits, once=once):
+    with hooked(target, edits):
         yield
 
 

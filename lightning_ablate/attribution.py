@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from lightning_ablate.choices import Choice, Ranked, seed_of
-from lightning_ablate.conditions import Selection
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.methods import AblationMethod, LearnedMethod
 from lightning_ablate.metrics import Scored
 from lightning_ablate.sites import Site
-from lightning_ablate.statistics import FOUND, SiteStatistics
+from lightning_ablate.statistics import FOUND
 
 BOUND = 20.0  # nats of an example at which the second order of one position levels off
 _KEYS = ["method", "site", "level", "unit"]
@@ -144,26 +143,6 @@ class Unit(NamedTuple):
     def __str__(self) -> str:
         """As tables name it."""
         return self.site if self.level == "site" else f"{self.site} {self.level} {self.unit}"
-
-
-class Alone(Choice):
-    """Given units, each alone, one after the other. Fractions and seeds play no part."""
-
-    def __init__(self, units: Sequence[Unit]) -> None:
-        self.units = {str(unit): unit for unit in units}
-
-    def selections(
-        self, sites: Sequence[Site], fractions: Sequence[float] = (), seeds: Sequence[int] = ()
-    ) -> list[Selection]:
-        """One a unit."""
-        return [Selection(1.0, None, name) for name in self.units]
-
-    def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:
-        """The neurons of the one unit."""
-        mask, unit = torch.zeros(site.width, dtype=torch.bool), self.units[selection.part]
-        if unit.site == site.name:
-            mask.view(-1, levels_of(site)[unit.level])[unit.unit] = True
-        return mask
 
 
 def per_position(sums: Tensor, n: Tensor) -> Tensor:

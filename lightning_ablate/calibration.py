@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_ablate.errors import StatisticsError, TargetError, loading
-from lightning_ablate.sites import Site, is_asked, is_covered, weights_of
+from lightning_ablate.sites import KINDS, Site, is_asked, weights_of
 from lightning_ablate.statistics import ActivationStatistic, Covariance, SiteStatistics
 
 
@@ -89,7 +89,6 @@ class Calibration:
         target: nn.Module,
         kinds: Iterable[type[ActivationStatistic]] | None = None,
         which: Sequence[str] | None = None,
-        device: torch.device | str = "cpu",
     ) -> Self:
         """Takes sites and statistics from a :meth:`state_dict` of the same target; what it lacks stays missing.
 
@@ -100,24 +99,25 @@ class Calibration:
             raise StatisticsError("the checkpoint is of an older version of this package; run `fit` again")
         saved = {Site(**entry["site"]): entry for entry in state["sites"]}
         which = tuple(state["which"]) if which is None else which
+        known = {kind for word in state["which"] for kind in KINDS.get(word, (word,))}
         for word in which:
-            if not is_covered(target, word, tuple(saved), state["which"]):
+            if not set(KINDS.get(word, (word,))) <= known:
                 raise StatisticsError(
                     f"the checkpoint doesn't hold the statistics of all sites {word!r}, it holds "
                     f"{', '.join(site.name for site in saved)}; name these with --ablation.sites, or run `fit` again"
                 )
-        made = cls(which)
+        made, device = cls(which), next(target.parameters()).device
         made.locate([site for site in saved if any(is_asked(site, word) for word in which)], target)
         if not made.sites:
             raise StatisticsError("the checkpoint holds no site: its calibration wasn't complete; run `fit` again")
-        known = {_key(kind): kind for kind in (_all(ActivationStatistic) if kinds is None else kinds)}  # type: ignore[type-abstract]
+        statistics = {_key(kind): kind for kind in (_all(ActivationStatistic) if kinds is None else kinds)}  # type: ignore[type-abstract]
         for site in made.sites:
             target.get_submodule(site.path)  # or raises
             if not (isinstance(site.width, int) and isinstance(site.uses, int) and site.uses > 0):
                 raise StatisticsError(f"the checkpoint is damaged: {site} is no site; run `fit` again")
             for name, tensors in saved[site]["statistics"].items():
-                if name in known:
-                    statistic = known[name].of(site)
+                if name in statistics:
+                    statistic = statistics[name].of(site)
                     _check_shapes(site, statistic, tensors)
                     statistic.load_state_dict(dict(tensors))
                     made.add(site, statistic.to(device))
@@ -134,14 +134,17 @@ class Calibration:
 
         TargetError if it can't be read, or is of another target; StatisticsError if it holds no calibration.
         """
-        with loading(str(path), TargetError):
-            saved = torch.load(path, map_location="cpu", weights_only=True)["callbacks"]
-            states: list[dict[str, Any]] = [state for state in saved.values() if "calibration" in state]
-            state = states[0] if states else {}
+        state = saved_state(path)
         check_target(state, fingerprint(target))
-        device = next(target.parameters()).device
         with loading(str(path), StatisticsError):
-            return cls.from_state_dict(state["calibration"], target, device=device)
+            return cls.from_state_dict(state["calibration"], target)
+
+
+def saved_state(path: Path | str) -> dict[str, Any]:
+    """What the callback of a run has left in a checkpoint, or nothing; nothing in the file is run."""
+    with loading(str(path), TargetError):
+        saved: dict[str, dict[str, Any]] = torch.load(path, map_location="cpu", weights_only=True)["callbacks"]
+        return next((state for state in saved.values() if "calibration" in state), {})
 
 
 def read_by(target: nn.Module, sites: Iterable[Site]) -> dict[Site, Tensor]:

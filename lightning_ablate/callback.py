@@ -11,11 +11,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_ablate import phases
 from lightning_ablate import trainer as trainers
 from lightning_ablate.attribution import Attributing, table_of
-from lightning_ablate.calibration import Calibration, check_target, digest, fingerprint
+from lightning_ablate.calibration import Calibration, check_target, digest, fingerprint, saved_state
 from lightning_ablate.choices import Choice, choice_of
 from lightning_ablate.conditions import Condition, check_conditions, distinct_conditions, listed
-from lightning_ablate.errors import ConfigError, few
-from lightning_ablate.export import export
+from lightning_ablate.errors import ConfigError
+from lightning_ablate.export import chosen, export
 from lightning_ablate.methods import AblationMethod, LearnedMethod, method_of
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.base import evaluation_loaders
@@ -150,8 +150,10 @@ class AblationCallback(lightning.Callback):
             self._begin(trainer, pl_module)
         elif self.folder is not None and not self.run.progress.batches:
             trainer.save_checkpoint(self.folder / CHECKPOINT, weights_only=False)
-        trainers.check_counts_once(trainer, *evaluation_loaders(trainer))
-        conditions, examples = self._conditions(), trainers.example_counts(trainer)
+        for loader in evaluation_loaders(trainer):
+            trainers.check_counts_once(trainer, loader)
+        conditions = self._conditions()
+        examples = [trainers.example_count(loader) for loader in evaluation_loaders(trainer)]
         sweep = phases.SweepPhase(pl_module, self.run.calibration, self.methods, conditions, self.neurons, examples)
         pl_module.phase = self._taken_up(sweep)
 
@@ -212,17 +214,15 @@ class AblationCallback(lightning.Callback):
         module.configure_model()
         run = phases.Run(fingerprint(module.target), Calibration(self.sites))
         if self.folder is not None:
-            self._unfinished = phases.Unfinished(self.folder, trainer.global_rank, trainer.world_size, self.save_every)
+            self._unfinished = phases.Unfinished(self.folder, trainer.is_global_zero, self.save_every)
             facts = trainers.run_facts(trainer, module, self, run.target) | {"calibration": digest(saved)}
-            run.progress = self._unfinished.claim(facts, trainer.strategy.broadcast)
-            if run.progress != phases.Progress():
+            if earlier := self._unfinished.claim(facts, trainer.strategy.broadcast):
+                run.progress, self._earlier = phases.Progress(*earlier["progress"]), earlier["phase"]
                 trainer.print(f"going on with the run in {self.folder}, {run.progress}")
-                earlier = self._unfinished.read(run.progress)
-                self._earlier = earlier["phase"]
                 if fitting:
-                    saved = trainers.callback_state(self.folder / CHECKPOINT, self) if run.progress.batches else earlier
+                    saved = saved_state(self.folder / CHECKPOINT) if run.progress.batches else earlier
         if saved or not fitting:
-            run.load_state_dict(saved, module.target, kinds=self._kinds, which=self.sites, device=module.device)
+            run.load_state_dict(saved, module.target, kinds=self._kinds, which=self.sites)
         self.run = run
 
     def _taken_up(self, phase: phases.Phase) -> phases.Phase:
@@ -240,13 +240,6 @@ class AblationCallback(lightning.Callback):
         table.attrs["of"] = "nats" if metric is None else f"loss of {metric}"
         return table
 
-    def restore(self, module: AblationModule, checkpoint: Path | str) -> None:
-        """Takes what a run left in ``ablation.ckpt``, without a Trainer; refuses that of another target."""
-        module.configure_model()
-        self.run = phases.Run(fingerprint(module.target), Calibration(self.sites))
-        state = trainers.callback_state(Path(checkpoint), self)
-        self.run.load_state_dict(state, module.target, kinds=self._kinds, which=self.sites)
-
     def export(
         self,
         module: AblationModule,
@@ -257,24 +250,15 @@ class AblationCallback(lightning.Callback):
     ) -> Path:
         """Writes a condition of the run as a smaller model, see :func:`lightning_ablate.export.export`.
 
-        ``fraction`` None takes the only one, ``seed`` None the first. ConfigError if the run has no such condition, or
-        is of single parts; TargetError if it is of another target.
+        ``fraction`` None takes the only one, ``seed`` None the first. TargetError if the run is of another target.
         """
         if not hasattr(self, "run"):
             raise ConfigError("there is no run to export yet: `fit` first")
         module.configure_model()
-        check_target(self.run.state_dict(), fingerprint(module.target))
-        conditions = self._conditions()[1:]
-        own = [c for c in conditions if c.method == method and fraction in (None, c.fraction)]
-        found = [c for c in own if seed is None or c.seed in (seed, None)]
-        if len({(c.fraction, c.part, c.head) for c in found}) != 1:
-            many = "more than one" if found else "no"
-            raise ConfigError(
-                f"the run has {many} {method} at fraction {fraction}, seed {seed}, of all sites; expected one of "
-                f"{few(map(str, conditions))}"
-            )
-        chosen = next(one for one in self.methods if one.name == method)
-        return export(module, self.run.calibration, self.neurons, chosen, found[0], folder, self.results)
+        check_target(vars(self.run), fingerprint(module.target))
+        condition = chosen(self._conditions()[1:], method, fraction, seed)
+        own = next(one for one in self.methods if one.name == method)
+        return export(module, self.run.calibration, self.neurons, own, condition, folder, self.results)
 
     @property
     def _kinds(self) -> list[type[ActivationStatistic]]:

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import lightning_ablate
+from lightning_ablate.calibration import Calibration, fingerprint
 from lightning_ablate.callback import AblationCallback
 from lightning_ablate.choices import Choice
 from lightning_ablate.data import (
@@ -26,7 +27,7 @@ from lightning_ablate.data import (
 )
 from lightning_ablate.errors import AblationError, ConfigError, TargetError, loading
 from lightning_ablate.modules import AblationModule
-from lightning_ablate.phases import is_unfinished
+from lightning_ablate.phases import Run, is_unfinished
 from lightning_ablate.progress import SweepProgressBar
 from lightning_ablate.results import Results
 from lightning_ablate.trainer import CHECKPOINT
@@ -149,7 +150,7 @@ def export_run() -> None:
     callback = callback_of(made.trainer)
     made.model.configure_model()
     made.model = made.trainer.precision_plugin.convert_module(made.model)  # as it was calibrated
-    callback.restore(made.model, checkpoint)
+    callback.run = Run(fingerprint(made.model.target), Calibration.load(checkpoint, made.model.target))
     callback.results = Results.load(given.run)
     print(callback.export(made.model, given.out, given.method, given.fraction, given.seed))
 

@@ -2,30 +2,28 @@
 
 import copy
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
 from lightning_ablate.calibration import Calibration
 from lightning_ablate.choices import Choice
 from lightning_ablate.conditions import BASELINE, Condition
-from lightning_ablate.errors import ConfigError
+from lightning_ablate.errors import ConfigError, few
 from lightning_ablate.methods import AblationMethod, ConditionalMean, ConditionalMeanPerHead
 from lightning_ablate.phases import SweepPhase
+from lightning_ablate.phases.phase import Module
 from lightning_ablate.results import Results
 from lightning_ablate.results.folder import versions
 from lightning_ablate.smaller import BiasError, shrunk
-
-if TYPE_CHECKING:
-    from lightning_ablate.modules import AblationModule
 
 _METRICS = {"top1": "top-1 accuracy", "cross_entropy": "cross-entropy, nats", "kl": "KL divergence from intact, nats"}
 
 
 def export(
-    module: "AblationModule",
+    module: Module,
     calibration: Calibration,
     choice: Choice,
     method: AblationMethod,
@@ -71,8 +69,21 @@ def export(
     return folder
 
 
+def chosen(conditions: Sequence[Condition], method: str, fraction: float | None, seed: int | None) -> Condition:
+    """The one condition that is asked for; ConfigError if there is none, or more than one, or of a single part."""
+    own = [c for c in conditions if c.method == method and fraction in (None, c.fraction)]
+    found = [c for c in own if seed is None or c.seed in (seed, None)]
+    if len({(c.fraction, c.part, c.head) for c in found}) != 1:
+        many = "more than one" if found else "no"
+        raise ConfigError(
+            f"the run has {many} {method} at fraction {fraction}, seed {seed}, of all sites; expected one of "
+            f"{few(map(str, conditions))}"
+        )
+    return found[0]
+
+
 def _edits(
-    module: "AblationModule", calibration: Calibration, choice: Choice, method: AblationMethod, condition: Condition
+    module: Module, calibration: Calibration, choice: Choice, method: AblationMethod, condition: Condition
 ) -> Any:
     return SweepPhase(module, calibration, [method], [BASELINE], choice).edits_of(condition)
 

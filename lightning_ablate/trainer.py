@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import IterableDataset, Subset
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_ablate.data.base import AblationDataModule, ExactSampler
-from lightning_ablate.errors import ConfigError, StatisticsError, loading
+from lightning_ablate.errors import ConfigError
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.base import evaluation_loaders
 from lightning_ablate.phases import is_unfinished
@@ -76,13 +75,8 @@ def calibration_size(trainer: lightning.Trainer) -> dict[str, Any]:
     return {"batches": trainer.num_training_batches, "batch_size": batch_size, "steps": steps, "examples": examples}
 
 
-def check_counts_once(trainer: lightning.Trainer, *loaders: Any) -> None:
+def check_counts_once(trainer: lightning.Trainer, loader: Any) -> None:
     """Raises ConfigError for a loader that gives some example to two processes."""
-    for loader in loaders:
-        _check_counts_once(trainer, loader)
-
-
-def _check_counts_once(trainer: lightning.Trainer, loader: Any) -> None:
     sampler = getattr(loader, "sampler", None)
     if trainer.world_size == 1 or isinstance(sampler, ExactSampler):
         return
@@ -98,13 +92,8 @@ def _check_counts_once(trainer: lightning.Trainer, loader: Any) -> None:
         )
 
 
-def example_counts(trainer: lightning.Trainer) -> list[int]:
-    """Of each validation loader the number of examples; 0 where one, as that of whole batches, doesn't tell."""
-    return [example_count(loader) for loader in evaluation_loaders(trainer)]
-
-
 def example_count(loader: Any) -> int:
-    """The same of one loader."""
+    """The number of examples; 0 where a loader, as one of whole batches, doesn't tell."""
     return _length(loader.dataset) if getattr(loader, "batch_sampler", None) is not None else 0
 
 
@@ -190,12 +179,6 @@ def run_facts(trainer: lightning.Trainer, module: AblationModule, callback: Any,
         "processes": trainer.world_size,
         "limits": [trainer.limit_train_batches, trainer.limit_val_batches],
     }
-
-
-def callback_state(path: Path, callback: lightning.Callback) -> dict[str, Any]:
-    """What a callback has left in a checkpoint; nothing in the file is run."""
-    with loading(str(path), StatisticsError):
-        return torch.load(path, map_location="cpu", weights_only=True)["callbacks"][callback.state_key]
 
 
 def _plainly(value: Any) -> Any:

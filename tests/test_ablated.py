@@ -40,7 +40,7 @@ def prepared(make, method):
 def test_it_equals_plain_hooks_and_generates_with_a_cache_what_recomputing_every_position_gives(make, method):
     model, calibration, masks, changes = prepared(make, method)
     clean, ids = tiny.run(model), tiny.tokens(2, 6, seed=5)["input_ids"]
-    with pytest.raises(RuntimeError, match="inside"), ablated(model, masks, method, calibration, once=True):
+    with pytest.raises(RuntimeError, match="inside"), ablated(model, masks, method, calibration):
         found = tiny.run(model)
         raise RuntimeError("inside")
     with reference.plain_hooks(model, changes):
@@ -71,7 +71,7 @@ def test_each_use_of_a_module_that_runs_again_is_named_by_its_number():
     change = reference.put(HALF, seen[1].double().flatten(0, 1).mean(0).float())
     with reference.plain_hooks(model, {path: lambda x: runs.append(x) or (change(x) if len(runs) == 2 else None)}):
         expected = tiny.run(model)
-    with ablated(model, {f"{path}#1": HALF}, "mean", calibration, once=True):
+    with ablated(model, {f"{path}#1": HALF}, "mean", calibration):
         torch.testing.assert_close(tiny.run(model), expected, rtol=0, atol=1e-6)
     assert float((expected - clean).abs().max()) > 1e-3
     with pytest.raises(SiteError, match="no projection '.*#1'"), ablated(model, {f"{path}#1": HALF}):

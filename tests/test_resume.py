@@ -92,42 +92,46 @@ def test_a_finished_folder_is_kept_and_saves_are_rare_by_default(tmp_path, whole
     assert_same(tmp_path / "run", whole[0])
     assert_same(tmp_path / "run" / "run-2", whole[0])
     run(tmp_path / "other", Dies(None, 1), save_every=60.0)
-    assert [path.name for path in (tmp_path / "other" / "unfinished").glob("4.*")] == ["4.0.0.pt"]
+    saved = torch.load(tmp_path / "other" / "unfinished" / "progress.pt", weights_only=True)
+    assert saved["progress"] == (4, 0)
 
 
-def test_what_is_gone_on_from_is_the_last_that_all_processes_saved(tmp_path):
-    first, second = (Unfinished(tmp_path, rank, 2, 0.0) for rank in (0, 1))
-    assert first.claim({"seeds": (1, 2)}, copy) == Progress() and first.due
-    for progress in (Progress(1), Progress(2), Progress(2, 9), Progress(2, 10)):
-        first.save(progress, {"x": torch.tensor(progress.batches)})
-    second.save(Progress(2, 9), {})
-    names = sorted(path.name for path in (tmp_path / "unfinished").iterdir())
-    assert names == ["2.10.0.pt", "2.9.0.pt", "2.9.1.pt", "lock", "run.json"]
-    again = Unfinished(tmp_path, 0, 2, 60.0)
+def test_the_first_process_saves_what_all_go_on_from(tmp_path):
+    first, second = (Unfinished(tmp_path, rank == 0, 0.0) for rank in (0, 1))
+    said = []
+    assert first.claim({"seeds": (1, 2)}, lambda found: said.append(found) or found) == {} and first.due
+    assert second.claim({"seeds": (1, 2)}, lambda nothing: said[0]) == {}  # what is broadcast from the first
+    for one in (first, second):
+        one.save(Progress(2, 9), {"x": torch.tensor(1 if one is first else 2)})
+    assert sorted(path.name for path in (tmp_path / "unfinished").iterdir()) == ["lock", "progress.pt"]
+    again = Unfinished(tmp_path, True, 60.0)
     with pytest.raises(ConfigError, match="a run is going on in"):
         again.claim({"seeds": [1, 2]}, copy)
-    first.release()
-    assert again.claim({"seeds": [1, 2]}, copy) == Progress(2, 9) and not again.due
-    assert again.read(Progress(2, 9)) == {"x": torch.tensor(9)}
+    second.leave()
+    with pytest.raises(ConfigError, match="a run is going on in"):
+        again.claim({"seeds": [1, 2]}, copy)
+    first.leave()
+    found = again.claim({"seeds": [1, 2]}, copy)
+    assert (found["progress"], found["x"].item()) == ((2, 9), 1) and not again.due
     again.close()
-    assert not is_unfinished(tmp_path)
+    assert not is_unfinished(tmp_path) and not (tmp_path / "unfinished").exists()
 
 
 def test_a_run_that_is_going_on_keeps_its_folder_and_one_that_leaves_takes_only_what_it_made(tmp_path):
-    live = Unfinished(tmp_path / "run", 0, 1, 0.0)
+    live = Unfinished(tmp_path / "run", True, 0.0)
     live.claim({}, copy)
-    other = Unfinished(tmp_path / "run", 0, 1, 0.0)
+    other = Unfinished(tmp_path / "run", True, 0.0)
     with pytest.raises(ConfigError, match="a run is going on in .*run; wait for it"):
         other.claim({}, copy)
     other.leave()
     assert (tmp_path / "run" / "unfinished").is_dir()
-    child = os.fork()  # as a worker that loads data, which holds the lock as well
+    child = os.fork()  # as a worker that loads data, which inherits the lock
     if not child:
-        live.release()
         time.sleep(60)
     live.leave()
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
+    other = Unfinished(tmp_path / "run", True, 0.0)
     other.claim({}, copy)
     assert fresh_folder(tmp_path / "run") == tmp_path / "run"  # where nothing is saved yet there is nothing to keep
     other.leave()
@@ -141,7 +145,4 @@ def test_a_damaged_save_is_refused_in_a_line(tmp_path):
     for save in (tmp_path / "run" / "unfinished").glob("*.pt"):
         save.write_bytes(save.read_bytes()[:500])
     with pytest.raises(StatisticsError, match="could not load .*unfinished"):
-        run(tmp_path / "run")
-    (tmp_path / "run" / "unfinished" / "run.json").write_text("{")
-    with pytest.raises(ConfigError, match="could not load .*run.json"):
         run(tmp_path / "run")

@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, Self, TypeVar, get_args
 
 import lightning
@@ -21,11 +21,11 @@ T = TypeVar("T")
 class Examples(Dataset[dict[str, Any]]):
     """A set of examples, each of which knows its place.
 
-    ``rows`` are dicts of tensors, which a sequence may make when asked; ``contents`` identify them in the fingerprint.
+    ``make`` makes dicts of tensors of its ``rows``, when asked; ``contents`` identify them in the fingerprint.
     """
 
-    def __init__(self, rows: Sequence[dict[str, Any]], contents: Sequence[bytes]) -> None:
-        self.rows, self.contents = rows, contents
+    def __init__(self, rows: Sequence[Any], contents: Sequence[bytes], make: Callable[[Any], Any] = dict) -> None:
+        self.rows, self.contents, self.make = rows, contents, make
 
     def __len__(self) -> int:
         """How many there are."""
@@ -33,7 +33,7 @@ class Examples(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """An example and its ``index``; the filler is the first example, and its index stays below 0."""
-        return {**self.rows[max(index, 0)], "index": index}
+        return {**self.make(self.rows[max(index, 0)]), "index": index}
 
     def fingerprint(self) -> str:
         """SHA-256 over all examples, in hexadecimal."""
@@ -188,8 +188,7 @@ class SourceData(AblationDataModule):
         streaming: reads only as far as the budgets need, without downloading the rest.
         shuffle_seed: shuffles with this seed, as many sources are sorted by class; None keeps the order.
         batch_size: examples per forward pass and process.
-        num_workers: processes that load batches ahead; 0 loads them in the main one.
-        evaluation: other data whose evaluation examples are evaluated as well, each for itself.
+        options: see :class:`AblationDataModule`.
     """
 
     def __init__(
@@ -204,10 +203,9 @@ class SourceData(AblationDataModule):
         streaming: bool = False,
         shuffle_seed: int | None = 0,
         batch_size: int = 16,
-        num_workers: int = 0,
-        evaluation: Sequence[AblationDataModule] = (),
+        **options: Any,
     ) -> None:
-        super().__init__(name, batch_size=batch_size, num_workers=num_workers, evaluation=evaluation)
+        super().__init__(name, batch_size=batch_size, **options)
         self.splits: dict[Purpose, str | None] = {"calibration": calibration_split, "evaluation": evaluation_split}
         self.path, self.subset, self.streaming, self.shuffle_seed = name, subset, streaming, shuffle_seed
         self.unit, self.reached = unit, dict[Purpose, int]()

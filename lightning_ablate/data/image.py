@@ -1,6 +1,6 @@
 """Images from any source that `datasets` can read, preprocessed as the target wants them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -11,28 +11,6 @@ from torch import Tensor
 from lightning_ablate.data.base import Examples, Purpose, SourceData
 from lightning_ablate.data.source import rows
 from lightning_ablate.errors import ConfigError, DataError, loading
-
-
-class Decoded(Sequence[dict[str, Tensor]]):
-    """Undecoded images and their classes, decoded and transformed when asked for."""
-
-    def __init__(
-        self, images: list[tuple[dict[str, Any], int]], transform: Callable[[], Callable[[Any], Tensor]]
-    ) -> None:
-        self.images, self.transform = images, transform
-
-    def __len__(self) -> int:
-        """The number of images."""
-        return len(self.images)
-
-    def __getitem__(self, index: Any) -> Any:
-        """``pixel_values`` ``(channels, height, width)`` float32 and ``label`` ``()`` int64."""
-        from PIL import Image
-
-        with loading(f"image {index}", DataError):
-            image, label = self.images[index]
-            pixels = self.transform()(Image.open(BytesIO(encoded(image))))
-            return {"pixel_values": pixels, "label": torch.tensor(label)}
 
 
 class ImageData(SourceData):
@@ -66,7 +44,7 @@ class ImageData(SourceData):
         """Takes images until the budget is reached; DataError if they end before, or have no class index."""
         images = self.taken(purpose, ((row, 1) for row in self._fresh(purpose)))
         contents = [encoded(image) + f" {label}".encode() for image, label in images]
-        return Examples(Decoded(images, self._transform), contents)
+        return Examples(images, contents, self._decoded)
 
     def _fresh(self, purpose: Purpose) -> Iterator[tuple[dict[str, Any], int]]:
         """The undecoded images that are free for the purpose, and their classes."""
@@ -80,6 +58,14 @@ class ImageData(SourceData):
                 raise DataError(f"{self.name} holds {label!r} in {self.label_column!r}, expected a class index")
             if self.may_use(encoded(image), purpose):
                 yield image, label
+
+    def _decoded(self, row: tuple[dict[str, Any], int]) -> dict[str, Tensor]:
+        """``pixel_values`` ``(channels, height, width)`` float32 and ``label`` ``()`` int64."""
+        from PIL import Image
+
+        with loading(f"an image of {self.name}", DataError):
+            pixels = self._transform()(Image.open(BytesIO(encoded(row[0]))))
+            return {"pixel_values": pixels, "label": torch.tensor(row[1])}
 
     def _transform(self) -> Callable[[Any], Tensor]:
         transform = getattr(getattr(self.trainer, "lightning_module", None), "transform", None)

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from lightning_ablate.data.base import Examples, Purpose, SourceData
 from lightning_ablate.data.source import rows
-from lightning_ablate.data.text import tokenizer_of
+from lightning_ablate.data.text import padded, padding_id, tokenizer_of
 from lightning_ablate.errors import DataError
-from lightning_ablate.tokens import padded, padding_id
 
 
 class TextRows(SourceData):

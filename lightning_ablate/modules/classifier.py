@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_ablate.data.text import padding_id
 from lightning_ablate.metrics import Scored
 from lightning_ablate.modules.language import LanguageModel, TextBatch
-from lightning_ablate.tokens import padding_id
 
 
 class SequenceClassifier(LanguageModel):

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ablate.choices import seed_of
+from lightning_ablate.data.text import padding_id, special_frame
 from lightning_ablate.errors import ConfigError, DataError
 from lightning_ablate.metrics import Scored
 from lightning_ablate.modules.hub import HubModule
-from lightning_ablate.tokens import padding_id, special_frame
 
 TextBatch = Mapping[str, Tensor]
 _POSITIONS = re.compile(r"(wpe|position_embeddings|embed_positions)$")  # names of tables of learned positions

@@ -1,14 +1,13 @@
 """Attribution: estimates what every unit is worth, and measures some of them."""
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_ablate.attribution import (
     SUMS,
-    Alone,
     Attributing,
     Unit,
     cotangents,
@@ -21,14 +20,11 @@ from lightning_ablate.attribution import (
 from lightning_ablate.conditions import BASELINE, Condition
 from lightning_ablate.errors import ConfigError, DataError, NonFiniteError, few
 from lightning_ablate.methods import Ablation, AblationMethod, Batch, Replacement
-from lightning_ablate.phases.phase import Phase
+from lightning_ablate.phases.phase import Module, Phase
 from lightning_ablate.phases.resume import Run
 from lightning_ablate.phases.sweep import SweepPhase, read_source
 from lightning_ablate.sites import Site, hooked
 from lightning_ablate.statistics.base import by_example
-
-if TYPE_CHECKING:
-    from lightning_ablate.modules import AblationModule
 
 
 class AttributionPhase(Phase):
@@ -42,7 +38,7 @@ class AttributionPhase(Phase):
 
     title = "Attribution"
 
-    def __init__(self, module: "AblationModule", run: Run, options: Attributing) -> None:
+    def __init__(self, module: Module, run: Run, options: Attributing) -> None:
         super().__init__(module)
         self.options, self.sites, methods = options, run.calibration.sites, options.methods
         self._run, self._batch = run, Batch()
@@ -142,14 +138,15 @@ class VerificationPhase(SweepPhase):
 
     title = "Verification"
 
-    def __init__(self, module: "AblationModule", run: Run, options: Attributing, examples: int) -> None:
+    def __init__(self, module: Module, run: Run, options: Attributing, examples: int) -> None:
         self.rows, methods = picked(table_of(run.calibration.attributed), options.verify), options.methods
-        self.units = [Unit(*row) for row in self.rows[["site", "level", "unit"]].itertuples(index=False)]
+        units = [Unit(*row) for row in self.rows[["site", "level", "unit"]].itertuples(index=False)]
+        self.units = {str(unit): unit for unit in units}
         seeds = {method.name: options.seed if method.seeded else None for method in methods}
-        pairs = list(zip(self.rows["method"], self.units, strict=True))
+        pairs = list(zip(self.rows["method"], units, strict=True))
         conditions = [BASELINE, *(Condition(1.0, seeds[m], str(unit), method=m) for m, unit in pairs)]
-        super().__init__(module, run.calibration, methods, conditions, Alone(self.units), [examples])
         self.options, self._run = options, run
+        super().__init__(module, run.calibration, methods, conditions, examples=[examples])
 
     def step(self, batch: Any, batch_idx: int) -> None:
         """Evaluates every condition on one batch of those that were attributed."""
@@ -170,11 +167,19 @@ class VerificationPhase(SweepPhase):
             spread = (own - base - effect * n).square().sum().sqrt() / n.sum()
             self._run.measured.append([*key, effect.item(), spread.item() if len(n) > 1 else float("nan")])
 
+    def masks_of(self, condition: Condition) -> dict[Site, Tensor]:
+        """The neurons of the one unit."""
+        unit = self.units[condition.part]
+        site = next(site for site in self._run.calibration.sites if site.name == unit.site)
+        mask = torch.zeros(site.width, dtype=torch.bool)
+        mask.view(-1, levels_of(site)[unit.level])[unit.unit] = True
+        return {site: mask}
+
     def _check_examples(self, example: Tensor) -> None:
         """Calibration data may number their examples as they like."""
 
 
-def _passed_over(module: "AblationModule", options: Attributing, used: Tensor) -> bool:
+def _passed_over(module: Module, options: Attributing, used: Tensor) -> bool:
     """Whether no process uses any example of its batch; asked of all, as the passes of a sharded target need all."""
     return options.examples is not None and not bool(module.summed(used.any().float()))
 

@@ -3,20 +3,17 @@
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_ablate.errors import NonFiniteError, StatisticsError
 from lightning_ablate.metrics import checked
-from lightning_ablate.phases.phase import Phase
+from lightning_ablate.phases.phase import Module, Phase
 from lightning_ablate.phases.resume import Run
 from lightning_ablate.sites import KINDS, Site, check_mixing, find_sites, hooked
 from lightning_ablate.statistics import ActivationStatistic, Moments
-
-if TYPE_CHECKING:
-    from lightning_ablate.modules import AblationModule
 
 
 class CalibrationPhase(Phase):
@@ -24,7 +21,7 @@ class CalibrationPhase(Phase):
 
     title = "Calibration"
 
-    def __init__(self, module: "AblationModule", run: Run, kinds: Sequence[type[ActivationStatistic]]) -> None:
+    def __init__(self, module: Module, run: Run, kinds: Sequence[type[ActivationStatistic]]) -> None:
         super().__init__(module)
         self.kinds, self.calibration, self.seconds = kinds, run.calibration, 0.0
         self.epochs = 1 + max(kind.epoch() for kind in kinds)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from queue import SimpleQueue
 from threading import Thread, current_thread
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,15 +15,11 @@ from lightning_ablate.choices import Choice
 from lightning_ablate.conditions import Condition
 from lightning_ablate.errors import ConfigError, SiteError
 from lightning_ablate.methods import Ablation, ConditionalSequential, Edit
-from lightning_ablate.phases.phase import Phase
+from lightning_ablate.phases.phase import Module, Phase
 from lightning_ablate.phases.resume import Run
 from lightning_ablate.phases.sweep import masks_of
 from lightning_ablate.sites import Site, hooked
 from lightning_ablate.statistics import Covariance, Moments, SiteStatistics
-
-if TYPE_CHECKING:
-    from lightning_ablate.modules import AblationModule
-
 
 _BATCHES = 256  # each has a thread of its own, and that one its pool
 
@@ -38,7 +34,7 @@ class FittingPhase(Phase):
 
     def __init__(
         self,
-        module: "AblationModule",
+        module: Module,
         run: Run,
         method: ConditionalSequential,
         choice: Choice,
@@ -61,7 +57,8 @@ class FittingPhase(Phase):
         self._batches.append((batch, self.module.examples_of(batch, batch_idx)))
         if self.module.trainer.is_last_batch:
             learned, sites, device = self._run.calibration.learned, self._run.calibration.sites, self.module.device
-            silent = self.module.global_rank > 0 or cast(Any, self.module.trainer).progress_bar_callback is None
+            bar = type(cast(Any, self.module.trainer).progress_bar_callback)  # beside rich's another one can't write
+            silent = self.module.global_rank > 0 or not hasattr(bar, "train_progress_bar")
             with torch.no_grad():
                 for condition in tqdm(self._conditions, self.title, leave=False, disable=silent):
                     masks = masks_of(condition, self._choice, self._run.calibration)

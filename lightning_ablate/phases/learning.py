@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Mapping
 from functools import partial
 from math import ceil
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,10 @@ from lightning_ablate.choices import Choice, seed_of
 from lightning_ablate.conditions import Selection
 from lightning_ablate.errors import ConfigError, NonFiniteError
 from lightning_ablate.methods import Ablation, Edit, LearnedMethod
-from lightning_ablate.phases.phase import Phase
+from lightning_ablate.phases.phase import Module, Phase
 from lightning_ablate.phases.resume import Run
 from lightning_ablate.sites import Site, hooked
 from lightning_ablate.statistics import Moments
-
-if TYPE_CHECKING:
-    from lightning_ablate.modules import AblationModule
 
 _HELD_OUT = 10  # one step of so many is held out
 
@@ -63,9 +60,7 @@ class LearningPhase(Phase):
     learned is float32 whatever the precision of the target; the run's calibration gets it at the end.
     """
 
-    def __init__(
-        self, module: "AblationModule", run: Run, method: LearnedMethod, choice: Choice, course: Course
-    ) -> None:
+    def __init__(self, module: Module, run: Run, method: LearnedMethod, choice: Choice, course: Course) -> None:
         super().__init__(module)
         self.method, self.course, self._run, self._choice = method, course, run, choice
         self._calibration = calibration = run.calibration

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_ablate.modules import AblationModule
+    from lightning_ablate.modules import AblationModule as Module
+else:
+    Module = Any  # modules import this file
 
 
 class Phase(ABC):
@@ -14,7 +16,7 @@ class Phase(ABC):
     title: str  # as the progress bar shows it
     epochs: int = 1  # how many it takes
 
-    def __init__(self, module: "AblationModule") -> None:
+    def __init__(self, module: Module) -> None:
         self.module = module
 
     def begin_epoch(self, epoch: int) -> None:

@@ -2,10 +2,8 @@
 
 import io
 import json
-import os
 import shutil
 import time
-import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -13,18 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 
 from lightning_ablate.calibration import Calibration, check_target
 from lightning_ablate.errors import ConfigError, StatisticsError, loading
 from lightning_ablate.results.folder import write_whole
 
-try:
-    import fcntl
-except ImportError:  # Windows, where two runs in one folder aren't told
-    fcntl = None  # type: ignore[assignment]
-
-FOLDER, RUN, LOCK = "unfinished", "run.json", "lock"
+FOLDER, SAVED = "unfinished", "progress.pt"
 
 
 class Progress(NamedTuple):
@@ -77,43 +71,37 @@ class Run:
 
 
 class Unfinished:
-    """The progress of one process of a run, in files.
+    """The progress of a run, in one file that its first process writes and all read, whole or not at all.
 
-    Every process writes its own file, whole or not at all, and keeps the last two, since one of them may be ahead of
-    the others when the run dies. What is gone on from is the last progress that all of them know. From one save in the
-    sweep to the next it is ``every`` seconds; 0 saves behind every batch.
+    From one save in the sweep to the next it is ``every`` seconds; 0 saves behind every batch.
     """
 
-    def __init__(self, folder: Path, rank: int, processes: int, every: float) -> None:
-        self.folder = folder / FOLDER
-        self._rank, self._processes, self._every, self._last = rank, processes, every, time.monotonic()
-        self._run: dict[str, Any] | None = None
-        self.release: Callable[[], Any] = lambda: None
+    def __init__(self, folder: Path, first: bool, every: float) -> None:
+        self.folder, self._first, self._every, self._last = folder / FOLDER, first, every, time.monotonic()
+        self._saved, self._made = self.folder / SAVED, not folder.exists()
+        self._lock: FileLock | None = None  # held while the run goes on
 
-    def claim(self, run: Mapping[str, Any], broadcast: Callable[[Any], Any]) -> Progress:
-        """Takes the folder for a run, on all processes; how far an earlier one has come in it.
+    def claim(self, run: Mapping[str, Any], broadcast: Callable[[Any], Any]) -> dict[str, Any]:
+        """Takes the folder for a run, on all processes; what an earlier one saved there, empty if nothing.
 
-        ``run`` is what two runs must have in common for one to go on with the other, or ConfigError.
+        ``run`` is what two runs must have in common for one to go on with the other, or ConfigError; StatisticsError
+        if the file is damaged.
         """
-        problem, progress = "", Progress()
-        if self._rank == 0:
-            self._run = json.loads(json.dumps(run, default=str))
-            problem = self._locked() or self._other(self._run)
-            stale = [] if problem or is_unfinished(self.folder.parent) else self.folder.glob("*.pt")
-            for path in stale:  # which another run's processes left before it was told for which run they are
-                path.unlink()
-            known = [{_progress(path) for path in self.folder.glob(f"*.{rank}.pt")} for rank in range(self._processes)]
-            progress = max(set.intersection(*known), default=progress)
-        problem, progress = broadcast((problem, progress))
+        self._run = json.loads(json.dumps(run, default=str))
+        problem, known = broadcast((self._locked(), self._saved.exists()) if self._first else None)
         if problem:
             raise ConfigError(problem)
-        return progress
-
-    def read(self, progress: Progress) -> dict[str, Any]:
-        """What this process saved at that progress; StatisticsError if the file is damaged."""
-        path = self._path(progress)
-        with loading(str(path), StatisticsError):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        if not known:
+            return {}
+        with loading(str(self._saved), StatisticsError):
+            saved = torch.load(self._saved, map_location="cpu", weights_only=True)
+            if saved["run"] != self._run:
+                name, here, there = _difference(self._run, saved["run"])
+                raise ConfigError(
+                    f"{self.folder.parent} holds an unfinished run of another configuration: {name} is {here!s:.60} "
+                    f"here, was {there!s:.60} there; name another folder (--ablation.dirpath), or delete {self.folder}"
+                )
+            return saved
 
     @property
     def due(self) -> bool:
@@ -121,84 +109,50 @@ class Unfinished:
         return time.monotonic() - self._last >= self._every
 
     def save(self, progress: Progress, state: Mapping[str, Any]) -> None:
-        """Saves the state of this process at a progress; the one that claimed the folder says first for which run."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self._run is not None:
-            write_whole(self.folder / RUN, json.dumps(self._run, indent=2) + "\n")
-            self._run = None
-        buffer = io.BytesIO()
-        torch.save(dict(state), buffer)
-        write_whole(self._path(progress), buffer.getvalue())
-        for path in sorted(self.folder.glob(f"*.{self._rank}.pt"), key=_progress)[:-2]:
-            path.unlink()
+        """Saves a progress, and the state from which every process can go on."""
         self._last = time.monotonic()
+        if self._first:
+            buffer = io.BytesIO()
+            torch.save({"run": self._run, "progress": tuple(progress), **state}, buffer)
+            write_whole(self._saved, buffer.getvalue())
 
     def close(self) -> None:
         """Forgets the run, which has ended."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.release()
+        self._saved.unlink(missing_ok=True)
+        self.leave()
 
     def leave(self) -> bool:
-        """Unlocks the folder of a run that ends before its time; whether there is something to go on from."""
-        self.release()
-        return is_unfinished(self.folder.parent)
+        """Lets go of the folder, and removes what nothing was saved in; whether there is something to go on from."""
+        known = self._saved.exists()
+        if self._lock is not None:
+            if not known:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                with suppress(OSError):  # it holds something
+                    if self._made:
+                        self.folder.parent.rmdir()
+            self._lock.release()  # last, so that no other run's files are removed
+            self._lock = None
+        return known
 
     def _locked(self) -> str:
         """Locks the folder against other runs, until this one ends in any way; what is said if it can't."""
-        parent = self.folder.parent
-        made = not parent.exists()
+        lock = FileLock(self.folder / "lock", timeout=0)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT)
+            lock.acquire()
+        except Timeout:
+            return (
+                f"a run is going on in {self.folder.parent}; wait for it, or name another folder (--ablation.dirpath)"
+            )
         except OSError as error:
-            return f"can't write into the folder {str(parent)!r}: {error.strerror} (--ablation.dirpath)"
-        try:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            return f"a run is going on in {parent}; wait for it, or name another folder (--ablation.dirpath)"
-        except OSError:  # a file system that knows no locks
-            pass
-        self.release = weakref.finalize(self, _let_go, lock, self.folder, made, os.getpid())
+            return f"can't write into the folder {str(self.folder.parent)!r}: {error.strerror} (--ablation.dirpath)"
+        self._lock = lock
         return ""
-
-    def _other(self, run: Mapping[str, Any]) -> str:
-        """What tells an unfinished run in the folder from this one; empty if nothing does."""
-        if not is_unfinished(self.folder.parent):
-            return ""
-        path = self.folder / RUN
-        with loading(str(path), ConfigError):
-            found = json.loads(path.read_text(encoding="utf-8"))
-        if found == run:
-            return ""
-        name, here, there = _difference(run, found)
-        return (
-            f"{self.folder.parent} holds an unfinished run of another configuration: {name} is {here!s:.60} here, was "
-            f"{there!s:.60} there; name another folder (--ablation.dirpath), or delete {self.folder}"
-        )
-
-    def _path(self, progress: Progress) -> Path:
-        return self.folder / f"{progress.epochs}.{progress.batches}.{self._rank}.pt"
-
-
-def _let_go(lock: int, folder: Path, made: bool, process: int) -> None:
-    """Unlocks a folder, and removes what this run made if there is nothing in it; not in a process forked from it."""
-    if os.getpid() == process:
-        if not (folder / RUN).exists():
-            shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):  # it holds something
-            if made:
-                folder.parent.rmdir()
-        if fcntl is not None:  # last, so that no other run's files are removed
-            with suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_UN)  # which a worker that was forked holds as well
-        os.close(lock)
 
 
 def is_unfinished(folder: Path) -> bool:
     """Whether a folder holds a run that died."""
-    return (folder / FOLDER / RUN).exists()
+    return (folder / FOLDER / SAVED).exists()
 
 
 def _difference(here: Any, there: Any) -> tuple[str, Any, Any]:
@@ -208,8 +162,3 @@ def _difference(here: Any, there: Any) -> tuple[str, Any, Any]:
         names.append(next(key for key in [*here, *there] if here.get(key) != there.get(key)))
         here, there = here.get(names[-1]), there.get(names[-1])
     return ".".join(names), here, there
-
-
-def _progress(path: Path) -> Progress:
-    epochs, batches, *_ = path.name.split(".")
-    return Progress(int(epochs), int(batches))

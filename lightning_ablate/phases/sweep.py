@@ -3,25 +3,21 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from lightning_ablate.ablation import ablated
 from lightning_ablate.calibration import Calibration, digest
 from lightning_ablate.choices import Choice, Random
 from lightning_ablate.conditions import BASELINE, Condition, Selection
 from lightning_ablate.errors import DataError, NonFiniteError, StatisticsError
 from lightning_ablate.methods import Ablation, AblationMethod, Batch, ConstantMethod, Edit, Replacement, Source
 from lightning_ablate.metrics import METRICS, Clean, Scored, SweepMetrics, checked
-from lightning_ablate.phases.phase import Phase
+from lightning_ablate.phases.phase import Module, Phase
 from lightning_ablate.sites import Site, check_mask, hooked
 from lightning_ablate.statistics.base import by_example
-
-if TYPE_CHECKING:
-    from lightning_ablate.modules import AblationModule
 
 _ROOM = 2**30  # bytes
 
@@ -39,7 +35,7 @@ class SweepPhase(Phase):
 
     def __init__(
         self,
-        module: "AblationModule",
+        module: Module,
         calibration: Calibration,
         methods: Sequence[AblationMethod],
         conditions: Sequence[Condition],
@@ -118,24 +114,29 @@ class SweepPhase(Phase):
     def applied(self, condition: Condition) -> Iterator[None]:
         """Ablates the target for the one forward pass inside."""
         edits = self._edits.get(condition) or self.edits_of(condition)
-        with record_function(str(condition)), ablated(self.module.target, edits, once=True):
+        with record_function(str(condition)), hooked(self.module.target, edits, once=True):
             yield
 
     def state_dict(self) -> dict[str, Any]:
-        """The scores so far, of this process."""
-        return {"done": self.done, "classes": self.classes, "metrics": [one.state_dict() for one in self.each]}
+        """The scores so far, merged over the processes, which must all call it."""
+        merged = []
+        for metrics in self.each:
+            with metrics.sync_context():
+                merged.append({name: value.cpu() for name, value in metrics.state_dict().items()})
+        return {"done": self.done, "classes": self.classes, "metrics": merged}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from a :meth:`state_dict`."""
+        """Goes on from a :meth:`state_dict`; the first process takes the scores."""
         self.done, self.classes = list(state["done"]), state["classes"]
         for metrics, saved in zip(self.each, state["metrics"], strict=True):
-            metrics.load_state_dict(dict(saved))
-            metrics.to(self.module.device)
+            if self.module.global_rank == 0:
+                metrics.load_state_dict(dict(saved))
+                metrics.to(self.module.device)
 
     def edits_of(self, condition: Condition) -> dict[Site, Edit]:
         """What a condition does to each site; those it leaves alone are left out."""
         edits: dict[Site, Edit] = {}
-        masks = {} if condition == BASELINE else masks_of(condition, self._choice, self._calibration)
+        masks = {} if condition == BASELINE else self.masks_of(condition)
         whole = digest({site.name: mask for site, mask in masks.items()})
         for site, mask in masks.items():
             if not bool(mask.any()):
@@ -151,6 +152,10 @@ class SweepPhase(Phase):
                 self._constants[method.name, site] = replacement
             edits[site] = Edit(ablation.mask, replacement)
         return edits
+
+    def masks_of(self, condition: Condition) -> dict[Site, Tensor]:
+        """The neurons of the sites that a condition ablates, ``(neurons,)`` bool on the CPU."""
+        return masks_of(condition, self._choice, self._calibration)
 
     def _check_examples(self, example: Tensor) -> None:
         """Raises DataError unless a batch's examples are new and of the data, as the intervals are over examples."""
@@ -187,9 +192,7 @@ def masks_of(condition: Selection, choice: Choice, calibration: Calibration) -> 
     return masks
 
 
-def read_source(
-    module: "AblationModule", sites: Iterable[Site], kind: str, seed: int, batch: Any
-) -> dict[Site, Source]:
+def read_source(module: Module, sites: Iterable[Site], kind: str, seed: int, batch: Any) -> dict[Site, Source]:
     """Runs an input that is resampled from, and keeps what the sites do."""
     other = module.source(kind, seed, batch)  # which may run the target to generate it
     found: dict[Site, Source] = {}

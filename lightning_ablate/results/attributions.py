@@ -2,18 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from lightning_ablate.attribution import GROUP, trust
 from lightning_ablate.results.figures import blank, drawn, plain, short
 from lightning_ablate.results.folder import write_whole
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _SHOWN = 5  # units of a method
 _COLUMNS = ("first", "second", "estimate", "se", "picked", "verified", "verified_se", "calibrated")
@@ -70,7 +68,7 @@ def save(table: pd.DataFrame, folder: Path, forms: Sequence[str]) -> list[Path]:
     return made
 
 
-def plot(table: pd.DataFrame) -> "Figure":
+def plot(table: pd.DataFrame) -> Figure:
     """A row a method: a map of the heads, the neurons by site, and estimates against what was measured."""
     methods, of = list(table["method"].unique()), table.attrs.get("of", "nats")
     sites = list(table["site"].unique())
@@ -90,7 +88,7 @@ def plot(table: pd.DataFrame) -> "Figure":
     return figure
 
 
-def _map(axes: "Axes", heads: pd.DataFrame, sites: Sequence[str], figure: "Figure", of: str) -> None:
+def _map(axes: Axes, heads: pd.DataFrame, sites: Sequence[str], figure: Figure, of: str) -> None:
     values = np.full((len(sites), 1 + heads["unit"].max()), np.nan)
     values[heads["site"].map(list(sites).index), heads["unit"]] = heads["estimate"]
     largest = np.nanmax(np.abs(values)) or 1.0
@@ -108,7 +106,7 @@ def _map(axes: "Axes", heads: pd.DataFrame, sites: Sequence[str], figure: "Figur
     axes.tick_params(labelsize=7)
 
 
-def _neurons(axes: "Axes", neurons: pd.DataFrame, sites: Sequence[str], of: str) -> None:
+def _neurons(axes: Axes, neurons: pd.DataFrame, sites: Sequence[str], of: str) -> None:
     """Their distribution in each site: the median, the quartiles, 5% to 95%, and the largest as a dot."""
     by_site = neurons.groupby("site", sort=False)["estimate"]
     lowest, low, middle, high, highest = (by_site.quantile(q).to_numpy() for q in (0.05, 0.25, 0.5, 0.75, 0.95))
@@ -129,7 +127,7 @@ def _neurons(axes: "Axes", neurons: pd.DataFrame, sites: Sequence[str], of: str)
     axes.set_xticks(ticks[:: max(1, len(ticks) // 4)])
 
 
-def _truth(axes: "Axes", verified: pd.DataFrame, of: str) -> None:
+def _truth(axes: Axes, verified: pd.DataFrame, of: str) -> None:
     for (level, how), own in verified.groupby(["level", "picked"], sort=False):
         face = _COLOR[level] if how == "largest" else "none"
         style: dict[str, Any] = {"color": _COLOR[level], "mfc": face, "ms": 3.5, "mew": 0.8}

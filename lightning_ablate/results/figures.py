@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.results.text import neighbours, title
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
     from lightning_ablate.results.table import Results
 
 # Okabe & Ito's palette and, behind it, Tol's muted one, told apart by colour-blind readers; markers and dashes tell
@@ -37,7 +37,7 @@ _ACROSS = 4  # maps beside one another
 _CHARACTER = 0.065  # inches that one takes at 8 points
 
 
-def degradation(*results: "Results") -> "Figure":
+def degradation(*results: "Results") -> Figure:
     """Top-1 accuracy, cross-entropy and one's own metrics by the ablated fraction: a column a target, a curve a method.
 
     Bands are the 95% intervals over examples, where these are known; bars are ± 1 standard deviation over the seeds.
@@ -72,7 +72,7 @@ def degradation(*results: "Results") -> "Figure":
     return figure
 
 
-def differences(results: "Results") -> "Figure":
+def differences(results: "Results") -> Figure:
     """How much more top-1 accuracy one method leaves than another, by the ablated fraction, with 95% intervals.
 
     Every pair has a panel; of more than four methods those of neighbours in rank.
@@ -108,7 +108,7 @@ def differences(results: "Results") -> "Figure":
     return figure
 
 
-def importance(results: "Results", metric: str = "cross_entropy") -> "Figure":
+def importance(results: "Results", metric: str = "cross_entropy") -> Figure:
     """What each head costs when it alone is ablated, as a map a method; or each site or layer, as a line a method.
 
     It is the change of the ``metric``. Where what examples scored is known, a dot marks a head, and a band around a
@@ -143,7 +143,7 @@ def importance(results: "Results", metric: str = "cross_entropy") -> "Figure":
     return figure
 
 
-def drawn(picture: Callable[[], "Figure"], form: str = "png") -> bytes:
+def drawn(picture: Callable[[], Figure], form: str = "png") -> bytes:
     """A figure as a file: a ``png`` of 300 dots per inch, a ``pdf`` or an ``svg``, the same bytes each time."""
     buffer = io.BytesIO()
     unsaid = {"png": "Software", "pdf": "CreationDate", "svg": "Date"}[form]
@@ -151,11 +151,8 @@ def drawn(picture: Callable[[], "Figure"], form: str = "png") -> bytes:
     return buffer.getvalue()
 
 
-def blank(width: float, height: float) -> "Figure":
+def blank(width: float, height: float) -> Figure:
     """An empty figure of so many inches, which needs no display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     figure._repr_png_ = partial(drawn, lambda: figure)  # type: ignore[attr-defined]  # as notebooks show it
@@ -166,7 +163,7 @@ def _title(results: "Results", width: int) -> str:
     return textwrap.fill(title(results) + (" (partial run)" if results.partial else ""), width)
 
 
-def plain(axes: "Axes", size: int, grid: bool = True) -> None:
+def plain(axes: Axes, size: int, grid: bool = True) -> None:
     """Small ticks, a grid or none, and no frame above and at the right."""
     axes.tick_params(labelsize=size)
     if grid:
@@ -175,7 +172,7 @@ def plain(axes: "Axes", size: int, grid: bool = True) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _curves(axes: "Axes", summary: pd.DataFrame, methods: Sequence[str], metric: str, scale: float) -> None:
+def _curves(axes: Axes, summary: pd.DataFrame, methods: Sequence[str], metric: str, scale: float) -> None:
     """A curve a method from the baseline on; or a point a method, side by side, where there is one fraction only."""
     fractions = sorted(summary["fraction"].unique())
     alone = len(fractions) == 2
@@ -205,7 +202,7 @@ def _curves(axes: "Axes", summary: pd.DataFrame, methods: Sequence[str], metric:
     _fraction_ticks(axes, fractions, 8, most=11)
 
 
-def _fraction_ticks(axes: "Axes", fractions: Sequence[float], size: int, most: int) -> None:
+def _fraction_ticks(axes: Axes, fractions: Sequence[float], size: int, most: int) -> None:
     """Ticks at the fractions themselves, where they are few and far enough apart; only above 0 if there is but one."""
     shown = fractions[1:] if len(fractions) == 2 else fractions
     gaps = np.diff(shown) / max(shown[-1], 1e-9)
@@ -213,7 +210,7 @@ def _fraction_ticks(axes: "Axes", fractions: Sequence[float], size: int, most: i
         axes.set_xticks([100 * fraction for fraction in shown], [f"{100 * f:g}" for f in shown], fontsize=size)
 
 
-def _maps(results: "Results", damage: pd.DataFrame, names: Sequence[str], label: str) -> "Figure":
+def _maps(results: "Results", damage: pd.DataFrame, names: Sequence[str], label: str) -> Figure:
     methods, heads = results.methods, 1 + int(damage["head"].max())
     across = min(_ACROSS, len(methods))
     lines = -(-len(methods) // across)

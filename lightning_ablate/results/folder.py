@@ -25,7 +25,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 def fresh_folder(
     folder: Path,
-    names: Sequence[str] = ("results.csv", "ablation.ckpt", "config.yaml", "unfinished/run.json"),
+    names: Sequence[str] = ("results.csv", "ablation.ckpt", "config.yaml", "unfinished/progress.pt"),
     unless: Callable[[Path], bool] = lambda candidate: False,
 ) -> Path:
     """The folder, or its first ``run-2``, ``run-3`` ... that holds no earlier run's files, or ``unless`` holds."""

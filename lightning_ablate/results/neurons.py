@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lightning_ablate.results.figures import blank, drawn, plain, short
 from lightning_ablate.results.folder import write_whole
@@ -13,9 +16,6 @@ from lightning_ablate.results.text import base_name
 from lightning_ablate.statistics import Histogram, Moments, SiteStatistics
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
     from lightning_ablate.calibration import Calibration
 
 _PANELS = {
@@ -79,7 +79,7 @@ class Neurons:
             for place, (_, values) in enumerate(self.shape(name).groupby(self.table["site"], observed=True)):
                 writer.add_histogram(f"neurons/{name}", values.to_numpy(), place)
 
-    def plot(self) -> "Figure":
+    def plot(self) -> Figure:
         """By site, how the neurons' shapes are distributed; and the histograms of the most atypical ones."""
         panels, rows = self._panels, list(self.histograms)
         figure = blank(9, 7.5 if rows else 3.4)
@@ -104,9 +104,7 @@ class Neurons:
     def _panels(self) -> list[str]:
         return [name for name in _PANELS if name != "gap" or "peak" in self.table]
 
-    def _by_site(self, axes: "Axes", name: str, label: str) -> None:
-        from matplotlib.ticker import MaxNLocator
-
+    def _by_site(self, axes: Axes, name: str, label: str) -> None:
         by_site = self.shape(name).groupby(self.table["site"], observed=True)
         lowest, low, middle, high, highest = (by_site.quantile(q).to_numpy() for q in (0.05, 0.25, 0.5, 0.75, 0.95))
         places = np.arange(len(middle))
@@ -124,7 +122,7 @@ class Neurons:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         plain(axes, 7, grid=False)
 
-    def _histogram(self, axes: "Axes", row: int) -> None:
+    def _histogram(self, axes: Axes, row: int) -> None:
         neuron, counts = self.table.loc[row], self.histograms[row]
         grouped = counts.reshape(_GROUPS, -1).sum(1)
         axes.stairs(grouped, np.linspace(neuron["minimum"], neuron["maximum"], _GROUPS + 1), fill=True, color="0.7")

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import combinations, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from lightning_ablate.errors import ConfigError, DataError, loading
 from lightning_ablate.metrics import METRICS
@@ -18,9 +19,6 @@ from lightning_ablate.results.bootstrap import intervals
 from lightning_ablate.results.folder import write_whole
 from lightning_ablate.results.frames import BASELINE, EXAMPLES, TABLE, Contrast, area, by_data, read, rectangular, typed
 from lightning_ablate.results.text import base_name
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 COMPARED = ("top1", "cross_entropy")
 _Cell = tuple[float, str, int | None]  # fraction, part, head
@@ -199,14 +197,14 @@ class Results:
             found |= {f"{metric}/{name}": float(row[metric]) for metric in self.metrics}
         return found
 
-    def plot(self, metric: str = "cross_entropy") -> "Figure":
+    def plot(self, metric: str = "cross_entropy") -> Figure:
         """The curves of the methods by fraction; or, of conditions confined to parts, what each part costs.
 
         Data sets have their columns of curves; of parts the ``metric`` on the first is shown.
         """
         return figures.importance(self.each[0], metric) if self.parts else figures.degradation(*self.each)
 
-    def pictures(self) -> dict[str, Callable[[], "Figure"]]:
+    def pictures(self) -> dict[str, Callable[[], Figure]]:
         """What draws each figure that is saved, by its name without the suffix."""
         made: dict[str, Callable[[], Figure]] = {self.figure_name: self.plot}
         for place, one in enumerate(self.each):
