@@ -65,7 +65,8 @@ def plainly(model, batch, sites, fraction, intact):
         kept = np.column_stack([np.ones(int(real.sum())), drifted[site.name][real][:, ~mask].double().numpy()])
         regressed = (clean if intact else drifted)[site.name][real][:, mask]
         weights, *_ = np.linalg.lstsq(kept, regressed.double().numpy(), rcond=None)
-        weights[0] += (clean[site.name][real][:, mask].double().mean(0) - regressed.double().mean(0)).numpy()
+        if fraction == 1:  # nothing is kept
+            weights[0] = clean[site.name][real].double().mean(0).numpy()
         edits[site.name] = mask, torch.from_numpy(weights)
     return run()[0], edits
 

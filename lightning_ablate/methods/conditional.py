@@ -1,7 +1,6 @@
 """Conditional-mean ablation."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -119,10 +118,10 @@ class ConditionalMeanPerHead(ConditionalMean):
 class ConditionalSequential(ConditionalMean):
     """The same regression, fitted where it acts: for each condition, with everything before a site already ablated.
 
-    What is kept has drifted there, and with it what it lets one expect of the ablated neurons; but their means stay
-    those of the intact target, so that with nothing kept it is the mean. ``fit`` makes it for the conditions of its
-    sweep, a forward pass of the calibration data each, and the checkpoint holds kept × ablated float32 numbers a site
-    for each of them; others need another ``fit``.
+    What is kept has drifted there, and with it what it lets one expect of the ablated neurons; where nothing is kept it
+    is the mean, that of the intact target. ``fit`` makes it for the conditions of its sweep, a forward pass of the
+    calibration data each, and the checkpoint holds kept × ablated float32 numbers a site for each of them; others need
+    another ``fit``.
 
     Args:
         intact: whether the values that are regressed are those of the intact target, so that drift is made good as
@@ -154,10 +153,10 @@ class ConditionalSequential(ConditionalMean):
     def regressed(self, ablation: Ablation, mean: Tensor) -> Affine:
         """The regression, from statistics of what the ablated neurons should be, and of the kept ones as they are.
 
-        ``mean`` ``(neurons,)`` is that of the intact target.
+        ``mean`` ``(neurons,)`` is that of the intact target, which is taken where nothing is kept.
         """
-        made, mask = cast(Affine, super().prepare(ablation)), ablation.mask
-        return replace(made, offset=torch.where(mask, mean.to(made.offset), made.offset)) if self.centred else made
+        made = cast(Affine, super().prepare(ablation))
+        return Affine(mean.to(made.offset)) if self.centred and made.slope is None else made
 
     @staticmethod
     def packed(affine: Affine, mask: Tensor) -> Tensor:
