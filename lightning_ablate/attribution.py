@@ -181,12 +181,12 @@ def table_of(attributed: Mapping[str, Mapping[Site, Tensor]], measured: Sequence
     table = table.merge(pd.DataFrame(list(measured), columns=columns), how="left", on=_KEYS)
     for _, own in table.groupby(GROUP, sort=False):
         measured_of = own.dropna(subset="verified")
-        scale = float(scale_of(*_columns(measured_of), weights_of(measured_of, len(own))))
+        scale = float(scale_of(*_columns(measured_of), represented(measured_of, len(own))))
         table.loc[own.index, "calibrated"] = own["first"] + scale * (own["estimate"] - own["first"])
     return table
 
 
-def weights_of(measured: pd.DataFrame, whole: int) -> np.ndarray:
+def represented(measured: pd.DataFrame, whole: int) -> np.ndarray:
     """How many of ``whole`` units each measured one stands for: the largest for themselves, the others for the rest."""
     largest = (measured["picked"] == "largest").to_numpy()
     return np.where(largest, 1.0, (whole - largest.sum()) / max(1, (~largest).sum()))
@@ -241,7 +241,7 @@ def trust(frame: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
         if len(own) < 3:
             continue
         first, estimate, true = _columns(own)
-        largest, weights = (own["picked"] == "largest").to_numpy(), weights_of(own, len(every))
+        largest, weights = (own["picked"] == "largest").to_numpy(), represented(own, len(every))
         again = np.random.default_rng(0).integers(len(own), size=(draws, len(own)))
         row: dict[str, Any] = {**dict(zip(GROUP, group, strict=True)), "units": len(own)}
         for name, measure in (("pearson", _pearson), ("spearman", _spearman), ("slope", _slope), ("scale", scale_of)):
