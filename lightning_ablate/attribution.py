@@ -164,7 +164,7 @@ def table_of(attributed: Mapping[str, Mapping[Site, Tensor]], measured: Sequence
     per scored position, first, second (order), estimate (their sum, the second order bounded) and se, its standard
     error over the examples. Of what was ``measured`` also picked (``largest`` or ``random``), verified (the true
     effect) and verified_se; and calibrated, the estimate with its second order scaled by what was measured of such
-    units, see :func:`scale_of`.
+    units, see :func:`scale_of`, NaN where none was or there is no second order.
     """
     frames = []
     for method, by_site in attributed.items():
@@ -180,8 +180,8 @@ def table_of(attributed: Mapping[str, Mapping[Site, Tensor]], measured: Sequence
     columns = [*_KEYS, "picked", "verified", "verified_se"]
     table = table.merge(pd.DataFrame(list(measured), columns=columns), how="left", on=_KEYS)
     for _, own in table.groupby(GROUP, sort=False):
-        measured_of = own.dropna(subset="verified")
-        scale = float(scale_of(*_columns(measured_of), represented(measured_of, len(own))))
+        rows = own.dropna(subset="verified")
+        scale = float(scale_of(*_columns(rows), represented(rows, len(own))))
         table.loc[own.index, "calibrated"] = own["first"] + scale * (own["estimate"] - own["first"])
     return table
 
@@ -196,11 +196,12 @@ def scale_of(first: np.ndarray, estimate: np.ndarray, verified: np.ndarray, weig
     """What makes ``first + scale * (estimate - first)`` add up to the truth, as the measured units tell; at least 0.
 
     The first order is right by its definition and the second by its shape more than its size: higher orders grow with
-    it. All are ``(..., measured)``, the scale ``(...,)``, 1 where there is no second order. It is a ratio estimate
+    it. All are ``(..., measured)``, the scale ``(...,)``, NaN where there is no second order. It is a ratio estimate
     with units weighted by what they stand for (Horvitz & Thompson 1952).
     """
     second, missing = (weights * (estimate - first)).sum(-1), (weights * (verified - first)).sum(-1)
-    return np.divide(missing, second, out=np.ones_like(second), where=second != 0).clip(0)
+    told = second > 1e-9 * (weights * np.abs(first)).sum(-1)  # more than rounding
+    return np.divide(missing, second, out=np.full_like(second, np.nan), where=told).clip(0)
 
 
 def _columns(measured: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -210,9 +211,7 @@ def _columns(measured: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 
 def picked(frame: pd.DataFrame, count: int, seed: int = 0) -> pd.DataFrame:
-    """Of each method, and of neurons and heads of each kind of site, ``count`` of the largest estimates.
-
-    And as many random others.
+    """``count`` of the largest estimates, and as many random others, of each of ``GROUP``, but for whole sites.
 
     The rows of the table with a column ``picked``: ``largest`` or ``random``.
     """
@@ -242,13 +241,18 @@ def trust(frame: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
             continue
         first, estimate, true = _columns(own)
         largest, weights = (own["picked"] == "largest").to_numpy(), represented(own, len(every))
-        again = np.random.default_rng(0).integers(len(own), size=(draws, len(own)))
+        draw = np.random.default_rng(0)
+        again = draw.integers(len(own), size=(draws, len(own)))
+        others = np.flatnonzero(~largest)  # the largest are there in any sample
+        drawn = others[draw.integers(max(1, len(others)), size=(draws, len(others)))]
+        stratified = np.hstack([np.tile(np.flatnonzero(largest), (draws, 1)), drawn])
         row: dict[str, Any] = {**dict(zip(GROUP, group, strict=True)), "units": len(own)}
         for name, measure in (("pearson", _pearson), ("spearman", _spearman), ("slope", _slope), ("scale", scale_of)):
-            given = (first, estimate, true, weights) if measure is scale_of else (estimate, true)
+            scaled = measure is scale_of
+            given, rows_of = ((first, estimate, true, weights), stratified) if scaled else ((estimate, true), again)
             row[name] = measure(*(values[None] for values in given))[0]
             with np.errstate(all="ignore"):
-                ends = np.nanpercentile(measure(*(values[again] for values in given)), [2.5, 97.5])
+                ends = np.nanpercentile(measure(*(values[rows_of] for values in given)), [2.5, 97.5])
             row[f"{name}_low"], row[f"{name}_high"] = ends
         row["recall"] = _recall(true, largest, weights)
         row["missed"] = true[~largest].max() if (~largest).any() else np.nan

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lightning_ablate.errors import StatisticsError, TargetError, loading
-from lightning_ablate.sites import KINDS, Site, is_asked, weights_of
+from lightning_ablate.sites import Site, is_asked, is_covered, weights_of
 from lightning_ablate.statistics import ActivationStatistic, Covariance, SiteStatistics
 
 
@@ -38,12 +38,16 @@ class Calibration:
     def with_learned(self, site: Site, learned: Mapping[str, Tensor]) -> SiteStatistics:
         """The statistics of one site, and other values as those learned for it."""
         attributed = {name: values[site] for name, values in self.attributed.items()}
-        return SiteStatistics(site.name, self.statistics[site], learned, attributed, self._weights.get(site))
+        weights = self._weights.get(site)
+        weight = None if weights is None else weights[0].detach() if weights[2] else weights[0].detach().T
+        return SiteStatistics(site.name, self.statistics[site], learned, attributed, weight)
 
     def locate(self, sites: Iterable[Site], target: nn.Module | None = None) -> None:
         """Takes the sites, once they are found in a target."""
         self.sites = tuple(sites)
-        self._weights = {} if target is None else read_by(target, self.sites)
+        once = {site: replace(site, uses=1) for site in self.sites}  # weights are the same however often they are used
+        found = {} if target is None else {site: weights_of(target, one) for site, one in once.items()}
+        self._weights = {site: weights for site, weights in found.items() if weights is not None}
         self.statistics: dict[Site, dict[type[ActivationStatistic], ActivationStatistic]] = {s: {} for s in self.sites}
 
     def add(self, site: Site, statistic: ActivationStatistic) -> None:
@@ -99,9 +103,8 @@ class Calibration:
             raise StatisticsError("the checkpoint is of an older version of this package; run `fit` again")
         saved = {Site(**entry["site"]): entry for entry in state["sites"]}
         which = tuple(state["which"]) if which is None else which
-        known = {kind for word in state["which"] for kind in KINDS.get(word, (word,))}
         for word in which:
-            if not set(KINDS.get(word, (word,))) <= known:
+            if not is_covered(target, word, tuple(saved), state["which"]):
                 raise StatisticsError(
                     f"the checkpoint doesn't hold the statistics of all sites {word!r}, it holds "
                     f"{', '.join(site.name for site in saved)}; name these with --ablation.sites, or run `fit` again"
@@ -110,14 +113,14 @@ class Calibration:
         made.locate([site for site in saved if any(is_asked(site, word) for word in which)], target)
         if not made.sites:
             raise StatisticsError("the checkpoint holds no site: its calibration wasn't complete; run `fit` again")
-        statistics = {_key(kind): kind for kind in (_all(ActivationStatistic) if kinds is None else kinds)}  # type: ignore[type-abstract]
+        known = {_key(kind): kind for kind in (_all(ActivationStatistic) if kinds is None else kinds)}  # type: ignore[type-abstract]
         for site in made.sites:
             target.get_submodule(site.path)  # or raises
             if not (isinstance(site.width, int) and isinstance(site.uses, int) and site.uses > 0):
                 raise StatisticsError(f"the checkpoint is damaged: {site} is no site; run `fit` again")
             for name, tensors in saved[site]["statistics"].items():
-                if name in statistics:
-                    statistic = statistics[name].of(site)
+                if name in known:
+                    statistic = known[name].of(site)
                     _check_shapes(site, statistic, tensors)
                     statistic.load_state_dict(dict(tensors))
                     made.add(site, statistic.to(device))
@@ -145,17 +148,6 @@ def saved_state(path: Path | str) -> dict[str, Any]:
     with loading(str(path), TargetError):
         saved: dict[str, dict[str, Any]] = torch.load(path, map_location="cpu", weights_only=True)["callbacks"]
         return next((state for state in saved.values() if "calibration" in state), {})
-
-
-def read_by(target: nn.Module, sites: Iterable[Site]) -> dict[Site, Tensor]:
-    """Of each site that a plain linear projection reads, its weights, ``(neurons, outputs)``, not a copy of them."""
-    found = {}
-    for site in sites:
-        weights = weights_of(target, replace(site, uses=1))  # however often it runs
-        if weights is not None:
-            weight, _, transposed = weights
-            found[site] = weight.detach() if transposed else weight.detach().T
-    return found
 
 
 def check_target(state: Mapping[str, Any], target: str) -> None:

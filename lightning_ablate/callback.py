@@ -221,7 +221,7 @@ class AblationCallback(lightning.Callback):
                 trainer.print(f"going on with the run in {self.folder}, {run.progress}")
                 if fitting:
                     saved = saved_state(self.folder / CHECKPOINT) if run.progress.batches else earlier
-        if saved or not fitting:
+        if saved or not fitting or run.progress.batches:
             run.load_state_dict(saved, module.target, kinds=self._kinds, which=self.sites)
         self.run = run
 

@@ -13,7 +13,7 @@ from lightning_ablate import EachHead, EachLayer, Only, Random, Ranked, Site
 from lightning_ablate.choices import seed_of
 from lightning_ablate.conditions import Condition, Selection
 from lightning_ablate.errors import ConfigError, SiteError, StatisticsError
-from lightning_ablate.statistics import Covariance, Histogram, Moments, SiteStatistics, covariance
+from lightning_ablate.statistics import Covariance, HeadCovariance, Histogram, Moments, SiteStatistics, covariance
 from tests import tiny
 
 SITE = Site("model.layers.3.self_attn.o_proj", 37)
@@ -125,7 +125,7 @@ def test_ranked_orders_neurons_as_numpy_does(by, first, sign):
 @pytest.mark.parametrize("size", [1, 4])
 def test_the_surgeon_takes_the_unit_without_which_least_squares_do_best(size):
     """Each time by numpy's least squares of the whole output on the neurons that would be left."""
-    x, weight = torch.randn(1, 300, 12) @ torch.randn(12, 12), torch.randn(12, 5)
+    x, weight = torch.randn(1, 300, 12) @ torch.randn(12, 12), torch.randn(12, 5).double()
     gathered = {kind: kind.of(HEADS) for kind in (Moments, Covariance)}
     for statistic in gathered.values():
         statistic.update(x)
@@ -140,9 +140,12 @@ def test_the_surgeon_takes_the_unit_without_which_least_squares_do_best(size):
             solution = np.linalg.lstsq(centred[:, kept], output, rcond=None)[0]
             errors.append(np.square(output - centred[:, kept] @ solution).sum())
         order.append(left.pop(int(np.argmin(errors))))
-    unit = "neuron" if size == 1 else "head"
+    unit, before = "neuron" if size == 1 else "head", weight.clone()
     assert Ranked("surgeon", unit=unit).order(HEADS, 0, statistics).tolist() == order
     assert Ranked("surgeon", "highest", unit).order(HEADS, 0, statistics).tolist() == order[::-1]
+    assert torch.equal(weight, before)  # the target's own
+    with pytest.raises(StatisticsError, match="not those within heads"):
+        HeadCovariance.of(HEADS).order(weight)
 
 
 def test_scores_of_what_is_lost_are_those_of_numpy_and_solved_once(monkeypatch):

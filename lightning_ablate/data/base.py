@@ -188,7 +188,8 @@ class SourceData(AblationDataModule):
         streaming: reads only as far as the budgets need, without downloading the rest.
         shuffle_seed: shuffles with this seed, as many sources are sorted by class; None keeps the order.
         batch_size: examples per forward pass and process.
-        options: see :class:`AblationDataModule`.
+        num_workers: processes that load batches ahead; 0 loads them in the main one.
+        evaluation: other data whose evaluation examples are evaluated as well, each for itself.
     """
 
     def __init__(
@@ -203,9 +204,10 @@ class SourceData(AblationDataModule):
         streaming: bool = False,
         shuffle_seed: int | None = 0,
         batch_size: int = 16,
-        **options: Any,
+        num_workers: int = 0,
+        evaluation: Sequence[AblationDataModule] = (),
     ) -> None:
-        super().__init__(name, batch_size=batch_size, **options)
+        super().__init__(name, batch_size=batch_size, num_workers=num_workers, evaluation=evaluation)
         self.splits: dict[Purpose, str | None] = {"calibration": calibration_split, "evaluation": evaluation_split}
         self.path, self.subset, self.streaming, self.shuffle_seed = name, subset, streaming, shuffle_seed
         self.unit, self.reached = unit, dict[Purpose, int]()

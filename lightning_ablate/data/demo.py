@@ -3,11 +3,12 @@
 import hashlib
 import sys
 import sysconfig
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lightning_ablate.data.base import Purpose
+from lightning_ablate.data.base import AblationDataModule, Purpose
 from lightning_ablate.data.image import ImageData
 from lightning_ablate.data.text import TextData
 
@@ -28,14 +29,16 @@ class PythonTexts(TextData):
         self,
         *,
         max_length: int = 128,
+        packing: Literal["pad", "pack"] = "pad",
         calibration_tokens: int = 50_000,
         evaluation_tokens: int = 16_000,
+        tokenizer: str | None = None,
         batch_size: int = 16,
-        **options: Any,
+        evaluation: Sequence[AblationDataModule] = (),
     ) -> None:
-        options |= {"max_length": max_length, "batch_size": batch_size}
+        options: Any = {"max_length": max_length, "packing": packing, "tokenizer": tokenizer, "batch_size": batch_size}
         options |= {"calibration_tokens": calibration_tokens, "evaluation_tokens": evaluation_tokens}
-        super().__init__("python-texts", **options)
+        super().__init__("python-texts", evaluation=evaluation, **options)
 
     def source(self, purpose: Purpose) -> Any:
         """The passages for a purpose."""
@@ -49,14 +52,19 @@ class Digits(ImageData):
         calibration_images: budget, 1,348 at most.
         evaluation_images: budget, 449 at most.
         batch_size: images per forward pass and process.
-        options: see :class:`ImageData`.
+        evaluation: other data whose evaluation examples are evaluated as well, each for itself.
     """
 
     def __init__(
-        self, *, calibration_images: int = 1_348, evaluation_images: int = 449, batch_size: int = 225, **options: Any
+        self,
+        *,
+        calibration_images: int = 1_348,
+        evaluation_images: int = 449,
+        batch_size: int = 225,
+        evaluation: Sequence[AblationDataModule] = (),
     ) -> None:
-        options |= {"calibration_images": calibration_images, "evaluation_images": evaluation_images}
-        super().__init__("digits", batch_size=batch_size, **options)
+        images: Any = {"calibration_images": calibration_images, "evaluation_images": evaluation_images}
+        super().__init__("digits", batch_size=batch_size, evaluation=evaluation, **images)
 
     def source(self, purpose: Purpose) -> Any:
         """The images for a purpose."""

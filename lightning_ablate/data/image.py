@@ -44,7 +44,7 @@ class ImageData(SourceData):
         """Takes images until the budget is reached; DataError if they end before, or have no class index."""
         images = self.taken(purpose, ((row, 1) for row in self._fresh(purpose)))
         contents = [encoded(image) + f" {label}".encode() for image, label in images]
-        return Examples(images, contents, self._decoded)
+        return Examples(list(enumerate(images)), contents, self._decoded)
 
     def _fresh(self, purpose: Purpose) -> Iterator[tuple[dict[str, Any], int]]:
         """The undecoded images that are free for the purpose, and their classes."""
@@ -59,13 +59,14 @@ class ImageData(SourceData):
             if self.may_use(encoded(image), purpose):
                 yield image, label
 
-    def _decoded(self, row: tuple[dict[str, Any], int]) -> dict[str, Tensor]:
+    def _decoded(self, row: tuple[int, tuple[dict[str, Any], int]]) -> dict[str, Tensor]:
         """``pixel_values`` ``(channels, height, width)`` float32 and ``label`` ``()`` int64."""
         from PIL import Image
 
-        with loading(f"an image of {self.name}", DataError):
-            pixels = self._transform()(Image.open(BytesIO(encoded(row[0]))))
-            return {"pixel_values": pixels, "label": torch.tensor(row[1])}
+        place, (image, label) = row
+        with loading(f"image {place} of {self.name}", DataError):
+            pixels = self._transform()(Image.open(BytesIO(encoded(image))))
+            return {"pixel_values": pixels, "label": torch.tensor(label)}
 
     def _transform(self) -> Callable[[Any], Tensor]:
         transform = getattr(getattr(self.trainer, "lightning_module", None), "transform", None)

@@ -119,9 +119,9 @@ class ConditionalSequential(ConditionalMean):
     """The same regression, fitted where it acts: for each condition, with everything before a site already ablated.
 
     What is kept has drifted there, and with it what it lets one expect of the ablated neurons; where nothing is kept it
-    is the mean, that of the intact target. ``fit`` makes it for the conditions of its sweep, a forward pass of the
-    calibration data each, and the checkpoint holds kept × ablated float32 numbers a site for each of them; others need
-    another ``fit``.
+    is the mean of the intact target, if means play a part. ``fit`` makes it for the conditions of its sweep, a forward
+    pass of the calibration data each, and the checkpoint holds kept × ablated float32 numbers a site for each of them;
+    others need another ``fit``.
 
     Args:
         intact: whether the values that are regressed are those of the intact target, so that drift is made good as

@@ -1,5 +1,6 @@
 """What a run has done so far; kept in its folder while unfinished, so that the same command goes on from there."""
 
+import errno
 import io
 import json
 import shutil
@@ -15,7 +16,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from lightning_ablate.calibration import Calibration, check_target
-from lightning_ablate.errors import ConfigError, StatisticsError, loading
+from lightning_ablate.errors import AblationError, ConfigError, StatisticsError, loading
 from lightning_ablate.results.folder import write_whole
 
 FOLDER, SAVED = "unfinished", "progress.pt"
@@ -85,23 +86,13 @@ class Unfinished:
         """Takes the folder for a run, on all processes; what an earlier one saved there, empty if nothing.
 
         ``run`` is what two runs must have in common for one to go on with the other, or ConfigError; StatisticsError
-        if the file is damaged.
+        if the file is damaged. The first process looks, so that all raise or none.
         """
         self._run = json.loads(json.dumps(run, default=str))
-        problem, known = broadcast((self._locked(), self._saved.exists()) if self._first else None)
-        if problem:
-            raise ConfigError(problem)
-        if not known:
-            return {}
-        with loading(str(self._saved), StatisticsError):
-            saved = torch.load(self._saved, map_location="cpu", weights_only=True)
-            if saved["run"] != self._run:
-                name, here, there = _difference(self._run, saved["run"])
-                raise ConfigError(
-                    f"{self.folder.parent} holds an unfinished run of another configuration: {name} is {here!s:.60} "
-                    f"here, was {there!s:.60} there; name another folder (--ablation.dirpath), or delete {self.folder}"
-                )
-            return saved
+        problem, known = broadcast(self._looked() if self._first else None)
+        if problem is not None:
+            raise problem
+        return self._read() if known else {}
 
     @property
     def due(self) -> bool:
@@ -134,20 +125,46 @@ class Unfinished:
             self._lock = None
         return known
 
-    def _locked(self) -> str:
-        """Locks the folder against other runs, until this one ends in any way; what is said if it can't."""
+    def _looked(self) -> tuple[AblationError | None, bool]:
+        """Why the run can't have the folder, and whether something is saved there."""
+        try:
+            self._take()
+            if known := self._saved.exists():
+                found = self._read()["run"]
+                if found != self._run:
+                    name, here, there = _difference(self._run, found)
+                    raise ConfigError(
+                        f"{self.folder.parent} holds an unfinished run of another configuration: {name} is "
+                        f"{here!s:.60} here, was {there!s:.60} there; name another folder (--ablation.dirpath), or "
+                        f"delete {self.folder}"
+                    )
+        except AblationError as error:
+            return error, False
+        return None, known
+
+    def _read(self) -> dict[str, Any]:
+        with loading(str(self._saved), StatisticsError):
+            return dict(torch.load(self._saved, map_location="cpu", weights_only=True))
+
+    def _take(self) -> None:
+        """Locks the folder against other runs, until this one ends in any way; ConfigError if it can't be had."""
         lock = FileLock(self.folder / "lock", timeout=0)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except Timeout:
-            return (
+            raise ConfigError(
                 f"a run is going on in {self.folder.parent}; wait for it, or name another folder (--ablation.dirpath)"
-            )
+            ) from None
+        except NotImplementedError:  # a file system that knows no locks
+            return
         except OSError as error:
-            return f"can't write into the folder {str(self.folder.parent)!r}: {error.strerror} (--ablation.dirpath)"
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # nor this one
+                return
+            raise ConfigError(
+                f"can't write into the folder {str(self.folder.parent)!r}: {error.strerror} (--ablation.dirpath)"
+            ) from error
         self._lock = lock
-        return ""
 
 
 def is_unfinished(folder: Path) -> bool:

@@ -36,7 +36,7 @@ def lines(table: pd.DataFrame) -> str:
         cells = {"units": shown["units"]}
         for name in ("pearson", "spearman", "slope", "scale"):
             ends = zip(shown[name], shown[f"{name}_low"], shown[f"{name}_high"], strict=True)
-            cells[name] = [f"{value:.2f} [{low:.2f}, {high:.2f}]" for value, low, high in ends]
+            cells[name] = ["-" if np.isnan(one) else f"{one:.2f} [{low:.2f}, {high:.2f}]" for one, low, high in ends]
         cells |= {"recall": shown["recall"].round(2), "missed": shown["missed"].round(4)}
         found += ["", "estimates against the truth", pd.DataFrame(cells).to_string()]
     return "\n".join(found)

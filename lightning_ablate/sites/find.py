@@ -50,6 +50,16 @@ def is_asked(site: Site, word: str) -> bool:
     return site.kind in KINDS[word] if word in KINDS else fnmatchcase(site.path, word)
 
 
+def is_covered(target: nn.Module, word: str, sites: Sequence[Site], which: Sequence[str]) -> bool:
+    """Whether ``sites``, found in the target for ``which``, hold all that a word asks for."""
+    if word in which:
+        return True
+    if word in KINDS:
+        return set(KINDS[word]) <= {kind for known in which for kind in KINDS.get(known, ())}
+    asked = {n for n, module in target.named_modules() if fnmatchcase(n, word) and features(module) is not None}
+    return bool(asked) and asked <= {site.path for site in sites}
+
+
 def check_mixing(target: nn.Module, sites: Sequence[Site], hidden: Callable[[int], Sequence[Tensor]]) -> None:
     """Refuses a target whose positions see one another by other ways than these sites.
 

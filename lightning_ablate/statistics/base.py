@@ -56,7 +56,7 @@ class SiteStatistics:
         """
         if self._weight is None:
             raise StatisticsError(
-                f"needs the weights with which a projection reads {self.site}, which is no plain linear one"
+                f"needs the weights with which a projection reads {self.site}, which is no plain linear one, or sharded"
             )
         return self._weight
 

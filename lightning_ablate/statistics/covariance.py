@@ -93,14 +93,18 @@ class Covariance(ActivationStatistic):
     def order(self, weight: Tensor, size: int = 1) -> Tensor:
         """In which units of ``size`` neurons go, by the optimal brain surgeon, ``(units,)`` int64 on the CPU.
 
-        ``weight`` ``(neurons, outputs)``, floating, reads them; see :func:`eliminated`.
+        ``weight`` ``(neurons, outputs)``, floating, reads them; see :func:`eliminated`. StatisticsError of blocks.
         """
+        if self.blocks > 1:
+            raise StatisticsError("an order of all neurons needs the covariances of them all, not those within heads")
         if size not in self._orders:
-            self._orders[size] = eliminated(self._precision[0], weight.to(self.sums.device).double(), size).cpu()
+            read = weight.to(self.sums.device, torch.float64, copy=True)
+            self._orders[size] = eliminated(self._precision[0], read, size).cpu()
         return self._orders[size]
 
     def choose(self, mask: Tensor) -> None:
         """Chooses the ridge with which just the neurons of a mask ``(neurons,)`` bool are regressed on the others."""
+        self._forget()
         self.chosen.fill_(self._choose(mask.view(self.blocks, -1)))
 
     def reduce(self) -> None:

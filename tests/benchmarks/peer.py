@@ -22,7 +22,7 @@ def ours(folder, target, masks):
     named = {f"model.decoder.layers.{layer}.self_attn.out_proj": mask for layer, mask in enumerate(masks)}
 
     def run(ids):
-        with ablated(target, named, once=True):
+        with ablated(target, named):
             return target(input_ids=ids).logits
 
     return run
