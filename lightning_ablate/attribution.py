@@ -16,7 +16,7 @@ from lightning_ablate.metrics import Scored
 from lightning_ablate.sites import Site
 from lightning_ablate.statistics import FOUND
 
-BOUND = 20.0  # nats of an example at which the second order of one position levels off
+BOUND = 25.0  # nats of an example at which what one position does to it levels off
 _KEYS = ["method", "site", "level", "unit"]
 GROUP = ["method", "level", "kind"]  # what is picked and compared together
 SUMS = ("first", "second", "estimate", "square", "with_n")  # what is summed over the examples of each unit
@@ -121,16 +121,18 @@ def orders(moved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """First and second orders of each example and unit, and the estimate, each ``(examples, units)`` float64.
 
     ``moved`` ``(1 + draws, examples, positions, units)`` is the change of what each cotangent stands for, by position.
-    The estimate is the sum of both orders, but a position whose own second order is ``½ E(g̃·δ)²`` nats moves the square
-    less by ``1 / (1 + that / BOUND)``: a square goes on growing where the loss levels off, by the normalisations and
-    the softmax behind a site, and a few positions, above all those that begin a text, would outweigh all others.
+    The estimate is the sum of both orders, to which a position whose own second order is ``½ E(g̃·δ)²`` nats adds less
+    by ``1 / (1 + that / BOUND)``: a square goes on growing where the loss levels off, by the normalisations and the
+    softmax behind a site, and a few positions, above all those that begin a text, would outweigh all others.
     """
-    first, drawn = moved[0].sum(1, dtype=torch.float64), moved[1:]
+    first, drawn = moved[0], moved[1:]
     weight = 1 / (1 + drawn.square().mean(0) / (2 * BOUND))
-    second, bounded = (
-        0.5 * (drawn * one).sum(2, dtype=torch.float64).square().mean(0) for one in (torch.ones_like(weight), weight)
-    )
-    return first, second, first + bounded
+    found = []
+    for one in (1.0, weight):
+        linear = (first * one).sum(1, dtype=torch.float64)
+        found.append((linear, 0.5 * (drawn * one).sum(2, dtype=torch.float64).square().mean(0)))
+    (linear, square), kept = found
+    return linear, square, kept[0] + kept[1]
 
 
 class Unit(NamedTuple):
@@ -161,7 +163,7 @@ def table_of(attributed: Mapping[str, Mapping[Site, Tensor]], measured: Sequence
     """A row a method and unit, from what was found by method and site ``(FOUND, units)``.
 
     Columns: method, site, kind (of the site), level (neuron, head or site), unit (its place in the site), and, in nats
-    per scored position, first, second (order), estimate (their sum, the second order bounded) and se, its standard
+    per scored position, first, second (order), estimate (their sum, bounded) and se, its standard
     error over the examples. Of what was ``measured`` also picked (``largest`` or ``random``), verified (the true
     effect) and verified_se; and calibrated, the estimate with its second order scaled by what was measured of such
     units, see :func:`scale_of`, NaN where none was or there is no second order.
@@ -195,8 +197,8 @@ def represented(measured: pd.DataFrame, whole: int) -> np.ndarray:
 def scale_of(first: np.ndarray, estimate: np.ndarray, verified: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """What makes ``first + scale * (estimate - first)`` add up to the truth, as the measured units tell; at least 0.
 
-    The first order is right by its definition and the second by its shape more than its size: higher orders grow with
-    it. All are ``(..., measured)``, the scale ``(...,)``, NaN where there is no second order. It is a ratio estimate
+    The first order is right by its definition, and what the second adds by its shape more than its size: higher orders
+    grow with it. All are ``(..., measured)``, the scale ``(...,)``, NaN where there is no second order. It is a ratio estimate
     with units weighted by what they stand for (Horvitz & Thompson 1952).
     """
     second, missing = (weights * (estimate - first)).sum(-1), (weights * (verified - first)).sum(-1)

@@ -33,7 +33,7 @@ class AttributionPhase(Phase):
     With δ, what ablating the unit adds to the activations, g the gradient of the cross-entropy there and g̃ one of
     :func:`~lightning_ablate.attribution.cotangents`, the effect on an example is ``Σ g·δ + ½ (Σ g̃·δ)²``, summed over
     its positions and the unit's neurons before the square, which is averaged over the draws; what a single position
-    adds to it levels off, see :func:`~lightning_ablate.attribution.orders`.
+    adds levels off, see :func:`~lightning_ablate.attribution.orders`.
     """
 
     title = "Attribution"
