@@ -163,9 +163,9 @@ def table_of(attributed: Mapping[str, Mapping[Site, Tensor]], measured: Sequence
     """A row a method and unit, from what was found by method and site ``(FOUND, units)``.
 
     Columns: method, site, kind (of the site), level (neuron, head or site), unit (its place in the site), and, in nats
-    per scored position, first, second (order), estimate (their sum, bounded) and se, its standard
-    error over the examples. Of what was ``measured`` also picked (``largest`` or ``random``), verified (the true
-    effect) and verified_se; and calibrated, the estimate with its second order scaled by what was measured of such
+    per scored position, first, second (order), estimate (their sum, bounded) and se, its standard error over the
+    examples. Of what was ``measured`` also picked (``largest`` or ``random``), verified (the true effect) and
+    verified_se; and calibrated, the estimate with what it adds to the first order scaled by what was measured of such
     units, see :func:`scale_of`, NaN where none was or there is no second order.
     """
     frames = []
@@ -198,8 +198,8 @@ def scale_of(first: np.ndarray, estimate: np.ndarray, verified: np.ndarray, weig
     """What makes ``first + scale * (estimate - first)`` add up to the truth, as the measured units tell; at least 0.
 
     The first order is right by its definition, and what the second adds by its shape more than its size: higher orders
-    grow with it. All are ``(..., measured)``, the scale ``(...,)``, NaN where there is no second order. It is a ratio estimate
-    with units weighted by what they stand for (Horvitz & Thompson 1952).
+    grow with it. All are ``(..., measured)``, the scale ``(...,)``, NaN where there is no second order. It is a ratio
+    estimate with units weighted by what they stand for (Horvitz & Thompson 1952).
     """
     second, missing = (weights * (estimate - first)).sum(-1), (weights * (verified - first)).sum(-1)
     told = second > 1e-9 * (weights * np.abs(first)).sum(-1)  # more than rounding
@@ -254,7 +254,8 @@ def trust(frame: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
             given, rows_of = ((first, estimate, true, weights), stratified) if scaled else ((estimate, true), again)
             row[name] = measure(*(values[None] for values in given))[0]
             with np.errstate(all="ignore"):
-                ends = np.nanpercentile(measure(*(values[rows_of] for values in given)), [2.5, 97.5])
+                sampled = measure(*(values[rows_of] for values in given))
+            ends = [np.nan] * 2 if np.isnan(row[name]) else np.nanpercentile(sampled, [2.5, 97.5])
             row[f"{name}_low"], row[f"{name}_high"] = ends
         row["recall"] = _recall(true, largest, weights)
         row["missed"] = true[~largest].max() if (~largest).any() else np.nan

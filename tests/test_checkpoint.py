@@ -36,6 +36,17 @@ def test_checkpoints_that_lightning_writes_serve_as_well(tmp_path):
     assert Calibration.load(theirs.best_model_path, tiny.gpt2()).sites == callback.run.calibration.sites
 
 
+def test_validate_takes_part_of_the_sites_by_kind_path_or_pattern(tmp_path):
+    tiny.fit(tmp_path / "fit", callback=AblationCallback(["zero"], [1.0], [1], sites=["attention", "mlp"]))
+    for sites, layers in ((["mlp"], 2), (["transformer.h.1.attn.c_proj"], 1), (["*attn.c_proj"], 2)):
+        again = AblationCallback(["zero"], [1.0], [1], sites=sites)
+        tiny.validate(tmp_path / "again", tmp_path / "fit" / NAME, again)
+        assert len(again.run.calibration.sites) == layers
+    for sites in (["cross-attention"], ["*c_fc"], ["nowhere"]):
+        with pytest.raises(StatisticsError, match=r"the checkpoint (doesn't hold the statistics of all|holds no) site"):
+            tiny.validate(tmp_path / "none", tmp_path / "fit" / NAME, AblationCallback(["zero"], sites=sites))
+
+
 def test_validate_takes_other_methods_fractions_and_seeds(tmp_path):
     tiny.fit(tmp_path / "fit")
     callback = AblationCallback(["mean"], [0.25], [9], neurons=Ranked("gap", unit="head"))
