@@ -23,6 +23,7 @@ from .methods import ConditionalMean as ConditionalMean
 from .methods import ConditionalMeanPerHead as ConditionalMeanPerHead
 from .methods import ConditionalOptimal as ConditionalOptimal
 from .methods import ConditionalSequential as ConditionalSequential
+from .methods import ConditionalTuned as ConditionalTuned
 from .methods import ConstantMethod as ConstantMethod
 from .methods import HalfSampleMode as HalfSampleMode
 from .methods import LearnedMethod as LearnedMethod

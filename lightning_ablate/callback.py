@@ -37,9 +37,10 @@ class AblationCallback(lightning.Callback):
     Args:
         methods: what replaces a neuron: names (``zero``, ``mean``, ``peak``, ``mode``, ``half-sample-mode``,
             ``median``, ``positional-mean``, ``noise``, ``conditional-mean``, ``conditional-mean-per-head``,
-            ``conditional-sequential``, ``optimal``, ``conditional-optimal``, ``resample-same-position``,
-            ``resample-any-position``, ``resample-characters``, ``resample-ids``, ``resample-generated``,
-            ``resample-pixels``, ``resample-partner``), instances, or class paths of subclasses of AblationMethod.
+            ``conditional-sequential``, ``conditional-tuned``, ``optimal``, ``conditional-optimal``,
+            ``resample-same-position``, ``resample-any-position``, ``resample-characters``, ``resample-ids``,
+            ``resample-generated``, ``resample-pixels``, ``resample-partner``), instances, or class paths of subclasses
+            of AblationMethod.
         fractions: shares of each site's neurons, 0 to 1.
         seeds: of the choice of neurons, and of what a method draws.
         sites: ``attention`` (the default: of every layer), ``self-attention``, ``cross-attention``, ``mlp``, and

@@ -93,7 +93,7 @@ def test_learning_curves_are_logged_and_the_held_out_check_told(tmp_path):
     events = EventAccumulator(logger.log_dir).Reload()
     curve = events.Scalars("learning/optimal")
     assert [point.step for point in curve] == list(range(1, 11)) and all(3 < point.value < 9 for point in curve)
-    mean, learned = (events.Scalars(f"learning/optimal held out{end}") for end in (", mean", ""))
+    mean, learned = (events.Scalars(f"learning/optimal held out{end}") for end in (", before", ""))
     assert [point.step for point in [*mean, *learned]] == [5, 10, 5, 10] and mean[0].value == mean[1].value
     assert made.run.held_out["optimal"] == pytest.approx((mean[1].value, learned[1].value))
 
@@ -115,7 +115,7 @@ def test_a_stream_learns_once_it_has_a_length(tmp_path):
 
 def test_what_does_harm_is_told_and_what_does_not_learn_is_refused(tmp_path):
     detached = type("Detached", (tiny.Own,), {"evaluate": torch.no_grad()(tiny.Own.evaluate)})
-    with pytest.warns(UserWarning, match="worse than the mean on examples held out"):
+    with pytest.warns(UserWarning, match="worse than what it began with on examples held out"):
         fit(tmp_path / "0", Optimal(steps=5, lr=30.0, examples=2))
     with pytest.raises(ConfigError, match="steps is 0"):
         Optimal(steps=0)

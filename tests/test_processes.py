@@ -18,11 +18,12 @@ from tests.command import CONFIGS, ENVIRONMENT, FEW, TWO, assert_same, command, 
 
 IMAGES = ["fit", *FEW, "--data.calibration_images=43", "--data.evaluation_images=37"]
 TEXT = ["fit", "--config", CONFIGS / "demo_roberta.yaml", *FEW, "--data.max_length=48"]
-OPTIMAL, CONDITIONAL = (
+OPTIMAL, CONDITIONAL, TUNED = (
     {"class_path": f"lightning_ablate.methods.{name}", "init_args": {"steps": 4}}
-    for name in ("Optimal", "ConditionalOptimal")
+    for name in ("Optimal", "ConditionalOptimal", "ConditionalTuned")
 )
-METHODS = ["positional-mean", "noise", "resample-any-position", "conditional-mean", "conditional-sequential", OPTIMAL]
+METHODS = ["positional-mean", "noise", "resample-any-position", "conditional-mean", "conditional-sequential"]
+METHODS += [OPTIMAL, TUNED]
 LEARNED = 1e-4  # nats: the sums of a step are rounded in another order
 
 
@@ -55,7 +56,7 @@ def test_two_processes_find_what_one_does_on_padded_and_masked_text(tmp_path):
     small = [*TEXT, "--data.calibration_tokens=1500", "--data.evaluation_tokens=700"]
     small.append(f"--ablation.methods={json.dumps(METHODS)}")
     one, two = found(tmp_path / "one", *small), found(tmp_path / "two", *small, *TWO)
-    assert len(one.table) == 1 + 6 * 2
+    assert len(one.table) == 1 + 7 * 2
     assert_same(one, two, LEARNED)
     again = ["validate", "--ckpt_path", tmp_path / "one" / "ablation.ckpt", *TWO, "--trainer.strategy=sharded"]
     assert_same(one, found(tmp_path / "sharded", *again))

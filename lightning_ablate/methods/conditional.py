@@ -141,10 +141,8 @@ class ConditionalSequential(ConditionalMean):
 
     def prepare(self, ablation: Ablation) -> Replacement:
         """Takes what was fitted for the condition."""
-        packed, mask = ablation.statistics.learned(self.key(ablation.masks)).to(ablation.mask.device), ablation.mask
-        offset = packed.new_zeros(len(mask)).masked_scatter(mask, packed[-1])
-        kept, ablated = (~mask).nonzero().squeeze(1), mask.nonzero().squeeze(1)
-        return Affine(offset, packed[:-1], packed.new_zeros(len(kept)), kept, ablated) if len(kept) else Affine(offset)
+        packed = ablation.statistics.learned(self.key(ablation.masks)).to(ablation.mask.device)
+        return self.unpacked(packed, ablation.mask)
 
     def key(self, masks: str) -> str:
         """The name under which a calibration holds what was fitted for the masks of this digest."""
@@ -165,6 +163,13 @@ class ConditionalSequential(ConditionalMean):
         if affine.slope is None:
             return offset.unsqueeze(0)
         return torch.cat([affine.slope, (offset - affine.center @ affine.slope).unsqueeze(0)])
+
+    @staticmethod
+    def unpacked(packed: Tensor, mask: Tensor) -> Affine:
+        """The regression again."""
+        offset = packed.new_zeros(len(mask)).masked_scatter(mask, packed[-1])
+        kept, ablated = (~mask).nonzero().squeeze(1), mask.nonzero().squeeze(1)
+        return Affine(offset, packed[:-1], packed.new_zeros(len(kept)), kept, ablated) if len(kept) else Affine(offset)
 
 
 def _explained(mean: Tensor, unexplained: Tensor, activations: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """Learning: finds the values of a method by gradient descent, while the target stays as it is."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from math import ceil
+from math import ceil, isfinite
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -60,23 +60,50 @@ class LearningPhase(Phase):
     learned is float32 whatever the precision of the target; the run's calibration gets it at the end.
     """
 
+    doing, loss = "Learning", "cross-entropy"
+    passes = 1  # of the ablated target over each batch, which learn apart
+
     def __init__(self, module: Module, run: Run, method: LearnedMethod, choice: Choice, course: Course) -> None:
         super().__init__(module)
         self.method, self.course, self._run, self._choice = method, course, run, choice
-        self._calibration = calibration = run.calibration
-        self.title, self.epochs = f"Learning {method.name}", course.epochs
-        moments = {site: calibration[site][Moments] for site in calibration.sites}
-        self._mean = {site: found.mean.float() for site, found in moments.items()}
-        self._sd = {site: found.sd.float() for site, found in moments.items()}
-        # what is learned, (neurons,) float32: the distance from the mean, in standard deviations
-        self.deltas = {site: nn.Parameter(torch.zeros_like(mean)) for site, mean in self._mean.items()}
+        self._calibration = run.calibration
+        self.title, self.epochs = f"{self.doing} {method.name}", course.epochs
+        begun = self.begin()
+        self._moves = {key: move for key, (_, move) in begun.items()}
+        self.deltas = {key: nn.Parameter(zero) for key, (zero, _) in begun.items()}
         self.optimizer = method.optimizer(self.deltas.values())
         self.scheduler = CosineAnnealingLR(self.optimizer, T_max=course.epochs * course.steps)
         self.taken, self._epoch = 0, 0  # steps of the optimizer so far
         for delta in self.deltas.values():  # which a process that ablates nothing at a site has as well
             delta.grad = torch.zeros_like(delta)
-        self._sums = torch.zeros(2, dtype=torch.float64, device=module.device)  # positions, cross-entropy
-        self._held_sums = torch.zeros(3, dtype=torch.float64, device=module.device)  # and with the means
+        self._sums = torch.zeros(2, dtype=torch.float64, device=module.device)  # positions, and their loss
+        self._held_sums = torch.zeros(2, 2, dtype=torch.float64, device=module.device)  # as it began, and by now
+
+    def begin(self) -> dict[tuple[str, Site], tuple[Tensor, Callable[[Tensor], Tensor]]]:
+        """What is learned, float32, as it begins: zeros by its name and site, and what makes values of it."""
+        found: dict[tuple[str, Site], tuple[Tensor, Callable[[Tensor], Tensor]]] = {}
+        for site in self._calibration.sites:  # of each neuron, the distance from the mean, in standard deviations
+            moments = self._calibration[site][Moments]
+            mean, sd = moments.mean.float(), moments.sd.float()
+            found[self.method.name, site] = torch.zeros_like(mean), partial(torch.addcmul, mean, sd)
+        return found
+
+    def losses(self, batch: Any, batch_idx: int, when: str, moved: bool) -> Iterator[Tensor]:
+        """The scored positions of a batch and the sum of their loss, ``(2,)`` float64, pass by pass.
+
+        With ``moved`` it is that of what is learned by now, else as it began.
+        """
+        sites, examples = self._calibration.sites, self.module.examples_of(batch, batch_idx).tolist()
+        drawn = [self._choice.draw(sites, seed_of("learning", when, index)) for index in examples]
+        values = {site: self.value((self.method.name, site), moved) for site in sites}
+        with hooked(self.module.target, {s: partial(self._ablate, s, values[s], drawn) for s in sites}, once=True):
+            scored = self.module.evaluate(batch)
+        yield summed(functional.cross_entropy(scored.logits.float(), scored.targets, reduction="none"), scored.example)
+
+    def value(self, key: tuple[str, Site], moved: bool) -> Tensor:
+        """What is learned by now, or as it began."""
+        delta = self.deltas[key]
+        return self._moves[key](delta if moved else torch.zeros_like(delta))
 
     def begin_epoch(self, epoch: int) -> None:
         """Begins to sum what is held out anew."""
@@ -88,17 +115,17 @@ class LearningPhase(Phase):
         held_out = self.course.is_held_out(batch_idx)
         if held_out:
             with torch.no_grad():
-                losses = [self._loss(batch, batch_idx, "held out", values) for values in (self._mean, self.values)]
-            self._held_sums += torch.stack([losses[0][1], *(loss for loss, _ in losses)])
+                for sums, moved in zip(self._held_sums, (False, True), strict=True):
+                    sums += torch.stack(list(self.losses(batch, batch_idx, "held out", moved))).sum(0)
         else:
-            loss, positions = self._loss(batch, batch_idx, f"epoch {self._epoch}", self.values)
-            if not loss.requires_grad:
-                raise ConfigError(
-                    f"{self.method.name} can't learn: the logits that `evaluate` gives have no gradient; is there a "
-                    "torch.no_grad() in it?"
-                )
-            loss.backward()  # type: ignore[no-untyped-call]
-            self._sums += torch.stack([positions, loss.detach()])
+            for sums in self.losses(batch, batch_idx, f"epoch {self._epoch}", moved=True):
+                if not sums.requires_grad:
+                    raise ConfigError(
+                        f"{self.method.name} can't learn: the logits that `evaluate` gives have no gradient; is there "
+                        "a torch.no_grad() in it?"
+                    )
+                sums[1].backward()  # type: ignore[no-untyped-call]
+                self._sums += sums.detach()
         done = batch_idx + 1
         if done % self.course.accumulated == 0 or done == self.course.batches:  # a step ends here
             if not held_out:
@@ -107,20 +134,22 @@ class LearningPhase(Phase):
 
     def end_epoch(self) -> None:
         """Merges what was held out; the last epoch's values go to the calibration."""
-        positions, *losses = self.module.summed(self._held_sums).tolist()
-        before, after = (loss / max(positions, 1) for loss in losses)
+        (positions, before), (_, after) = self.module.summed(self._held_sums).tolist()
+        before, after = before / max(positions, 1), after / max(positions, 1)
         if positions:
             name = f"learning/{self.method.name} held out"
-            self.module.log_at(self.taken, **{f"{name}, mean": before, name: after})
+            self.module.log_at(self.taken, **{f"{name}, before": before, name: after})
         if self._epoch == self.epochs - 1:
             if after > before:
                 warnings.warn(
-                    f"{self.method.name}: what was learned is worse than the mean on examples held out, {after:.4f} "
-                    f"nats against {before:.4f}; give it more steps, more calibration data or a lower lr",
+                    f"{self.method.name}: what was learned is worse than what it began with on examples held out, "
+                    f"{after:.4f} nats against {before:.4f}; give it more steps, more calibration data or a lower lr",
                     stacklevel=2,
                 )
             self._run.held_out[self.method.name] = (before, after) if positions else None
-            self._calibration.learned[self.method.name] = {s: v.detach().clone() for s, v in self.values.items()}
+            for name, site in self.deltas:
+                learned = self._calibration.learned.setdefault(name, {})
+                learned[site] = self.value((name, site), moved=True).detach().clone()
 
     def state_dict(self) -> dict[str, Any]:
         """How far it has come, at the end of an epoch."""
@@ -140,38 +169,23 @@ class LearningPhase(Phase):
         self.scheduler.load_state_dict(state["scheduler"])
         self.taken = state["taken"]
 
-    @property
-    def values(self) -> dict[Site, Tensor]:
-        """The values learned so far, of each site ``(neurons,)`` float32."""
-        return {site: self._mean[site] + self._sd[site] * delta for site, delta in self.deltas.items()}
-
     def _take_step(self) -> None:
-        gradients = [cast(Tensor, delta.grad) for delta in self.deltas.values()]
-        whole = self.module.summed(torch.cat([*(gradient.double() for gradient in gradients), self._sums]))
-        positions, loss = whole[-2:].tolist()
-        for gradient, merged in zip(gradients, torch.split(whole[:-2], [len(g) for g in gradients]), strict=True):
-            gradient.copy_(merged / max(positions, 1))
+        positions, loss = self.module.summed(self._sums).tolist()
+        mean, finite = loss / max(positions, 1), isfinite(loss)
+        for delta in self.deltas.values():
+            gradient = cast(Tensor, delta.grad)
+            gradient.copy_(self.module.summed(gradient.double()) * self.passes / max(positions, 1))
+            finite = finite and bool(gradient.isfinite().all())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
         self._sums.zero_()
         self.taken += 1
-        mean = loss / max(positions, 1)
-        if not bool(whole.isfinite().all()):
+        if not finite:
             raise NonFiniteError(
-                f"{self.method.name}: the cross-entropy is {mean} after {self.taken} steps, or its gradient isn't "
+                f"{self.method.name}: the {self.loss} is {mean} after {self.taken} steps, or its gradient isn't "
                 "finite; lower the method's lr, or try another precision (--trainer.precision)"
             )
         self.module.log_at(self.taken, **{f"learning/{self.method.name}": mean})
-
-    def _loss(self, batch: Any, batch_idx: int, when: str, values: Mapping[Site, Tensor]) -> tuple[Tensor, Tensor]:
-        """The cross-entropy summed over the scored positions, other neurons gone in each example; and their number."""
-        sites, examples = self._calibration.sites, self.module.examples_of(batch, batch_idx).tolist()
-        drawn = [self._choice.draw(sites, seed_of("learning", when, index)) for index in examples]
-        with hooked(self.module.target, {s: partial(self._ablate, s, values[s], drawn) for s in sites}, once=True):
-            scored = self.module.evaluate(batch)
-        counts = scored.example >= 0
-        each = functional.cross_entropy(scored.logits.float(), scored.targets, reduction="none")
-        return torch.where(counts, each, 0.0).sum(dtype=torch.float64), counts.sum().double()
 
     def _ablate(self, site: Site, values: Tensor, drawn: list[Selection], activations: Tensor) -> Tensor:
         statistics = self._calibration.with_learned(site, {self.method.name: values})
@@ -181,3 +195,9 @@ class LearningPhase(Phase):
         mask, by_example = mask.unsqueeze(1), activations.reshape(len(mask), -1, site.width)
         edit = Edit(mask, self.method.prepare(Ablation(site, mask, statistics, None)))
         return edit(by_example).reshape(activations.shape)
+
+
+def summed(losses: Tensor, example: Tensor) -> Tensor:
+    """How many positions count, and the sum of their losses ``(n,)``: ``(2,)`` float64; see :class:`Scored`."""
+    counts = example >= 0
+    return torch.stack([counts.sum().double(), torch.where(counts, losses, 0.0).sum(dtype=torch.float64)])

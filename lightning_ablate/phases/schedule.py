@@ -1,5 +1,6 @@
 """The order of the epochs of a run, and what it all amounts to."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
@@ -9,12 +10,13 @@ from lightning_ablate.attribution import Attributing
 from lightning_ablate.choices import Choice
 from lightning_ablate.conditions import Condition
 from lightning_ablate.errors import ConfigError
-from lightning_ablate.methods import AblationMethod, ConditionalSequential, LearnedMethod
+from lightning_ablate.methods import AblationMethod, ConditionalSequential, ConditionalTuned, LearnedMethod
 from lightning_ablate.phases.attribution import AttributionPhase, VerificationPhase
 from lightning_ablate.phases.calibration import CalibrationPhase
 from lightning_ablate.phases.fitting import FittingPhase
 from lightning_ablate.phases.learning import Course, LearningPhase
 from lightning_ablate.phases.phase import Phase
+from lightning_ablate.phases.tuning import TuningPhase
 from lightning_ablate.statistics import ActivationStatistic
 
 _BACKWARD = 3.0  # what a pass back and forth costs, in forward passes
@@ -26,6 +28,8 @@ class Epoch(NamedTuple):
     number: int  # of its phase, from 0
     make: Callable[..., Phase]  # of a module and a run
     cost: float  # of a batch, in forward passes
+    each: float = 0.0  # and of every condition of this method
+    method: str = ""
 
 
 def schedule(
@@ -52,7 +56,12 @@ def schedule(
     learned = [method for method in methods if isinstance(method, LearnedMethod)]
     waits = bool({method.name for method in learned} & {method.name for method in attributing.methods})
     found += [] if waits else _attributing(attributing, examples)
-    for method in learned:
+    for method in methods:
+        if isinstance(method, ConditionalSequential):
+            fit = partial(FittingPhase, method=method, choice=choice, conditions=conditions)
+            found.append(Epoch(0, fit, 0.0, 1.0 + method.intact, method.name))
+        if not isinstance(method, LearnedMethod):
+            continue
         if batches == float("inf"):
             raise ConfigError(
                 f"{method.name} learns in steps over the calibration data, which tell no length; give the loader one, "
@@ -60,10 +69,13 @@ def schedule(
             )
         sizes = {"examples": method.examples, "batch_size": batch_size, "batches": int(batches)}
         course = Course.of(steps=steps or method.steps, **sizes)
-        learn = partial(LearningPhase, method=method, choice=choice, course=course)
-        found += [Epoch(number, learn, _BACKWARD) for number in range(course.epochs)]
-    for fitted in (method for method in methods if isinstance(method, ConditionalSequential)):
-        found.append(Epoch(0, partial(FittingPhase, method=fitted, choice=choice, conditions=conditions), 0.0))
+        for number in range(course.epochs):
+            if isinstance(method, ConditionalTuned):
+                tune = partial(TuningPhase, method=method, choice=choice, course=course, conditions=conditions)
+                found.append(Epoch(number, tune, 1.0, _BACKWARD, method.name))
+            else:
+                learn = partial(LearningPhase, method=method, choice=choice, course=course)
+                found.append(Epoch(number, learn, _BACKWARD))
     return found + (_attributing(attributing, examples) if waits else [])
 
 
@@ -86,8 +98,8 @@ def plan(
     """One line on what a run amounts to, with ``batches`` in an epoch of ``fit`` and in the sweep, of each process."""
     sources = {method.name: method.source for method in methods}
     resampled = {(sources[c.method], c.seed) for c in conditions[1:] if sources[c.method] is not None}
-    fitted = {method.name: 1 + method.intact for method in methods if isinstance(method, ConditionalSequential)}
-    calibrating = sum(epoch.cost for epoch in epochs) + sum(fitted.get(c.method, 0) for c in conditions)
+    counts = Counter(condition.method for condition in conditions)
+    calibrating = sum(epoch.cost + epoch.each * counts[epoch.method] for epoch in epochs)
     passes = batches[0] * calibrating + batches[1] * (len(conditions) + len(resampled))
     about = f"plan: {len(conditions):,} conditions"
     if passes == float("inf"):

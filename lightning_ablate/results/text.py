@@ -62,7 +62,7 @@ def _ridges(results: "Results") -> list[str]:
     """What was chosen for the methods that let it be chosen."""
     chosen = [ridge for by_site in (results.facts.get("ridges") or {}).values() for ridge in by_site.values()]
     methods = results.facts.get("methods") or ()
-    whose = [m["name"] for m in methods if m.get("ridge", 0) is None and m["class"] != "ConditionalSequential"]
+    whose = [m["name"] for m in methods if m.get("ridge", 0) is None and "intact" not in m]
     if not (chosen and whose):
         return []
     span = f"{min(chosen):g} to {max(chosen):g}, median {median(chosen):g}"

@@ -1,0 +1,67 @@
+"""Tuning: moves what was fitted by gradient descent, until the ablated target says what the intact one does."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ablate.calibration import digest
+from lightning_ablate.choices import Choice
+from lightning_ablate.conditions import Condition
+from lightning_ablate.methods import ConditionalTuned, Edit
+from lightning_ablate.phases.learning import Course, LearningPhase, summed
+from lightning_ablate.phases.phase import Module
+from lightning_ablate.phases.resume import Run
+from lightning_ablate.phases.sweep import masks_of
+from lightning_ablate.sites import Site, hooked
+from lightning_ablate.statistics import Moments
+
+
+class TuningPhase(LearningPhase):
+    """Learns, for every condition of a sweep, what :class:`~lightning_ablate.methods.ConditionalTuned` puts in place.
+
+    Behind the :class:`FittingPhase`, where it begins. A batch is read by the intact target once, and by each condition.
+    """
+
+    doing, loss = "Tuning", "KL divergence"
+    method: ConditionalTuned
+
+    def __init__(
+        self,
+        module: Module,
+        run: Run,
+        method: ConditionalTuned,
+        choice: Choice,
+        course: Course,
+        conditions: Callable[[], Sequence[Condition]],
+    ) -> None:
+        self._masks = dict[str, dict[Site, Tensor]]()
+        for condition in (one for one in conditions() if one.method == method.name):
+            masks = masks_of(condition, choice, run.calibration)
+            key = method.key(digest({site.name: mask for site, mask in masks.items()}))
+            self._masks[key] = {site: mask.to(module.device) for site, mask in masks.items() if bool(mask.any())}
+        self.passes = len(self._masks)
+        super().__init__(module, run, method, choice, course)
+
+    def begin(self) -> dict[tuple[str, Site], tuple[Tensor, Callable[[Tensor], Tensor]]]:
+        """Of every condition and site, in units of the standard deviations, see :meth:`ConditionalTuned.moved`."""
+        found: dict[tuple[str, Site], tuple[Tensor, Callable[[Tensor], Tensor]]] = {}
+        for key, masks in self._masks.items():
+            for site, mask in masks.items():
+                fitted = self._calibration.learned[key][site]
+                move = partial(self.method.moved, fitted, mask, self._calibration[site][Moments])
+                found[key, site] = torch.zeros_like(fitted), move
+        return found
+
+    def losses(self, batch: Any, batch_idx: int, when: str, moved: bool) -> Iterator[Tensor]:
+        """Of the KL divergence of each condition in turn from the intact target."""
+        with torch.no_grad():
+            intact = self.module.evaluate(batch).logits.float().log_softmax(1)
+        for key, masks in self._masks.items():
+            edits = {s: Edit(m, self.method.unpacked(self.value((key, s), moved), m)) for s, m in masks.items()}
+            with hooked(self.module.target, edits, once=True):
+                scored = self.module.evaluate(batch)
+            apart = intact - scored.logits.float().log_softmax(1)
+            yield summed(torch.where(intact > -torch.inf, intact.exp() * apart, 0.0).sum(1), scored.example)
