@@ -5,7 +5,7 @@ import torch
 
 from lightning_ablate import AblationCallback, ConditionalSequential, ConditionalTuned
 from lightning_ablate.calibration import digest
-from lightning_ablate.errors import StatisticsError
+from lightning_ablate.errors import ConfigError, StatisticsError
 from lightning_ablate.phases.sweep import masks_of
 from tests import reference, tiny
 
@@ -119,3 +119,8 @@ def test_the_plan_says_how_many_passes_tuning_takes(tmp_path, capsys):
     # of 6 batches: calibration; a fit of 2 conditions; 2 epochs of tuning, of 2 steps each; 2 fits of 2 passes
     calibrating, swept = 6 * (1 + 2 + 2 * (1 + 2 * 3) + 2 * 2), 3 * 5
     assert f"plan: 5 conditions, {calibrating + swept} forward passes, about " in capsys.readouterr().out
+
+
+def test_where_nothing_is_ablated_there_is_nothing_to_tune(tmp_path):
+    with pytest.raises(ConfigError, match="conditional-tuned has nothing to tune"):
+        fit(tmp_path, ConditionalTuned(**FEW), fractions=[0.0])

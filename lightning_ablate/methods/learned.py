@@ -143,8 +143,8 @@ class ConditionalTuned(LearnedMethod, ConditionalSequential):
     def moved(self, fitted: Tensor, mask: Tensor, moments: Moments, delta: Tensor) -> Tensor:
         """A regression as it is fitted, ``(kept + 1, ablated)`` float32, changed by ``delta`` of this shape.
 
-        It is in standard deviations of both neurons, divided by the number of what the kept ones and an intercept, at
-        their means, can add up to.
+        Each row of it is in standard deviations of the ablated neurons for one of the kept, the last that of an
+        intercept at their means, divided by the number of rows, so that a step of all together is as long for any.
         """
         mean, sd = moments.mean.float(), moments.sd.float()
         delta = delta / len(delta) * sd[mask]

@@ -21,6 +21,8 @@ from lightning_ablate.sites import Site, hooked
 from lightning_ablate.statistics import Moments
 
 _HELD_OUT = 10  # one step of so many is held out
+Begun = dict[tuple[str, Site], tuple[Tensor, Callable[[Tensor], Tensor]]]
+"""By its name and site what is learned, float32, all zeros, and what makes values of it as it moves."""
 
 
 class Course(NamedTuple):
@@ -79,14 +81,14 @@ class LearningPhase(Phase):
         self._sums = torch.zeros(2, dtype=torch.float64, device=module.device)  # positions, and their loss
         self._held_sums = torch.zeros(2, 2, dtype=torch.float64, device=module.device)  # as it began, and by now
 
-    def begin(self) -> dict[tuple[str, Site], tuple[Tensor, Callable[[Tensor], Tensor]]]:
-        """What is learned, float32, as it begins: zeros by its name and site, and what makes values of it."""
-        found: dict[tuple[str, Site], tuple[Tensor, Callable[[Tensor], Tensor]]] = {}
-        for site in self._calibration.sites:  # of each neuron, the distance from the mean, in standard deviations
+    def begin(self) -> Begun:
+        """Of each neuron the distance from its mean, in standard deviations, ``(neurons,)``."""
+        begun: Begun = {}
+        for site in self._calibration.sites:
             moments = self._calibration[site][Moments]
             mean, sd = moments.mean.float(), moments.sd.float()
-            found[self.method.name, site] = torch.zeros_like(mean), partial(torch.addcmul, mean, sd)
-        return found
+            begun[self.method.name, site] = torch.zeros_like(mean), partial(torch.addcmul, mean, sd)
+        return begun
 
     def losses(self, batch: Any, batch_idx: int, when: str, moved: bool) -> Iterator[Tensor]:
         """The scored positions of a batch and the sum of their loss, ``(2,)`` float64, pass by pass.

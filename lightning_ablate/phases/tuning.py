@@ -10,8 +10,9 @@ from torch import Tensor
 from lightning_ablate.calibration import digest
 from lightning_ablate.choices import Choice
 from lightning_ablate.conditions import Condition
+from lightning_ablate.errors import ConfigError
 from lightning_ablate.methods import ConditionalTuned, Edit
-from lightning_ablate.phases.learning import Course, LearningPhase, summed
+from lightning_ablate.phases.learning import Begun, Course, LearningPhase, summed
 from lightning_ablate.phases.phase import Module
 from lightning_ablate.phases.resume import Run
 from lightning_ablate.phases.sweep import masks_of
@@ -42,18 +43,20 @@ class TuningPhase(LearningPhase):
             masks = masks_of(condition, choice, run.calibration)
             key = method.key(digest({site.name: mask for site, mask in masks.items()}))
             self._masks[key] = {site: mask.to(module.device) for site, mask in masks.items() if bool(mask.any())}
+        if not self._masks:
+            raise ConfigError(f"{method.name} has nothing to tune, as no neuron is ablated (--ablation.fractions)")
         self.passes = len(self._masks)
         super().__init__(module, run, method, choice, course)
 
-    def begin(self) -> dict[tuple[str, Site], tuple[Tensor, Callable[[Tensor], Tensor]]]:
-        """Of every condition and site, in units of the standard deviations, see :meth:`ConditionalTuned.moved`."""
-        found: dict[tuple[str, Site], tuple[Tensor, Callable[[Tensor], Tensor]]] = {}
+    def begin(self) -> Begun:
+        """Of every condition and site what :meth:`ConditionalTuned.moved` adds, ``(kept + 1, ablated)``."""
+        begun: Begun = {}
         for key, masks in self._masks.items():
             for site, mask in masks.items():
                 fitted = self._calibration.learned[key][site]
                 move = partial(self.method.moved, fitted, mask, self._calibration[site][Moments])
-                found[key, site] = torch.zeros_like(fitted), move
-        return found
+                begun[key, site] = torch.zeros_like(fitted), move
+        return begun
 
     def losses(self, batch: Any, batch_idx: int, when: str, moved: bool) -> Iterator[Tensor]:
         """Of the KL divergence of each condition in turn from the intact target."""
