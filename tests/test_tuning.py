@@ -97,7 +97,7 @@ def test_it_comes_nearer_to_the_intact_target_and_leaves_it_to_the_bit(tmp_path)
     assert reference.hooks(module.target) == 0
 
 
-def test_a_killed_run_and_validate_need_no_new_fit_but_other_options_do(tmp_path):
+def test_a_killed_run_and_validate_need_no_new_fit_but_another_ridge_does(tmp_path):
     method = ConditionalTuned(**FEW)
     whole = fit(tmp_path, method, dirpath=tmp_path / "whole")
     for epoch, batch in ((1, 1), (2, 3), (3, 0)):  # of the fit, and of tuning
@@ -109,7 +109,7 @@ def test_a_killed_run_and_validate_need_no_new_fit_but_other_options_do(tmp_path
     checkpoint = tmp_path / "whole" / "ablation.ckpt"
     swept = AblationCallback([method], [0.5, 1.0], [1])
     assert tiny.validate(tmp_path, checkpoint, swept).table.equals(whole.results.table)
-    other = AblationCallback([ConditionalTuned(**FEW | {"lr": 0.1})], [0.5, 1.0], [1])
+    other = AblationCallback([ConditionalTuned(**FEW | {"ridge": 0.1})], [0.5, 1.0], [1])
     with pytest.raises(StatisticsError, match=r"conditional-tuned.*needs the values it learns.*run `fit`"):
         tiny.validate(tmp_path, checkpoint, other)
 

@@ -136,10 +136,6 @@ class ConditionalTuned(LearnedMethod, ConditionalSequential):
         ConditionalSequential.__init__(self, ridge, intact, centred=centred)
         LearnedMethod.__init__(self, steps, lr, examples, name)
 
-    def key(self, masks: str) -> str:
-        """See :meth:`ConditionalSequential.key`."""
-        return super().key(f"{self.steps} {self.lr} {self.examples} {masks}")
-
     def moved(self, fitted: Tensor, mask: Tensor, moments: Moments, delta: Tensor) -> Tensor:
         """A regression as it is fitted, ``(kept + 1, ablated)`` float32, changed by ``delta`` of this shape.
 
