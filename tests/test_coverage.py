@@ -8,18 +8,11 @@ from lightning_ablate.sites import check_mixing, find_sites
 from tests import coverage
 from tests.coverage import COVERED, REFUSED, Case, moved, tiny
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # as the libraries are
+
 
 def names(cases):
     return [f"{case.kind}-{case.name}" for case in cases]
-
-
-@pytest.fixture(autouse=True)
-def _as_the_libraries_are():
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @pytest.mark.parametrize("case", COVERED, ids=names(COVERED))

@@ -18,6 +18,7 @@ from lightning_ablate.smaller import BiasError, shrunk
 from tests import coverage, tiny
 from tests.command import ENVIRONMENT, FEW, found
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # as the libraries are
 SHORT = (
     "gpt2 gpt_neo gptj opt llama mistral qwen2 qwen3 gemma2 phi3 olmo2 stablelm starcoder2 gpt_neox cohere "
     "bert roberta distilbert electra deberta-v2 modernbert bart t5 m2m_100 vit beit deit vit_tiny_patch16_224 "
@@ -108,15 +109,6 @@ def loads(tmp_path):
         [sys.executable, "-c", FRESH], input=json.dumps(folders), capture_output=True, text=True, env=ENVIRONMENT
     )
     assert ran.stdout.split() == folders, ran.stderr[-2000:]
-
-
-@pytest.fixture(autouse=True)
-def _as_the_libraries_are():
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def test_half_of_the_mlp_neurons_leave_every_kind_of_architecture(loads, request):
