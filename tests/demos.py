@@ -1,6 +1,7 @@
 """The three embedded targets and their data, as tests run them."""
 
 from lightning_ablate import CausalLM, Digits, ImageClassifier, MaskedLM, PythonTexts
+from tests import tiny
 
 NAMES = ["vit", "gpt2", "roberta"]
 WIDTH = {"vit": 64, "gpt2": 128, "roberta": 128}
@@ -8,9 +9,7 @@ WIDTH = {"vit": 64, "gpt2": 128, "roberta": 128}
 
 def module_of(name):
     kind = {"vit": ImageClassifier, "gpt2": CausalLM, "roberta": MaskedLM}[name]
-    module = kind(f"demo:{name}")
-    module.configure_model()
-    return module
+    return tiny.built(kind(f"demo:{name}"))
 
 
 def data_of(name, tokens=10_000):

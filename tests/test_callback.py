@@ -36,8 +36,7 @@ def test_the_table_the_text_and_the_facts_are_left(tmp_path, capsys):
 
 def test_twice_the_same_run_gives_the_same_bytes(tmp_path, gpt2_folder):
     for seed, name in enumerate(("first", "second")):
-        module = CausalLM(gpt2_folder)
-        module.configure_model()
+        module = tiny.built(CausalLM(gpt2_folder))
         torch.manual_seed(seed)  # what the process drew before doesn't matter
         methods = ["zero", "mean", "peak", "noise", "resample-characters", "resample-ids", "resample-generated"]
         tiny.fit(tmp_path / name, module, callback=AblationCallback(methods, [0.5, 1.0], [1, 2]))

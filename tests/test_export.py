@@ -199,8 +199,7 @@ def test_a_run_is_exported_with_its_card_whole_or_not_at_all(tmp_path, monkeypat
         "| cross-entropy, nats |",
     ):
         assert words in card
-    small = CausalLM(str(folder))
-    small.configure_model()
+    small = tiny.built(CausalLM(str(folder)))
     assert small.tokenizer("cat")["input_ids"] == module.tokenizer("cat")["input_ids"]
     edits, batch = {}, tiny.tokens()
     for site in callback.run.calibration.sites:
@@ -227,10 +226,8 @@ def test_a_low_precision_is_kept_and_wrong_rows_are_noticed_in_it(dtype, monkeyp
         shrunk(model, edits)
 
 
-def test_what_generates_and_exactly_these_neurons_go_along(tmp_path):
-    saved = tiny.save_language_model(tmp_path / "model", tiny.gpt2())
-    module = CausalLM(saved)
-    module.configure_model()
+def test_what_generates_and_exactly_these_neurons_go_along(tmp_path, gpt2_folder):
+    module = tiny.built(CausalLM(gpt2_folder))
     module.target.generation_config.repetition_penalty = 1.3
     sites = tiny.sites(module.target, "mlp")
     choice = Only(neurons={site.name: [1, 5, 7] for site in sites})

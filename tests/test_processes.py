@@ -134,10 +134,9 @@ def test_any_count_on_any_number_of_processes(tmp_path, full, target, count, pro
     assert_same(found(tmp_path / "one", *small), found(tmp_path / "several", *small, *several))
 
 
-def test_a_stream_on_two_processes(tmp_path, full):
-    tiny.save_language_model(tmp_path / "gpt2", tiny.gpt2())
+def test_a_stream_on_two_processes(tmp_path, full, gpt2_folder):
     datasets.Dataset.from_dict({"text": tiny.TEXTS}).to_parquet(tmp_path / "texts.parquet")
-    small = ["fit", "--model=CausalLM", f"--model.name={tmp_path / 'gpt2'}", "--data=TextData", *FEW]
+    small = ["fit", "--model=CausalLM", f"--model.name={gpt2_folder}", "--data=TextData", *FEW]
     small += [f"--data.name={tmp_path / 'texts.parquet'}", "--data.max_length=32", "--data.shuffle_seed=1"]
     small += ["--data.streaming=true", "--data.calibration_tokens=700", "--data.evaluation_tokens=900"]
     assert_same(found(tmp_path / "one", *small), found(tmp_path / "two", *small, *TWO))

@@ -127,6 +127,12 @@ def gathered(site, batches, *kinds, valid=None):
     return SiteStatistics(site.name, found)
 
 
+def built(module):
+    """The module, with its target made, as a Trainer would have it made."""
+    module.configure_model()
+    return module
+
+
 def run(model):
     with torch.no_grad():
         if hasattr(model, "config"):

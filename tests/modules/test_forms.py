@@ -65,8 +65,7 @@ def gguf_file(folder):
 
 def adapter(folder):
     tiny.save_language_model(folder / "base", llama())
-    base = CausalLM(str(folder / "base"))
-    base.configure_model()
+    base = tiny.built(CausalLM(str(folder / "base")))
     lora = LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     made = get_peft_model(base.target, lora)
     made.save_pretrained(folder)

@@ -9,19 +9,14 @@ from lightning_ablate.errors import ConfigError, DataError, TargetError
 from tests import reference, tiny
 
 
-def built(module):
-    module.configure_model()
-    return module
-
-
 @pytest.fixture
 def causal(gpt2_folder):
-    return built(CausalLM(gpt2_folder))
+    return tiny.built(CausalLM(gpt2_folder))
 
 
 @pytest.fixture
 def masked(roberta_folder):
-    return built(MaskedLM(roberta_folder))
+    return tiny.built(MaskedLM(roberta_folder))
 
 
 def test_target_is_loaded_frozen_and_in_eval_mode_whatever_is_asked(causal):
@@ -35,7 +30,7 @@ def test_target_is_loaded_frozen_and_in_eval_mode_whatever_is_asked(causal):
 
 
 def test_options_reach_the_model(gpt2_folder):
-    module = built(CausalLM(gpt2_folder, dtype="bfloat16", attn_implementation="eager"))
+    module = tiny.built(CausalLM(gpt2_folder, dtype="bfloat16", attn_implementation="eager"))
     assert next(module.target.parameters()).dtype == torch.bfloat16
     facts = module.describe()
     assert (facts["dtype"], facts["attn_implementation"], facts["name"]) == ("bfloat16", "eager", gpt2_folder)
@@ -69,7 +64,7 @@ def test_masking_depends_on_seed_and_example_alone(masked):
 
 
 def test_masking_follows_the_protocol(roberta_folder):
-    module = built(MaskedLM(roberta_folder, mlm_probability=0.15))
+    module = tiny.built(MaskedLM(roberta_folder, mlm_probability=0.15))
     tokenizer, examples, length = module.tokenizer, 400, 60
     ids = torch.randint(5, len(tokenizer), (examples, length))
     ids[:, 0], ids[:, -1] = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -122,7 +117,7 @@ def test_source_is_as_long_as_the_batch_and_fixed_by_the_seed(which, kind, reque
     made = module.source(kind, 42, batch)
     assert torch.equal(state, torch.random.get_rng_state())
     assert made["input_ids"].shape == (1, tiny.LENGTH) and bool(made["attention_mask"].all())
-    again = built(type(module)(module.name))
+    again = tiny.built(type(module)(module.name))
     assert torch.equal(again.source(kind, 42, batch)["input_ids"], made["input_ids"])
     assert not torch.equal(module.source(kind, 123, batch)["input_ids"], made["input_ids"])
     assert module.evaluate(made).logits.shape[-1] == tiny.VOCABULARY

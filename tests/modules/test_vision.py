@@ -29,12 +29,6 @@ def transformers_folder(tmp_path_factory):
     return str(folder)
 
 
-def built(name, **options):
-    module = ImageClassifier(name, **options)
-    module.configure_model()
-    return module
-
-
 def picture(mode="RGB"):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(pixels).convert(mode)
@@ -49,7 +43,8 @@ LIBRARIES = {"timm": ("L", 0.4, 0.2), "transformers": ("RGB", 0.5, 0.25)}  # the
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_folder_loads_with_its_weights_and_preprocessing(library, request):
-    module, (mode, mean, std) = built(request.getfixturevalue(f"{library}_folder")), LIBRARIES[library]
+    module = tiny.built(ImageClassifier(request.getfixturevalue(f"{library}_folder")))
+    mode, mean, std = LIBRARIES[library]
     assert module.library == library
     one = batch(module)
     levels = torch.from_numpy(np.array(picture(mode))).float().view(8, 8, -1)
@@ -61,7 +56,8 @@ def test_a_folder_loads_with_its_weights_and_preprocessing(library, request):
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_source_is_random_pixels_preprocessed(library, request):
-    module, (_, mean, std) = built(request.getfixturevalue(f"{library}_folder")), LIBRARIES[library]
+    module = tiny.built(ImageClassifier(request.getfixturevalue(f"{library}_folder")))
+    _, mean, std = LIBRARIES[library]
     like = batch(module)
     made, again, other = (module.source("pixels", seed, like)["pixel_values"] for seed in (42, 42, 123))
     assert made.shape == like["pixel_values"].shape
@@ -71,7 +67,7 @@ def test_source_is_random_pixels_preprocessed(library, request):
 
 
 def test_dtype_is_an_option(timm_folder):
-    module = built(timm_folder, dtype="bfloat16")
+    module = tiny.built(ImageClassifier(timm_folder, dtype="bfloat16"))
     assert module.evaluate(batch(module)).logits.dtype == torch.bfloat16
     assert module.describe()["dtype"] == "bfloat16"
 
