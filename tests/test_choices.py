@@ -126,11 +126,8 @@ def test_ranked_orders_neurons_as_numpy_does(by, first, sign):
 def test_the_surgeon_takes_the_unit_without_which_least_squares_do_best(size):
     """Each time by numpy's least squares of the whole output on the neurons that would be left."""
     x, weight = torch.randn(1, 300, 12) @ torch.randn(12, 12), torch.randn(12, 5).double()
-    gathered = {kind: kind.of(HEADS) for kind in (Moments, Covariance)}
-    for statistic in gathered.values():
-        statistic.update(x)
-    gathered[Covariance].chosen.fill_(1e-12)
-    statistics = SiteStatistics(HEADS.name, gathered, weight=weight)
+    statistics = tiny.gathered(HEADS, [x], Moments, Covariance, weight=weight)
+    statistics[Covariance].chosen.fill_(1e-12)
     centred = (x[0] - x[0].mean(0)).double().numpy()
     output, left, order = centred @ weight.double().numpy(), list(range(12 // size)), []
     while left:
@@ -152,11 +149,8 @@ def test_scores_of_what_is_lost_are_those_of_numpy_and_solved_once(monkeypatch):
     """Wanda's and FLAP's by neuron, and the optimal brain surgeon's, also by units of several neurons."""
     x = torch.randn(4, 500, 12) @ torch.randn(12, 12) + torch.randn(12)
     weight, flat = torch.randn(12, 5), x.flatten(0, 1).double().numpy()
-    gathered = {kind: kind.of(HEADS) for kind in (Moments, Covariance)}
-    for statistic in gathered.values():
-        statistic.update(x)
-    gathered[Covariance].chosen.fill_(1e-12)
-    statistics = SiteStatistics(HEADS.name, gathered, weight=weight)
+    statistics = tiny.gathered(HEADS, [x], Moments, Covariance, weight=weight)
+    statistics[Covariance].chosen.fill_(1e-12)
     value = {
         "weighted-sd": flat.std(0),
         "weighted-rms": np.sqrt((flat**2).mean(0)),
@@ -173,7 +167,7 @@ def test_scores_of_what_is_lost_are_those_of_numpy_and_solved_once(monkeypatch):
             mask = Ranked(by, unit=unit).mask(Selection(1 / units), HEADS, statistics)
             assert mask.view(units, unit).all(1).nonzero().flatten().tolist() == [order[0]]
     assert len(calls) == 1  # for all conditions
-    gathered[Covariance].update(3 * x)
+    statistics[Covariance].update(3 * x)
     Ranked("unexplained").order(HEADS, 0, statistics)
     assert len(calls) == 2
 

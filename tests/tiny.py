@@ -117,14 +117,14 @@ def mixed(positions=400, far=100):
     return x
 
 
-def gathered(site, batches, *kinds, valid=None):
+def gathered(site, batches, *kinds, valid=None, weight=None):
     """Statistics of a site, each with those before it."""
     found = {}
     for kind in kinds:
         found[kind] = kind.of(site, SiteStatistics(site.name, found))
         for batch in batches:
             found[kind].update(batch, valid)
-    return SiteStatistics(site.name, found)
+    return SiteStatistics(site.name, found, weight=weight)
 
 
 def built(module):

@@ -20,10 +20,9 @@ def test_covariance_is_numpys_in_every_way(every_way):
 
 
 def test_that_of_heads_is_the_whole_one_within_each_head(gathered):
-    mixed = tiny.mixed(far=1000)
-    whole, heads = gathered(Covariance, mixed.split(100)), HeadCovariance.of(Site("attn.proj", 12, heads=3))
-    for batch in mixed.split([100, 300]):
-        heads.update(batch)
+    mixed, site = tiny.mixed(far=1000), Site("attn.proj", 12, heads=3)
+    whole = gathered(Covariance, mixed.split(100))
+    heads = tiny.gathered(site, mixed.split([100, 300]), HeadCovariance)[HeadCovariance]
     for head, own in enumerate((slice(0, 4), slice(4, 8), slice(8, 12))):
         torch.testing.assert_close(heads.covariance[head], whole.covariance[0, own, own], rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(heads.mean, whole.mean)
@@ -81,9 +80,7 @@ def test_where_nothing_can_be_held_out_the_ridge_is_a_hundredth():
 
 def test_heads_share_a_ridge():
     """That of both together, which each of them alone may not have."""
-    x, both = tiny.mixed(400).view(40, 10, 12), HeadCovariance.of(Site("attn.proj", 12, heads=2))
-    both.update(x)
-    alone = [HeadCovariance.of(Site("attn.proj", 6, heads=1)) for _ in range(2)]
-    for head, own in enumerate(alone):
-        own.update(x[..., 6 * head : 6 * head + 6])
+    x, one = tiny.mixed(400).view(40, 10, 12), Site("attn.proj", 6, heads=1)
+    both = tiny.gathered(Site("attn.proj", 12, heads=2), [x], HeadCovariance)[HeadCovariance]
+    alone = [tiny.gathered(one, [half], HeadCovariance)[HeadCovariance] for half in x.split(6, -1)]
     assert min(own.ridge for own in alone) <= both.ridge <= max(own.ridge for own in alone)
