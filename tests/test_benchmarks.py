@@ -13,8 +13,7 @@ SMALL = ["--tokens", "512", "--conditions", "2", "--layers", "1", "--width", "64
     ("name", "options", "last"),
     [
         ("sweep", TINY, r"sweep / bare forwards: \d+\.\d+"),
-        ("calibration", TINY, r"moments / bare forward: \d+\.\d+\nhistogram / bare forward: \d+\.\d+"),
-        ("calibration", [*TINY, "--memory"], r"histogram / bare forward: \d+\.\d+"),
+        ("calibration", [*TINY, "--memory"], r"moments / bare forward: \d+\.\d+\nhistogram / bare forward: \d+\.\d+"),
         ("sweep", [*TINY, "--memory"], r"extra memory / batch of logits: -?\d+\.\d+"),
         ("attribution", [*TINY, "--memory"], r"attribution / bare: \d+\.\d+ of 18"),
         ("peaks", ["--neurons", "2"], r"smallest ratio \d+\.\d+"),

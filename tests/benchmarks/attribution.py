@@ -53,20 +53,9 @@ class Rig:
 
 def main():
     description = "Prints the cost of an attribution over that of a pass back and forth."
-    given = targets.parser(description, list(targets.MAKERS), rounds=3, measured=("bare", "attribution")).parse_args()
-    if given.memory:
-        for tokens in (given.tokens, 2 * given.tokens):
-            bare, own = (targets.memory_of("attribution", given, w, tokens=tokens) for w in ("bare", "attribution"))
-            print(f"added at {tokens:,} tokens: {(own - bare) / 1024:.0f} MiB")
-    rig = Rig(given.shape, given.tokens, given.batch, given.length)
-    if given.only:
-        print(targets.largest_memory(getattr(rig, given.only)))
-        return
-    print(f"{given.shape} on {targets.DEVICE}, {given.tokens:,} tokens, batches of {given.batch} x {given.length}")
-    rig.bare()
-    times = [[targets.seconds(rig.bare), targets.seconds(rig.attribution)] for _ in range(given.rounds)]
-    targets.show(("bare forward and backward", "attribution"), times)
-    print(f"attribution / bare: {targets.ratio(times, 1):.2f} of {2 + 2 * DRAWS}")
+    parts = {"bare": Rig.bare, "attribution": Rig.attribution}
+    times = targets.compare("attribution", description, list(targets.MAKERS), Rig, parts, rounds=3)
+    print(f"attribution / bare: {targets.ratio(times):.2f} of {2 + 2 * DRAWS}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from lightning_ablate.sites import find_sites
 from lightning_ablate.statistics import Histogram, Moments
 from tests.benchmarks import targets
 
-EPOCHS = ("moments", "histogram")
 SHAPES = {"tiny": lambda: targets.opt(**targets.SMALL_OPT), "opt-125m": targets.opt, "mistral-7b": targets.mistral}
 
 
@@ -55,25 +54,9 @@ class Rig:
 
 def main():
     description = "Prints the cost of a calibration over that of its forward passes."
-    given = targets.parser(description, list(SHAPES), rounds=7, measured=("bare", *EPOCHS)).parse_args()
-    if given.memory:
-        for tokens in (given.tokens, 2 * given.tokens):
-            bare, *both = (targets.memory_of("calibration", given, w, tokens=tokens) for w in ("bare", *EPOCHS))
-            extra = ", ".join(f"{(own - bare) / 1024:.0f} MiB by the {w}" for own, w in zip(both, EPOCHS, strict=True))
-            print(f"added at {tokens:,} tokens: {extra}")
-    rig = Rig(given.shape, given.tokens, given.batch, given.length)
-    if given.only:
-        if given.only == "histogram":
-            rig.epoch(0)
-        own = rig.bare if given.only == "bare" else lambda: rig.epoch(EPOCHS.index(given.only))
-        print(targets.largest_memory(own))
-        return
-    print(f"{given.shape} on {targets.DEVICE}, {given.tokens:,} tokens, batches of {given.batch} x {given.length}")
-    rig.bare()
-    parts = (rig.bare,), (rig.epoch, 0), (rig.epoch, 1)
-    times = [[targets.seconds(*part) for part in parts] for _ in range(given.rounds)]
-    targets.show(("bare forward", *EPOCHS), times)
-    for number, name in enumerate(EPOCHS, 1):
+    parts = {"bare": Rig.bare, "moments": lambda rig: rig.epoch(0), "histogram": lambda rig: rig.epoch(1)}
+    times = targets.compare("calibration", description, list(SHAPES), Rig, parts, rounds=7)
+    for number, name in ((1, "moments"), (2, "histogram")):
         print(f"{name} / bare forward: {targets.ratio(times, number):.3f}")
 
 

@@ -6,13 +6,14 @@ operations, which a model that is bound by them reaches.
 """
 
 import argparse
-import time
 from pathlib import Path
 from statistics import median
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
+
+from tests.benchmarks.targets import ratio, seconds
 
 
 def main():
@@ -25,24 +26,17 @@ def main():
     torch.set_grad_enabled(False)
     models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in given.folders]
     ids = torch.randint(models[0].config.vocab_size, (given.batch, given.length))
-    operations, times = [], []
+    operations = []
     for folder, model in zip(given.folders, models, strict=True):
         with FlopCounterMode(display=False) as counter:
             model(ids)
         operations.append(counter.get_total_flops())
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         print(f"{folder.name}: {model.num_parameters():,} parameters, {size:,} bytes, {operations[-1]:,} FLOPs")
-    for _ in range(given.rounds):
-        spent = []
-        for model in models:
-            began = time.perf_counter()
-            model(ids)
-            spent.append(time.perf_counter() - began)
-        times.append(spent)
+    times = [[seconds(model, ids) for model in models] for _ in range(given.rounds)]
     speeds = [given.batch * given.length / median(column) for column in zip(*times, strict=True)]
     print(f"tokens a second: {speeds[0]:,.0f} and {speeds[1]:,.0f}")
-    by_time = median(intact / smaller for intact, smaller in times)
-    print(f"faster: {by_time:.3f}, by operations {operations[0] / operations[1]:.3f}")
+    print(f"faster: {1 / ratio(times):.3f}, by operations {operations[0] / operations[1]:.3f}")
 
 
 if __name__ == "__main__":

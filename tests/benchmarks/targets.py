@@ -141,6 +141,31 @@ def largest_memory(run):
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
+def compare(benchmark, description, shapes, make, parts, rounds):
+    """Seconds of a benchmark's parts of a rig, by name, in each round; the first one is what the others ride on.
+
+    With ``--memory`` prints what these add to its largest memory, with ``--only`` the memory of a part alone.
+    """
+    names = list(parts)
+    given = parser(description, shapes, rounds=rounds, measured=names).parse_args()
+    if given.memory:
+        for tokens in (given.tokens, 2 * given.tokens):
+            bare, *others = (memory_of(benchmark, given, name, tokens=tokens) for name in names)
+            extra = (f"{(own - bare) / 1024:.0f} MiB by {name}" for own, name in zip(others, names[1:], strict=True))
+            print(f"added at {tokens:,} tokens: {', '.join(extra)}")
+    rig = make(given.shape, given.tokens, given.batch, given.length)
+    if given.only:
+        for earlier in names[1 : names.index(given.only)]:
+            parts[earlier](rig)
+        print(largest_memory(lambda: parts[given.only](rig)))
+        sys.exit()
+    print(f"{given.shape} on {DEVICE}, {given.tokens:,} tokens, batches of {given.batch} x {given.length}")
+    parts[names[0]](rig)
+    times = [[seconds(part, rig) for part in parts.values()] for _ in range(given.rounds)]
+    show(parts, times)
+    return times
+
+
 def memory_of(benchmark, given, what, **changed):
     """The largest memory of a part of a benchmark in a process of its own, in KiB."""
     sizes = {name: vars(given)[name] for name in ("shape", "tokens", "batch", "length")} | changed
