@@ -1,5 +1,6 @@
 """Regressions fitted where they act, against plain hooks and numpy's least squares."""
 
+import itertools
 import threading
 
 import numpy as np
@@ -12,7 +13,7 @@ from lightning_ablate.conditions import Selection
 from lightning_ablate.errors import ConfigError, SiteError, StatisticsError
 from lightning_ablate.phases import SweepPhase, fitting
 from lightning_ablate.phases.sweep import masks_of
-from tests import tiny
+from tests import reference, tiny
 
 RIDGE = 1e-10
 
@@ -31,32 +32,23 @@ def plainly(model, batch, sites, fraction, intact):
     real = batch["attention_mask"].bool()
     found, edits = {}, {}
 
-    def hook(site):
-        uses = iter(range(1, 100))
+    def change(path):
+        uses = itertools.count()
 
-        def before(module, args):
-            name = f"{site.path}#{use}" if (use := next(uses) - 1) else site.path
-            x = args[0]
+        def changed(x):
+            name = f"{path}#{use}" if (use := next(uses)) else path
             found[name] = x.clone()
             if name in edits:
                 mask, weights = edits[name]
                 kept = torch.cat([torch.ones_like(x[..., :1]), x[..., ~mask]], -1)
-                x = x.masked_scatter(mask.expand_as(x), (kept.double() @ weights).float())
-            return (x,)
+                return x.masked_scatter(mask.expand_as(x), (kept.double() @ weights).float())
 
-        return before
+        return changed
 
     def run():
         found.clear()
-        handles = [
-            model.get_submodule(path).register_forward_pre_hook(hook(next(s for s in sites if s.path == path)))
-            for path in dict.fromkeys(site.path for site in sites)
-        ]
-        with torch.no_grad():
-            logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        for handle in handles:
-            handle.remove()
-        return logits, dict(found)
+        with torch.no_grad(), reference.plain_hooks(model, {site.path: change(site.path) for site in sites}):
+            return reference.forward(model, batch), dict(found)
 
     _, clean = run()
     for site in sites:
