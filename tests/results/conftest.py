@@ -7,16 +7,7 @@ import pytest
 from lightning_ablate.results import Results
 
 
-def _made(
-    methods=("zero", "peak"),
-    fractions=(0.1, 0.5, 0.9, 1.0),
-    seeds=(1, 2, 3),
-    *,
-    places=(),
-    examples=40,
-    seed=0,
-    **facts,
-):
+def make(methods=("zero", "peak"), fractions=(0.1, 0.5, 0.9, 1.0), seeds=(1, 2, 3), *, places=(), examples=40, **facts):
     """Conditions of methods by fractions and seeds (one at fraction 1), or of places (part, head) alone."""
     conditions = [("none", 0.0, None, "", None)]
     for method in methods:
@@ -43,9 +34,4 @@ def _made(
 
 @pytest.fixture(scope="session")
 def made():
-    return _made
-
-
-@pytest.fixture(autouse=True)
-def _not_drawn():
-    """Here figures are looked at."""
+    return make

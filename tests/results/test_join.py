@@ -14,13 +14,11 @@ NEURONS, HEADS = ({"class": "Random", "unit": unit} for unit in ("neuron", "head
 
 
 @pytest.fixture
-def runs(made, tmp_path, monkeypatch):
-    """Saves results in a folder of that name; undrawn, as nothing here looks at a run's own figures."""
+def runs(tmp_path):
+    """Saves results in a folder of that name."""
 
     def saved(name, results):
-        with monkeypatch.context() as undrawn:
-            undrawn.setattr("lightning_ablate.results.figures.drawn", lambda picture, form: b"")
-            results.save(tmp_path / name)
+        results.save(tmp_path / name)
         return tmp_path / name
 
     return saved
@@ -93,7 +91,7 @@ def test_load_refuses_other_data_and_single_parts(made, runs):
         load([runs("heads", made(["zero"], places=[("h.0", 1)]))])
 
 
-def test_the_command_draws_several_targets_and_says_in_a_line_what_is_wrong(made, runs, tmp_path, capsys):
+def test_the_command_draws_several_targets_and_says_in_a_line_what_is_wrong(made, runs, tmp_path, capsys, drawn):
     one, other = made(["zero"], [0.5]), made(["zero"], [0.5])
     other.table["model"] = "another"
     folders = [runs("one", one), runs("two", other)]

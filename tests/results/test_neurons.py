@@ -60,7 +60,7 @@ def test_after_one_epoch_there_are_no_columns_that_need_a_histogram_and_files_co
 
 
 @pytest.mark.parametrize("sites", [5, 30])
-def test_a_box_is_seen_for_every_site(sites, drawn):
+def test_a_box_is_seen_for_every_site(sites):
     """Looked for in the picture, by their colour: as many columns of it, apart from one another."""
     figure = neurons_of({f"h.{n}.attn.proj": torch.randn(300, 40).exp() for n in range(sites)}).plot()
     figure.canvas.draw()
@@ -74,7 +74,7 @@ def test_a_box_is_seen_for_every_site(sites, drawn):
         assert columns.sum() >= 2 * sites and boxes.any(1).sum() >= 3
 
 
-def test_the_histograms_are_those_of_the_most_atypical_neurons(drawn):
+def test_the_histograms_are_those_of_the_most_atypical_neurons():
     x = torch.randn(500, 12)
     x[:, 7], x[:, 3] = x[:, 7].exp().pow(2), 7.0
     found = neurons_of({"here": x})

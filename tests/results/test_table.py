@@ -57,7 +57,7 @@ def test_save_and_load_keep_every_bit(made, tmp_path):
     assert lines[0] == HEADER and len(lines) == 1 + len(results.table)
 
 
-def test_save_writes_the_same_bytes_twice_and_only_what_there_is(made, tmp_path):
+def test_save_writes_the_same_bytes_twice_and_only_what_there_is(made, tmp_path, drawn):
     names = ["results.csv", "run.json", "examples.parquet", "degradation.png", "comparisons.png"]
     for folder in ("one", "two"):
         assert [path.name for path in made().save(tmp_path / folder)] == names
