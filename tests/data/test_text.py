@@ -10,23 +10,15 @@ from tests import tiny
 
 
 @pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizers")
-    tiny.tokenizer().save_pretrained(folder / "causal")
-    tiny.tokenizer(masked=True).save_pretrained(folder / "masked")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def parquet(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "texts.parquet"
     Dataset.from_dict({"text": tiny.TEXTS}).to_parquet(path)
     return str(path)
 
 
-def data(name, tokenizers, kind="causal", purpose="fit", **options):
+def data(name, tokenizer, purpose="fit", **options):
     defaults = {"max_length": 16, "calibration_tokens": 100, "evaluation_tokens": 200, "batch_size": 4}
-    made = TextData(str(name), tokenizer=str(tokenizers / kind), **(defaults | options))
+    made = TextData(str(name), tokenizer=tokenizer, **(defaults | options))
     made.setup(purpose)
     return made
 
@@ -36,8 +28,8 @@ def rows(made, purpose):
     return [one["input_ids"][one["attention_mask"].bool()].tolist() for one in examples]
 
 
-def test_sequences_hold_the_documents_tokens_calibration_first(parquet, tokenizers):
-    made, tokenizer = data(parquet, tokenizers), tiny.tokenizer()
+def test_sequences_hold_the_documents_tokens_calibration_first(parquet, gpt2_folder):
+    made, tokenizer = data(parquet, gpt2_folder), tiny.tokenizer()
     tokens = [tokenizer(text)["input_ids"] for text in tiny.TEXTS]
     documents = [[ids[start : start + 16] for start in range(0, len(ids), 16)] for ids in tokens]
     calibrated, evaluated = rows(made, "calibration"), rows(made, "evaluation")
@@ -48,8 +40,8 @@ def test_sequences_hold_the_documents_tokens_calibration_first(parquet, tokenize
         assert budget <= sum(map(len, used)) < budget + 16
 
 
-def test_padding_is_masked(parquet, tokenizers):
-    made = data(parquet, tokenizers)
+def test_padding_is_masked(parquet, gpt2_folder):
+    made = data(parquet, gpt2_folder)
     batch = next(iter(made.val_dataloader()))
     lengths = [len(ids) for ids in rows(made, "evaluation")[:4]]
     assert batch["attention_mask"].sum(1).tolist() == lengths and min(lengths) < 16
@@ -57,16 +49,16 @@ def test_padding_is_masked(parquet, tokenizers):
     assert batch["index"].tolist() == [0, 1, 2, 3]
 
 
-def test_special_tokens_frame_every_sequence(parquet, tokenizers):
+def test_special_tokens_frame_every_sequence(parquet, roberta_folder):
     tokenizer = tiny.tokenizer(masked=True)
     for packing in ("pad", "pack"):
-        for sequence in rows(data(parquet, tokenizers, "masked", packing=packing), "evaluation"):
+        for sequence in rows(data(parquet, roberta_folder, packing=packing), "evaluation"):
             assert sequence[0] == tokenizer.bos_token_id and sequence[-1] == tokenizer.eos_token_id
             assert len(sequence) <= 16
 
 
-def test_packing_fills_every_sequence_and_joins_with_the_end_token(parquet, tokenizers):
-    made, tokenizer = data(parquet, tokenizers, packing="pack"), tiny.tokenizer()
+def test_packing_fills_every_sequence_and_joins_with_the_end_token(parquet, gpt2_folder):
+    made, tokenizer = data(parquet, gpt2_folder, packing="pack"), tiny.tokenizer()
     first, second = (rows(made, purpose) for purpose in ("calibration", "evaluation"))
     assert {len(sequence) for sequence in second} == {16}
     stream = [i for text in tiny.TEXTS for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
@@ -76,24 +68,24 @@ def test_packing_fills_every_sequence_and_joins_with_the_end_token(parquet, toke
     assert any(stream[start : start + len(evaluated)] == evaluated for start in starts)
 
 
-def test_no_text_is_used_for_both(tmp_path, tokenizers):
+def test_no_text_is_used_for_both(tmp_path, gpt2_folder):
     Dataset.from_dict({"text": tiny.TEXTS + tiny.TEXTS}).to_parquet(tmp_path / "twice.parquet")
-    made = data(tmp_path / "twice.parquet", tokenizers, evaluation_tokens=800, calibration_tokens=400, max_length=64)
+    made = data(tmp_path / "twice.parquet", gpt2_folder, evaluation_tokens=800, calibration_tokens=400, max_length=64)
     evaluated, calibrated = ([tuple(ids) for ids in rows(made, purpose)] for purpose in ("evaluation", "calibration"))
     assert max(map(len, evaluated)) < 64  # so a sequence is a whole text
     assert calibrated and not set(evaluated) & set(calibrated)
 
 
-def test_validate_with_other_options_never_evaluates_what_calibrated(parquet, tokenizers):
-    fitted = data(parquet, tokenizers, max_length=64)
+def test_validate_with_other_options_never_evaluates_what_calibrated(parquet, gpt2_folder):
+    fitted = data(parquet, gpt2_folder, max_length=64)
     calibrated = {tuple(ids) for ids in rows(fitted, "calibration")}
     for options in ({}, {"shuffle_seed": 3}):
-        later = data(parquet, tokenizers, purpose="validate", max_length=64, evaluation_tokens=1500, **options)
+        later = data(parquet, gpt2_folder, purpose="validate", max_length=64, evaluation_tokens=1500, **options)
         later.load_state_dict(fitted.state_dict())  # as Lightning does, from the checkpoint, after setup
         later.val_dataloader()
         assert not calibrated & {tuple(ids) for ids in rows(later, "evaluation")}
     # without a checkpoint, the same options give the same evaluation data as `fit`
-    alone = data(parquet, tokenizers, purpose="validate", max_length=64)
+    alone = data(parquet, gpt2_folder, purpose="validate", max_length=64)
     alone.val_dataloader()
     assert rows(alone, "evaluation") == rows(fitted, "evaluation")
 
@@ -113,17 +105,17 @@ FORMS = {
 
 
 @pytest.mark.parametrize("name", [*FORMS, "streamed"])
-def test_every_local_form_gives_the_same_sequences(name, tmp_path, parquet, tokenizers):
+def test_every_local_form_gives_the_same_sequences(name, tmp_path, parquet, gpt2_folder):
     if name in FORMS:
         FORMS[name](Dataset.from_dict({"text": tiny.TEXTS}), tmp_path)
-    found = data(tmp_path / name if name in FORMS else parquet, tokenizers, streaming=name == "streamed")
-    expected = data(parquet, tokenizers)
+    found = data(tmp_path / name if name in FORMS else parquet, gpt2_folder, streaming=name == "streamed")
+    expected = data(parquet, gpt2_folder)
     for purpose in ("calibration", "evaluation"):
         assert rows(found, purpose) == rows(expected, purpose)
 
 
-def test_shuffle_depends_on_its_seed_alone_and_describe_says_budgets_and_fingerprint(parquet, tokenizers):
-    first, again, other = (data(parquet, tokenizers, shuffle_seed=seed) for seed in (1, 1, 2))
+def test_shuffle_depends_on_its_seed_alone_and_describe_says_budgets_and_fingerprint(parquet, gpt2_folder):
+    first, again, other = (data(parquet, gpt2_folder, shuffle_seed=seed) for seed in (1, 1, 2))
     assert rows(first, "evaluation") == rows(again, "evaluation") != rows(other, "evaluation")
     facts, same, different = (made.describe() for made in (first, again, other))
     first.shuffle_seed = 2
@@ -146,12 +138,12 @@ def test_shuffle_depends_on_its_seed_alone_and_describe_says_budgets_and_fingerp
         ({"evaluation_split": "test"}, DataError, "could not load"),
     ],
 )
-def test_what_does_not_fit_is_refused(parquet, tokenizers, options, error, message):
+def test_what_does_not_fit_is_refused(parquet, gpt2_folder, options, error, message):
     with pytest.raises(error, match=message):
-        data(parquet, tokenizers, **options)
+        data(parquet, gpt2_folder, **options)
 
 
-def test_missing_and_empty_files_and_a_missing_tokenizer_are_refused(tmp_path, tokenizers):
+def test_missing_and_empty_files_and_a_missing_tokenizer_are_refused(tmp_path, gpt2_folder):
     (tmp_path / "broken.jsonl").write_text('{"text": "one"\n{')
     for name, texts in (("blank", [" ", "\n"]), ("numbers", [1, 2])):
         Dataset.from_dict({"text": texts}).to_parquet(tmp_path / f"{name}.parquet")
@@ -163,7 +155,7 @@ def test_missing_and_empty_files_and_a_missing_tokenizer_are_refused(tmp_path, t
         (tmp_path / "numbers.parquet", "holds 1 in 'text', expected text"),
     ):
         with pytest.raises(DataError, match=message):
-            data(name, tokenizers)
+            data(name, gpt2_folder)
     with pytest.raises(DataError, match="could not load 'no/such-tokenizer'"):
         TextData("x.parquet", tokenizer="no/such-tokenizer").setup("fit")
     with pytest.raises(ConfigError, match="--data.tokenizer"):
