@@ -29,7 +29,9 @@ try:
     with ablated(text.target, masks):
         raise RuntimeError
 except RuntimeError:
-    print(plain == generated(), plain != other, sum(len(m._forward_pre_hooks) for m in text.target.modules()))
+    modules = [*module.target.modules(), *text.target.modules()]
+    left = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in modules)
+    print(tuple(logits.shape), plain == generated(), plain != other, left)
 """,
 ]
 
@@ -39,8 +41,9 @@ def test_the_example_runs_in_a_kernel_and_all_that_follows(tmp_path, monkeypatch
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     first, second, shown, picture, generated = (cell["outputs"] for cell in notebook.cells)
-    assert "cross_entropy_low" in str(first) and all("449 scored positions" in str(one) for one in (first, second))
+    assert "cross_entropy_low" in str(first)
+    assert all("demo:vit on digits: 449 scored positions" in str(one) for one in (first, second))
     assert "<table" in shown[-1]["data"]["text/html"] and "449 scored positions" in shown[-1]["data"]["text/html"]
     assert picture[-1]["data"]["image/png"]
-    assert "".join(out["text"] for out in generated if out.get("name") == "stdout").strip() == "True True 0"
+    assert "".join(out["text"] for out in generated if out.get("name") == "stdout").strip() == "(1, 10) True True 0"
     assert {path.name for path in tmp_path.iterdir()} == {"lightning_logs"}
