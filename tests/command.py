@@ -21,6 +21,12 @@ FEW = ["--data.batch_size=8", "--ablation.fractions=[0.5,1.0]", "--ablation.seed
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 
 
+def python(*words, **options):
+    """What a process of Python with these words says, and how it ends."""
+    given = {"env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": 600, **options}
+    return subprocess.run([sys.executable, *map(str, words)], **given)
+
+
 def command(*arguments):
     return [sys.executable, "-m", "lightning_ablate", *map(str, arguments), *QUIET]
 
@@ -35,7 +41,7 @@ def found(folder, *arguments):
     """What a run leaves in a folder of its own; a run of one process is in this one."""
     made = command(*arguments, "--ablation.dirpath", folder)
     if any("devices=" in word for word in made):
-        done = subprocess.run(made, cwd=folder.parent, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+        done = python(*made[1:], cwd=folder.parent)
         assert done.returncode == 0, done.stderr
     else:
         with chdir(folder.parent), mock.patch.object(sys, "argv", made[2:]):

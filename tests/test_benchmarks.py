@@ -1,9 +1,8 @@
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+
+from tests.command import ROOT, python
 
 TINY = ["--shape", "tiny", "--tokens", "64", "--batch", "2", "--length", "16", "--rounds", "1"]
 SMALL = ["--tokens", "512", "--conditions", "2", "--layers", "1", "--width", "64", "--rounds", "1"]
@@ -25,7 +24,6 @@ SMALL = ["--tokens", "512", "--conditions", "2", "--layers", "1", "--width", "64
 def test_benchmark_runs_and_ends_with_its_figure(request, name, options, last):
     if name != "sweep" or options != TINY:
         request.getfixturevalue("full")
-    command = [sys.executable, "-m", f"tests.benchmarks.{name}", *options]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    run = python("-m", f"tests.benchmarks.{name}", *options, cwd=ROOT, timeout=None)
     assert run.returncode == 0, run.stderr
     assert re.search(rf"(^|\n){last}\n$", run.stdout)

@@ -1,7 +1,5 @@
 """Which units go."""
 
-import subprocess
-import sys
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +13,7 @@ from lightning_ablate.conditions import Condition, Selection
 from lightning_ablate.errors import ConfigError, SiteError, StatisticsError
 from lightning_ablate.statistics import Covariance, HeadCovariance, Histogram, Moments, SiteStatistics, covariance
 from tests import tiny
+from tests.command import python
 
 SITE = Site("model.layers.3.self_attn.o_proj", 37)
 HEADS = Site("h.0.attn.proj", 12, heads=3, layer="h.0")
@@ -48,7 +47,7 @@ def test_a_mask_depends_on_seed_site_and_width_alone_whatever_the_process():
     assert bool(((chosen > 0.38) & (chosen < 0.62)).all())  # 0.5 within 4.5 standard errors of 400 draws
     code = "from lightning_ablate import Random, Site; from lightning_ablate.conditions import Selection;"
     code += f"print(Random().mask(Selection(0.5, 42), Site({SITE.name!r}, 37)).tolist())"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    other = python("-c", code, check=True).stdout
     assert other.strip() == str(mask_of(SITE, 0.5, 42).tolist())
 
 

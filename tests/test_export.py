@@ -1,8 +1,6 @@
 """Smaller models: what they compute, where they load, and what is refused."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from lightning_ablate.methods import Ablation, Affine, Edit
 from lightning_ablate.sites import find_sites, hooked
 from lightning_ablate.smaller import BiasError, shrunk
 from tests import coverage, tiny
-from tests.command import ENVIRONMENT, FEW, found
+from tests.command import FEW, found, python
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # as the libraries are
 SHORT = (
@@ -105,9 +103,7 @@ def loads(tmp_path):
         folders.append(str(folder))
 
     yield save
-    ran = subprocess.run(
-        [sys.executable, "-c", FRESH], input=json.dumps(folders), capture_output=True, text=True, env=ENVIRONMENT
-    )
+    ran = python("-c", FRESH, input=json.dumps(folders))
     assert ran.stdout.split() == folders, ran.stderr[-2000:]
 
 
@@ -245,29 +241,14 @@ def test_the_command_exports_a_run_of_the_command_line(tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
     few = [*FEW, "--ablation.sites=mlp", "--ablation.methods=[conditional-mean]", "--ablation.fractions=[0.5]"]
     results = found(run, "fit", *few, "--ablation.seeds=[3]")
-    words = [
-        sys.executable,
-        "-m",
-        "lightning_ablate.export",
-        run,
-        out,
-        "--method",
-        "conditional-mean",
-        "--fraction",
-        "0.5",
-    ]
-    ran = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=ENVIRONMENT)
+    export = "-m", "lightning_ablate.export"
+    ran = python(*export, run, out, "--method=conditional-mean", "--fraction=0.5", cwd=tmp_path)
     assert ran.stdout.splitlines()[-1] == str(out), ran.stderr
     again = found(tmp_path / "again", "fit", "--model=ImageClassifier", f"--model.name={out}", "--data=Digits", *FEW)
     row = results.table[results.table["method"] == "conditional-mean"].iloc[0]
     assert again.baseline["cross_entropy"] == pytest.approx(row["cross_entropy"], abs=1e-5)
-    refused = subprocess.run(
-        [*words[:4], tmp_path / "other", "--method=x"], capture_output=True, text=True, env=ENVIRONMENT
-    )
-    assert refused.returncode == 1 and refused.stderr.splitlines()[-1].startswith(
-        "error: the run has no x at fraction None"
-    )
-    missing = subprocess.run(
-        [*words[:3], tmp_path / "no", out, "--method=x"], capture_output=True, text=True, env=ENVIRONMENT
-    )
+    refused = python(*export, run, tmp_path / "other", "--method=x")
+    assert refused.returncode == 1
+    assert refused.stderr.splitlines()[-1].startswith("error: the run has no x at fraction None")
+    missing = python(*export, tmp_path / "no", out, "--method=x")
     assert "ablation.ckpt' does not exist" in missing.stderr.splitlines()[-1]

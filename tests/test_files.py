@@ -18,7 +18,7 @@ from lightning_ablate import AblationCallback, Calibration
 from lightning_ablate.__main__ import main
 from lightning_ablate.errors import AblationError, TargetError
 from tests import tiny
-from tests.command import ROOT
+from tests.command import ROOT, python
 
 SMALL = ["--data.calibration_images=20", "--data.evaluation_images=20", "--ablation.fractions=[1.0]"]
 RUN = ["fit", *SMALL, "--ablation.dirpath=run", "--ablation.save_every=0", "--trainer.logger=false"]
@@ -129,7 +129,7 @@ def last_line(folder, before="pass", earlier=True):
     code = f"import sys; {before}; from lightning_ablate.__main__ import main; main()"
     if earlier:
         (folder / "results.csv").write_text("earlier")
-    run = subprocess.run([sys.executable, "-c", code, *RUN], cwd=folder.parent, capture_output=True, text=True)
+    run = python("-c", code, *RUN, cwd=folder.parent)
     assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr[-2000:]
     assert (folder / "results.csv").read_text() == "earlier" and not list(folder.rglob("*.part"))
     said = run.stderr.strip().splitlines()[-1]

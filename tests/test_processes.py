@@ -14,7 +14,7 @@ from lightning_ablate import Results
 from lightning_ablate.metrics import Clean, Scored, SweepMetrics
 from lightning_ablate.statistics import Covariance, Histogram, MeanByPosition, Moments, SiteStatistics
 from tests import tiny
-from tests.command import CONFIGS, ENVIRONMENT, FEW, TWO, assert_same, command, dying, found, free_port
+from tests.command import CONFIGS, FEW, TWO, assert_same, command, dying, found, free_port, python
 
 IMAGES = ["fit", *FEW, "--data.calibration_images=43", "--data.evaluation_images=37"]
 TEXT = ["fit", "--config", CONFIGS / "demo_roberta.yaml", *FEW, "--data.max_length=48"]
@@ -43,7 +43,7 @@ def test_two_processes_find_what_one_does(tmp_path, two):
 def test_two_processes_that_were_killed_go_on(tmp_path, two):
     died, folder = [*IMAGES, *TWO, "--ablation.save_every=0"], tmp_path / "run"
     made = command(*died, *dying(None, 1, signal.SIGKILL), "--ablation.dirpath", folder)
-    subprocess.run(made, cwd=tmp_path, env=ENVIRONMENT, capture_output=True)
+    python(*made[1:], cwd=tmp_path)
     saved = torch.load(folder / "unfinished" / "progress.pt", weights_only=True)
     assert saved["progress"] == (2, 1) and int(saved["phase"]["metrics"][0]["n"].sum()) > 0
     found(folder, *died)

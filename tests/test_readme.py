@@ -4,7 +4,6 @@ import contextlib
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import types
 from importlib.util import find_spec
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader
 from lightning_ablate import AblationCallback, LearnedMethod, Results
 from lightning_ablate.__main__ import main
 from tests import reference, tiny
+from tests.command import python
 from tests.test_pairs import words_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -80,14 +80,14 @@ def test_command_runs(command, stand_ins, monkeypatch, capfd):
         words = [
             name for word in command.split()[1:] for name in (sorted(folder.glob(word)) if "*" in word else [word])
         ]
-        done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, check=True)
+        done = python(*words, cwd=folder, check=True)
         assert (folder / "lightning_logs/joined.png").is_file() and done.stdout.count("scored positions") == 3
         assert not done.stderr
         return
     words = [names.get(word, word) for word in shlex.split(command.removeprefix(PIP))]
     if "export" in command:
         shutil.rmtree(folder / "smaller", ignore_errors=True)
-        done = subprocess.run([sys.executable, *words[1:]], cwd=folder, capture_output=True, text=True)
+        done = python(*words[1:], cwd=folder)
         assert done.returncode == 0, done.stderr[-3000:]
         assert timm.create_model(f"local-dir:{folder}/smaller", pretrained=True)
         return
@@ -108,8 +108,7 @@ def test_command_runs(command, stand_ins, monkeypatch, capfd):
             main()
         return
     if command.startswith(PIP) or "--trainer.devices" in words:
-        arguments = [sys.executable, *words[1:], *FEW]
-        done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True, timeout=600)
+        done = python(*words[1:], *FEW, cwd=folder)
         assert done.returncode == 0, done.stderr[-3000:]
         said = done.stdout
         if SEVERAL & set(words):
