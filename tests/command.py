@@ -27,6 +27,12 @@ def python(*words, **options):
     return subprocess.run([sys.executable, *map(str, words)], **given)
 
 
+def here(*arguments):
+    """Runs the command in this process."""
+    with mock.patch.object(sys, "argv", ["lightning_ablate", *map(str, arguments)]):
+        main()
+
+
 def command(*arguments):
     return [sys.executable, "-m", "lightning_ablate", *map(str, arguments), *QUIET]
 
@@ -44,8 +50,8 @@ def found(folder, *arguments):
         done = python(*made[1:], cwd=folder.parent)
         assert done.returncode == 0, done.stderr
     else:
-        with chdir(folder.parent), mock.patch.object(sys, "argv", made[2:]):
-            main()
+        with chdir(folder.parent):
+            here(*made[3:])
     return Results.load(folder)
 
 

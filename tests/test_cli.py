@@ -2,15 +2,13 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
 
 from lightning_ablate import Results
-from lightning_ablate.__main__ import main
 from lightning_ablate.methods import AblationMethod, constant
-from tests.command import QUIET, assert_same_bytes
+from tests.command import QUIET, assert_same_bytes, here
 
 # the embedded ViT on a few images
 SHORT = ["--data.calibration_images=60", "--data.evaluation_images=40", "--data.batch_size=20"]
@@ -26,10 +24,9 @@ def run(monkeypatch, tmp_path, capfd):
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lightning_ablate", *map(str, arguments)])
         code = 0
         try:
-            main()
+            here(*arguments)
         except SystemExit as stop:
             code = stop.code
         said = capfd.readouterr()

@@ -8,17 +8,15 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 
 import lightning
 import pytest
 import torch
 
 from lightning_ablate import AblationCallback, Calibration
-from lightning_ablate.__main__ import main
 from lightning_ablate.errors import AblationError, TargetError
 from tests import tiny
-from tests.command import ROOT, python
+from tests.command import ROOT, here, python
 
 SMALL = ["--data.calibration_images=20", "--data.evaluation_images=20", "--ablation.fractions=[1.0]"]
 RUN = ["fit", *SMALL, "--ablation.dirpath=run", "--ablation.save_every=0", "--trainer.logger=false"]
@@ -39,9 +37,8 @@ def test_a_payload_in_a_checkpoint_is_refused_and_not_run(tmp_path, monkeypatch)
     torch.save({"callbacks": {"AblationCallback": Payload()}}, path)
     with pytest.raises(TargetError, match="could not load .*holds more than tensors and plain values"):
         Calibration.load(path, tiny.gpt2())
-    monkeypatch.setattr(sys, "argv", ["lightning_ablate", "validate", "--ckpt_path", str(path)])
     with pytest.raises(SystemExit, match="error: could not load .*holds more than tensors and plain values"):
-        main()
+        here("validate", "--ckpt_path", path)
     with pytest.raises(Exception, match="Weights only load failed"):  # by Lightning
         tiny.validate(tmp_path, path)
     assert not (tmp_path / "ran").exists()
@@ -73,11 +70,10 @@ def test_a_mutated_configuration_is_taken_or_refused_in_a_line(tmp_path, monkeyp
     texts = [(ROOT / "lightning_ablate/demo/default.yaml").read_text(), (ROOT / "configs/demo_gpt2.yaml").read_text()]
     monkeypatch.setattr(lightning.Trainer, "fit", lambda *args, **kwargs: None)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["lightning_ablate", "fit", "--config", "config.yaml"])
     for _ in range(many):
         (tmp_path / "config.yaml").write_bytes(mutated_config(draw.choice(texts), draw))
         try:
-            main()
+            here("fit", "--config", "config.yaml")
         except SystemExit as end:
             refused += 1
             said = str(end.code) if isinstance(end.code, str) else capsys.readouterr().err.strip().splitlines()[-1]

@@ -18,9 +18,8 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from lightning_ablate import AblationCallback, LearnedMethod, Results
-from lightning_ablate.__main__ import main
 from tests import reference, tiny
-from tests.command import python
+from tests.command import here, python
 from tests.test_pairs import words_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -103,9 +102,8 @@ def test_command_runs(command, stand_ins, monkeypatch, capfd):
         words += SHORT_TEXT if "--config" in words and "vit" not in command else SHORT_IMAGES
         words += ["--data.evaluation_images=37"] * bool(SEVERAL & set(words))  # which two processes can't share evenly
     if "BitsandbytesPrecision" in words and not (torch.cuda.is_available() and find_spec("bitsandbytes")):
-        monkeypatch.setattr(sys, "argv", words[2:])
         with pytest.raises(SystemExit, match="(?i)bitsandbytes"):  # as far as it goes without a GPU
-            main()
+            here(*words[3:])
         return
     if command.startswith(PIP) or "--trainer.devices" in words:
         done = python(*words[1:], *FEW, cwd=folder)
@@ -116,18 +114,16 @@ def test_command_runs(command, stand_ins, monkeypatch, capfd):
     else:
         assert words[:3] == ["python", "-m", "lightning_ablate"]
         monkeypatch.chdir(folder)
-        monkeypatch.setattr(sys, "argv", [*words[2:], *FEW, "--trainer.accelerator=cpu"])
-        main()
+        here(*words[3:], *FEW, "--trainer.accelerator=cpu")
         said = capfd.readouterr().out
     assert "results.csv" in said and "scored positions" in said
 
 
 def the_same_by_one_process(words, said, folder, monkeypatch, capfd):
     """What one process finds, against what several have said."""
-    alone = [word for word in words[2:] if not word.startswith("--trainer.") and word not in {"2", "cpu"} | SEVERAL]
+    alone = [word for word in words[3:] if not word.startswith("--trainer.") and word not in {"2", "cpu"} | SEVERAL]
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", [*alone, *FEW, "--trainer.accelerator=cpu"])
-    main()
+    here(*alone, *FEW, "--trainer.accelerator=cpu")
     paths = [re.search(r"\S+results\.csv", text)[0] for text in (said, capfd.readouterr().out)]
     several, one = (Results.load((folder / path).parent).table for path in paths)
     assert len(one) == 1 + 4 and one["n"][0] == 37

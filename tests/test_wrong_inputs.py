@@ -1,7 +1,6 @@
 """Eighty wrong inputs: each ends in one line that names the option or argument."""
 
 import shlex
-import sys
 
 import lightning
 import pandas as pd
@@ -21,10 +20,9 @@ from lightning_ablate import (
     ablated,
     load,
 )
-from lightning_ablate.__main__ import main
 from lightning_ablate.errors import AblationError
 from tests import tiny
-from tests.command import QUIET
+from tests.command import QUIET, here
 
 GPT2 = "--model=CausalLM --model.name=demo:gpt2"
 TEXT = f"fit {GPT2} --data=TextData --data.name=texts.parquet --data.max_length=64"
@@ -125,9 +123,8 @@ def test_a_wrong_command_ends_in_one_line(command, named, monkeypatch, tmp_path,
     torch.save({"callbacks": tiny.Own}, "pickle.ckpt")  # loading it would import a class
     torch.save({"state_dict": {}}, "empty.ckpt")
     quiet = [] if command in ("test", "fit extra") else QUIET
-    monkeypatch.setattr(sys, "argv", ["lightning_ablate", *shlex.split(command), *quiet])
     with pytest.raises(SystemExit) as stopped:
-        main()
+        here(*shlex.split(command), *quiet)
     printed = capfd.readouterr().err
     lines = [line for line in printed.splitlines() if line.startswith("error: ")]
     said = stopped.value.code if isinstance(stopped.value.code, str) else "\n".join(lines)
