@@ -338,21 +338,6 @@ def test_recall_counts_what_the_random_sample_stands_for():
     assert attributions._recall(true, largest, np.where(largest, 1.0, 10.0)) == pytest.approx(2 / (2 + 0.25 * 40))
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"verify": 3}, "verify and attribute_metric need attributions"),
-        ({"attribute": ["meen"]}, "--ablation.attribute has no 'meen'; alike: mean"),
-        ({"attribute": ["mean", "mean"]}, "attribute names mean, mean, expected each once"),
-        ({"attribute": ["zero"], "draws": 0}, "draws is 0"),
-        ({"attribute": ["zero"], "attribution_examples": 0}, "attribution_examples 0"),
-    ],
-)
-def test_options_that_make_no_sense_are_refused(options, said):
-    with pytest.raises(ConfigError, match=said):
-        AblationCallback(["zero"], **options)
-
-
 def test_what_cannot_be_attributed_is_refused(tmp_path):
     methods = [ConditionalOptimal(steps=1, examples=2)]
     callback = AblationCallback(methods, [1.0], [1], attribute=methods)

@@ -1,8 +1,8 @@
 """Eighty wrong inputs: each ends in one line that names the option or argument."""
 
+import math
 import shlex
 
-import lightning
 import pandas as pd
 import pytest
 import torch
@@ -10,8 +10,11 @@ import torch
 from lightning_ablate import (
     AblationCallback,
     Calibration,
+    ConditionalMean,
     ConstantMethod,
+    MaskedLM,
     Only,
+    Optimal,
     Ranked,
     Results,
     Scored,
@@ -20,7 +23,7 @@ from lightning_ablate import (
     ablated,
     load,
 )
-from lightning_ablate.errors import AblationError
+from lightning_ablate.errors import ConfigError, DataError, SiteError, StatisticsError, TargetError
 from tests import tiny
 from tests.command import QUIET, here
 
@@ -163,46 +166,64 @@ def under(masks, method="zero"):
 
 
 HALF, PATH = torch.arange(16) < 8, "transformer.h.0.attn.c_proj"
-CALLS = [  # what is called, and what its message names
-    (lambda folder: AblationCallback([Zero]), "got the class Zero; expected Zero()"),
-    (lambda folder: AblationCallback(["maen"]), "--ablation.methods has no 'maen'"),
-    (lambda folder: AblationCallback(fractions=2), "fractions holds 2"),
-    (lambda folder: AblationCallback(seeds=["a"]), "--ablation.seeds"),
-    (lambda folder: AblationCallback(neurons="EachHead"), "neurons is 'EachHead', expected a Choice"),
-    (lambda folder: Only(), "Only names no heads"),
-    (lambda folder: Ranked("size"), "by is 'size', expected one of sd, rms"),
-    (lambda folder: TextData("a", calibration_tokens=0), "calibration_tokens is 0"),
-    (lambda folder: Results.load(folder / "nowhere"), "nowhere/results.csv"),
-    (lambda folder: load([folder]), "results.csv"),
-    (lambda folder: Calibration.load(folder / "none.ckpt", tiny.gpt2()), "none.ckpt"),
-    (
-        lambda folder: lightning.Trainer(logger=False, max_epochs=1).fit(
-            tiny.Own(tiny.gpt2()), tiny.loader(), tiny.loader()
+CALLS = {  # what is called, and what its message names
+    ConfigError: [
+        (lambda folder: AblationCallback([Zero]), "got the class Zero; expected Zero()"),
+        (lambda folder: AblationCallback(["maen"]), "--ablation.methods has no 'maen'"),
+        (lambda folder: AblationCallback(["{'class_path': 'Peek'}"]), "is the class path, or an option's name, wrong"),
+        (lambda folder: AblationCallback(["zero", "zero"]), "['zero'] more than once"),
+        (lambda folder: AblationCallback(fractions=2), "fractions holds 2"),
+        (lambda folder: AblationCallback(fractions=[math.nan]), "fractions holds nan, expected shares"),
+        (lambda folder: AblationCallback(seeds=["a"]), "--ablation.seeds"),
+        (lambda folder: AblationCallback(seeds=[]), "seeds is empty"),
+        (lambda folder: AblationCallback(neurons="EachHead"), "neurons is 'EachHead', expected a Choice"),
+        (lambda folder: AblationCallback(verify=3), "verify and attribute_metric need attributions"),
+        (lambda folder: AblationCallback(attribute=["meen"]), "--ablation.attribute has no 'meen'; alike: mean"),
+        (lambda folder: AblationCallback(attribute=["mean", "mean"]), "attribute names mean, mean, expected each once"),
+        (lambda folder: AblationCallback(attribute=["zero"], draws=0), "draws is 0"),
+        (lambda folder: AblationCallback(attribute=["zero"], attribution_examples=0), "attribution_examples 0"),
+        (lambda folder: ConditionalMean(0), "ridge is 0, expected"),
+        (lambda folder: Optimal(steps=0), "steps is 0"),
+        (lambda folder: Only(), "Only names no heads"),
+        (lambda folder: Ranked("size"), "by is 'size', expected one of sd, rms"),
+        (lambda folder: MaskedLM("masked", mlm_probability=0), "mlm_probability is 0"),
+        (lambda folder: MaskedLM("masked", mlm_probability=1.5), "mlm_probability is 1.5"),
+        (lambda folder: TextData("a", calibration_tokens=0), "calibration_tokens is 0"),
+        (lambda folder: TextData("a").setup("fit"), "--data.tokenizer"),
+        (under({PATH: HALF}, "noise"), "noise depends on"),
+        (
+            lambda folder: tiny.fit(folder, callback=AblationCallback([Short()])),
+            "short gives values (3,) at transformer",
         ),
-        "AblationCallback",
-    ),
-    (under({"nowhere": HALF}), "no projection 'nowhere'"),
-    (under({"transformer.wte": HALF}), "no projection 'transformer.wte'; a site is named by"),
-    (under({PATH: HALF[:3]}), "(3,) torch.bool, expected (16,)"),
-    (under({PATH: HALF.float()}), "(16,) torch.float32, expected (16,) torch.bool, True for"),
-    (under({PATH: HALF}, "mean"), "Moments"),
-    (under({PATH: HALF}, "noise"), "noise depends on"),
-    (scored(lambda batch, right: right.logits), "expected Scored(logits, targets, example)"),
-    (scored(lambda batch, right: Scored(right.logits[0], *right[1:])), "expected (n, classes), (n,) and (n,)"),
-    (scored(lambda batch, right: Scored(right.logits, right.targets + 9999, right.example)), "the labels run from"),
-    (scored(lambda batch, right: right._replace(example=right.example % 3)), "`example` must be its place"),
-    (scored(lambda batch, right: right._replace(example=right.example + 6)), "beyond the 6 of the evaluation data"),
-    (lambda folder: tiny.fit(folder, callback=AblationCallback([Short()])), "short gives values (3,) at transformer.h"),
-]
+    ],
+    TargetError: [(lambda folder: Calibration.load(folder / "none.ckpt", tiny.gpt2()), "none.ckpt")],
+    SiteError: [
+        (under({"nowhere": HALF}), "no projection 'nowhere'"),
+        (under({"transformer.wte": HALF}), "no projection 'transformer.wte'; a site is named by"),
+        (under({PATH: HALF[:3]}), "(3,) torch.bool, expected (16,)"),
+        (under({PATH: HALF.float()}), "(16,) torch.float32, expected (16,) torch.bool, True for"),
+    ],
+    StatisticsError: [(under({PATH: HALF}, "mean"), "Moments")],
+    DataError: [
+        (lambda folder: Results.load(folder / "nowhere"), "nowhere/results.csv"),
+        (lambda folder: load([folder]), "results.csv"),
+        (scored(lambda batch, right: right.logits), "expected Scored(logits, targets, example)"),
+        (scored(lambda batch, right: Scored(right.logits[0], *right[1:])), "expected (n, classes), (n,) and (n,)"),
+        (scored(lambda batch, right: right._replace(targets=right.targets + 9999)), "expected targets from 0 to 299"),
+        (scored(lambda batch, right: right._replace(example=right.example % 3)), "`example` must be its place"),
+        (scored(lambda batch, right: right._replace(example=right.example + 6)), "beyond the 6 of the evaluation data"),
+    ],
+}
+ROWS = [(kind, *row) for kind, rows in CALLS.items() for row in rows]
 
 
-@pytest.mark.parametrize(("call", "named"), CALLS, ids=[named for _, named in CALLS])
-def test_a_wrong_call_raises_one_line(call, named, tmp_path):
-    with pytest.raises(AblationError) as raised:
+@pytest.mark.parametrize(("kind", "call", "named"), ROWS, ids=[named for *_, named in ROWS])
+def test_a_wrong_call_raises_one_line(kind, call, named, tmp_path):
+    with pytest.raises(kind) as raised:
         call(tmp_path)
     said = str(raised.value)
     assert named in said and "\n" not in said and len(said) < 300
 
 
 def test_there_are_eighty():
-    assert len(COMMANDS) + len(CALLS) >= 80
+    assert len(COMMANDS) + len(ROWS) >= 80

@@ -158,5 +158,3 @@ def test_missing_and_empty_files_and_a_missing_tokenizer_are_refused(tmp_path, g
             data(name, gpt2_folder)
     with pytest.raises(DataError, match="could not load 'no/such-tokenizer'"):
         TextData("x.parquet", tokenizer="no/such-tokenizer").setup("fit")
-    with pytest.raises(ConfigError, match="--data.tokenizer"):
-        TextData("x.parquet").setup("fit")
