@@ -20,12 +20,14 @@ class Right(CausalLM):
 
 
 class Own(tiny.Own):
-    metrics = ("right", "half")
+    def __init__(self, metrics=("right", "half"), change=dict):
+        super().__init__(tiny.gpt2())
+        self.metrics, self.change = metrics, change
 
     def evaluate(self, batch):
         scored = super().evaluate(batch)
         right = (scored.logits.argmax(1) == scored.targets).double()
-        return scored._replace(extra={"right": right, "half": right / 2})
+        return scored._replace(extra=self.change({"right": right, "half": right / 2}))
 
 
 def same(results):
@@ -39,7 +41,7 @@ def same(results):
 
 def run(folder, **options):
     callback = AblationCallback(["zero", "mean"], [0.3, 0.5], [1, 2], dirpath=folder, save_every=0)
-    return tiny.fit(folder.parent, Own(tiny.gpt2()), callback=callback, **options)[1].results
+    return tiny.fit(folder.parent, Own(), callback=callback, **options)[1].results
 
 
 def test_it_has_the_digits_of_the_built_in_one_in_memory_on_disk_and_in_what_is_told(tmp_path):
@@ -62,7 +64,7 @@ def test_a_killed_run_goes_on_and_parts_have_a_map_of_it(tmp_path, drawn):
         run(tmp_path / "died", more=[tiny.Dies(None, 1)])
     assert run(tmp_path / "died").table.equals(whole.table)
     callback = AblationCallback(["zero"], neurons=EachHead(), dirpath=tmp_path / "heads")
-    tiny.fit(tmp_path, Own(tiny.gpt2()), callback=callback)
+    tiny.fit(tmp_path, Own(), callback=callback)
     assert {path.name for path in (tmp_path / "heads").glob("importance*")} == {
         "importance.png",
         "importance_right.png",
@@ -89,38 +91,19 @@ def test_two_processes_find_what_one_does(tmp_path):
 
 
 def test_what_is_not_declared_or_of_another_form_is_told_in_a_line(tmp_path):
-    class Undeclared(Own):
-        metrics = ()
-
-    class Long(Own):
-        def evaluate(self, batch):
-            scored = super().evaluate(batch)
-            return scored._replace(extra={**scored.extra, "half": torch.zeros(3)})
-
-    for kind in (Undeclared, Long):
-        with pytest.raises(
-            DataError,
-            match=r"gave the extra metrics .* expected .*Scored's `extra`, which the module's `metrics` names",
-        ):
-            tiny.fit(tmp_path, kind(tiny.gpt2()))
+    message = r"gave the extra metrics .* expected .*Scored's `extra`, which the module's `metrics` names"
+    for module in (Own(metrics=()), Own(change=lambda extra: {**extra, "half": torch.zeros(3)})):
+        with pytest.raises(DataError, match=message):
+            tiny.fit(tmp_path, module)
 
 
 @pytest.mark.parametrize("name", ["n", "top1", "seed", "part", "kept"])
 def test_names_of_other_columns_are_refused(tmp_path, name):
-    class Taken(Own):
-        metrics = (name,)
-
     with pytest.raises(DataError, match=f"name '{name}', which results call another column"):
-        tiny.fit(tmp_path, Taken(tiny.gpt2()))
+        tiny.fit(tmp_path, Own((name,)))
 
 
 def test_a_metric_that_is_no_number_is_named(tmp_path):
-    class Odd(Own):
-        metrics = ("odd",)
-
-        def evaluate(self, batch):
-            scored = super().evaluate(batch)
-            return scored._replace(extra={"odd": scored.extra["half"] * torch.nan})
-
+    odd = Own(("odd",), lambda extra: {"odd": extra["half"] * torch.nan})
     with pytest.raises(NonFiniteError, match="the values of odd under 'baseline' are NaN"):
-        tiny.fit(tmp_path, Odd(tiny.gpt2()))
+        tiny.fit(tmp_path, odd)
