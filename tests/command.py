@@ -61,9 +61,11 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def assert_same_bytes(one, other):
-    for name in ("results.csv", "examples.parquet"):
+def assert_same_bytes(one, other, names=("results.csv", "examples.parquet")):
+    """That two runs ended, with the same files."""
+    for name in names:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    assert not (one / "unfinished").exists() and not (other / "unfinished").exists()
 
 
 def assert_same(one, other, learned=1e-6):

@@ -26,7 +26,7 @@ from lightning_ablate.phases import attribution as phase
 from lightning_ablate.results.attributions import lines, plot, wide
 from lightning_ablate.statistics import FOUND, Moments
 from tests import reference, tiny
-from tests.command import CONFIGS, FEW, TWO, found
+from tests.command import CONFIGS, FEW, TWO, assert_same_bytes, found
 from tests.tiny import Death
 
 METHODS = ["zero", "mean", "positional-mean", "conditional-mean", "noise"]
@@ -250,8 +250,7 @@ def test_a_run_that_died_goes_on(tmp_path, whole, epoch):
     with pytest.raises(Death):
         found(tmp_path / "run", *arguments(), *dies)
     found(tmp_path / "run", *arguments())
-    for name in ("results.csv", "neurons.parquet", "heads.parquet"):
-        assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes()
+    assert_same_bytes(tmp_path / "run", whole, ["results.csv", "neurons.parquet", "heads.parquet"])
 
 
 def test_it_ranks_units_also_from_a_checkpoint(tmp_path, gpt2):

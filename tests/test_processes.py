@@ -14,7 +14,7 @@ from lightning_ablate import Results
 from lightning_ablate.metrics import Clean, Scored, SweepMetrics
 from lightning_ablate.statistics import Covariance, Histogram, MeanByPosition, Moments, SiteStatistics
 from tests import tiny
-from tests.command import CONFIGS, FEW, TWO, assert_same, command, dying, found, free_port, python
+from tests.command import CONFIGS, FEW, TWO, assert_same, assert_same_bytes, command, dying, found, free_port, python
 
 IMAGES = ["fit", *FEW, "--data.calibration_images=43", "--data.evaluation_images=37"]
 TEXT = ["fit", "--config", CONFIGS / "demo_roberta.yaml", *FEW, "--data.max_length=48"]
@@ -47,9 +47,7 @@ def test_two_processes_that_were_killed_go_on(tmp_path, two):
     saved = torch.load(folder / "unfinished" / "progress.pt", weights_only=True)
     assert saved["progress"] == (2, 1) and int(saved["phase"]["metrics"][0]["n"].sum()) > 0
     found(folder, *died)
-    for name in ("results.csv", "examples.parquet"):
-        assert (folder / name).read_bytes() == (two[1] / name).read_bytes()
-    assert not (folder / "unfinished").exists()
+    assert_same_bytes(folder, two[1])
 
 
 def test_two_processes_find_what_one_does_on_padded_and_masked_text(tmp_path):

@@ -6,7 +6,6 @@ import time
 from contextlib import nullcontext
 from copy import copy
 
-import pandas as pd
 import pytest
 import torch
 
@@ -16,6 +15,7 @@ from lightning_ablate.methods import Optimal
 from lightning_ablate.phases import Progress, Unfinished, is_unfinished
 from lightning_ablate.results.folder import fresh_folder
 from tests import tiny
+from tests.command import assert_same_bytes
 from tests.tiny import Counting, Death, Dies
 
 EPOCHS, BATCHES = 4, 3  # two that calibrate and two that learn
@@ -35,28 +35,19 @@ def run(folder, *more, **options):
     return module.passes
 
 
-def assert_same(folder, whole):
-    assert (folder / "results.csv").read_bytes() == (whole / "results.csv").read_bytes()
-    frames = [pd.read_parquet(place / "examples.parquet") for place in (folder, whole)]
-    pd.testing.assert_frame_equal(*frames, check_exact=True)
-    assert not (folder / "unfinished").exists()
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
-    passes = run(folder)
-    return folder, passes
+    return folder, run(folder)
 
 
 @pytest.mark.parametrize("epoch", [*range(EPOCHS), None])
 @pytest.mark.parametrize("batch", range(BATCHES))
 def test_a_run_that_died_goes_on_from_the_end_of_an_epoch_or_the_last_batch_of_its_sweep(tmp_path, whole, epoch, batch):
     done = run(tmp_path / "run", Dies(epoch, batch)) + run(tmp_path / "run")
-    assert_same(tmp_path / "run", whole[0])
-    again = (
-        0 if epoch is None or batch == BATCHES - 1 else batch + 1 + (epoch == 0)
-    )  # of the one epoch that is run twice
+    assert_same_bytes(tmp_path / "run", whole[0])
+    # of the one epoch that is run twice
+    again = 0 if epoch is None or batch == BATCHES - 1 else batch + 1 + (epoch == 0)
     assert whole[1] <= done <= whole[1] + again
     assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in whole[0].iterdir()}
 
@@ -65,7 +56,7 @@ def test_a_run_may_die_many_times(tmp_path, whole):
     for epoch, batch in [(0, 1), (0, 2), (0, 0), (1, 1), (0, 2), (0, 0), (None, 0), (None, 0), (None, 1)]:
         run(tmp_path / "run", Dies(epoch, batch))
     run(tmp_path / "run")
-    assert_same(tmp_path / "run", whole[0])
+    assert_same_bytes(tmp_path / "run", whole[0])
 
 
 def test_validate_goes_on_as_well(tmp_path, whole):
@@ -75,7 +66,7 @@ def test_validate_goes_on_as_well(tmp_path, whole):
         with pytest.raises(Death) if more else nullcontext():
             tiny.validate(tmp_path, whole[0] / "ablation.ckpt", callback(tmp_path / "again"), module, more)
         passes.append(module.passes)
-    assert_same(tmp_path / "again", whole[0])
+    assert_same_bytes(tmp_path / "again", whole[0])
     assert passes[0] == 2 * passes[1]  # two batches, and the third
 
 
@@ -89,8 +80,8 @@ def test_an_unfinished_run_of_another_configuration_is_refused_by_the_first_diff
 def test_a_finished_folder_is_kept_and_saves_are_rare_by_default(tmp_path, whole):
     for _ in range(2):
         run(tmp_path / "run", save_every=60.0)
-    assert_same(tmp_path / "run", whole[0])
-    assert_same(tmp_path / "run" / "run-2", whole[0])
+    assert_same_bytes(tmp_path / "run", whole[0])
+    assert_same_bytes(tmp_path / "run" / "run-2", whole[0])
     run(tmp_path / "other", Dies(None, 1), save_every=60.0)
     saved = torch.load(tmp_path / "other" / "unfinished" / "progress.pt", weights_only=True)
     assert saved["progress"] == (4, 0)

@@ -11,7 +11,7 @@ from lightning_ablate import AblationCallback, Results
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.results import load
 from tests import tiny
-from tests.command import FEW, ROOT, TWO, assert_same, found
+from tests.command import FEW, ROOT, TWO, assert_same, assert_same_bytes, found
 from tests.tiny import Death, Dies
 
 LONG, SHORT = {"max_length": 64, "evaluation_tokens": 700}, {"max_length": 32, "evaluation_tokens": 400}
@@ -109,8 +109,7 @@ def test_a_run_that_died_in_one_of_them_goes_on(tmp_path, batch):
     with pytest.raises(Death):
         own(tmp_path / "run", DiesInSecond(None, batch))
     own(tmp_path / "run")
-    for name in ("results.csv", "examples.parquet"):
-        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert_same_bytes(tmp_path / "run", tmp_path / "whole")
     assert whole.data == ["data", "data 2", "data 3"]
     assert whole.table.groupby("data", sort=False).size().tolist() == [3, 3, 3]
 
