@@ -1,17 +1,13 @@
 """Runs of the three embedded targets against plain PyTorch, and of each shipped config."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from lightning_ablate import AblationCallback, EachHead, Results
-from lightning_ablate.cli import AblationCLI
+from lightning_ablate import AblationCallback, EachHead
 from lightning_ablate.statistics import Histogram
 from tests import reference, tiny
+from tests.command import CONFIGS, found
 from tests.demos import NAMES, WIDTH, batches, data_of, module_of
-
-CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 @pytest.mark.parametrize(("name", "gain"), [("vit", None), ("gpt2", 2.0), ("roberta", 1.0)])
@@ -51,32 +47,24 @@ def test_peaks_and_the_map_of_heads_equal_a_loop_of_plain_hooks(name, tmp_path):
             assert row["cross_entropy"] == pytest.approx(loss, abs=2e-6)
 
 
-def fitted(config, folder, monkeypatch, *options):
-    monkeypatch.chdir(folder)
-    AblationCLI(["fit", f"--config={CONFIGS / config}", "--trainer.enable_progress_bar=false", *options])
-    (made,) = folder.glob("lightning_logs/*/version_0")
-    return made
-
-
 @pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("demo_*.yaml")))
-def test_shipped_config_runs(config, tmp_path, monkeypatch, pytestconfig):
-    full, options = pytestconfig.getoption("--full"), ["--trainer.accelerator=cpu"]
+def test_shipped_config_runs(config, tmp_path, pytestconfig):
+    full, options = pytestconfig.getoption("--full"), []
     if not full:
         size = "images=60" if "vit" in config else "tokens=3000"
         options += [f"--data.{purpose}_{size}" for purpose in ("calibration", "evaluation")]
         options += ["--ablation.fractions=[0.5]", "--ablation.seeds=[42]"]
-    folder = fitted(config, tmp_path, monkeypatch, *options)
-    counts = Results.load(folder).table["method"].value_counts()
+    results = found(tmp_path / "run", "fit", "--config", CONFIGS / config, *options)
+    counts = results.table["method"].value_counts()
     expected = {method: 28 if full else 1 for method in ("zero", "mean", "peak")} | {"none": 1}
     resampled = ["pixels"] if "vit" in config else ["characters", "ids", "generated"]
     assert counts.to_dict() == expected | {f"resample-{kind}": 30 if full else 1 for kind in resampled}
-    assert (folder / "ablation.ckpt").stat().st_size < 5 * 2**20
+    assert (tmp_path / "run" / "ablation.ckpt").stat().st_size < 5 * 2**20
 
 
 @pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("replacements_*.yaml")))
-def test_replacements_past_the_paper_hurt_less(config, tmp_path, monkeypatch, full):
-    fractions = "--ablation.fractions=[0.1,0.5,0.9]"
-    results = Results.load(fitted(config, tmp_path, monkeypatch, fractions, "--trainer.accelerator=cpu"))
+def test_replacements_past_the_paper_hurt_less(config, tmp_path, full):
+    results = found(tmp_path / "run", "fit", "--config", CONFIGS / config, "--ablation.fractions=[0.1,0.5,0.9]")
     assert len(results.methods) == 12 and len(results.table) == 1 + 12 * 9
     damage = results.compare(other="none").pivot(index="fraction", columns="method", values="cross_entropy")
     print(config, damage.round(4).to_string(), sep="\n")

@@ -4,7 +4,6 @@ With ``--full`` nothing else is; otherwise the budgets and the conditions are cu
 """
 
 import json
-from pathlib import Path
 
 import datasets
 import pytest
@@ -17,8 +16,8 @@ from lightning_ablate import Results
 from lightning_ablate.cli import AblationCLI
 from lightning_ablate.data.demo import python_texts
 from tests import tiny
+from tests.command import CONFIGS
 
-CONFIGS = Path(__file__).parent.parent / "configs"
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
 WIDE = {"intermediate_size": 48}
 TEXT = {**SMALL, "vocab_size": tiny.VOCABULARY}

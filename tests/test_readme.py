@@ -7,7 +7,6 @@ import shutil
 import sys
 import types
 from importlib.util import find_spec
-from pathlib import Path
 from unittest import mock
 
 import pandas as pd
@@ -19,10 +18,9 @@ from torch.utils.data import DataLoader
 
 from lightning_ablate import AblationCallback, LearnedMethod, Results
 from tests import reference, tiny
-from tests.command import here, python
+from tests.command import ROOT, here, python
 from tests.test_pairs import words_tokenizer
 
-ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 SHORT_IMAGES = ["--data.calibration_images=60", "--data.evaluation_images=40", "--data.batch_size=20"]
 SHORT_TEXT = ["--data.calibration_tokens=1000", "--data.evaluation_tokens=1000"]
