@@ -7,15 +7,17 @@ from lightning_ablate import ConditionalMean, ConditionalMeanPerHead, Mean
 from tests.tiny import mixed
 
 
-def test_an_ablated_neuron_is_its_regression_on_the_kept_ones(edit):
-    """By numpy's least squares with an intercept."""
+@pytest.mark.parametrize("centred", [True, False])
+def test_an_ablated_neuron_is_its_regression_on_the_kept_ones(edit, centred):
+    """By numpy's least squares, with an intercept or without."""
     x, new = mixed(800)[None, ..., torch.tensor([0, 1, 4, 5, 6, 7, 8, 9])], torch.randn(5, 3, 8)
     mask = torch.tensor([True, False, True, False, False, True, False, False])
-    found = edit(ConditionalMean(ridge=1e-12), x, mask)(new)
-    kept = np.column_stack([np.ones(800), x[0, :, ~mask].double().numpy()])
+    found = edit(ConditionalMean(ridge=1e-12, centred=centred), x, mask)(new)
+    kept, given = (activations[..., ~mask].double().numpy() for activations in (x[0], new))
+    if centred:
+        kept, given = (np.insert(values, 0, 1, axis=-1) for values in (kept, given))
     weights, *_ = np.linalg.lstsq(kept, x[0, :, mask].double().numpy(), rcond=None)
-    expected = np.concatenate([np.ones((5, 3, 1)), new[..., ~mask].double().numpy()], -1) @ weights
-    np.testing.assert_allclose(found[..., mask].numpy(), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found[..., mask].numpy(), given @ weights, rtol=1e-4, atol=1e-4)
     assert torch.equal(found[..., ~mask], new[..., ~mask])
 
 
@@ -24,6 +26,7 @@ def test_where_nothing_is_kept_or_neurons_do_not_vary_together_it_is_the_mean_ex
     for x, mask in ((apart[None], torch.arange(7) % 2 == 0), (mixed()[None], torch.ones(12, dtype=torch.bool))):
         new = torch.randn(4, len(mask))
         assert torch.equal(edit(ConditionalMean(), x, mask)(new), edit(Mean(), x, mask)(new))
+    assert not edit(ConditionalMean(centred=False), x, mask)(new).any()  # nothing is kept of the last
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -54,13 +57,3 @@ def test_fewer_positions_than_neurons_in_float32_are_solved(edit):
     x, mask = torch.randn(1, 64, 2112) + torch.randn(1, 64, 1), torch.arange(2112) % 4 == 0
     found = edit(ConditionalMean(), x, mask)(x)  # such wide sites keep float32
     assert bool(found.isfinite().all()) and float((found - x)[..., mask].abs().mean()) < float(x.std())
-
-
-def test_without_means_it_is_the_regression_without_an_intercept(edit):
-    x, new = mixed(800)[None, ..., torch.tensor([0, 1, 4, 5, 6, 7, 8, 9])], torch.randn(5, 3, 8)
-    mask = torch.tensor([True, False, True, False, False, True, False, False])
-    found = edit(ConditionalMean(ridge=1e-12, centred=False), x, mask)(new)
-    kept, gone = (x[0, :, own].double().numpy() for own in (~mask, mask))
-    weights, *_ = np.linalg.lstsq(kept, gone, rcond=None)
-    np.testing.assert_allclose(found[..., mask], new[..., ~mask].double().numpy() @ weights, rtol=1e-4, atol=1e-4)
-    assert not edit(ConditionalMean(centred=False), x, torch.ones(8, dtype=torch.bool))(new).any()
