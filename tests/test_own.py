@@ -65,24 +65,15 @@ def test_a_killed_run_goes_on_and_parts_have_a_map_of_it(tmp_path, drawn):
     assert run(tmp_path / "died").table.equals(whole.table)
     callback = AblationCallback(["zero"], neurons=EachHead(), dirpath=tmp_path / "heads")
     tiny.fit(tmp_path, Own(), callback=callback)
-    assert {path.name for path in (tmp_path / "heads").glob("importance*")} == {
-        "importance.png",
-        "importance_right.png",
-        "importance_half.png",
-    }
+    pictures = {path.name for path in (tmp_path / "heads").glob("importance*")}
+    assert pictures == {"importance.png", "importance_right.png", "importance_half.png"}
     assert "largest first: change of half" in str(callback.results)
 
 
 def test_two_processes_find_what_one_does(tmp_path):
-    words = [
-        "fit",
-        "--config",
-        CONFIGS / "demo_gpt2.yaml",
-        "--model=tests.test_own.Right",
-        "--model.name=demo:gpt2",
-        *FEW,
-    ]
-    words += ["--data.calibration_tokens=500", "--data.evaluation_tokens=700", "--ablation.methods=[mean]"]
+    words = ["fit", "--config", CONFIGS / "demo_gpt2.yaml", *FEW, "--model=tests.test_own.Right"]
+    words += ["--model.name=demo:gpt2", "--ablation.methods=[mean]"]
+    words += ["--data.calibration_tokens=500", "--data.evaluation_tokens=700"]
     one, two = found(tmp_path / "one", *words), found(tmp_path / "two", *words, *TWO)
     assert_same(one, two)
     for results in (one, two):
