@@ -113,14 +113,14 @@ class AblationCallback(lightning.Callback):
         self._begin(trainer, pl_module)
         size |= {"attributing": self.attributing, "conditions": self._conditions}
         self._epochs = phases.schedule(self._kinds, self.methods, self.neurons, **size)
-        trainers.run_epochs(trainer, max(1, len(self._epochs) - self.run.progress.epochs))
+        trainers.run_epochs(trainer, max(1, len(self._epochs) - self.run.epochs))
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
         """Gives the module the phase of this epoch."""
-        if self.run.progress.epochs == len(self._epochs):
+        if self.run.epochs == len(self._epochs):
             pl_module.phase = phases.Done(pl_module)
             return
-        epoch = self._epochs[self.run.progress.epochs]
+        epoch = self._epochs[self.run.epochs]
         if epoch.number == 0 or pl_module.phase is None:
             pl_module.phase = self._taken_up(epoch.make(pl_module, self.run))
         pl_module.phase.begin_epoch(epoch.number)
@@ -128,28 +128,28 @@ class AblationCallback(lightning.Callback):
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: AblationModule, *_: Any) -> None:  # type: ignore[override]
         """Says what the run amounts to, at its first batch; and ends the epoch behind the last one."""
         phase, run, seen = pl_module.phase, self.run, trainer.fit_loop.batch_idx + 1
-        if isinstance(phase, phases.CalibrationPhase) and seen == 1 and not run.progress.epochs:
+        if isinstance(phase, phases.CalibrationPhase) and seen == 1 and not run.epochs:
             batches = float(trainer.num_training_batches), float(sum(trainer.num_val_batches))
             trainer.print(phases.plan(self._epochs, self._conditions(), self.methods, phase, batches))
         if not trainer.is_last_batch or phase is None or isinstance(phase, phases.Done):
             return
         phase.end_epoch()
-        last = self._epochs[run.progress.epochs].number == phase.epochs - 1
+        last = self._epochs[run.epochs].number == phase.epochs - 1
         if last and isinstance(phase, phases.CalibrationPhase):
             run.partial += trainers.cut_short("calibration", [seen], [trainer.train_dataloader])
             report_neurons(trainer, run.calibration, pl_module.name, self.folder, self.figures)
             run.calibration.reduce()
         elif isinstance(phase, phases.VerificationPhase if self.attributing.verify else phases.AttributionPhase):
             report_attribution(trainer, self.attribution, self.folder, self.figures)
-        run.progress = phases.Progress(run.progress.epochs + 1)
+        run.epochs += 1
         if self._unfinished is not None:
-            self._unfinished.save(run.progress, {**run.state_dict(), "phase": {} if last else phase.state_dict()})
+            self._unfinished.save({**run.state_dict(), "phase": {} if last else phase.state_dict()})
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
         """Leaves the checkpoint, or takes the calibration from one, and begins the sweep."""
         if trainer.state.fn != TrainerFn.FITTING:
             self._begin(trainer, pl_module)
-        elif self.folder is not None and not self.run.progress.batches:
+        elif self.folder is not None and not self._earlier:
             trainer.save_checkpoint(self.folder / CHECKPOINT, weights_only=False)
         for loader in evaluation_loaders(trainer):
             trainers.check_counts_once(trainer, loader)
@@ -160,10 +160,8 @@ class AblationCallback(lightning.Callback):
 
     def on_validation_batch_end(self, trainer: lightning.Trainer, pl_module: AblationModule, *_: Any) -> None:  # type: ignore[override]
         """Saves the progress now and then."""
-        phase, run = cast(phases.SweepPhase, pl_module.phase), self.run
-        more, run.progress = phase.batches > run.progress.batches, run.progress._replace(batches=phase.batches)
-        if more and self._unfinished and trainer.strategy.broadcast(self._unfinished.due or trainer.received_sigterm):
-            self._unfinished.save(run.progress, {"phase": phase.state_dict()})
+        if self._unfinished and trainer.strategy.broadcast(self._unfinished.due or trainer.received_sigterm):
+            self._unfinished.save({"phase": cast(phases.SweepPhase, pl_module.phase).state_dict()})
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
         """Computes the results on every rank, and writes them on the first."""
@@ -211,6 +209,7 @@ class AblationCallback(lightning.Callback):
         """Takes up what a checkpoint holds, and what an earlier run in this folder has done."""
         fitting = trainer.state.fn == TrainerFn.FITTING
         saved = {} if fitting else self._loaded or self.state_dict()  # of a checkpoint, or this callback's own `fit`
+        earlier: dict[str, Any] = {}
         self._loaded, self._earlier, self._unfinished, self.results, module.phase = {}, {}, None, None, None
         module.configure_model()
         run = phases.Run(fingerprint(module.target), Calibration(self.sites))
@@ -218,12 +217,14 @@ class AblationCallback(lightning.Callback):
             self._unfinished = phases.Unfinished(self.folder, trainer.is_global_zero, self.save_every)
             facts = trainers.run_facts(trainer, module, self, run.target) | {"calibration": digest(saved)}
             if earlier := self._unfinished.claim(facts, trainer.strategy.broadcast):
-                run.progress, self._earlier = phases.Progress(*earlier["progress"]), earlier["phase"]
-                trainer.print(f"going on with the run in {self.folder}, {run.progress}")
+                self._earlier = earlier["phase"]
                 if fitting:
-                    saved = saved_state(self.folder / CHECKPOINT) if run.progress.batches else earlier
-        if saved or not fitting or run.progress.batches:
+                    saved = earlier if "calibration" in earlier else saved_state(self.folder / CHECKPOINT)
+        if earlier or not fitting:
             run.load_state_dict(saved, module.target, kinds=self._kinds, which=self.sites)
+        if earlier:
+            done = f"{run.epochs} epochs of calibration and learning and {sum(self._earlier.get('done', ()))} batches"
+            trainer.print(f"going on with the run in {self.folder}: {done} of the sweep are done")
         self.run = run
 
     def _taken_up(self, phase: phases.Phase) -> phases.Phase:

@@ -12,7 +12,7 @@ import torch
 from lightning_ablate import AblationCallback
 from lightning_ablate.errors import ConfigError, StatisticsError
 from lightning_ablate.methods import Optimal
-from lightning_ablate.phases import Progress, Unfinished, is_unfinished
+from lightning_ablate.phases import Unfinished, is_unfinished
 from lightning_ablate.results.folder import fresh_folder
 from tests import tiny
 from tests.command import assert_same_bytes
@@ -84,7 +84,7 @@ def test_a_finished_folder_is_kept_and_saves_are_rare_by_default(tmp_path, whole
     assert_same_bytes(tmp_path / "run" / "run-2", whole[0])
     run(tmp_path / "other", Dies(None, 1), save_every=60.0)
     saved = torch.load(tmp_path / "other" / "unfinished" / "progress.pt", weights_only=True)
-    assert saved["progress"] == (4, 0)
+    assert saved["epochs"] == 4 and saved["phase"] == {}
 
 
 def test_the_first_process_saves_what_all_go_on_from(tmp_path):
@@ -93,7 +93,7 @@ def test_the_first_process_saves_what_all_go_on_from(tmp_path):
     assert first.claim({"seeds": (1, 2)}, lambda found: said.append(found) or found) == {} and first.due
     assert second.claim({"seeds": (1, 2)}, lambda nothing: said[0]) == {}  # what is broadcast from the first
     for one in (first, second):
-        one.save(Progress(2, 9), {"x": torch.tensor(1 if one is first else 2)})
+        one.save({"epochs": 2, "x": torch.tensor(1 if one is first else 2)})
     assert sorted(path.name for path in (tmp_path / "unfinished").iterdir()) == ["lock", "progress.pt"]
     again = Unfinished(tmp_path, True, 60.0)
     with pytest.raises(ConfigError, match="a run is going on in"):
@@ -103,7 +103,7 @@ def test_the_first_process_saves_what_all_go_on_from(tmp_path):
         again.claim({"seeds": [1, 2]}, copy)
     first.leave()
     found = again.claim({"seeds": [1, 2]}, copy)
-    assert (found["progress"], found["x"].item()) == ((2, 9), 1) and not again.due
+    assert (found["epochs"], found["x"].item()) == (2, 1) and not again.due
     again.close()
     assert not is_unfinished(tmp_path) and not (tmp_path / "unfinished").exists()
 

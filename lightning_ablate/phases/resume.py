@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -22,35 +22,23 @@ from lightning_ablate.results.folder import write_whole
 FOLDER, SAVED = "unfinished", "progress.pt"
 
 
-class Progress(NamedTuple):
-    """What a run has done."""
-
-    epochs: int = 0  # of calibration and learning
-    batches: int = 0  # of the sweep, which comes behind them
-
-    def __str__(self) -> str:
-        """What is done, in words."""
-        swept = f" and {self.batches} batches of the sweep" if self.batches else ""
-        return f"of which {self.epochs} epochs of calibration and learning{swept} are done"
-
-
 @dataclass
 class Run:
     """What a run has found out, and how far it has come."""
 
     target: str  # its fingerprint
     calibration: Calibration
+    epochs: int = 0  # of calibration and learning, which are done
     # by method that learned, nats on the examples that were held out, with the means and with the learned values
     held_out: dict[str, tuple[float, float] | None] = field(default_factory=dict)
     measured: list[list[Any]] = field(default_factory=list)  # of units alone, see attribution.table_of
     partial: list[str] = field(default_factory=list)  # why it doesn't cover all its data
-    progress: Progress = field(default_factory=Progress)
     began: float = field(default_factory=time.monotonic)
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the progress, as tensors on the CPU and plain values."""
-        about: dict[str, Any] = {"target": self.target, "held_out": dict(self.held_out), "partial": list(self.partial)}
-        about["measured"] = [list(row) for row in self.measured]
+        """All of it, as tensors on the CPU and plain values."""
+        about: dict[str, Any] = {"target": self.target, "epochs": self.epochs, "held_out": dict(self.held_out)}
+        about |= {"partial": list(self.partial), "measured": [list(row) for row in self.measured]}
         return {**about, "calibration": self.calibration.state_dict()}
 
     def facts(self, classes: int) -> dict[str, Any]:
@@ -66,6 +54,7 @@ class Run:
         check_target(state, self.target)
         with loading("the checkpoint", StatisticsError):
             self.calibration = Calibration.from_state_dict(state["calibration"], target, **options)
+            self.epochs = int(state.get("epochs", 0))
             self.held_out = {str(name): found for name, found in dict(state["held_out"]).items()}
             self.partial = list(map(str, state["partial"]))
             self.measured = [list(row) for row in state.get("measured", ())]
@@ -99,12 +88,12 @@ class Unfinished:
         """Whether it is time for the next save."""
         return time.monotonic() - self._last >= self._every
 
-    def save(self, progress: Progress, state: Mapping[str, Any]) -> None:
-        """Saves a progress, and the state from which every process can go on."""
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Saves the state from which every process can go on."""
         self._last = time.monotonic()
         if self._first:
             buffer = io.BytesIO()
-            torch.save({"run": self._run, "progress": tuple(progress), **state}, buffer)
+            torch.save({"run": self._run, **state}, buffer)
             write_whole(self._saved, buffer.getvalue())
 
     def close(self) -> None:
