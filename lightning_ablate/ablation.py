@@ -41,27 +41,19 @@ def ablated(
             f"{chosen.name} depends on which examples and positions are run, which only a sweep knows; expected a "
             "method that goes by the activations alone"
         )
+    widths = {name: features(module) for name, module in target.named_modules()}
+    known = {name: Site(name, width) for name, width in widths.items() if width is not None}
+    known |= {site.name: site for site in calibration.sites}
     for path, given in masks.items():
-        given = torch.as_tensor(given)
-        site = _site(target, path, given, calibration)
-        mask = given.to(next(target.parameters()).device)
-        statistics = calibration[site] if site in calibration.statistics else SiteStatistics(site.name, {})
+        if path not in known:
+            raise SiteError(
+                f"the target has no projection {path!r}; a site is named by the path of a linear module, and of one "
+                "that runs several times, each use (#1) by a calibration that knows it"
+            )
+        site, mask = known[path], torch.as_tensor(given)
+        check_mask(mask, site, "ablated()")
+        mask = mask.to(next(target.parameters()).device)
+        statistics = calibration[site] if site in calibration.statistics else SiteStatistics(path, {})
         edits[site] = Edit(mask, chosen.prepare(Ablation(site, mask, statistics, None)))
     with hooked(target, edits):
         yield
-
-
-def _site(target: nn.Module, path: str, mask: Tensor, calibration: Calibration) -> Site:
-    known = {site.name: site for site in calibration.sites}
-    widths = {name: features(module) for name, module in target.named_modules()}
-    if path in known:
-        site = known[path]
-    elif (width := widths.get(path)) is not None:
-        site = Site(path, width)
-    else:
-        raise SiteError(
-            f"the target has no projection {path!r}; a site is named by the path of a linear module, and of one that "
-            "runs several times, each use (#1) by a calibration that knows it"
-        )
-    check_mask(mask, site, "ablated()")
-    return site
