@@ -111,8 +111,8 @@ class AblationCallback(lightning.Callback):
         size = trainers.calibration_size(trainer)
         trainers.warn_if_shared(trainer)
         self._begin(trainer, pl_module)
-        size |= {"attributing": self.attributing, "conditions": self._conditions}
-        self._epochs = phases.schedule(self._kinds, self.methods, self.neurons, **size)
+        options = self._kinds, self.methods, self.neurons, self.attributing, self._conditions
+        self._epochs = phases.schedule(*options, **size)
         trainers.run_epochs(trainer, max(1, len(self._epochs) - self.run.epochs))
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]

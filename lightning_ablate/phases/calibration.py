@@ -25,17 +25,13 @@ class CalibrationPhase(Phase):
         super().__init__(module)
         self.kinds, self.calibration, self.seconds = kinds, run.calibration, 0.0
         self.epochs = 1 + max(kind.epoch() for kind in kinds)
-        self._epoch = 0
         self._gathered: dict[Site, list[ActivationStatistic]] = {}
 
     def begin_epoch(self, epoch: int) -> None:
         """Makes the statistics of this epoch, from 0."""
-        self._epoch, calibration = epoch, self.calibration
+        calibration, device = self.calibration, self.module.device
         kinds = [kind for kind in self.kinds if kind.epoch() == epoch]
-        self._gathered = {
-            site: [kind.of(site, calibration[site]).to(self.module.device) for kind in kinds]
-            for site in calibration.sites
-        }
+        self._gathered = {s: [kind.of(s, calibration[s]).to(device) for kind in kinds] for s in calibration.sites}
 
     def step(self, batch: Any, batch_idx: int) -> None:
         """Adds the activations on one batch; on the first the sites are found, SiteError if they can't be told."""
@@ -76,7 +72,7 @@ class CalibrationPhase(Phase):
         if probes is not None and any("attention" in word for word in which if word in KINDS):
             attention = find_sites(module.target, lambda: module.evaluate(batch))  # all of it, whatever was chosen
             check_mixing(module.target, attention, lambda number: module.hidden(probes[number]))
-        self.begin_epoch(self._epoch)
+        self.begin_epoch(0)  # again, now that there are sites
 
     def _check_finite(self) -> None:
         moments = [(site, one) for site, found in self._gathered.items() for one in found if isinstance(one, Moments)]

@@ -36,12 +36,13 @@ def schedule(
     kinds: Sequence[type[ActivationStatistic]],
     methods: Sequence[AblationMethod],
     choice: Choice,
+    attributing: Attributing,
+    conditions: Callable[[], Sequence[Condition]],
+    *,
     batches: float,
     batch_size: int,
-    steps: int | None = None,
-    attributing: Attributing | None = None,
-    examples: int = 0,
-    conditions: Callable[[], Sequence[Condition]] = list,
+    examples: int,
+    steps: int | None,
 ) -> list[Epoch]:
     """The epochs that gather these kinds of statistics, and behind them those that attribute, learn, and fit.
 
@@ -51,7 +52,6 @@ def schedule(
     known. ConfigError if there is something to learn from data without a length.
     """
     calibrate = partial(CalibrationPhase, kinds=kinds)
-    attributing = attributing or Attributing()
     found = [Epoch(number, calibrate, 1.0) for number in range(1 + max(kind.epoch() for kind in kinds))]
     learned = [method for method in methods if isinstance(method, LearnedMethod)]
     waits = bool({method.name for method in learned} & {method.name for method in attributing.methods})

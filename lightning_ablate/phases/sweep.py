@@ -50,6 +50,8 @@ class SweepPhase(Phase):
         self._calibration, self._choice = calibration, choice or Random()
         self._methods = {method.name: method for method in methods}
         self._batch = Batch()
+        drawn = [(self._methods[c.method].source, c.seed or 0) for c in self.conditions[1:]]
+        self._sources = [(kind, seed) for kind, seed in dict.fromkeys(drawn) if kind is not None]  # resampled from
         self._constants: dict[tuple[str, Site], Replacement] = {}
         self._edits: dict[Condition, dict[Site, Edit]] = {}
         # kept while it takes less memory than the target, or 1 GiB; the rest is made anew for every batch
@@ -59,12 +61,6 @@ class SweepPhase(Phase):
             if (size := sum(edit.nbytes for edit in edits.values())) <= room:
                 room -= size
                 self._edits[condition] = edits
-
-    @property
-    def sources(self) -> list[tuple[str, int]]:
-        """The (kind, seed) of every input that the conditions resample from."""
-        pairs = [(self._methods[c.method].source, c.seed or 0) for c in self.conditions[1:]]
-        return list(dict.fromkeys((kind, seed) for kind, seed in pairs if kind is not None))
 
     @property
     def metrics(self) -> SweepMetrics:
@@ -83,9 +79,8 @@ class SweepPhase(Phase):
         clean = None
         with torch.no_grad():
             self._batch.examples = self.module.examples_of(batch, batch_idx)
-            for kind, seed in self.sources:
-                sites = self._calibration.sites
-                self._batch.sources[kind, seed] = read_source(self.module, sites, kind, seed, batch)
+            for kind, seed in self._sources:
+                self._batch.sources[kind, seed] = read_source(self.module, self._calibration.sites, kind, seed, batch)
             for index, condition in enumerate(self.conditions):
                 self.announce(condition)
                 with self.applied(condition):
