@@ -151,12 +151,9 @@ class AblationCallback(lightning.Callback):
             self._begin(trainer, pl_module)
         elif self.folder is not None and not self._earlier:
             trainer.save_checkpoint(self.folder / CHECKPOINT, weights_only=False)
-        for loader in evaluation_loaders(trainer):
-            trainers.check_counts_once(trainer, loader)
-        conditions = self._conditions()
-        examples = [trainers.example_count(loader) for loader in evaluation_loaders(trainer)]
-        sweep = phases.SweepPhase(pl_module, self.run.calibration, self.methods, conditions, self.neurons, examples)
-        pl_module.phase = self._taken_up(sweep)
+        examples = [trainers.example_count(trainer, loader) for loader in evaluation_loaders(trainer)]
+        options = self.run.calibration, self.methods, self._conditions(), self.neurons
+        pl_module.phase = self._taken_up(phases.SweepPhase(pl_module, *options, examples))
 
     def on_validation_batch_end(self, trainer: lightning.Trainer, pl_module: AblationModule, *_: Any) -> None:  # type: ignore[override]
         """Saves the progress now and then."""

@@ -1,11 +1,11 @@
 """What the callback asks of Lightning's Trainer, and tells it."""
 
 from collections.abc import Mapping, Sequence, Sized
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 import lightning
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import IterableDataset, Subset
 from torch.utils.data.distributed import DistributedSampler
@@ -68,9 +68,8 @@ def calibration_size(trainer: lightning.Trainer) -> dict[str, Any]:
             f"fit was given the checkpoint {str(trainer.ckpt_path)!r}, which is for validate; a run that died goes on "
             "by itself where its folder is named (--ablation.dirpath)"
         )
-    check_counts_once(trainer, trainer.train_dataloader)
     batch_size = _batch_size(trainer.train_dataloader) * trainer.world_size
-    examples = example_count(trainer.train_dataloader)
+    examples = example_count(trainer, trainer.train_dataloader)
     steps = 1 if _is_dry(trainer) else None
     return {"batches": trainer.num_training_batches, "batch_size": batch_size, "steps": steps, "examples": examples}
 
@@ -92,9 +91,13 @@ def check_counts_once(trainer: lightning.Trainer, loader: Any) -> None:
         )
 
 
-def example_count(loader: Any) -> int:
-    """The number of examples; 0 where a loader, as one of whole batches, doesn't tell."""
-    return _length(loader.dataset) if getattr(loader, "batch_sampler", None) is not None else 0
+def example_count(trainer: lightning.Trainer, loader: Any) -> int:
+    """The number of examples; 0 where a loader, as one of whole batches, doesn't tell.
+
+    ConfigError if it gives some example to two processes.
+    """
+    check_counts_once(trainer, loader)
+    return sized_len(loader.dataset) or 0 if getattr(loader, "batch_sampler", None) is not None else 0
 
 
 def warn_if_shared(trainer: lightning.Trainer) -> None:
@@ -111,21 +114,14 @@ def warn_if_shared(trainer: lightning.Trainer) -> None:
 def _shared(one: Any, other: Any) -> int:
     """How many examples two data sets share, as far as it is known without reading them."""
     (whole, indices), (same, others) = (
-        (data.dataset, data.indices) if isinstance(data, Subset) else (data, None) for data in (one, other)
+        (data.dataset, data.indices) if isinstance(data, Subset) else (data, range(sized_len(data) or 0))
+        for data in (one, other)
     )
-    if whole is None or whole is not same:
-        return 0
-    if indices is None or others is None:
-        return _length(one if others is None else other) if indices is None else len(indices)
-    return len(set(indices) & set(others))
+    return len(set(indices).intersection(others)) if whole is same else 0
 
 
 def _is_dry(trainer: lightning.Trainer) -> bool:
     return bool(cast(Any, trainer).fast_dev_run)
-
-
-def _length(data: Any) -> int:
-    return len(data) if isinstance(data, Sized) else 0
 
 
 def _batch_size(loader: Any) -> int:
@@ -135,12 +131,8 @@ def _batch_size(loader: Any) -> int:
 
 def cut_short(what: str, seen: Sequence[float], loaders: Sequence[Any]) -> list[str]:
     """Why a run doesn't cover all of its data: what was cut, of which so many batches were ``seen``."""
-    found = []
-    for count, loader in zip(seen, loaders, strict=True):
-        with suppress(TypeError):  # a loader without a length
-            if count < len(loader):
-                found.append(f"{what} was cut to {count} of {len(loader)} batches")
-    return found
+    pairs = zip(seen, map(sized_len, loaders), strict=True)
+    return [f"{what} was cut to {count} of {whole} batches" for count, whole in pairs if whole and count < whole]
 
 
 def data_name(trainer: lightning.Trainer) -> str:
@@ -171,7 +163,8 @@ def run_facts(trainer: lightning.Trainer, module: AblationModule, callback: Any,
         "target": {**module.describe(), "sha256": target},
         "data": describe(),
         "loaders": [
-            {"batch_size": _batch_size(one), "examples": _length(getattr(one, "dataset", None))} for one in loaders
+            {"batch_size": _batch_size(one), "examples": sized_len(getattr(one, "dataset", None)) or 0}
+            for one in loaders
         ],
         **{name: _plainly(getattr(callback, name)) for name in OPTIONS},
         "precision": str(trainer.precision),
@@ -182,15 +175,12 @@ def run_facts(trainer: lightning.Trainer, module: AblationModule, callback: Any,
 
 
 def _plainly(value: Any) -> Any:
+    """Of an object what it keeps, its name and its class, with the module unless that is of this package."""
     if isinstance(value, list | tuple):
         return [_plainly(item) for item in value]
-    return options_of(value) if hasattr(value, "__dict__") else value
-
-
-def options_of(made: Any) -> dict[str, Any]:
-    """What an object keeps, its name and its class, with the module unless that is of this package."""
-    kind = type(made)
+    if not hasattr(value, "__dict__"):
+        return value
+    kind, named = type(value), {"name": value.name} if hasattr(value, "name") else {}
+    kept = {name: _plainly(one) for name, one in vars(value).items() if name != "statistics"}
     own = kind.__module__.startswith("lightning_ablate.")
-    named = {"name": made.name} if hasattr(made, "name") else {}
-    kept = {name: _plainly(value) for name, value in vars(made).items() if name != "statistics"}
     return {"class": kind.__name__ if own else f"{kind.__module__}.{kind.__qualname__}", **named, **kept}
