@@ -45,9 +45,8 @@ class Calibration:
     def locate(self, sites: Iterable[Site], target: nn.Module | None = None) -> None:
         """Takes the sites, once they are found in a target."""
         self.sites = tuple(sites)
-        once = {site: replace(site, uses=1) for site in self.sites}  # weights are the same however often they are used
-        found = {} if target is None else {site: weights_of(target, one) for site, one in once.items()}
-        self._weights = {site: weights for site, weights in found.items() if weights is not None}
+        # weights are the same however often they are used
+        self._weights = {} if target is None else {s: weights_of(target, replace(s, uses=1)) for s in self.sites}
         self.statistics: dict[Site, dict[type[ActivationStatistic], ActivationStatistic]] = {s: {} for s in self.sites}
 
     def add(self, site: Site, statistic: ActivationStatistic) -> None:
@@ -115,9 +114,6 @@ class Calibration:
             raise StatisticsError("the checkpoint holds no site: its calibration wasn't complete; run `fit` again")
         known = {_key(kind): kind for kind in (_all(ActivationStatistic) if kinds is None else kinds)}  # type: ignore[type-abstract]
         for site in made.sites:
-            target.get_submodule(site.path)  # or raises
-            if not (isinstance(site.width, int) and isinstance(site.uses, int) and site.uses > 0):
-                raise StatisticsError(f"the checkpoint is damaged: {site} is no site; run `fit` again")
             for name, tensors in saved[site]["statistics"].items():
                 if name in known:
                     statistic = known[name].of(site)
@@ -125,10 +121,8 @@ class Calibration:
                     statistic.load_state_dict(dict(tensors))
                     made.add(site, statistic.to(device))
         for kind, found in (("learned", made.learned), ("attributed", made.attributed)):
-            by_site = {site: saved[site].get(kind, {}) for site in made.sites}
-            for name in by_site[made.sites[0]]:
-                if all(name in values for values in by_site.values()):
-                    found[name] = {site: values[name].to(device) for site, values in by_site.items()}
+            for name in saved[made.sites[0]].get(kind, {}):
+                found[name] = {site: saved[site][kind][name].to(device) for site in made.sites}
         return made
 
     @classmethod
@@ -157,12 +151,11 @@ def check_target(state: Mapping[str, Any], target: str) -> None:
             "validate needs the statistics of a calibration: name the checkpoint that `fit` left (--ckpt_path), or run "
             "`fit`"
         )
-    with loading("what calibrated", TargetError):
-        if state["target"] != target:
-            raise TargetError(
-                f"the checkpoint is of another target, with the weights {state['target']!s:.12}, here are "
-                f"{target[:12]}; run `fit` on this one"
-            )
+    if state.get("target") != target:
+        raise TargetError(
+            f"the checkpoint is of another target, with the weights {state.get('target')!s:.12}, here are "
+            f"{target[:12]}; run `fit` on this one"
+        )
 
 
 def fingerprint(target: nn.Module) -> str:

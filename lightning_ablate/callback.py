@@ -208,7 +208,6 @@ class AblationCallback(lightning.Callback):
         saved = {} if fitting else self._loaded or self.state_dict()  # of a checkpoint, or this callback's own `fit`
         earlier: dict[str, Any] = {}
         self._loaded, self._earlier, self._unfinished, self.results, module.phase = {}, {}, None, None, None
-        module.configure_model()
         run = phases.Run(fingerprint(module.target), Calibration(self.sites))
         if self.folder is not None:
             self._unfinished = phases.Unfinished(self.folder, trainer.is_global_zero, self.save_every)
