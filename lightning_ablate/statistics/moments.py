@@ -12,9 +12,9 @@ _BLOCK = 256  # positions at a time, which a core's cache holds
 class Moments(ActivationStatistic):
     """Mean, standard deviation, skewness, kurtosis, minimum and maximum of each neuron over the valid positions.
 
-    Every batch gives its own mean and sums of powers of the deviations from it, in float64; these merge by the formulas
-    of Pébay (2008, "Formulas for robust, one-pass parallel computation of covariances and arbitrary-order statistical
-    moments"), so that neurons far from zero keep their digits.
+    Every block of positions gives its own mean and sums of powers of the deviations from it, in float64; these merge by
+    the formulas of Pébay (2008, "Formulas for robust, one-pass parallel computation of covariances and arbitrary-order
+    statistical moments"), so that neurons far from zero keep their digits.
     """
 
     sums: Tensor  # count, mean, and sums of the second to fourth powers of the deviations from it
@@ -33,9 +33,7 @@ class Moments(ActivationStatistic):
         """Adds a batch, see :meth:`ActivationStatistic.update`."""
         rows = positions(activations, valid)
         if len(rows):
-            start = rows[:_BLOCK].mean(0, dtype=torch.float64)
-            reference = torch.where(self.sums[0] > 0, self.sums[1], start)
-            self.sums = _merged(torch.stack([self.sums, _sums(rows, reference)]))
+            self.sums = _merged(torch.stack([self.sums, *map(_sums, torch.split(rows, _BLOCK))]))
             self.low = torch.minimum(self.low, rows.amin(0))
             self.high = torch.maximum(self.high, rows.amax(0))
 
@@ -83,32 +81,18 @@ class Moments(ActivationStatistic):
         return self.sums[1].isfinite().all()
 
 
-def _sums(rows: Tensor, reference: Tensor) -> Tensor:
+def _sums(rows: Tensor) -> Tensor:
     """Count, mean, and sums of the second to fourth powers of the deviations from it, ``(5, neurons)`` float64."""
-    sums = reference.new_zeros(4, len(reference))  # of powers of the deviations from what is near the mean
-    for block in torch.split(rows, _BLOCK):
-        deviation = block.double() - reference  # not in place: float64 rows are the target's own
-        square = deviation.square()
-        sums[0] += deviation.sum(0)
-        sums[1] += square.sum(0)
-        sums[2] += deviation.mul_(square).sum(0)
-        sums[3] += square.square_().sum(0)
-    n = float(len(rows))
-    first, second, third, fourth = sums
-    mean = first / n
-    return torch.stack(
-        [
-            torch.full_like(mean, n),
-            reference + mean,
-            (second - n * mean.square()).clamp_min(0),
-            third - 3 * mean * second + 2 * n * mean.pow(3),
-            (fourth - 4 * mean * third + 6 * mean.square() * second - 3 * n * mean.pow(4)).clamp_min(0),
-        ]
-    )
+    rows = rows.double()
+    mean = rows[0] + (rows - rows[0]).mean(0)  # of equal values exactly that
+    deviation = rows - mean
+    square = deviation.square()
+    powers = square.sum(0), deviation.mul_(square).sum(0), square.square_().sum(0)
+    return torch.stack([torch.full_like(mean, len(rows)), mean, *powers])
 
 
 def _merged(sums: Tensor) -> Tensor:
-    """Merges ``(batches or ranks, 5, neurons)``, see :func:`_sums`, into one of them."""
+    """Merges ``(blocks or ranks, 5, neurons)``, see :func:`_sums`, into one of them."""
     count, mean, second, third, fourth = sums.unbind(1)
     total, reference = count.sum(0), mean[count[:, 0].argmax()]  # of equal means the merged one is exactly that
     center = reference + (count / total.clamp_min(1) * (mean - reference)).sum(0)
