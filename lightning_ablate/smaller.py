@@ -57,19 +57,20 @@ def shrunk(target: nn.Module, edits: Mapping[Site, Edit]) -> tuple["Form", nn.Mo
     if dtype != torch.float32:  # folded and compared before it is rounded
         target = copy.deepcopy(target).float()
     folded, form = fold(target, edits), form_of(target)
-    kept = {site: (~edit.mask).nonzero().squeeze(1).cpu() for site, edit in edits.items()}
+    kept = {site: ~edit.mask.cpu() for site, edit in edits.items()}
+    widths = {site: int(own.sum()) for site, own in kept.items()}
     shapes = {name: tensor.shape for name, tensor in target.state_dict().items()}
     skeleton = form.built("meta")
     for site, own in kept.items():
         _check_whole(site, own)
         candidates = list(form.narrower(site, own))
-        if features(skeleton.get_submodule(site.path)) != len(own):
+        if features(skeleton.get_submodule(site.path)) != widths[site]:
             error = SiteError(
                 f"{form.name} has no option that makes {site.name} narrower by these neurons alone: expected as many "
                 "of every layer, and an MLP whose width, or heads whose number, is set apart from the hidden size"
             )
-            skeleton = form.choose(candidates, partial(_fits, site, len(own), edits, shapes), error)
-        elif len(own) < site.width and not any(more.items() <= form.options.items() for more in candidates):
+            skeleton = form.choose(candidates, partial(_fits, site, widths[site], edits, shapes), error)
+        elif widths[site] < site.width and not any(more.items() <= form.options.items() for more in candidates):
             raise _uneven(form, [site])
     added = [f"{path}.bias" for path, (_, bias) in folded.items() if bool(bias.any())]
     if lacking := [name for name in added if name not in shapes]:
@@ -77,7 +78,7 @@ def shrunk(target: nn.Module, edits: Mapping[Site, Edit]) -> tuple["Form", nn.Mo
         form.choose(form.biased(), lambda model: set(lacking) <= set(model.state_dict()), error)
     model = form.built("cpu")
     narrow = model.state_dict()
-    if wrong := [site for site, own in kept.items() if features(model.get_submodule(site.path)) != len(own)]:
+    if wrong := [site for site, width in widths.items() if features(model.get_submodule(site.path)) != width]:
         raise _uneven(form, wrong)
     state = dict(target.state_dict())
     for path, (weight, bias) in folded.items():
@@ -118,17 +119,17 @@ class Form:
         return type(self.target)._from_config(config, dtype=self.target.dtype)
 
     def narrower(self, site: Site, kept: Tensor) -> Iterator[Options]:
-        """Options that may leave a site the neurons kept, int64."""
-        beside = Options()
+        """Options that may leave a site the neurons kept, ``(neurons,)`` bool."""
+        left, beside = int(kept.sum()), Options()
         if site.heads is not None:
-            size, shared = site.width // site.heads, self.shared
-            beside = {"head_dim": size}
-            beside |= {} if shared is None else {"num_key_value_heads": _groups(site, kept, shared)}
+            size = site.width // site.heads
+            left, beside = left // size, {"head_dim": size}
+            beside |= {} if self.shared is None else {"num_key_value_heads": _groups(site, kept, self.shared)}
         for name, value in self.known.items():
             if site.heads is None and (value == site.width or (value is None and ("inner" in name or "inter" in name))):
-                yield {name: len(kept)}
+                yield {name: left}
             elif site.heads is not None and value == site.heads and name not in beside:
-                yield {name: len(kept) // size, **beside}
+                yield {name: left, **beside}
 
     def biased(self) -> Iterator[Options]:
         """Options that may give projections a bias."""
@@ -184,8 +185,8 @@ class _Timm(Form):
     def narrower(self, site: Site, kept: Tensor) -> Iterator[Options]:
         if site.heads is None:
             hidden = len(self.target.get_submodule(site.path).weight)
-            yield {"mlp_ratio": len(kept) / hidden}
-            yield {"mlp_ratio": (len(kept) + 0.5) / hidden}  # where the product would be rounded down
+            yield {"mlp_ratio": int(kept.sum()) / hidden}
+            yield {"mlp_ratio": (int(kept.sum()) + 0.5) / hidden}  # where the product would be rounded down
 
     def biased(self) -> Iterator[Options]:
         yield from ()
@@ -214,21 +215,19 @@ def form_of(target: nn.Module) -> Form:
 
 def _check_whole(site: Site, kept: Tensor) -> None:
     """Refuses heads that are ablated in part, and sites that keep nothing."""
-    if not len(kept):
+    if not bool(kept.any()):
         raise SiteError(f"nothing is kept at {site.name}, and no layer can be without it; take a smaller fraction")
-    if site.heads is not None:
-        size = site.width // site.heads
-        if len(kept) != size * len(set(kept.div(size, rounding_mode="floor").tolist())):
-            raise SiteError(
-                f"single attention neurons go at {site.name}, but in a smaller model all heads are equally wide: take "
-                "heads (--ablation.neurons.unit head), all that share a key and value head (unit: their neurons), or "
-                "MLP neurons (--ablation.sites mlp)"
-            )
+    if site.heads is not None and bool(kept.view(site.heads, -1).diff().any()):
+        raise SiteError(
+            f"single attention neurons go at {site.name}, but in a smaller model all heads are equally wide: take "
+            "heads (--ablation.neurons.unit head), all that share a key and value head (unit: their neurons), or "
+            "MLP neurons (--ablation.sites mlp)"
+        )
 
 
 def _groups(site: Site, kept: Tensor, shared: int) -> int:
     """How many key and value heads are left, of ``shared`` that serve all heads; SiteError if they can't be told."""
-    left = kept.div(site.width // shared, rounding_mode="floor").bincount(minlength=shared)
+    left = kept.view(shared, -1).sum(1)
     if int(left.min()) == int(left.max()):
         return shared
     if int(left[left > 0].min()) * shared < site.width:
@@ -255,21 +254,14 @@ def _places(name: str, kept: Mapping[Site, Tensor], shared: int | None, before: 
     site = max(kept, key=lambda one: len(os.path.commonprefix([one.path, name])))  # noqa: RUF071
     own, width = kept[site], site.width
     if site.heads is None:
-        layouts = {width: own, 2 * width: torch.cat([own, width + own])}
+        layouts = {width: own, 2 * width: own.repeat(2)}
     else:
-        size, shared = width // site.heads, shared or site.heads
-        rows, across = _rows(site, own, shared, size), shared * size
-        layouts = {shared: _rows(site, own, shared, 1), site.heads: _rows(site, own, site.heads, 1), width: own}
-        layouts |= {across: rows, width + 2 * across: torch.cat([own, width + rows, width + across + rows])}
-    if before not in layouts or len(layouts[before]) != after:
+        heads, groups = (own.view(count, -1).any(1) for count in (site.heads, shared or site.heads))
+        rows = groups.repeat_interleave(width // site.heads)
+        layouts = {len(one): one for one in (groups, heads, own, rows, torch.cat([own, rows, rows]))}
+    if before not in layouts or int(layouts[before].sum()) != after:
         raise SiteError(f"{name} would have {after} of its {before} rows or columns, which is not how {site.name} lies")
-    return layouts[before]
-
-
-def _rows(site: Site, kept: Tensor, count: int, size: int) -> Tensor:
-    """The rows, ``size`` each, of those of ``count`` heads that kept neurons use."""
-    heads = torch.tensor(sorted(set(kept.div(site.width // count, rounding_mode="floor").tolist())))
-    return (heads.unsqueeze(1) * size + torch.arange(size)).flatten()
+    return layouts[before].nonzero().squeeze(1)
 
 
 def _said(output: Any) -> Tensor:
