@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_ablate.data.text import padding_id
@@ -12,7 +11,7 @@ from lightning_ablate.modules.language import LanguageModel, TextBatch
 
 
 class SequenceClassifier(LanguageModel):
-    """A text classifier; every example is one scored position.
+    """A text classifier; every example is one scored position. There is no generated text.
 
     Batches hold ``label`` ``(batch,)`` int64 beside what :class:`LanguageModel` names.
     """
@@ -33,8 +32,3 @@ class SequenceClassifier(LanguageModel):
     def hidden(self, batch: TextBatch) -> Sequence[Tensor]:
         """The last layer's tokens."""
         return [self.target(**self.inputs(batch), output_hidden_states=True).hidden_states[-1]]
-
-    def source(self, kind: str, seed: int, batch: TextBatch) -> TextBatch:
-        """See :meth:`LanguageModel.source`; there is no generated text."""
-        found = super().source(kind, seed, batch)
-        return found if kind == "example" else {**found, "label": torch.zeros_like(batch["label"][:1])}

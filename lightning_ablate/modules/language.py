@@ -59,12 +59,9 @@ class LanguageModel(HubModule):
         return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
 
     def source(self, kind: str, seed: int, batch: TextBatch) -> TextBatch:
-        """One sequence of random characters, random token ids, or generated text, as long as those of the batch."""
-        makers = {
-            "characters": self._characters,
-            "ids": self._random_ids,
-            "generated": getattr(self, "_generated", None),
-        }
+        """One sequence of random characters, token ids, or generated text; the rest is that of the first example."""
+        generated = getattr(self, "_generated", None)
+        makers = {"characters": self._characters, "ids": self._random_ids, "generated": generated}
         maker = makers.get(kind)
         if maker is None:
             return super().source(kind, seed, batch)
@@ -73,7 +70,9 @@ class LanguageModel(HubModule):
         if key not in self._source_ids:
             self._source_ids[key] = maker(seed_of(seed, kind), like.shape[1]).cpu()
         ids = self._source_ids[key].to(like.device).unsqueeze(0)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "index": ids.new_zeros(1), "labels": ids}
+        first = {name: tensor[:1] for name, tensor in batch.items() if name != "token_type_ids"}
+        made = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "index": ids.new_zeros(1), "labels": ids}
+        return first | made
 
     def probes(self, batch: TextBatch) -> tuple[TextBatch, TextBatch]:
         """The first example, and the same with another first token."""
@@ -191,8 +190,7 @@ class PairedLM(CausalLM):
     def source(self, kind: str, seed: int, batch: TextBatch) -> TextBatch:
         """Also the kind ``partner``: the other text of each pair."""
         if kind != "partner":
-            found, nothing = super().source(kind, seed, batch), batch["last"].new_zeros(1)
-            return {**dict.fromkeys(("last", "answer", "foil"), nothing), **found}
+            return super().source(kind, seed, batch)
         return {**batch, **{name: batch[f"partner_{name}"] for name in ("input_ids", "attention_mask")}}
 
 
