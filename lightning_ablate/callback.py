@@ -250,7 +250,7 @@ class AblationCallback(lightning.Callback):
 
         ``fraction`` None takes the only one, ``seed`` None the first. TargetError if the run is of another target.
         """
-        if not hasattr(self, "run"):
+        if self.results is None:
             raise ConfigError("there is no run to export yet: `fit` first")
         module.configure_model()
         check_target(vars(self.run), fingerprint(module.target))

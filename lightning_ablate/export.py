@@ -1,9 +1,9 @@
 """A condition of a run as a smaller model that transformers or timm load by themselves, with a card of what it is."""
 
 import copy
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
@@ -12,11 +12,12 @@ from lightning_ablate.calibration import Calibration
 from lightning_ablate.choices import Choice
 from lightning_ablate.conditions import BASELINE, Condition
 from lightning_ablate.errors import ConfigError, few
-from lightning_ablate.methods import AblationMethod, ConditionalMean, ConditionalMeanPerHead
+from lightning_ablate.methods import AblationMethod, ConditionalMean, ConditionalMeanPerHead, Edit
 from lightning_ablate.phases import SweepPhase
 from lightning_ablate.phases.phase import Module
 from lightning_ablate.results import Results
 from lightning_ablate.results.folder import versions
+from lightning_ablate.sites import Site
 from lightning_ablate.smaller import BiasError, shrunk
 
 _METRICS = {"top1": "top-1 accuracy", "cross_entropy": "cross-entropy, nats", "kl": "KL divergence from intact, nats"}
@@ -29,13 +30,13 @@ def export(
     method: AblationMethod,
     condition: Condition,
     folder: Path | str,
-    results: Results | None = None,
+    results: Results,
 ) -> Path:
     """Writes a smaller model that computes what the target does under a condition, whole or not at all.
 
     A conditional mean is fitted without an intercept where the architecture has no bias to take one. The folder holds
-    what ``from_pretrained`` or ``timm.create_model("local-dir:...")`` need, and a README.md with what was removed and,
-    from ``results``, what it scored.
+    what ``from_pretrained`` or ``timm.create_model("local-dir:...")`` need, and a README.md with what was removed and
+    what it scored.
 
     Raises:
         ConfigError: if the folder is there already.
@@ -45,27 +46,28 @@ def export(
     if folder.exists():
         raise ConfigError(f"{str(folder)!r} is there already, expected the name of a new folder")
     module.configure_model()
+
+    def edits(method: AblationMethod) -> dict[Site, Edit]:
+        return SweepPhase(module, calibration, [method], [BASELINE], choice).edits_of(condition)
+
     try:
-        form, model = shrunk(module.target, _edits(module, calibration, choice, method, condition))
+        form, model = shrunk(module.target, edits(method))
     except BiasError:
         if type(method) not in (ConditionalMean, ConditionalMeanPerHead):
             raise
         uncentred = copy.copy(method)
         uncentred.centred = False  # type: ignore[attr-defined]
-        form, model = shrunk(module.target, _edits(module, calibration, choice, uncentred, condition))
+        form, model = shrunk(module.target, edits(uncentred))
         note = f"Fitted without an intercept (`centred: false`), as {form.name} has no bias to take one."
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent) as unfinished:
+        part = Path(unfinished, folder.name)
         form.save(model, part)
         module.save_beside(part)
         sizes = [sum(p.numel() for p in one.parameters()) for one in (module.target, model)]
         words = _card(module.name, condition, sizes, form.options, note, results)
         (part / "README.md").write_text(words, encoding="utf-8")
         part.rename(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     return folder
 
 
@@ -82,40 +84,28 @@ def chosen(conditions: Sequence[Condition], method: str, fraction: float | None,
     return found[0]
 
 
-def _edits(
-    module: Module, calibration: Calibration, choice: Choice, method: AblationMethod, condition: Condition
-) -> Any:
-    return SweepPhase(module, calibration, [method], [BASELINE], choice).edits_of(condition)
-
-
 def _card(
-    name: str, condition: Condition, sizes: list[int], options: Mapping[str, Any], note: str, results: Results | None
+    name: str, condition: Condition, sizes: list[int], options: Mapping[str, Any], note: str, results: Results
 ) -> str:
     """README.md of the folder."""
     before, after = sizes
-    facts = {} if results is None else results.facts
-    sites = facts.get("sites", ())
-    kinds = ", ".join(dict.fromkeys(str(site["kind"]) for site in sites)) or "sites"
+    data, chosen = results.facts.get("data", {}), results.facts.get("neurons", {})
+    kinds = ", ".join(dict.fromkeys(str(site["kind"]) for site in results.facts.get("sites", ()))) or "sites"
+    seed = "" if condition.seed is None else f" --seed {condition.seed}"
+    words = f"RUN OUT --method {condition.method} --fraction {condition.fraction:g}{seed}"
     lines = ["---", f"base_model: {name}", "tags: [pruned]", "---", "", f"# {Path(name).name}, smaller", ""]
     lines += [
         f"{name} without {100 * condition.fraction:g}% of the {kinds} neurons of each layer, `{condition.method}` of "
         f"lightning_ablate in their place, folded into the weights that stay: {after:,} of {before:,} parameters "
         f"({', '.join(f'{key} {value}' for key, value in options.items())}). {note}".rstrip(),
         "",
+        f"Neurons were chosen by `{chosen}`, seed {condition.seed}; calibrated on {data.get('name', 'data')} "
+        f"({data.get('calibration', {}).get('examples', '?')} examples). What the ablated model scored on "
+        f"{int(results.baseline['n']):,} positions, mean [95% interval over examples]"
+        f"{', with an intercept' if note else ''}:",
+        "",
+        _scores(results, condition),
     ]
-    if results is not None:
-        data = facts.get("data", {})
-        chosen = facts.get("neurons", {})
-        lines += [
-            f"Neurons were chosen by `{chosen}`, seed {condition.seed}; calibrated on {data.get('name', 'data')} "
-            f"({data.get('calibration', {}).get('examples', '?')} examples). What the ablated model scored on "
-            f"{int(results.baseline['n']):,} positions, mean [95% interval over examples]"
-            f"{', with an intercept' if note else ''}:",
-            "",
-            _scores(results, condition),
-        ]
-    seed = "" if condition.seed is None else f" --seed {condition.seed}"
-    words = f"RUN OUT --method {condition.method} --fraction {condition.fraction:g}{seed}"
     lines += ["", "Made from the run by", "", "```", f"python -m lightning_ablate.export {words}", "```", ""]
     lines += [", ".join(f"{package} {version}" for package, version in versions().items()), ""]
     return "\n".join(lines)
