@@ -156,10 +156,8 @@ class Ranked(Ordered):
         if self.by == "surgeon":
             order = statistics[Covariance].order(statistics.weight, site.width // self.units(site))
             return order if self.first == "lowest" else order.flip(0)
-        if self.by == "attribution":
-            values = self._attributed(site, statistics)
-        else:
-            values = self._values(statistics).cpu().view(self.units(site), -1).mean(1)
+        values = self._attributed(site, statistics) if self.by == "attribution" else self._values(statistics)
+        values = values.cpu().view(self.units(site), -1).mean(1)
         return values.argsort(stable=True, descending=self.first == "highest")
 
     def _values(self, statistics: SiteStatistics) -> Tensor:
@@ -175,7 +173,7 @@ class Ranked(Ordered):
         return values * statistics.weight.float().norm(dim=1).to(values) if weighted else values
 
     def _attributed(self, site: Site, statistics: SiteStatistics) -> Tensor:
-        """The estimates of the units, ``(units,)``; StatisticsError if there are none."""
+        """The estimates of heads, where units are made of such, or of neurons; StatisticsError if there are none."""
         known = statistics.attributed
         under = self.under or next(iter(known), "")
         if under not in known:
@@ -183,11 +181,9 @@ class Ranked(Ordered):
                 f"ranking by attribution needs that of {under or 'some method'} at {site.name}, there is "
                 f"{', '.join(known) or 'none'}: run `fit` with it (--ablation.attribute '[mean]')"
             )
-        estimates = known[under].cpu()[FOUND.index("estimate")]
-        heads = site.heads or 0
+        estimates, heads = known[under][FOUND.index("estimate")], site.heads or 0
         whole = self.unit != "neuron" and heads and heads % self.units(site) == 0
-        own = estimates[site.width : site.width + heads] if whole else estimates[: site.width]
-        return own.view(self.units(site), -1).mean(1)
+        return estimates[site.width : site.width + heads] if whole else estimates[: site.width]
 
 
 class EachHead(Choice):
@@ -206,10 +202,7 @@ class EachHead(Choice):
 
     def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:
         """The neurons of the one head."""
-        mask = torch.zeros(heads_of(site), dtype=torch.bool)
-        if selection.part == site.name and selection.head is not None:
-            mask[selection.head] = True
-        return mask.repeat_interleave(site.width // heads_of(site))
+        return Only(heads={selection.part: [selection.head or 0]}).mask(selection, site)
 
 
 class EachLayer(Choice):
@@ -254,7 +247,7 @@ class Only(Choice):
         label: str | None = None,
     ) -> None:
         self.heads, self.neurons = dict(heads or {}), dict(neurons or {})
-        if not any([*self.heads.values(), *self.neurons.values()]):
+        if not any(numbers for *_, numbers in self._given()):
             raise ConfigError(
                 "Only names no heads and no neurons, expected some: --ablation.neurons.heads '{SITE: [0]}'"
             )
@@ -263,15 +256,12 @@ class Only(Choice):
     def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
         """The one; SiteError if the target has no such site, head or neuron."""
         known = {site.name: site for site in sites}
-        for kind, given in (("head", self.heads), ("neuron", self.neurons)):
-            for name, numbers in given.items():
-                if name not in known:
-                    raise SiteError(f"Only names {name!r} (--ablation.neurons), expected one of {few(known)}")
-                count = heads_of(known[name]) if kind == "head" else known[name].width
-                if bad := [number for number in numbers if not 0 <= number < count]:
-                    raise SiteError(
-                        f"Only names {kind} {bad[0]} of {name} (--ablation.neurons), expected 0 to {count - 1}"
-                    )
+        for kind, name, numbers in self._given():
+            if name not in known:
+                raise SiteError(f"Only names {name!r} (--ablation.neurons), expected one of {few(known)}")
+            count = heads_of(known[name]) if kind == "head" else known[name].width
+            if bad := [number for number in numbers if not 0 <= number < count]:
+                raise SiteError(f"Only names {kind} {bad[0]} of {name} (--ablation.neurons), expected 0 to {count - 1}")
         return [Selection(1.0, None, self.label)]
 
     def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:
@@ -282,15 +272,16 @@ class Only(Choice):
         mask[list(self.neurons.get(site.name, ()))] = True
         return mask
 
+    def _given(self) -> list[tuple[str, str, Sequence[int]]]:
+        return [("head", *some) for some in self.heads.items()] + [("neuron", *some) for some in self.neurons.items()]
+
     def _listed(self) -> str:
-        given = [("head", name, numbers) for name, numbers in self.heads.items()]
-        given += [("neuron", name, numbers) for name, numbers in self.neurons.items()]
-        listed = [f"{name} {kind}{'s' * (len(which) > 1)} {', '.join(map(str, which))}" for kind, name, which in given]
+        listed = [f"{name} {kind}{'s' * (len(n) > 1)} {', '.join(map(str, n))}" for kind, name, n in self._given()]
         if len("; ".join(listed)) <= 80:
             return "; ".join(listed)
         counts = {"heads": sum(map(len, self.heads.values())), "neurons": sum(map(len, self.neurons.values()))}
         counted = " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
-        return f"{counted} of {len({name for _, name, _ in given})} sites"
+        return f"{counted} of {len({*self.heads, *self.neurons})} sites"
 
 
 def choice_of(given: Choice | None) -> Choice:
