@@ -124,3 +124,12 @@ def test_the_plan_says_how_many_passes_tuning_takes(tmp_path, capsys):
 def test_where_nothing_is_ablated_there_is_nothing_to_tune(tmp_path):
     with pytest.raises(ConfigError, match="conditional-tuned has nothing to tune"):
         fit(tmp_path, ConditionalTuned(**FEW), fractions=[0.0])
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_other_precisions_tune_in_float32(tmp_path, precision):
+    made = fit(tmp_path, ConditionalTuned(**FEW), precision=precision)
+    weights = [weights for sites in made.run.calibration.learned.values() for weights in sites.values()]
+    assert len(weights) == 4 and all(w.dtype == torch.float32 and bool(w.isfinite().all()) for w in weights)
+    before, after = made.run.held_out["conditional-tuned"]
+    assert after < before
