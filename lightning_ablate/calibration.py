@@ -21,7 +21,8 @@ class Calibration:
 
     Only what is complete enters it: statistics of whole epochs, merged over all processes. ``which`` are kinds of
     ``sites``, and patterns of their paths (see :func:`~lightning_ablate.sites.find_sites`); ``statistics`` are by site
-    and class; ``learned`` holds, by a method's name and site, the values it learned, ``(neurons,)`` float32;
+    and class; ``learned`` holds, by a method's name and site, the values it learned, float32: ``(neurons,)``, or those
+    of a condition, by its :meth:`~lightning_ablate.methods.ConditionalSequential.key`, ``(kept + 1, ablated)``;
     ``attributed`` what each unit is worth, see :func:`~lightning_ablate.attribution.table_of`.
     """
 

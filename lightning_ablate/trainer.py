@@ -114,10 +114,13 @@ def warn_if_shared(trainer: lightning.Trainer) -> None:
 def _shared(one: Any, other: Any) -> int:
     """How many examples two data sets share, as far as it is known without reading them."""
     (whole, indices), (same, others) = (
-        (data.dataset, data.indices) if isinstance(data, Subset) else (data, range(sized_len(data) or 0))
-        for data in (one, other)
+        (data.dataset, data.indices) if isinstance(data, Subset) else (data, None) for data in (one, other)
     )
-    return len(set(indices).intersection(others)) if whole is same else 0
+    if whole is not same:
+        return 0
+    if indices is None or others is None:
+        return min(sized_len(one) or 0, sized_len(other) or 0)
+    return len(set(map(int, indices)) & set(map(int, others)))
 
 
 def _is_dry(trainer: lightning.Trainer) -> bool:

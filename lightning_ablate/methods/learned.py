@@ -15,12 +15,12 @@ from lightning_ablate.statistics import ActivationStatistic, Covariance, Moments
 
 
 class LearnedMethod(AblationMethod):
-    """A method with one value a neuron that ``fit`` learns by gradient descent on the cross-entropy.
+    """A method with values that ``fit`` learns by gradient descent, by default one a neuron, on the cross-entropy.
 
     The target stays as it is. In the epochs behind the calibration the ablated target reads the calibration data, with
     neurons chosen anew for every example at a random fraction, so that one fit serves every fraction and seed. Values
     begin at the mean and move in units of each neuron's standard deviation. The method finds them by
-    ``statistics.learned(self.name)``, as a leaf of what it computes.
+    ``statistics.learned(self.name)``, as a leaf of what it computes. (:class:`ConditionalTuned` learns others.)
 
     Args:
         steps: of the optimizer, at least; the last epoch is completed.
@@ -114,7 +114,8 @@ class ConditionalTuned(LearnedMethod, ConditionalSequential):
 
     Slopes and intercepts of all sites move together, down the gradient of the KL divergence of the ablated target from
     the intact one on the calibration data (distillation, Hinton et al. 2015), so that nothing is learned of the text
-    that the target doesn't know. A step costs three forward passes a condition, and one of the intact target.
+    that the target doesn't know. A step costs three forward passes a condition, and one of the intact target, and all
+    conditions are tuned side by side: each holds five times kept × ablated float32 numbers a site on the device.
 
     Its options are those of :class:`ConditionalSequential` and of :class:`LearnedMethod`; ``lr`` is in standard
     deviations of the ablated neuron, for the intercept and the slopes of all kept neurons together.
@@ -145,4 +146,5 @@ class ConditionalTuned(LearnedMethod, ConditionalSequential):
         mean, sd = moments.mean.float(), moments.sd.float()
         delta = delta / len(delta) * sd[mask]
         slope = torch.where(sd > 0, 1 / sd, 0.0)[~mask, None] * delta[:-1]
-        return fitted + torch.cat([slope, (delta[-1] - mean[~mask] @ slope).unsqueeze(0) * self.centred])
+        intercept = delta[-1] - (mean[~mask, None] * slope).sum(0)  # a product that autocast leaves as it is
+        return fitted + torch.cat([slope, intercept.unsqueeze(0) * self.centred])

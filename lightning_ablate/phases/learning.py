@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from math import ceil, isfinite
+from math import ceil
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -172,17 +172,18 @@ class LearningPhase(Phase):
         self.taken = state["taken"]
 
     def _take_step(self) -> None:
-        positions, loss = self.module.summed(self._sums).tolist()
-        mean, finite = loss / max(positions, 1), isfinite(loss)
+        sums = self.module.summed(self._sums)
+        (positions, loss), finite = sums.tolist(), [sums.isfinite().all()]
+        mean = loss / max(positions, 1)
         for delta in self.deltas.values():
             gradient = cast(Tensor, delta.grad)
             gradient.copy_(self.module.summed(gradient.double()) * self.passes / max(positions, 1))
-            finite = finite and bool(gradient.isfinite().all())
+            finite.append(gradient.isfinite().all())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
         self._sums.zero_()
         self.taken += 1
-        if not finite:
+        if not bool(torch.stack(finite).all()):
             raise NonFiniteError(
                 f"{self.method.name}: the {self.loss} is {mean} after {self.taken} steps, or its gradient isn't "
                 "finite; lower the method's lr, or try another precision (--trainer.precision)"

@@ -29,7 +29,7 @@ class Run:
     target: str  # its fingerprint
     calibration: Calibration
     epochs: int = 0  # of calibration and learning, which are done
-    # by method that learned, nats on the examples that were held out, with the means and with the learned values
+    # by method that learned, nats on the examples that were held out, with what it began with and with what it learned
     held_out: dict[str, tuple[float, float] | None] = field(default_factory=dict)
     measured: list[list[Any]] = field(default_factory=list)  # of units alone, see attribution.table_of
     partial: list[str] = field(default_factory=list)  # why it doesn't cover all its data

@@ -1,6 +1,6 @@
 """Tuning: moves what was fitted by gradient descent, until the ablated target says what the intact one does."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,8 @@ from lightning_ablate.statistics import Moments
 class TuningPhase(LearningPhase):
     """Learns, for every condition of a sweep, what :class:`~lightning_ablate.methods.ConditionalTuned` puts in place.
 
-    Behind the :class:`FittingPhase`, where it begins. A batch is read by the intact target once, and by each condition.
+    It begins with what the :class:`FittingPhase` has fitted, also to the batches that are held out here. The intact
+    target reads a batch once, and each condition does.
     """
 
     doing, loss = "Tuning", "KL divergence"
@@ -64,7 +65,10 @@ class TuningPhase(LearningPhase):
             intact = self.module.evaluate(batch).logits.float().log_softmax(1)
         for key, masks in self._masks.items():
             edits = {s: Edit(m, self.method.unpacked(self.value((key, s), moved), m)) for s, m in masks.items()}
-            with hooked(self.module.target, edits, once=True):
-                scored = self.module.evaluate(batch)
-            apart = intact - scored.logits.float().log_softmax(1)
-            yield summed(torch.where(intact > -torch.inf, intact.exp() * apart, 0.0).sum(1), scored.example)
+            yield self._divergence(batch, edits, intact)
+
+    def _divergence(self, batch: Any, edits: Mapping[Site, Edit], intact: Tensor) -> Tensor:
+        with hooked(self.module.target, edits, once=True):
+            scored = self.module.evaluate(batch)
+        apart = intact - scored.logits.float().log_softmax(1)
+        return summed(torch.where(intact > -torch.inf, intact.exp() * apart, 0.0).sum(1), scored.example)

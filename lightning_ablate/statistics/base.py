@@ -40,7 +40,7 @@ class SiteStatistics:
         return found
 
     def learned(self, method: str) -> Tensor:
-        """The values that a method learned, ``(neurons,)`` float32; StatisticsError if it did not."""
+        """The values that a method learned, float32, see :class:`Calibration`; StatisticsError if it did not."""
         if method not in self._learned:
             raise StatisticsError(
                 f"needs the values it learns for the site {self.site}, which it did not: run `fit` with this method, "
