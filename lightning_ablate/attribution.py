@@ -125,14 +125,10 @@ def orders(moved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     by ``1 / (1 + that / BOUND)``: a square goes on growing where the loss levels off, by the normalisations and the
     softmax behind a site, and a few positions, above all those that begin a text, would outweigh all others.
     """
-    first, drawn = moved[0], moved[1:]
-    weight = 1 / (1 + drawn.square().mean(0) / (2 * BOUND))
-    found = []
-    for one in (1.0, weight):
-        linear = (first * one).sum(1, dtype=torch.float64)
-        found.append((linear, 0.5 * (drawn * one).sum(2, dtype=torch.float64).square().mean(0)))
-    (linear, square), kept = found
-    return linear, square, kept[0] + kept[1]
+    weight = 1 / (1 + moved[1:].square().mean(0) / (2 * BOUND))
+    sums = (one.sum(2, dtype=torch.float64) for one in (moved, moved * weight))
+    (first, second), bounded = ((one[0], 0.5 * one[1:].square().mean(0)) for one in sums)
+    return first, second, bounded[0] + bounded[1]
 
 
 class Unit(NamedTuple):
@@ -183,15 +179,9 @@ def table_of(attributed: Mapping[str, Mapping[Site, Tensor]], measured: Sequence
     table = table.merge(pd.DataFrame(list(measured), columns=columns), how="left", on=_KEYS)
     for _, own in table.groupby(GROUP, sort=False):
         rows = own.dropna(subset="verified")
-        scale = float(scale_of(*_columns(rows), represented(rows, len(own))))
+        scale = float(scale_of(*_weighed(rows, len(own))))
         table.loc[own.index, "calibrated"] = own["first"] + scale * (own["estimate"] - own["first"])
     return table
-
-
-def represented(measured: pd.DataFrame, whole: int) -> np.ndarray:
-    """How many of ``whole`` units each measured one stands for: the largest for themselves, the others for the rest."""
-    largest = (measured["picked"] == "largest").to_numpy()
-    return np.where(largest, 1.0, (whole - largest.sum()) / max(1, (~largest).sum()))
 
 
 def scale_of(first: np.ndarray, estimate: np.ndarray, verified: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -206,10 +196,14 @@ def scale_of(first: np.ndarray, estimate: np.ndarray, verified: np.ndarray, weig
     return np.divide(missing, second, out=np.full_like(second, np.nan), where=told).clip(0)
 
 
-def _columns(measured: pd.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """First order, estimate and truth, each ``(measured,)``."""
-    first, estimate, verified = measured[["first", "estimate", "verified"]].to_numpy().T
-    return first, estimate, verified
+def _weighed(measured: pd.DataFrame, whole: int) -> tuple[np.ndarray, ...]:
+    """First order, estimate, truth and weights, each ``(measured,)``.
+
+    A weight is how many of ``whole`` units one stands for: the largest for themselves, the others for the rest.
+    """
+    largest = (measured["picked"] == "largest").to_numpy()
+    weights = np.where(largest, 1.0, (whole - largest.sum()) / max(1, (~largest).sum()))
+    return *measured[["first", "estimate", "verified"]].to_numpy().T, weights
 
 
 def picked(frame: pd.DataFrame, count: int, seed: int = 0) -> pd.DataFrame:
@@ -241,20 +235,18 @@ def trust(frame: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
         own = every.dropna(subset="verified")
         if len(own) < 3:
             continue
-        first, estimate, true = _columns(own)
-        largest, weights = (own["picked"] == "largest").to_numpy(), represented(own, len(every))
-        draw = np.random.default_rng(0)
-        again = draw.integers(len(own), size=(draws, len(own)))
-        others = np.flatnonzero(~largest)  # the largest are there in any sample
-        drawn = others[draw.integers(max(1, len(others)), size=(draws, len(others)))]
-        stratified = np.hstack([np.tile(np.flatnonzero(largest), (draws, 1)), drawn])
+        weighed = _weighed(own, len(every))
+        _, estimate, true, weights = weighed
+        largest, draw = (own["picked"] == "largest").to_numpy(), np.random.default_rng(0)
+        again = np.tile(np.arange(len(own)), (1 + draws, 1))  # the units themselves, and behind them the samples
+        stratified, others = again.copy(), np.flatnonzero(~largest)  # the largest are there in any sample
+        again[1:] = draw.integers(len(own), size=(draws, len(own)))
+        stratified[1:, others] = others[draw.integers(max(1, len(others)), size=(draws, len(others)))]
         row: dict[str, Any] = {**dict(zip(GROUP, group, strict=True)), "units": len(own)}
         for name, measure in (("pearson", _pearson), ("spearman", _spearman), ("slope", _slope), ("scale", scale_of)):
-            scaled = measure is scale_of
-            given, rows_of = ((first, estimate, true, weights), stratified) if scaled else ((estimate, true), again)
-            row[name] = measure(*(values[None] for values in given))[0]
+            given, samples = (weighed, stratified) if name == "scale" else ((estimate, true), again)
             with np.errstate(all="ignore"):
-                sampled = measure(*(values[rows_of] for values in given))
+                row[name], *sampled = measure(*(values[samples] for values in given))
             ends = [np.nan] * 2 if np.isnan(row[name]) else np.nanpercentile(sampled, [2.5, 97.5])
             row[f"{name}_low"], row[f"{name}_high"] = ends
         row["recall"] = _recall(true, largest, weights)
@@ -271,16 +263,13 @@ def _recall(true: np.ndarray, largest: np.ndarray, weights: np.ndarray) -> float
 
 def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
-    with np.errstate(all="ignore"):
-        return (x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1))
+    return (x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1))
 
 
 def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    ranks = [pd.DataFrame(values).rank(axis=1).to_numpy() for values in (x, y)]
-    return _pearson(*ranks)
+    return _pearson(*(pd.DataFrame(values).rank(axis=1).to_numpy() for values in (x, y)))
 
 
 def _slope(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
-    with np.errstate(all="ignore"):
-        return (x * y).sum(1) / (x * x).sum(1)
+    return (x * y).sum(1) / (x * x).sum(1)
