@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -129,18 +129,6 @@ def orders(moved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     sums = (one.sum(2, dtype=torch.float64) for one in (moved, moved * weight))
     (first, second), bounded = ((one[0], 0.5 * one[1:].square().mean(0)) for one in sums)
     return first, second, bounded[0] + bounded[1]
-
-
-class Unit(NamedTuple):
-    """One neuron, head or site."""
-
-    site: str
-    level: str
-    unit: int
-
-    def __str__(self) -> str:
-        """As tables name it."""
-        return self.site if self.level == "site" else f"{self.site} {self.level} {self.unit}"
 
 
 def per_position(sums: Tensor, n: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from torch import Tensor
 from lightning_ablate.attribution import (
     SUMS,
     Attributing,
-    Unit,
     cotangents,
     levels_of,
     orders,
@@ -140,13 +139,11 @@ class VerificationPhase(SweepPhase):
 
     def __init__(self, module: Module, run: Run, options: Attributing, examples: int) -> None:
         self.rows, methods = picked(table_of(run.calibration.attributed), options.verify), options.methods
-        units = [Unit(*row) for row in self.rows[["site", "level", "unit"]].itertuples(index=False)]
-        self.units = {str(unit): unit for unit in units}
         seeds = {method.name: options.seed if method.seeded else None for method in methods}
-        pairs = list(zip(self.rows["method"], units, strict=True))
-        conditions = [BASELINE, *(Condition(1.0, seeds[m], str(unit), method=m) for m, unit in pairs)]
-        self.options, self._run = options, run
-        super().__init__(module, run.calibration, methods, conditions, examples=[examples])
+        units = list(self.rows.itertuples())
+        alone = [Condition(1.0, seeds[u.method], f"{u.site} {u.level} {u.unit}", method=u.method) for u in units]
+        self.options, self._run, self._units = options, run, dict(zip(alone, units, strict=True))
+        super().__init__(module, run.calibration, methods, [BASELINE, *alone], examples=[examples])
 
     def step(self, batch: Any, batch_idx: int) -> None:
         """Evaluates every condition on one batch of those that were attributed."""
@@ -169,7 +166,7 @@ class VerificationPhase(SweepPhase):
 
     def masks_of(self, condition: Condition) -> dict[Site, Tensor]:
         """The neurons of the one unit."""
-        unit = self.units[condition.part]
+        unit = self._units[condition]
         site = next(site for site in self._run.calibration.sites if site.name == unit.site)
         mask = torch.zeros(site.width, dtype=torch.bool)
         mask.view(-1, levels_of(site)[unit.level])[unit.unit] = True
