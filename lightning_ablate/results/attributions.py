@@ -45,27 +45,22 @@ def lines(table: pd.DataFrame) -> str:
 def wide(table: pd.DataFrame, level: str) -> pd.DataFrame:
     """The units of a level, a row each, with columns like ``mean_estimate`` of every method."""
     own = table[table["level"] == level].rename(columns={"unit": level})
-    methods = own["method"].unique()
     names = [name for name in _COLUMNS if name in own]
-    frames = [
-        own[own["method"] == method].set_index(["site", level])[names].add_prefix(f"{method}_") for method in methods
-    ]
-    return pd.concat(frames, axis=1).reset_index()
+    by_method = own.set_index(["site", level]).groupby("method", sort=False)[names]
+    return pd.concat([of.add_prefix(f"{method}_") for method, of in by_method], axis=1).reset_index()
 
 
-def save(table: pd.DataFrame, folder: Path, forms: Sequence[str]) -> list[Path]:
+def save(table: pd.DataFrame, folder: Path, forms: Sequence[str]) -> None:
     """Adds columns to neurons.parquet, and writes heads.parquet and the figure."""
-    neurons, made = folder / "neurons.parquet", [folder / f"attribution.{form}" for form in forms]
+    neurons = folder / "neurons.parquet"
     known = pd.read_parquet(neurons)
     found = wide(table, "neuron").astype({"site": known["site"].dtype})
     known = known[[name for name in known if name not in found or name in ("site", "neuron")]]
     write_whole(neurons, known.merge(found, how="left", on=["site", "neuron"]).to_parquet(index=False))
     if (table["level"] == "head").any():
         write_whole(folder / "heads.parquet", wide(table, "head").to_parquet(index=False))
-        made.insert(0, folder / "heads.parquet")
     for form in forms:
         write_whole(folder / f"attribution.{form}", drawn(lambda: plot(table), form))
-    return made
 
 
 def plot(table: pd.DataFrame) -> Figure:

@@ -2,11 +2,12 @@
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _PACKAGES = "lightning-ablate lightning torch torchmetrics transformers timm datasets numpy pandas pyarrow"
+_KEPT = ("results.csv", "ablation.ckpt", "config.yaml", "unfinished/progress.pt")  # by which a run is known
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -23,14 +24,10 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise
 
 
-def fresh_folder(
-    folder: Path,
-    names: Sequence[str] = ("results.csv", "ablation.ckpt", "config.yaml", "unfinished/progress.pt"),
-    unless: Callable[[Path], bool] = lambda candidate: False,
-) -> Path:
+def fresh_folder(folder: Path, unless: Callable[[Path], bool] = lambda candidate: False) -> Path:
     """The folder, or its first ``run-2``, ``run-3`` ... that holds no earlier run's files, or ``unless`` holds."""
     candidate, number = folder, 1
-    while not unless(candidate) and any((candidate / name).exists() for name in names):
+    while not unless(candidate) and any((candidate / name).exists() for name in _KEPT):
         number += 1
         candidate = folder / f"run-{number}"
     return candidate
