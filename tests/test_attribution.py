@@ -377,7 +377,7 @@ def test_examples_that_are_not_those_of_the_batch_are_told(tmp_path):
         tiny.fit(tmp_path, Named(tiny.gpt2()), DataLoader(rows[::-1], batch_size=2), DataLoader(rows), callback)
 
 
-@pytest.mark.filterwarnings("ignore:.*what was learned is worse than the mean")  # in a step
+@pytest.mark.filterwarnings("ignore:.*what was learned is worse")  # in a step
 def test_what_is_learned_waits_for_the_ranks_or_is_attributed_itself(tmp_path):
     learned = Optimal(steps=1, examples=2)
     for number, (attribute, neurons) in enumerate(((["zero"], Ranked("attribution")), ([learned], None))):

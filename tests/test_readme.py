@@ -64,6 +64,7 @@ def stand_ins(tmp_path_factory):
     return folder, {"facebook/opt-125m": opt}
 
 
+@pytest.mark.filterwarnings("ignore:.*what was learned is worse")  # in two steps
 @pytest.mark.parametrize("command", runnable())
 def test_command_runs(command, stand_ins, monkeypatch, capfd):
     """The first one and those that start processes in a process of their own, the others in this one."""
