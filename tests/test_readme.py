@@ -61,10 +61,11 @@ def stand_ins(tmp_path_factory):
     (folder / "configs").symlink_to(ROOT / "configs")
     tiny.gpt2().save_pretrained(folder / "gpt2")
     words_tokenizer().save_pretrained(folder / "gpt2")
-    return folder, {"facebook/opt-125m": opt}
+    tuned = "{class_path: ConditionalTuned, init_args: {steps: 2, lr: 0.01}}"  # as the export's own process reads it
+    words = "[conditional-sequential, conditional-tuned]"
+    return folder, {"facebook/opt-125m": opt, words: words.replace("conditional-tuned", tuned)}
 
 
-@pytest.mark.filterwarnings("ignore:.*what was learned is worse")  # in two steps
 @pytest.mark.parametrize("command", runnable())
 def test_command_runs(command, stand_ins, monkeypatch, capfd):
     """The first one and those that start processes in a process of their own, the others in this one."""

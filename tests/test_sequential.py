@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from lightning_ablate import AblationCallback, ConditionalSequential, Random, ablated
-from lightning_ablate.calibration import digest
 from lightning_ablate.conditions import Selection
 from lightning_ablate.errors import ConfigError, SiteError, StatisticsError
 from lightning_ablate.phases import SweepPhase, fitting
-from lightning_ablate.phases.sweep import masks_of
+from lightning_ablate.phases.sweep import digest_of, masks_of
 from tests import reference, tiny
 
 RIDGE = 1e-10
@@ -74,7 +73,7 @@ def test_each_site_is_regressed_with_all_before_it_ablated(tmp_path, make, batch
     for fraction in (0.5, 1.0):
         expected, edits = plainly(module.target, batch, calibration.sites, fraction, intact)
         condition = next(c for c in done._conditions() if c.fraction == fraction)
-        masks = digest({s.name: mask for s, mask in masks_of(condition, done.neurons, calibration).items()})
+        masks = digest_of(masks_of(condition, done.neurons, calibration))
         for site in calibration.sites:
             learned = calibration.learned[done.methods[0].key(masks)][site]
             mask, weights = edits[site.name]

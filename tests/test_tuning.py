@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lightning_ablate import AblationCallback, ConditionalSequential, ConditionalTuned
-from lightning_ablate.calibration import digest
 from lightning_ablate.errors import ConfigError, StatisticsError
-from lightning_ablate.phases.sweep import masks_of
+from lightning_ablate.phases.fitting import FittingPhase
+from lightning_ablate.phases.sweep import digest_of, masks_of
 from tests import reference, tiny
 
 PATHS = [f"transformer.h.{n}.attn.c_proj" for n in range(2)]
@@ -31,7 +31,7 @@ def fit(folder, *methods, fractions=(0.5, 1.0), train=None, **options):
 def weights_of(made, condition, method):
     """The masks of a condition, and what a method put in place, of each site."""
     masks = masks_of(condition, made.neurons, made.run.calibration)
-    found = made.run.calibration.learned[method.key(digest({s.name: mask for s, mask in masks.items()}))]
+    found = made.run.calibration.learned[method.key(digest_of(masks))]
     return list(masks.values()), [weights.double() for weights in found.values()]
 
 
@@ -97,7 +97,7 @@ def test_it_comes_nearer_to_the_intact_target_and_leaves_it_to_the_bit(tmp_path)
     assert reference.hooks(module.target) == 0
 
 
-def test_a_killed_run_and_validate_need_no_new_fit_but_another_ridge_does(tmp_path):
+def test_a_killed_run_and_validate_need_no_new_fit_but_other_options_do(tmp_path):
     method = ConditionalTuned(**FEW)
     whole = fit(tmp_path, method, dirpath=tmp_path / "whole")
     for epoch, batch in ((1, 1), (2, 3), (3, 0)):  # of the fit, and of tuning
@@ -109,16 +109,31 @@ def test_a_killed_run_and_validate_need_no_new_fit_but_another_ridge_does(tmp_pa
     checkpoint = tmp_path / "whole" / "ablation.ckpt"
     swept = AblationCallback([method], [0.5, 1.0], [1])
     assert tiny.validate(tmp_path, checkpoint, swept).table.equals(whole.results.table)
-    other = AblationCallback([ConditionalTuned(**FEW | {"ridge": 0.1})], [0.5, 1.0], [1])
-    with pytest.raises(StatisticsError, match=r"conditional-tuned.*needs the values it learns.*run `fit`"):
-        tiny.validate(tmp_path, checkpoint, other)
+    for option in ({"ridge": 0.1}, {"steps": 5}, {"lr": 0.1}, {"examples": 8}):
+        other = AblationCallback([ConditionalTuned(**FEW | option)], [0.5, 1.0], [1])
+        with pytest.raises(StatisticsError, match=r"conditional-tuned.*needs the values it learns.*run `fit`"):
+            tiny.validate(tmp_path, checkpoint, other)
 
 
 def test_the_plan_says_how_many_passes_tuning_takes(tmp_path, capsys):
-    fit(tmp_path, ConditionalTuned(**FEW), ConditionalSequential(1e-2, intact=True))
-    # of 6 batches: calibration; a fit of 2 conditions; 2 epochs of tuning, of 2 steps each; 2 fits of 2 passes
-    calibrating, swept = 6 * (1 + 2 + 2 * (1 + 2 * 3) + 2 * 2), 3 * 5
-    assert f"plan: 5 conditions, {calibrating + swept} forward passes, about " in capsys.readouterr().out
+    others = ConditionalSequential(1e-2, intact=True, name="intact"), ConditionalSequential(1e-2)
+    fit(tmp_path, *others, ConditionalTuned(**FEW))
+    # of 6 batches: calibration; 2 fits of 2 passes; 2 fits, which serve both; 2 epochs of tuning, of 2 steps each
+    calibrating, swept = 6 * (1 + 2 * 2 + 2 + 2 * (1 + 2 * 3)), 3 * 7
+    assert f"plan: 7 conditions, {calibrating + swept} forward passes, about " in capsys.readouterr().out
+
+
+def test_a_fit_that_is_there_serves_tuning_as_well(tmp_path, monkeypatch):
+    alone = fit(tmp_path / "alone", ConditionalTuned(**FEW))
+    fitted = []
+    monkeypatch.setattr(FittingPhase, "_fitted", lambda *given, of=FittingPhase._fitted: fitted.append(1) or of(*given))
+    both = fit(tmp_path / "both", ConditionalSequential(1e-2), ConditionalTuned(**FEW))
+    assert len(fitted) == 2  # of two conditions each
+    own = ["fraction", "cross_entropy", "kl"]
+    tables = [made.results.table.query("method == 'conditional-tuned'")[own].values.tolist() for made in (alone, both)]
+    assert tables[0] == tables[1]
+    sequential = both.results.table.query("method == 'conditional-sequential'")[own].values.tolist()
+    assert sequential != tables[1]
 
 
 def test_where_nothing_is_ablated_there_is_nothing_to_tune(tmp_path):

@@ -148,6 +148,10 @@ class ConditionalSequential(ConditionalMean):
         """The name under which a calibration holds what was fitted for the masks of this digest."""
         return f"{self.name} {self.ridge} {self.centred} {self.intact} {masks}"
 
+    def same(self, masks: str) -> str:
+        """The name under which the same regression may be there already, fitted for another method."""
+        return self.key(masks)
+
     def regressed(self, ablation: Ablation, mean: Tensor) -> Affine:
         """The regression, from statistics of what the ablated neurons should be, and of the kept ones as they are.
 

@@ -137,6 +137,14 @@ class ConditionalTuned(LearnedMethod, ConditionalSequential):
         ConditionalSequential.__init__(self, ridge, intact, centred=centred)
         LearnedMethod.__init__(self, steps, lr, examples, name)
 
+    def key(self, masks: str) -> str:
+        """See :meth:`ConditionalSequential.key`."""
+        return f"{super().key(masks)} {self.steps} {self.lr} {self.examples}"
+
+    def same(self, masks: str) -> str:
+        """That of a :class:`ConditionalSequential` with these options. Override it if the regression is another one."""
+        return ConditionalSequential(self.ridge, self.intact, centred=self.centred).key(masks)
+
     def moved(self, fitted: Tensor, mask: Tensor, moments: Moments, delta: Tensor) -> Tensor:
         """A regression as it is fitted, ``(kept + 1, ablated)`` float32, changed by ``delta`` of this shape.
 

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lightning_ablate.calibration import digest
 from lightning_ablate.choices import Choice
 from lightning_ablate.conditions import Condition
 from lightning_ablate.errors import ConfigError, SiteError
 from lightning_ablate.methods import Ablation, ConditionalSequential, Edit
 from lightning_ablate.phases.phase import Module, Phase
 from lightning_ablate.phases.resume import Run
-from lightning_ablate.phases.sweep import masks_of
+from lightning_ablate.phases.sweep import digest_of, masks_of
 from lightning_ablate.sites import Site, hooked
 from lightning_ablate.statistics import Covariance, Moments, SiteStatistics
 
@@ -62,9 +61,12 @@ class FittingPhase(Phase):
             with torch.no_grad():
                 for condition in tqdm(self._conditions, self.title, leave=False, disable=silent):
                     masks = masks_of(condition, self._choice, self._run.calibration)
-                    found = self._fitted(condition, {s: m.to(device) for s, m in masks.items() if bool(m.any())})
-                    key = self.method.key(digest({site.name: mask for site, mask in masks.items()}))
-                    learned[key] = {site: found.get(site, torch.zeros(1, 0, device=device)) for site in sites}
+                    which = digest_of(masks)
+                    known = learned.get(self.method.same(which))
+                    if known is None:
+                        found = self._fitted(condition, {s: m.to(device) for s, m in masks.items() if bool(m.any())})
+                        known = {site: found.get(site, torch.zeros(1, 0, device=device)) for site in sites}
+                    learned[self.method.key(which)] = dict(known)
             self._batches.clear()
 
     def _fitted(self, condition: Condition, masks: Mapping[Site, Tensor]) -> dict[Site, Tensor]:

@@ -56,10 +56,12 @@ def schedule(
     learned = [method for method in methods if isinstance(method, LearnedMethod)]
     waits = bool({method.name for method in learned} & {method.name for method in attributing.methods})
     found += [] if waits else _attributing(attributing, examples)
+    fits = set[str]()
     for method in methods:
         if isinstance(method, ConditionalSequential):
             fit = partial(FittingPhase, method=method, choice=choice, conditions=conditions)
-            found.append(Epoch(0, fit, 0.0, 1.0 + method.intact, method.name))
+            found.append(Epoch(0, fit, 0.0, 0.0 if method.same("") in fits else 1.0 + method.intact, method.name))
+            fits.add(method.key(""))
         if not isinstance(method, LearnedMethod):
             continue
         if batches == float("inf"):

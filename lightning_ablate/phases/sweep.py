@@ -132,7 +132,7 @@ class SweepPhase(Phase):
         """What a condition does to each site; those it leaves alone are left out."""
         edits: dict[Site, Edit] = {}
         masks = {} if condition == BASELINE else self.masks_of(condition)
-        whole = digest({site.name: mask for site, mask in masks.items()})
+        whole = digest_of(masks)
         for site, mask in masks.items():
             if not bool(mask.any()):
                 continue
@@ -185,6 +185,11 @@ def masks_of(condition: Selection, choice: Choice, calibration: Calibration) -> 
     for site, mask in masks.items():
         check_mask(mask, site, type(choice).__name__)
     return masks
+
+
+def digest_of(masks: Mapping[Site, Tensor]) -> str:
+    """What tells the masks of all sites, which are on the CPU, from others: hexadecimal."""
+    return digest({site.name: mask for site, mask in masks.items()})
 
 
 def read_source(module: Module, sites: Iterable[Site], kind: str, seed: int, batch: Any) -> dict[Site, Source]:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ablate.calibration import digest
 from lightning_ablate.choices import Choice
 from lightning_ablate.conditions import Condition
 from lightning_ablate.errors import ConfigError
@@ -15,7 +14,7 @@ from lightning_ablate.methods import ConditionalTuned, Edit
 from lightning_ablate.phases.learning import Begun, Course, LearningPhase, summed
 from lightning_ablate.phases.phase import Module
 from lightning_ablate.phases.resume import Run
-from lightning_ablate.phases.sweep import masks_of
+from lightning_ablate.phases.sweep import digest_of, masks_of
 from lightning_ablate.sites import Site, hooked
 from lightning_ablate.statistics import Moments
 
@@ -42,8 +41,9 @@ class TuningPhase(LearningPhase):
         self._masks = dict[str, dict[Site, Tensor]]()
         for condition in (one for one in conditions() if one.method == method.name):
             masks = masks_of(condition, choice, run.calibration)
-            key = method.key(digest({site.name: mask for site, mask in masks.items()}))
-            self._masks[key] = {site: mask.to(module.device) for site, mask in masks.items() if bool(mask.any())}
+            self._masks[method.key(digest_of(masks))] = {
+                site: mask.to(module.device) for site, mask in masks.items() if bool(mask.any())
+            }
         if not self._masks:
             raise ConfigError(f"{method.name} has nothing to tune, as no neuron is ablated (--ablation.fractions)")
         self.passes = len(self._masks)

@@ -62,6 +62,7 @@ def _ridges(results: "Results") -> list[str]:
     """What was chosen for the methods that let it be chosen."""
     chosen = [ridge for by_site in (results.facts.get("ridges") or {}).values() for ridge in by_site.values()]
     methods = results.facts.get("methods") or ()
+    # those that are fitted for a condition, `intact` or not, choose one there
     whose = [m["name"] for m in methods if m.get("ridge", 0) is None and "intact" not in m]
     if not (chosen and whose):
         return []
