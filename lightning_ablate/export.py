@@ -60,7 +60,7 @@ def export(
         form, model = shrunk(module.target, edits(uncentred))
         note = f"Fitted without an intercept (`centred: false`), as {form.name} has no bias to take one."
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder.parent) as unfinished:
+    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as unfinished:
         part = Path(unfinished, folder.name)
         form.save(model, part)
         module.save_beside(part)
