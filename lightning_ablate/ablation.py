@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ablate.calibration import Calibration
-from lightning_ablate.errors import ConfigError, SiteError
+from lightning_ablate.errors import ConfigError, SiteError, few
 from lightning_ablate.methods import Ablation, AblationMethod, Edit, method_of
-from lightning_ablate.sites import Site, check_mask, hooked
+from lightning_ablate.sites import Site, check_mask, given_for, hooked
 from lightning_ablate.sites.dataflow import features
 from lightning_ablate.statistics import SiteStatistics
 
@@ -26,12 +26,14 @@ def ablated(
     Args:
         target: the model; it is left as it was, whatever happens.
         masks: by path of a site's projection (``h.3.attn.c_proj``) which of its neurons are ablated whenever it runs,
-            or by name of a calibration's site: bool ``(neurons,)``.
+            or by name of a calibration's site (``path#1``, the second use of a module that runs several times), which
+            goes before the path: bool ``(neurons,)``.
         method: what takes their place, or its name.
         calibration: the statistics that the method needs (see :meth:`Calibration.load`), or StatisticsError.
 
     Raises:
-        SiteError: if a path names no projection, or a mask doesn't fit it.
+        SiteError: if a path names no projection, or a mask doesn't fit it; at the end, if a projection never ran
+            inside, or gradient checkpointing will recompute it behind the block.
         ConfigError: if the method depends on which examples and positions are run, which only a sweep knows.
     """
     chosen, calibration = method_of(method), calibration or Calibration()
@@ -42,18 +44,26 @@ def ablated(
             "method that goes by the activations alone"
         )
     widths = {name: features(module) for name, module in target.named_modules()}
-    known = {name: Site(name, width) for name, width in widths.items() if width is not None}
-    known |= {site.name: site for site in calibration.sites}
-    for path, given in masks.items():
-        if path not in known:
-            raise SiteError(
-                f"the target has no projection {path!r}; a site is named by the path of a linear module, and of one "
-                "that runs several times, each use (#1) by a calibration that knows it"
-            )
-        site, mask = known[path], torch.as_tensor(given)
+    located = {site.path for site in calibration.sites}
+    known = [Site(name, width) for name, width in widths.items() if width is not None and name not in located]
+    known += calibration.sites
+    if strange := set(masks) - {name for site in known for name in (site.name, site.path)}:
+        raise SiteError(
+            f"the target has no projection {min(strange)!r}; a site is named by the path of a linear module, and each "
+            "use of one that runs several times (path#1) by a calibration that knows it"
+        )
+    for site in known:
+        if (given := given_for(site, masks)) is None:
+            continue
+        mask = torch.as_tensor(given)
         check_mask(mask, site, "ablated()")
         mask = mask.to(next(target.parameters()).device)
-        statistics = calibration[site] if site in calibration.statistics else SiteStatistics(path, {})
+        statistics = calibration[site] if site in calibration.statistics else SiteStatistics(site.name, {})
         edits[site] = Edit(mask, chosen.prepare(Ablation(site, mask, statistics, None)))
-    with hooked(target, edits):
+    with hooked(target, edits) as ran:
         yield
+    if passed_by := [site.name for site in edits if ran[site.path] <= site.use]:
+        raise SiteError(
+            f"{few(passed_by)} never ran inside, so nothing was ablated there: run the target in the block, and not by "
+            "a fused implementation, a traced copy or bare weights that pass its modules by"
+        )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_ablate.conditions import Selection
 from lightning_ablate.errors import ConfigError, SiteError, StatisticsError, few
-from lightning_ablate.sites import Site, heads_of
+from lightning_ablate.sites import Site, given_for, heads_of
 from lightning_ablate.statistics import FOUND, ActivationStatistic, Covariance, Histogram, Moments, SiteStatistics
 
 Unit = Literal["neuron", "head"]
@@ -228,8 +228,8 @@ class Only(Choice):
     """Exactly the given heads and neurons, together (ConfigError if there are none). Fractions and seeds play no part.
 
     Args:
-        heads: by name of a site, which of its heads go.
-        neurons: by name of a site, which of its neurons go.
+        heads: by name of a site, or by path of a module for all its uses, which of its heads go.
+        neurons: likewise, which of its neurons go.
         label: what results call them, in the column ``part``; by default their sites and numbers.
 
     Example:
@@ -255,10 +255,11 @@ class Only(Choice):
 
     def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
         """The one; SiteError if the target has no such site, head or neuron."""
-        known = {site.name: site for site in sites}
+        known = {name: site for site in sites for name in (site.path, site.name)}
         for kind, name, numbers in self._given():
             if name not in known:
-                raise SiteError(f"Only names {name!r} (--ablation.neurons), expected one of {few(known)}")
+                names = few(site.name for site in sites)
+                raise SiteError(f"Only names {name!r} (--ablation.neurons), expected one of {names}")
             count = heads_of(known[name]) if kind == "head" else known[name].width
             if bad := [number for number in numbers if not 0 <= number < count]:
                 raise SiteError(f"Only names {kind} {bad[0]} of {name} (--ablation.neurons), expected 0 to {count - 1}")
@@ -267,9 +268,9 @@ class Only(Choice):
     def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:
         """Those of the site."""
         mask = torch.zeros(site.width, dtype=torch.bool)
-        if site.name in self.heads:
-            mask.view(heads_of(site), -1)[list(self.heads[site.name])] = True
-        mask[list(self.neurons.get(site.name, ()))] = True
+        if heads := given_for(site, self.heads):
+            mask.view(heads_of(site), -1)[list(heads)] = True
+        mask[list(given_for(site, self.neurons) or ())] = True
         return mask
 
     def _given(self) -> list[tuple[str, str, Sequence[int]]]:

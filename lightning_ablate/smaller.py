@@ -148,8 +148,6 @@ class Form:
     def save(self, model: nn.Module, folder: Path) -> None:
         """Writes the model, so that its library loads it by the name of the folder."""
         made = cast(Any, model)
-        if hasattr(made.config, "use_cache"):
-            made.config.use_cache = True  # which a module turns off
         if getattr(self.target, "generation_config", None) is not None:
             made.generation_config = self.target.generation_config
         made.save_pretrained(folder)
@@ -283,7 +281,16 @@ def _check_same(target: nn.Module, edits: Mapping[Site, Edit], model: nn.Module,
     with torch.no_grad(), suppress(Exception):  # what a model raises whose parts don't fit one another
         off = float((expected - _said(model(**probe)))[real].abs().max())
     if not off <= 1e-4 * max(1.0, most):
+        fresh, why = dict(model.named_buffers()), "its weights lie in another way, or its heads differ by layer"
+        if other := [
+            n for n, b in target.named_buffers() if n in fresh and b.shape == fresh[n].shape and _apart(b, fresh[n])
+        ]:
+            why = f"{few(other)} aren't as the class makes them, as a .to(bfloat16) rounds them: load it in its dtype"
         raise SiteError(
             f"the smaller {form.name} doesn't compute what the ablated one does (logits are off by {off:.2g} of "
-            f"{most:.2g}): its weights lie in another way, or its heads differ from layer to layer where they mustn't"
+            f"{most:.2g}): {why}"
         )
+
+
+def _apart(one: Tensor, other: Tensor) -> bool:
+    return not torch.equal(one.cpu().float(), other.float())

@@ -61,7 +61,8 @@ def scored(model: nn.Module, batch: dict) -> tuple[Tensor, Tensor]:
         return logits, batch["label"]
     if "labels" in batch:
         return logits[batch["labels"] != -100], batch["labels"][batch["labels"] != -100]
-    real = batch["attention_mask"][:, 1:].bool()
+    real = batch["attention_mask"].bool()
+    real = real[:, :-1] & real[:, 1:]  # a token predicts the next one only if both are there
     return logits[:, :-1][real], batch["input_ids"][:, 1:][real]
 
 

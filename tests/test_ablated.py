@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_ablate import AblationCallback, Calibration, ConditionalMean, Mean, Peak, Site, Zero, ablated
+from lightning_ablate import AblationCallback, Calibration, ConditionalMean, Mean, Only, Peak, Site, Zero, ablated
 from lightning_ablate.errors import SiteError, TargetError
 from tests import reference, tiny
 
@@ -65,7 +65,7 @@ def test_each_use_of_a_module_that_runs_again_is_named_by_its_number():
     calibration = tiny.calibrated(model, Mean())
     layer = "albert.encoder.albert_layer_groups.0.albert_layers.0"
     path, kind = f"{layer}.attention.dense", "self-attention"
-    assert calibration.sites == tuple(Site(path + n, 16, 4, kind, layer + n, uses=3) for n in ("", "#1", "#2"))
+    assert calibration.sites == tuple(Site(path + n, 16, 4, kind, layer + n, uses=3) for n in ("#0", "#1", "#2"))
     with reference.plain_hooks(model, {path: seen.append}):
         clean = tiny.run(model)
     change = reference.put(HALF, seen[1].double().flatten(0, 1).mean(0).float())
@@ -76,6 +76,14 @@ def test_each_use_of_a_module_that_runs_again_is_named_by_its_number():
     assert float((expected - clean).abs().max()) > 1e-3
     with pytest.raises(SiteError, match="no projection '.*#1'"), ablated(model, {f"{path}#1": HALF}):
         pass
+    with reference.plain_hooks(model, {path: reference.put(HALF, torch.zeros(16))}):
+        expected = tiny.run(model)
+    for known in (None, calibration):  # a path stands for all uses, whether they are known or not
+        with ablated(model, {path: HALF}, "zero", known):
+            assert torch.equal(tiny.run(model), expected)
+    only = Only(neurons={path: range(8)}, heads={f"{path}#1": [3]})
+    masks = [only.mask(only.selections(calibration.sites, [], [])[0], site) for site in calibration.sites]
+    assert [mask.sum().item() for mask in masks] == [8, 12, 8]
 
 
 def test_a_checkpoint_gives_what_the_calibration_in_memory_gives(tmp_path):
@@ -90,3 +98,89 @@ def test_a_checkpoint_gives_what_the_calibration_in_memory_gives(tmp_path):
         assert torch.equal(*found[1:]) and not torch.equal(*found[:2])
     with pytest.raises(TargetError, match="is of another target, with the weights"):
         Calibration.load(made.folder / "ablation.ckpt", tiny.mistral())
+
+
+COMPILED = {
+    "in place": lambda model: model.compile(backend="eager") or model,
+    "wrapped": lambda model: torch.compile(model, backend="eager"),
+    "one layer": lambda model: model.transformer.h[1].compile(backend="eager") or model,
+    "a method": lambda model: setattr(model, "forward", torch.compile(model.forward, backend="eager")) or model,
+}
+
+
+@pytest.mark.parametrize("way", COMPILED)
+def test_a_target_that_ran_compiled_before_is_ablated_and_found(way):
+    model = tiny.gpt2()
+    with reference.plain_hooks(model, {PATH: reference.put(HALF, torch.zeros(16))}):
+        expected = tiny.run(model)
+    torch._dynamo.reset()
+    compiled = COMPILED[way](model)
+    prefix = "_orig_mod." if way == "wrapped" else ""
+    intact = tiny.run(compiled)
+    with ablated(compiled, {prefix + PATH: HALF}):
+        torch.testing.assert_close(tiny.run(compiled), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(tiny.run(compiled), intact, rtol=0, atol=1e-5)
+    assert [site.path for site in tiny.sites(compiled)][1] == prefix + PATH
+    torch._dynamo.reset()
+
+
+def test_a_site_that_never_ran_inside_is_an_error():
+    model = tiny.gpt2()
+    with pytest.raises(SiteError, match=f"{PATH} never ran inside"), ablated(model, {PATH: HALF}):
+        pass
+    model.transformer.h[1].attn.forward = lambda states, **options: (states, None)  # what a fused layer may do
+    with (
+        pytest.raises(SiteError, match=f"{PATH} never ran inside"),
+        ablated(model, {PATH: HALF, PATH.replace("1", "0"): HALF}),
+    ):
+        tiny.run(model)
+
+
+@pytest.mark.parametrize("make, path", [(tiny.gpt2, PATH), (tiny.vit, "blocks.1.attn.proj")])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_passes_are_recomputed_ablated_or_refused(make, path, reentrant):
+    model, inputs = make(), torch.randn(3, 1, 8, 8) if make == tiny.vit else tiny.tokens()["input_ids"]
+
+    def loss():
+        output = model(inputs)
+        return (output if make == tiny.vit else output.logits).square().mean()
+
+    def gradients():
+        model.zero_grad()
+        loss().backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    with reference.plain_hooks(model, {path: reference.put(HALF, torch.zeros(16))}):
+        expected = gradients()
+    if make == tiny.vit:
+        model.set_grad_checkpointing(True)
+    else:
+        model.train().activation_checkpointing_enable({"use_reentrant": reentrant})
+        for module in model.modules():
+            module.p = 0.0  # of any dropout
+        model.enable_input_require_grads()
+    with ablated(model, {path: HALF}):
+        torch.testing.assert_close(gradients(), expected)
+    with pytest.raises(SiteError, match=r"call backward\(\) inside"), ablated(model, {path: HALF}):
+        loss()
+    with torch.no_grad(), ablated(model.eval(), {path: HALF}):
+        loss()
+
+
+def test_a_recomputed_run_of_a_shared_module_is_refused():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = torch.nn.Linear(16, 16)
+
+        def forward(self, x):
+            for _ in range(2):
+                x = torch.utils.checkpoint.checkpoint(self.proj, x, use_reentrant=False).tanh()
+            return x
+
+    known = Calibration(sites=[Site(f"proj#{use}", 16, uses=2) for use in (0, 1)])
+    with (
+        pytest.raises(SiteError, match="proj runs 2 times"),
+        ablated(model := Twice(), {"proj#1": HALF}, "zero", known),
+    ):
+        model(torch.randn(3, 16)).sum().backward()

@@ -101,6 +101,16 @@ class AblationModule(lightning.LightningModule, ABC):
         examples = self.on_before_batch_transfer(self.trainer.precision_plugin.convert_input(examples), 0)
         return self.trainer.strategy.batch_to_device(examples, self.device)
 
+    def first(self, batch: Any, count: int) -> Any:
+        """The first ``count`` examples of a batch as a batch, again from the start where it has fewer.
+
+        By default every tensor with a row an example is cut. Batches of other forms need it overridden; None leaves out
+        the check by which calibration tells that sites hold the examples in their first axis.
+        """
+        size = len(self.examples_of(batch, 0))
+        rows = torch.arange(count, device=self.device) % size
+        return apply_to_collection(batch, Tensor, lambda t: t[rows] if t.ndim and len(t) == size else t)
+
     def probes(self, batch: Any) -> tuple[Any, Any] | None:
         """Two inputs of a batch's first example that differ in one token or pixel: do the sites hold all mixing?
 
@@ -144,6 +154,25 @@ class AblationModule(lightning.LightningModule, ABC):
         super().train(mode)
         if "target" in self._modules:
             self.target.eval()
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "AblationModule":
+        """As any module's, but rounds no vector that the weights don't hold: RoPE's frequencies times a position.
+
+        ``--trainer.precision bf16-true`` casts all buffers, where transformers, loading in bfloat16, keeps these.
+        """
+        modules = self.target.modules() if "target" in self._modules else ()
+        vectors = [(m, name, m._buffers[name]) for m in modules for name in m._non_persistent_buffers_set]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for module, name, exact in vectors:
+            made = module._buffers[name]
+            if (
+                exact is not None
+                and made is not None
+                and exact.ndim == 1
+                and made.dtype.itemsize < exact.dtype.itemsize
+            ):
+                module._buffers[name] = exact.to(made.device)
         return self
 
     def training_step(self, batch: Any, batch_idx: int) -> None:

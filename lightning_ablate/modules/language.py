@@ -1,9 +1,9 @@
 """Language models from the Hugging Face hub, or from a local folder of the same form."""
 
-import re
 import string
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from lightning_ablate.choices import seed_of
 from lightning_ablate.data.text import padding_id, special_frame
-from lightning_ablate.errors import ConfigError, DataError
+from lightning_ablate.errors import DataError, TargetError
 from lightning_ablate.metrics import Scored
+from lightning_ablate.modules.checks import check_length, check_vocabulary, sees_later, vocabulary_of
 from lightning_ablate.modules.hub import HubModule
 
 TextBatch = Mapping[str, Tensor]
-_POSITIONS = re.compile(r"(wpe|position_embeddings|embed_positions)$")  # names of tables of learned positions
+_INPUTS = "input_ids", "attention_mask", "token_type_ids", "position_ids"
 _CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " "
 
 
@@ -25,17 +26,17 @@ class LanguageModel(HubModule):
     """A transformers language model and its tokenizer, see :class:`HubModule`.
 
     Batches are mappings of ``input_ids`` and ``attention_mask`` ``(batch, seq)`` int64 and ``index`` ``(batch,)``
-    int64, the example's place in the data, below 0 for examples that only fill a rank's last batch. ``auto_class``
-    names the class of transformers that loads the target.
+    int64, the example's place in the data, below 0 for examples that only fill a rank's last batch; ``position_ids``
+    and ``token_type_ids`` of the same shape are handed on. ``auto_class`` names the class of transformers that loads
+    the target; ``causal`` says whether a prediction may depend on earlier tokens only, None for either.
     """
 
     auto_class: ClassVar[str]
+    causal: ClassVar[bool | None] = None
 
     def build_target(self) -> nn.Module:
         """Loads it with its ``auto_class``."""
-        target = self.load(self.auto_class)
-        target.config.use_cache = False
-        return target
+        return self.load(self.auto_class)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -54,9 +55,10 @@ class LanguageModel(HubModule):
         """The target's logits, ``(batch, seq, vocabulary)``."""
         return self.target(**self.inputs(batch)).logits
 
-    def inputs(self, batch: TextBatch) -> dict[str, Tensor]:
-        """What of a batch the target takes."""
-        return {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+    def inputs(self, batch: TextBatch) -> dict[str, Any]:
+        """What of a batch the target takes; it need not fill a cache."""
+        uncached = {"use_cache": False} if "use_cache" in self._parameters_of_forward else {}
+        return {name: batch[name] for name in _INPUTS if name in batch} | uncached
 
     def source(self, kind: str, seed: int, batch: TextBatch) -> TextBatch:
         """One sequence of random characters, token ids, or generated text; the rest is that of the first example."""
@@ -70,7 +72,7 @@ class LanguageModel(HubModule):
         if key not in self._source_ids:
             self._source_ids[key] = maker(seed_of(seed, kind), like.shape[1]).cpu()
         ids = self._source_ids[key].to(like.device).unsqueeze(0)
-        first = {name: tensor[:1] for name, tensor in batch.items() if name != "token_type_ids"}
+        first = {name: tensor[:1] for name, tensor in batch.items() if name not in _INPUTS}
         made = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "index": ids.new_zeros(1), "labels": ids}
         return first | made
 
@@ -83,29 +85,35 @@ class LanguageModel(HubModule):
         """The logits of every position."""
         return [self.logits(batch)]
 
+    def on_before_batch_transfer(self, batch: TextBatch, dataloader_idx: int) -> TextBatch:
+        """Refuses token ids that the target has no embedding for, by DataError."""
+        names = ("input_ids", "partner_input_ids", "labels")
+        check_vocabulary(self.target, *(batch[name] for name in names if name in batch))
+        return batch
+
     def on_train_batch_start(self, batch: TextBatch, batch_idx: int) -> None:
-        """Refuses token ids and lengths that the target has no embedding for, at the first batch."""
-        if batch_idx > 0:
-            return
-        ids = batch["input_ids"]
-        vocabulary = cast(Any, self.target).get_input_embeddings().num_embeddings
-        if int(ids.max()) >= vocabulary:
-            raise DataError(
-                f"the text has the token id {int(ids.max())}, expected ids below {vocabulary}, "
-                "the target's embeddings; use its own tokenizer"
-            )
-        for name, module in self.target.named_modules():
-            if isinstance(module, nn.Embedding) and _POSITIONS.search(name):
-                before = getattr(module, "offset", 0) if module.padding_idx is None else module.padding_idx + 1
-                if ids.shape[1] > module.num_embeddings - before:
-                    raise DataError(
-                        f"the sequences have {ids.shape[1]} tokens, expected at most {module.num_embeddings - before}, "
-                        f"the positions of {name}; lower --data.max_length"
-                    )
+        """At the first batch, refuses sequences that are too long, and a target that isn't of this kind."""
+        if batch_idx == 0:
+            self._try_out(batch)
 
     def on_validation_batch_start(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Refuses token ids and lengths that the target has no embedding for, at the first batch."""
+        """See :meth:`on_train_batch_start`."""
         self.on_train_batch_start(batch, batch_idx)
+
+    def _try_out(self, batch: TextBatch) -> None:
+        row = int(self.valid(batch).sum(1).argmax())
+        one = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+        check_length(self.logits, one)
+        if self.causal is None:
+            return
+        real, ids = self.valid(one)[0].nonzero(), one["input_ids"]
+        last = int(real.max()) if len(real) else 0  # every process of a sharded target runs it as often
+        other = self._another(int(ids[0, last]))
+        later = sees_later(lambda changed: self.logits({**one, "input_ids": changed}), ids, last, other)
+        if len(real) > 1 and later == self.causal:
+            seen, kind = ("the tokens they predict", "MaskedLM") if later else ("no later token", "CausalLM")
+            own = type(self).__name__
+            raise TargetError(f"predictions of {self.name} see {seen}, unlike a {own}'s; expected --model {kind}")
 
     @cached_property
     def _source_ids(self) -> dict[tuple[str, int, int], Tensor]:
@@ -114,14 +122,21 @@ class LanguageModel(HubModule):
     @cached_property
     def _ordinary(self) -> Tensor:
         """The token ids that are not special, ``(ids,)`` int64."""
-        special = set(self.tokenizer.all_special_ids)
-        return torch.tensor([i for i in range(len(self.tokenizer)) if i not in special])
+        special, known = set(self.tokenizer.all_special_ids), min(len(self.tokenizer), vocabulary_of(self.target))
+        return torch.tensor([i for i in range(known) if i not in special])
+
+    @cached_property
+    def _parameters_of_forward(self) -> Sequence[str]:
+        return list(signature(self.target.forward).parameters)
+
+    def _another(self, token: int) -> int:
+        """An ordinary token that is not this one."""
+        return int(self._ordinary[self._ordinary != token][0])
 
     def _with_another(self, ids: Tensor) -> Tensor:
         """The ids ``(1, seq)`` with an ordinary token in the first place that wasn't there."""
-        here = self._ordinary.to(ids.device)
         changed = ids.clone()
-        changed[:, 0] = here[here != ids[0, 0]][0]
+        changed[:, 0] = self._another(int(ids[0, 0]))
         return changed
 
     def _framed(self, ids: list[int], length: int) -> Tensor:
@@ -144,14 +159,24 @@ class LanguageModel(HubModule):
 
 
 class CausalLM(LanguageModel):
-    """A language model that predicts the next token; scored at every position whose next token isn't padding."""
+    """A language model that predicts the next token; scored where neither a token nor the next one is padding."""
 
     auto_class = "AutoModelForCausalLM"
+    causal = True
+
+    def on_before_batch_transfer(self, batch: TextBatch, dataloader_idx: int) -> TextBatch:
+        """Counts positions from the first token where padding stands before a text, as ``generate`` does."""
+        batch, real = super().on_before_batch_transfer(batch, dataloader_idx), batch["attention_mask"]
+        if bool(real[:, 0].all()) or "position_ids" in batch or "position_ids" not in self._parameters_of_forward:
+            return batch
+        return {**batch, "position_ids": (real.cumsum(1) - 1).clamp_min(0)}
 
     def evaluate(self, batch: TextBatch) -> Scored:
-        """Every position, those without a next token marked as not scored."""
-        example = torch.where(self.valid(batch), batch["index"].unsqueeze(1), -1).roll(-1, 1)
-        example[:, -1] = -1
+        """Every position, marked as not scored where it or the next one is padding."""
+        real = self.valid(batch)
+        scored = real & real.roll(-1, 1)
+        scored[:, -1] = False
+        example = torch.where(scored, batch["index"].unsqueeze(1), -1)
         targets = batch["input_ids"].roll(-1, 1)
         return Scored(self.logits(batch).flatten(0, 1), targets.flatten(), example.flatten())
 
@@ -192,89 +217,3 @@ class PairedLM(CausalLM):
         if kind != "partner":
             return super().source(kind, seed, batch)
         return {**batch, **{name: batch[f"partner_{name}"] for name in ("input_ids", "attention_mask")}}
-
-
-class MaskedLM(LanguageModel):
-    """A language model that fills in chosen tokens; scored at these.
-
-    Of each example's tokens ``mlm_probability`` are chosen: 80% of them are masked, 10% replaced by a random token, 10%
-    kept (Devlin et al. 2019). The draw depends on the seed and the example alone, so every condition, batch size and
-    rank sees the same. Calibration reads the same kind of input.
-
-    Args:
-        name: a hub name, a local folder, or ``demo:roberta``.
-        mlm_probability: share of an example's ordinary tokens that is chosen, above 0 and at most 1; at least one is.
-        mask_seed: of the draw.
-        options: see :class:`LanguageModel`.
-    """
-
-    auto_class = "AutoModelForMaskedLM"
-
-    def __init__(self, name: str, *, mlm_probability: float = 0.15, mask_seed: int = 0, **options: Any) -> None:
-        if not 0 < mlm_probability <= 1:
-            raise ConfigError(
-                f"mlm_probability is {mlm_probability}, expected a share of the tokens above 0 and at most 1 "
-                "(--model.mlm_probability)"
-            )
-        super().__init__(name, **options)
-        self.mlm_probability, self.mask_seed = mlm_probability, mask_seed
-
-    def describe(self) -> dict[str, Any]:
-        """And how its tokens are chosen."""
-        return {**super().describe(), "mlm_probability": self.mlm_probability, "mask_seed": self.mask_seed}
-
-    def on_before_batch_transfer(self, batch: TextBatch, dataloader_idx: int) -> TextBatch:
-        """Adds ``labels`` (-100 where nothing is asked) and masks ``input_ids``, unless the data bring labels.
-
-        ``chosen`` ``(batch, most)`` says where the labels are, filled with -1, so that a GPU's host need not look.
-        """
-        if "labels" in batch:
-            return {**batch, "chosen": _places(batch["labels"])}
-        inputs, labels = batch["input_ids"].clone(), torch.full_like(batch["input_ids"], -100)
-        ordinary = self._ordinary
-        eligible = batch["attention_mask"].bool() & torch.isin(inputs, ordinary)
-        for ids, own, candidates, index in zip(inputs, labels, eligible, batch["index"].tolist(), strict=True):
-            generator = torch.Generator().manual_seed(seed_of(self.mask_seed, "mask", index))
-            places = candidates.nonzero().squeeze(1)
-            count = min(len(places), max(1, round(self.mlm_probability * len(places))))
-            chosen = places[torch.randperm(len(places), generator=generator)[:count]]
-            fate = torch.rand(count, generator=generator)
-            random = ordinary[torch.randint(len(ordinary), (count,), generator=generator)]
-            own[chosen] = ids[chosen]
-            ids[chosen] = torch.where(fate < 0.8, self._mask_token(), torch.where(fate < 0.9, random, ids[chosen]))
-        return {**batch, "input_ids": inputs, "labels": labels, "chosen": _places(labels)}
-
-    def evaluate(self, batch: TextBatch) -> Scored:
-        """The chosen positions."""
-        chosen = batch["chosen"] if "chosen" in batch else _places(batch["labels"])
-        place = chosen.clamp_min(0)
-        rows = torch.arange(len(place), device=place.device).unsqueeze(1)
-        targets = batch["labels"].gather(1, place).clamp_min(0)
-        example = torch.where(chosen < 0, -1, batch["index"].unsqueeze(1))
-        return Scored(self.logits(batch)[rows, place].flatten(0, 1), targets.flatten(), example.flatten())
-
-    def _generated(self, seed: int, length: int) -> Tensor:
-        """Starts from masks alone and samples a sixteenth of them at a time, at random places (Wang & Cho 2019)."""
-        generator = torch.Generator().manual_seed(seed)
-        ids = self._framed([self._mask_token()] * length, length)
-        places = (ids == self._mask_token()).nonzero().squeeze(1)
-        for some in places[torch.randperm(len(places), generator=generator)].tensor_split(16):
-            batch = {"input_ids": ids.unsqueeze(0).to(self.device)}
-            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-            logits = self.logits(batch)[0, some.to(self.device)].float().cpu()[:, self._ordinary]
-            drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1) if len(some) else some
-            ids[some] = self._ordinary[drawn]
-        return ids
-
-    def _mask_token(self) -> int:
-        if self.tokenizer.mask_token_id is None:
-            raise ConfigError(f"the tokenizer of {self.name} has no mask token; a causal model is a CausalLM")
-        return self.tokenizer.mask_token_id
-
-
-def _places(labels: Tensor) -> Tensor:
-    """Where labels ``(batch, seq)`` ask for something, ``(batch, most)`` int64, filled with -1."""
-    asked = labels != -100
-    most = int(asked.sum(1).max())
-    order = torch.argsort(asked.to(torch.int8), dim=1, descending=True, stable=True)[:, :most]
-    return torch.where(asked.gather(1, order), order, -1)

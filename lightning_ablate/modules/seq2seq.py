@@ -30,8 +30,10 @@ class Seq2SeqLM(LanguageModel):
         return {**super().inputs(batch), "decoder_input_ids": decoded}
 
     def evaluate(self, batch: TextBatch) -> Scored:
-        """Every position of the second text, padding marked as not scored."""
-        example = torch.where(self._decoded(batch), batch["index"].unsqueeze(1), -1)
+        """Every position of the second text, marked as not scored where it is padding or comes behind it."""
+        scored = self._decoded(batch)
+        scored[:, 1:] &= batch["labels"][:, :-1] >= 0  # a decoder reads the label before
+        example = torch.where(scored, batch["index"].unsqueeze(1), -1)
         return Scored(self.logits(batch).flatten(0, 1), batch["labels"].clamp_min(0).flatten(), example.flatten())
 
     def valid_at(self, site: Site, batch: TextBatch) -> Tensor:

@@ -68,11 +68,33 @@ class CalibrationPhase(Phase):
     def _find_sites(self, batch: Any) -> None:
         module, which = self.module, self.calibration.which
         self.calibration.locate(find_sites(module.target, lambda: module.evaluate(batch), which), module.target)
+        self._check_axes(batch)
         probes = module.probes(batch)
         if probes is not None and any("attention" in word for word in which if word in KINDS):
             attention = find_sites(module.target, lambda: module.evaluate(batch))  # all of it, whatever was chosen
             check_mixing(module.target, attention, lambda number: module.hidden(probes[number]))
         self.begin_epoch(0)  # again, now that there are sites
+
+    def _check_axes(self, batch: Any) -> None:
+        """Refuses sites whose first axis isn't that of the examples: one alone must give its rows of a pass of two."""
+        module, passes = self.module, []
+        for count in (2, 1):
+            if (some := module.first(batch, count)) is None:
+                return
+            found: dict[Site, Tensor] = {}
+            with hooked(module.target, {s: partial(_keep, found, s) for s in self.calibration.sites}, once=True):
+                module.evaluate(some)
+            passes.append(found)
+        for site in self.calibration.sites:
+            two, one = (found[site].double().nan_to_num().reshape(-1, site.width) for found in passes)
+            noise = torch.finfo(passes[0][site].dtype).eps ** 0.5 * one.norm()
+            limit = 0.1 * (one - one.mean(0)).norm() + noise
+            if len(two) != 2 * len(one) or bool((two[: len(one)] - one).norm() > limit):
+                raise StatisticsError(
+                    f"site {site.name} gets {tuple(passes[0][site].shape)} for 2 examples and "
+                    f"{tuple(passes[1][site].shape)} for 1, expected the examples along the first axis (batch first), "
+                    "each as it is alone; leave the site out (--ablation.sites)"
+                )
 
     def _check_finite(self) -> None:
         moments = [(site, one) for site, found in self._gathered.items() for one in found if isinstance(one, Moments)]
@@ -82,3 +104,7 @@ class CalibrationPhase(Phase):
                 f"activations at {bad[0]} are NaN or infinite ({len(bad)} of {len(moments)} sites); "
                 "try another precision (--trainer.precision, --model.dtype), or look for it in the data or weights"
             )
+
+
+def _keep(found: dict[Site, Tensor], site: Site, activations: Tensor) -> None:
+    found[site] = activations.clone()

@@ -19,6 +19,7 @@ from lightning_ablate.phases.phase import Module, Phase
 from lightning_ablate.phases.resume import Run
 from lightning_ablate.sites import Site, hooked
 from lightning_ablate.statistics import Moments
+from lightning_ablate.statistics.base import by_example
 
 _HELD_OUT = 10  # one step of so many is held out
 Begun = dict[tuple[str, Site], tuple[Tensor, Callable[[Tensor], Tensor]]]
@@ -193,11 +194,9 @@ class LearningPhase(Phase):
     def _ablate(self, site: Site, values: Tensor, drawn: list[Selection], activations: Tensor) -> Tensor:
         statistics = self._calibration.with_learned(site, {self.method.name: values})
         mask = torch.stack([self._choice.mask(one, site, statistics) for one in drawn]).to(activations.device)
-        if len(activations) % len(mask):  # its first dimension isn't that of the examples
-            mask = mask[:1]
-        mask, by_example = mask.unsqueeze(1), activations.reshape(len(mask), -1, site.width)
-        edit = Edit(mask, self.method.prepare(Ablation(site, mask, statistics, None)))
-        return edit(by_example).reshape(activations.shape)
+        rows, _ = by_example(activations, torch.ones(len(mask), 1, dtype=torch.bool))
+        mask = mask.unsqueeze(1)
+        return Edit(mask, self.method.prepare(Ablation(site, mask, statistics, None)))(rows).reshape(activations.shape)
 
 
 def summed(losses: Tensor, example: Tensor) -> Tensor:

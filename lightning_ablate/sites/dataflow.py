@@ -79,6 +79,7 @@ def trace(target: nn.Module, run: Callable[[], object]) -> Trace:
     """
     tracer = _Tracer()
     with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code shows nothing of what it does
         stack.enter_context(unfused(target.modules()))
         for path, module in target.named_modules():
             stack.callback(module.register_forward_pre_hook(partial(tracer.entering, path)).remove)

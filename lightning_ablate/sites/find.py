@@ -110,7 +110,7 @@ def _sites(target: nn.Module, seen: Trace) -> list[Site]:
     for read in seen.reads:
         number = used[read.path]
         used[read.path] += 1
-        suffix = f"#{number}" if number else ""
+        suffix = f"#{number}" if uses[read.path] > 1 else ""
         layer, kind = layers.get(read.path), "other"
         if read.path in attention:
             kind = "cross-attention" if _is_cross(target, read.path) else "self-attention"

@@ -1,22 +1,25 @@
 """Places of a target whose input is read and replaced."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from threading import get_ident
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils import checkpoint
 
 from lightning_ablate.errors import SiteError
 from lightning_ablate.sites.unfused import unfused
 
 Hook = Callable[[Tensor], Tensor | None]
 """Gets a site's activations ``(batch, ..., neurons)``; what it returns, unless None, is used instead."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Site:
     """A place whose input is read and replaced.
 
     Attributes:
-        name: path of the projection module in the target; behind a ``#`` the use, from 1, where a module runs again.
+        name: path of the projection module in the target; ``path#0``, ``path#1`` ... where it runs several times.
         width: number of neurons, the features of the projection's input (n_heads x head_dim).
         heads: number of attention heads, which lie side by side and are equally wide; None where there are none.
         kind: ``self-attention``, ``cross-attention`` (told by the names of its modules), ``mlp`` or ``other``.
@@ -48,6 +51,11 @@ class Site:
     def use(self) -> int:
         """Which use of the module it is, from 0."""
         return int(self.name.partition("#")[2] or 0)
+
+
+def given_for(site: Site, given: Mapping[str, T]) -> T | None:
+    """What a mapping holds for a site by its name, or by its path, which stands for all uses of a module."""
+    return given.get(site.name, given.get(site.path))
 
 
 def heads_of(site: Site) -> int:
@@ -86,32 +94,64 @@ def weights_of(target: nn.Module, site: Site) -> tuple[Tensor, Tensor | None, bo
 
 
 @contextmanager
-def hooked(target: nn.Module, hooks: Mapping[Site, Hook], *, once: bool = False) -> Iterator[None]:
+def hooked(target: nn.Module, hooks: Mapping[Site, Hook], *, once: bool = False) -> Iterator[Counter[str]]:
     """Runs a hook before each site's projection; leaves none behind, whatever happens.
 
-    With ``once``, a single forward pass is expected inside; SiteError if a site did not run in it, or ran too often.
+    Inside, code that ``torch.compile`` made runs as plain Python, since compiled code would pass the hooks by. Gradient
+    checkpointing is followed: a backward pass inside recomputes with the hooks. Yields how often each path has run.
+
+    Raises:
+        SiteError: with ``once``, which expects a single forward pass inside, if a site did not run in it, or too often;
+            or if a checkpointed pass was not recomputed inside.
     """
     modules: dict[str, dict[int, Site]] = {}
     for site in hooks:
         modules.setdefault(site.path, {})[site.use] = site
     runs = Counter[tuple[str, int]]()  # of each thread, in which passes can go side by side
+    ran, owed = Counter[str](), Counter[str]()  # owed: runs that a backward pass will repeat
+    differentiable = torch.is_grad_enabled()
 
     def before(path: str, uses: Mapping[int, Site], of: int, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
-        site = uses.get(runs[path, get_ident()] % of)
-        runs[path, get_ident()] += 1
+        repeats = _repeats() if differentiable else None
+        if repeats is not None:
+            owed[path] += -1 if repeats else 1
+        if repeats and of > 1:
+            raise SiteError(
+                f"{path} runs {of} times in a pass, so gradient checkpointing, which recomputes its runs, can't tell "
+                "them apart: turn it off while the target is ablated"
+            )
+        if not repeats:
+            ran[path] += 1
+            runs[path, get_ident()] += 1
+        site = uses.get((runs[path, get_ident()] - 1) % of)
         changed = None if site is None else hooks[site](inputs[0])
         return None if changed is None else (changed, *inputs[1:])
 
     with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(unfused(target.modules()))
         for path, uses in modules.items():
             hook = partial(before, path, uses, next(iter(uses.values())).uses)
             stack.callback(target.get_submodule(path).register_forward_pre_hook(hook).remove)
-        yield
+        yield ran
+    if late := [path for path, count in owed.items() if count > 0]:
+        raise SiteError(
+            f"{late[0]} ran under gradient checkpointing, and a backward pass behind this block would recompute it "
+            f"without the hooks: call backward() inside, run under torch.no_grad(), or turn it off"
+        )
     for site in hooks if once else ():
-        if (ran := runs[site.path, get_ident()]) != site.uses:
+        if (count := runs[site.path, get_ident()]) != site.uses:
             raise SiteError(
-                f"the site {site.name} ran {ran} times in one forward pass, expected {site.uses}, as when "
-                "the sites were found: `evaluate` must run the target once, in the same way for every batch, and not "
-                "compiled by torch.compile before"
+                f"the site {site.name} ran {count} times in one forward pass, expected {site.uses}, as when "
+                "the sites were found: `evaluate` must run the target once, in the same way for every batch"
             )
+
+
+def _repeats() -> bool | None:
+    """Within gradient checkpointing, whether a backward pass runs this again; None outside of it."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None:
+        if frame.f_globals.get("__name__") == checkpoint.__name__:
+            return torch._C._current_graph_task_id() != -1
+        frame = frame.f_back
+    return None

@@ -5,8 +5,9 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
-from lightning_ablate import CausalLM, TextData
+from lightning_ablate import AblationCallback, CausalLM, TextData
 from tests import reference, tiny
 from tests.command import found
 
@@ -97,3 +98,19 @@ def test_it_runs_from_the_command_and_zero_is_that_of_plain_hooks(make, atol, tm
         loss, _, n = reference.evaluation(model.eval(), data.val_dataloader(), replace)
         assert table["n"][row] == n and table["cross_entropy"][row] == pytest.approx(loss, abs=atol)
     assert table["cross_entropy"][2] != table["cross_entropy"][1]
+
+
+@pytest.mark.parametrize("precision, dtype", [("bf16-true", torch.bfloat16), ("16-true", torch.float16)])
+def test_true_half_precision_is_what_loading_in_that_dtype_gives(tmp_path, precision, dtype):
+    """Frequencies of RoPE are buffers that no file holds: rounded, they move far positions by a whole turn."""
+    folder = tiny.save_language_model(tmp_path / "model", llama())
+    module, data = (
+        CausalLM(folder),
+        TextData.of(tiny.TEXTS, calibration_tokens=200, evaluation_tokens=200, max_length=24),
+    )
+    tiny.trainer(tmp_path, AblationCallback("zero", [0.5], [1]), precision=precision).fit(module, datamodule=data)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    frequencies = module.target.model.rotary_emb.inv_freq
+    assert torch.equal(frequencies, llama().model.rotary_emb.inv_freq)
+    assert {parameter.dtype for parameter in module.target.parameters()} == {dtype}
+    assert torch.equal(tiny.run(module.target), tiny.run(loaded.eval()))

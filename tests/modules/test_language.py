@@ -148,22 +148,60 @@ def test_remote_code_is_not_run(tmp_path, gpt2_folder):
 
 def test_a_tokenizer_without_a_mask_is_refused(gpt2_folder):
     with pytest.raises(ConfigError, match="has no mask token; a causal model is a CausalLM"):
-        MaskedLM(gpt2_folder).on_before_batch_transfer(tiny.tokens(), 0)
+        tiny.built(MaskedLM.of(tiny.roberta(), tokenizer=CausalLM(gpt2_folder).tokenizer)).on_before_batch_transfer(
+            tiny.tokens(), 0
+        )
 
 
-@pytest.mark.parametrize("make", [tiny.gpt2, tiny.roberta, tiny.opt])
-def test_what_the_target_has_no_embedding_for_is_refused(make, gpt2_folder):
-    module = CausalLM(gpt2_folder)
+@pytest.mark.parametrize("make", [tiny.gpt2, tiny.roberta, tiny.opt, tiny.distilbert])
+def test_text_that_is_too_long_or_of_another_vocabulary_is_refused(make, gpt2_folder, roberta_folder):
+    kind, folder = (CausalLM, gpt2_folder) if make in (tiny.gpt2, tiny.opt) else (MaskedLM, roberta_folder)
+    module = kind(folder)
     module.target = make()
     fits = tiny.tokens(length=64)
     module.on_validation_batch_start(fits, 0)
-    with torch.no_grad():
-        module.logits(fits)
-    with pytest.raises(DataError, match="sequences have 65 tokens, expected at most 64"):
-        module.on_train_batch_start(tiny.tokens(length=65), 0)
+    with pytest.raises(DataError, match="sequences have 66 tokens, expected at most 64, which the target has pos"):
+        module.on_train_batch_start(tiny.tokens(length=66), 0)
     fits["input_ids"][1, 3] = tiny.VOCABULARY
     with pytest.raises(DataError, match="token id 300, expected ids below 300"):
-        module.on_train_batch_start(fits, 0)
+        module.on_before_batch_transfer(fits, 0)
+
+
+@pytest.mark.parametrize("kind, make, expected", [(CausalLM, tiny.roberta, MaskedLM), (MaskedLM, tiny.gpt2, CausalLM)])
+def test_a_target_of_the_other_kind_is_refused(kind, make, expected, roberta_folder):
+    module = tiny.built(kind.of(make(), name="tiny", tokenizer=MaskedLM(roberta_folder).tokenizer))
+    with pytest.raises(TargetError, match=f"predictions of tiny see .* expected --model {expected.__name__}"):
+        module.on_train_batch_start(tiny.tokens(), 0)
+
+
+@pytest.mark.parametrize("make", [tiny.gpt2, tiny.mistral, tiny.opt])
+def test_padding_before_a_text_changes_no_score(make):
+    """Invariant 13: neither side of a text is scored, and positions count from its first token."""
+    module, texts = tiny.built(CausalLM.of(make())), [tiny.tokens(1, n, seed=n)["input_ids"][0] for n in (1, 7, 12)]
+    for side in ("left", "right"):
+        ids, mask = (
+            torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
+            for rows in (texts, [torch.ones_like(text) for text in texts])
+        )
+        batch = {"input_ids": ids, "attention_mask": mask, "index": torch.arange(3)}
+        logits, targets, example, _ = module.evaluate(module.on_before_batch_transfer(batch, 0))
+        counts = example >= 0
+        found = torch.nn.functional.cross_entropy(logits[counts].double(), targets[counts], reduction="sum")
+        expected = sum(reference.losses(module.target, batch_of(text), 0, {}).sum() for text in texts[1:])
+        assert int(counts.sum()) == 6 + 11
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def batch_of(text):
+    return {"input_ids": text.unsqueeze(0), "attention_mask": torch.ones_like(text).unsqueeze(0)}
+
+
+def test_labels_at_padding_are_not_scored(masked):
+    batch = tiny.tokens()
+    batch["labels"] = torch.where(torch.arange(tiny.LENGTH) % 3 == 0, batch["input_ids"], -100)
+    batch["attention_mask"][1, :4] = 0
+    example = masked.evaluate(masked.on_before_batch_transfer(batch, 0)).example
+    assert example[example >= 0].bincount().tolist() == [5, 4, 6]  # places 0 and 3, and 15, are padding
 
 
 def test_probes_differ_in_the_first_token_of_one_example(causal, masked):
