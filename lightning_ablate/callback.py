@@ -11,15 +11,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_ablate import phases
 from lightning_ablate import trainer as trainers
 from lightning_ablate.attribution import Attributing, table_of
-from lightning_ablate.calibration import Calibration, check_target, digest, fingerprint, saved_state
+from lightning_ablate.calibration import Calibration, check_target, fingerprint, saved_state
 from lightning_ablate.choices import Choice, choice_of
 from lightning_ablate.conditions import Condition, check_conditions, distinct_conditions, listed
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.export import chosen, export
+from lightning_ablate.identity import digest
 from lightning_ablate.methods import AblationMethod, LearnedMethod, method_of
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.base import evaluation_loaders
-from lightning_ablate.report import report_attribution, report_neurons, report_results, tabulated
+from lightning_ablate.report import named_scores, report_attribution, report_neurons, report_results, tabulated
 from lightning_ablate.results import Results
 from lightning_ablate.statistics import ActivationStatistic, Moments, with_needs
 from lightning_ablate.trainer import CHECKPOINT
@@ -41,7 +42,7 @@ class AblationCallback(lightning.Callback):
             ``resample-same-position``, ``resample-any-position``, ``resample-characters``, ``resample-ids``,
             ``resample-generated``, ``resample-pixels``, ``resample-partner``), instances, or class paths of subclasses
             of AblationMethod.
-        fractions: shares of each site's neurons, 0 to 1.
+        fractions: shares of each site's units that are asked for, 0 to 1; results say what share of neurons went.
         seeds: of the choice of neurons, and of what a method draws.
         sites: ``attention`` (the default: of every layer), ``self-attention``, ``cross-attention``, ``mlp``, and
             shell-style patterns of module paths (``*.0.attn.c_proj``).
@@ -167,8 +168,10 @@ class AblationCallback(lightning.Callback):
         facts = trainers.run_facts(trainer, pl_module, self, self.run.target) | self.run.facts(phase.classes)
         facts["partial"] += trainers.cut_short("evaluation", trainer.num_val_batches, evaluation_loaders(trainer))
         scored = dict(zip(trainers.data_names(trainer), phase.each, strict=True))
-        self.results = tabulated(phase.conditions, scored, pl_module.name, facts)
-        pl_module.log_dict(self.results.flat(), add_dataloader_idx=False, sync_dist=True)
+        data = [getattr(loader, "dataset", None) for loader in evaluation_loaders(trainer)]
+        clusters = [getattr(one, "clusters", None) for one in data]
+        self.results = tabulated(phase.ablated, scored, clusters, pl_module.name, facts)
+        pl_module.log_dict(named_scores(self.results), add_dataloader_idx=False, sync_dist=True)
         if trainer.is_global_zero:
             attribution = self.attribution if trainer.state.fn == TrainerFn.FITTING else None
             self._told = report_results(trainer, self.results, attribution, self.folder, self.figures)

@@ -14,40 +14,63 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_ablate.calibration import Calibration
 from lightning_ablate.conditions import Condition
+from lightning_ablate.errors import DataError
 from lightning_ablate.metrics import SweepMetrics
 from lightning_ablate.results import Results, attributions
 from lightning_ablate.results.folder import versions
+from lightning_ablate.results.frames import BASELINE
 from lightning_ablate.results.neurons import Neurons
 from lightning_ablate.trainer import CHECKPOINT, OPTIONS, data_name
 
 
 def tabulated(
-    conditions: Sequence[Condition], scored: Mapping[str, SweepMetrics], model: str, facts: Mapping[str, Any]
+    conditions: Mapping[Condition, float],
+    scored: Mapping[str, SweepMetrics],
+    clusters: Sequence[Sequence[int] | None],
+    model: str,
+    facts: Mapping[str, Any],
 ) -> Results:
     """The results of a sweep, from its conditions and what they scored on each data set, by its name.
 
-    run.json says ``facts``, time and versions.
+    ``conditions`` are by the share of neurons that each ablates; ``clusters`` say of each data set to which cluster
+    each of its examples belongs, None where each is its own. run.json says ``facts``, time and versions.
     """
     rows, tables, examples = [(c.method, c.fraction, c.seed, c.part, c.head) for c in conditions], [], []
-    for place, (data, metrics) in enumerate(scored.items()):
+    for place, ((data, metrics), own) in enumerate(zip(scored.items(), clusters, strict=True)):
         found = {name: values.cpu().numpy() for name, values in metrics.means.items()}
         table = pd.DataFrame(rows, columns=["method", "fraction", "seed", "part", "head"])
-        tables.append(table.assign(model=model, data=data, **found))
-        examples.append(_examples(metrics, range(place * len(rows), (place + 1) * len(rows))))
+        tables.append(table.assign(model=model, data=data, ablated=list(conditions.values()), **found))
+        examples.append(_examples(metrics, range(place * len(rows), (place + 1) * len(rows)), own))
     known = [one for one in examples if one is not None]
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     now = {"words": shlex.join(sys.argv), "finished": finished, "versions": versions()}
     return Results(pd.concat(tables), pd.concat(known) if known else None, {**facts, **now})
 
 
-def _examples(metrics: SweepMetrics, conditions: Sequence[int]) -> pd.DataFrame | None:
+def _examples(metrics: SweepMetrics, conditions: Sequence[int], clusters: Sequence[int] | None) -> pd.DataFrame | None:
     """What each example scored; None where they can't be told apart."""
     if metrics.by_example is None:
         return None
     n, sums = (values.cpu().numpy() for values in metrics.by_example)
+    clusters = range(len(n)) if clusters is None else clusters
+    if len(clusters) != len(n):
+        raise DataError(f"the data's `clusters` are {len(clusters)}, expected one for each of {len(n)} examples")
     pairs = pd.MultiIndex.from_product([conditions, range(len(n))], names=["condition", "example"])
     scores = {name: sums[:, place].ravel() for place, name in enumerate(metrics.names)}
-    return pd.DataFrame({"n": np.tile(n, len(conditions)), **scores}, index=pairs).reset_index()
+    same = {"cluster": np.tile(clusters, len(conditions)), "n": np.tile(n, len(conditions))}
+    return pd.DataFrame(same | scores, index=pairs).reset_index()
+
+
+def named_scores(results: Results) -> dict[str, float]:
+    """Each condition's scores by a name of their own, as loggers take them: ``top1/mean 0.5 seed 42``."""
+    found, labels = dict[str, float](), dict(zip(results.data, results.labels, strict=True))
+    for row in results.table.to_dict("records"):
+        where = row["part"] or f"{row['fraction']:g}"
+        words = [row["method"], where, *(f"{n} {row[n]}" for n in ("head", "seed") if not pd.isna(row[n]))]
+        name = "baseline" if row["method"] == BASELINE else " ".join(words)
+        name += f" on {labels[row['data']]}" if len(results.data) > 1 else ""
+        found |= {f"{metric}/{name}": float(row[metric]) for metric in results.metrics}
+    return found
 
 
 def report_neurons(
@@ -119,6 +142,6 @@ def _curves(results: Results, folder: Path) -> Path:
             own: Any = summary[summary["method"].isin(["none", method])]
             with SummaryWriter(str(curves / results.suffixed(method, place))) as writer:
                 for metric in one.metrics:
-                    for fraction, value in zip(own["fraction"], own[metric], strict=True):
-                        writer.add_scalar(f"ablation/{metric}", value, round(100 * fraction))
+                    for share, value in zip(own["ablated"], own[metric], strict=True):
+                        writer.add_scalar(f"ablation/{metric}", value, round(100 * share))
     return curves

@@ -10,8 +10,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import IterableDataset, Subset
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_ablate.data.base import AblationDataModule, ExactSampler
+from lightning_ablate.data.base import AblationDataModule, ExactSampler, Examples
 from lightning_ablate.errors import ConfigError
+from lightning_ablate.identity import described, digest, options_of
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.base import evaluation_loaders
 from lightning_ablate.phases import is_unfinished
@@ -161,15 +162,14 @@ def run_facts(trainer: lightning.Trainer, module: AblationModule, callback: Any,
     """What run.json says of a run; and what a run must have in common with an earlier one to go on with it."""
     describe = getattr(getattr(trainer, "datamodule", None), "describe", lambda: {"name": data_name(trainer)})
     loaders = [one for one in (trainer.train_dataloader, *evaluation_loaders(trainer)) if one is not None]
+    own = not type(module).__module__.startswith("lightning_ablate.")
+    code = {"module": digest([type(module), options_of(module)])} if own else {}
     return {
         "command": trainer.state.fn.value if trainer.state.fn else "",
-        "target": {**module.describe(), "sha256": target},
+        "target": {**module.describe(), **code, "sha256": target},
         "data": describe(),
-        "loaders": [
-            {"batch_size": _batch_size(one), "examples": sized_len(getattr(one, "dataset", None)) or 0}
-            for one in loaders
-        ],
-        **{name: _plainly(getattr(callback, name)) for name in OPTIONS},
+        "loaders": list(map(_loader_facts, loaders)),
+        **{name: described(getattr(callback, name)) for name in OPTIONS},
         "precision": str(trainer.precision),
         "accelerator": type(trainer.accelerator).__name__,
         "processes": trainer.world_size,
@@ -177,13 +177,11 @@ def run_facts(trainer: lightning.Trainer, module: AblationModule, callback: Any,
     }
 
 
-def _plainly(value: Any) -> Any:
-    """Of an object what it keeps, its name and its class, with the module unless that is of this package."""
-    if isinstance(value, list | tuple):
-        return [_plainly(item) for item in value]
-    if not hasattr(value, "__dict__"):
-        return value
-    kind, named = type(value), {"name": value.name} if hasattr(value, "name") else {}
-    kept = {name: _plainly(one) for name, one in vars(value).items() if name != "statistics"}
-    own = kind.__module__.startswith("lightning_ablate.")
-    return {"class": kind.__name__ if own else f"{kind.__module__}.{kind.__qualname__}", **named, **kept}
+def _loader_facts(loader: Any) -> dict[str, Any]:
+    """The size of a loader's batches and data, and their content unless a data module describes it."""
+    data, parts = (
+        getattr(loader, "dataset", loader),
+        (getattr(loader, "collate_fn", None), type(getattr(loader, "sampler", None))),
+    )
+    content = {} if isinstance(data, Examples) else {"content": digest([data, *parts])}
+    return {"batch_size": _batch_size(loader), "examples": sized_len(data) or 0, **content}

@@ -7,6 +7,7 @@ import torch
 
 from lightning_ablate import AblationCallback, CausalLM, EachHead, Results
 from lightning_ablate.errors import DataError, NonFiniteError
+from lightning_ablate.report import named_scores
 from tests import tiny
 from tests.command import CONFIGS, FEW, TWO, assert_same, found
 
@@ -50,7 +51,7 @@ def test_it_has_the_digits_of_the_built_in_one_in_memory_on_disk_and_in_what_is_
     again = Results.load(tmp_path / "run")
     same(again)
     assert again.table.equals(results.table) and again.metrics[-2:] == ["right", "half"]
-    flat = results.flat()
+    flat = named_scores(results)
     own = {name: value for name, value in flat.items() if name.startswith("right/")}
     assert own and all(value == flat[name.replace("right", "top1")] for name, value in own.items())
     text = str(results)
@@ -78,7 +79,7 @@ def test_two_processes_find_what_one_does(tmp_path):
     assert_same(one, two)
     for results in (one, two):
         assert results.table["right"].tolist() == results.table["top1"].tolist()
-    assert "right" in json.dumps(list(one.flat()))
+    assert "right" in json.dumps(list(named_scores(one)))
 
 
 def test_what_is_not_declared_or_of_another_form_is_told_in_a_line(tmp_path):

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Subset
 
 from lightning_ablate import AblationCallback, Results
 from lightning_ablate.errors import ConfigError
+from lightning_ablate.report import named_scores
 from lightning_ablate.results import load
 from tests import tiny
 from tests.command import FEW, ROOT, TWO, assert_same, assert_same_bytes, found
@@ -50,7 +51,7 @@ def test_tables_figures_and_loggers_tell_them_apart(both):
     alone = results.on("python-texts 2").compare("mean", "conditional-mean")
     ours = results.compare("mean", "conditional-mean")
     pd.testing.assert_frame_equal(ours[ours["data"] == "python-texts 2"].iloc[:, 1:].reset_index(drop=True), alone)
-    assert len(results.flat()) == 4 * len(results.table)
+    assert len(named_scores(results)) == 4 * len(results.table)
     assert str(results).count("nothing ablated") == 2 and results._repr_html_().count("nothing ablated") == 2
     names = {path.name for path in folder.glob("*.png")}
     assert names == {"degradation.png", "comparisons.png", "comparisons_python-texts_2.png", "neurons.png"}
@@ -94,7 +95,7 @@ def test_only_what_is_evaluated_of_others_is_read_and_names_stay_apart(tmp_path)
     assert [name.rsplit("/", 1)[-1] for name in results.data] == ["python-texts", "one", "two"]
     frames = [one.table.assign(data=f"/{number}/test") for number, one in enumerate(results.each)]
     alike = Results(pd.concat(frames))
-    assert alike.labels == ["test", "test 2", "test 3"] and len(alike.flat()) == 4 * len(alike.table)
+    assert alike.labels == ["test", "test 2", "test 3"] and len(named_scores(alike)) == 4 * len(alike.table)
 
 
 @pytest.mark.parametrize("batch", [0, 1, 2])

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from lightning_ablate.calibration import Calibration, digest
+from lightning_ablate.calibration import Calibration
 from lightning_ablate.choices import Choice, Random
 from lightning_ablate.conditions import BASELINE, Condition, Selection
 from lightning_ablate.errors import DataError, NonFiniteError, StatisticsError
+from lightning_ablate.identity import digest
 from lightning_ablate.methods import Ablation, AblationMethod, Batch, ConstantMethod, Edit, Replacement, Source
 from lightning_ablate.metrics import METRICS, Clean, Scored, SweepMetrics, checked
 from lightning_ablate.phases.phase import Module, Phase
@@ -44,6 +45,7 @@ class SweepPhase(Phase):
     ) -> None:
         super().__init__(module)
         self.conditions, self.classes = tuple(conditions), 0
+        self.ablated: dict[Condition, float] = {}  # the share of all sites' neurons that each condition ablates
         self.done = [0] * len(examples)  # batches of each data set
         self.each = [SweepMetrics(len(self.conditions), n, module.metrics).to(module.device) for n in examples]
         self.announce: Callable[[Condition], None] = lambda condition: None
@@ -56,8 +58,10 @@ class SweepPhase(Phase):
         self._edits: dict[Condition, dict[Site, Edit]] = {}
         # kept while it takes less memory than the target, or 1 GiB; the rest is made anew for every batch
         room = max(_ROOM, sum(parameter.nbytes for parameter in module.target.parameters()))
-        for condition in self.conditions[1:]:
+        width = max(1, sum(site.width for site in calibration.sites))
+        for condition in self.conditions:
             edits = self.edits_of(condition)
+            self.ablated[condition] = sum(int(edit.mask.sum()) for edit in edits.values()) / width
             if (size := sum(edit.nbytes for edit in edits.values())) <= room:
                 room -= size
                 self._edits[condition] = edits

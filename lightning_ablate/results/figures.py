@@ -38,9 +38,9 @@ _CHARACTER = 0.065  # inches that one takes at 8 points
 
 
 def degradation(*results: "Results") -> Figure:
-    """Top-1 accuracy, cross-entropy and one's own metrics by the ablated fraction: a column a target, a curve a method.
+    """Top-1 accuracy, cross-entropy and one's own metrics by the share ablated: a column a target, a curve a method.
 
-    Bands are the 95% intervals over examples, where these are known; bars are ± 1 standard deviation over the seeds.
+    Bands are the 95% intervals over clusters, where these are known; bars are ± 1 standard deviation over the seeds.
     """
     methods = list(dict.fromkeys(method for one in results for method in one.methods))
     labels = {method: textwrap.fill(method, 44) for method in methods}
@@ -73,7 +73,7 @@ def degradation(*results: "Results") -> Figure:
 
 
 def differences(results: "Results") -> Figure:
-    """How much more top-1 accuracy one method leaves than another, by the ablated fraction, with 95% intervals.
+    """How much more top-1 accuracy one method leaves than another, by the share ablated, with 95% intervals.
 
     Every pair has a panel; of more than four methods those of neighbours in rank.
 
@@ -93,13 +93,13 @@ def differences(results: "Results") -> Figure:
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for panel, pair, name in zip(panels, pairs, titles, strict=False):
         own = compared[(compared["method"] == pair[0]) & (compared["other"] == pair[1])]
-        x, y, low, high = 100 * own[["fraction", "top1", "top1_low", "top1_high"]].to_numpy().T
+        x, y, low, high = 100 * own[["ablated", "top1", "top1_low", "top1_high"]].to_numpy().T
         ends, line = np.clip([y - low, high - y], 0, None), "o-" if len(own) > 1 else "o"
         panel.errorbar(x, y, yerr=ends, fmt=line, color="#0072B2", markersize=3, linewidth=1)
         panel.axhline(0, **_ZERO)
         panel.set_title(name, fontsize=8)
         plain(panel, 7)
-    _fraction_ticks(panels[0], sorted({0.0, *compared["fraction"]}), 7, most=6)
+    _share_ticks(panels[0], sorted({0.0, *compared["ablated"]}), 7, most=6)
     for panel in panels[len(pairs) :]:
         panel.set_visible(False)
     figure.suptitle(_title(results, 20 + 30 * columns), fontsize=9)
@@ -173,9 +173,9 @@ def plain(axes: Axes, size: int, grid: bool = True) -> None:
 
 
 def _curves(axes: Axes, summary: pd.DataFrame, methods: Sequence[str], metric: str, scale: float) -> None:
-    """A curve a method from the baseline on; or a point a method, side by side, where there is one fraction only."""
-    fractions = sorted(summary["fraction"].unique())
-    alone = len(fractions) == 2
+    """A curve a method from the baseline on; or a point a method, side by side, where there is one share only."""
+    shares = sorted(summary["ablated"].unique())
+    alone = len(shares) == 2
     here = [method for method in methods if method in set(summary["method"])]
     for method, style in zip(methods, cycle(_STYLES)):
         own = summary[summary["method"] == method]
@@ -185,7 +185,7 @@ def _curves(axes: Axes, summary: pd.DataFrame, methods: Sequence[str], metric: s
             own = pd.concat([summary.iloc[:1], own])
         else:
             style = style | {"linestyle": "none"}
-        x, y = 100 * own["fraction"].to_numpy(), scale * own[metric].to_numpy()
+        x, y = 100 * own["ablated"].to_numpy(), scale * own[metric].to_numpy()
         if alone:
             x = x + min(4, 52 / len(here)) * (here.index(method) - (len(here) - 1) / 2)
         axes.plot(x, y, label=method, markersize=3.5, linewidth=1.2, **style)
@@ -197,17 +197,17 @@ def _curves(axes: Axes, summary: pd.DataFrame, methods: Sequence[str], metric: s
         else:
             axes.vlines(x, low, high, color=style["color"], alpha=0.25, linewidth=5)
     if alone:
-        axes.set_xlim(100 * fractions[1] - 30, 100 * fractions[1] + 30)
+        axes.set_xlim(100 * shares[1] - 30, 100 * shares[1] + 30)
     plain(axes, 8)
-    _fraction_ticks(axes, fractions, 8, most=11)
+    _share_ticks(axes, shares, 8, most=11)
 
 
-def _fraction_ticks(axes: Axes, fractions: Sequence[float], size: int, most: int) -> None:
-    """Ticks at the fractions themselves, where they are few and far enough apart; only above 0 if there is but one."""
-    shown = fractions[1:] if len(fractions) == 2 else fractions
+def _share_ticks(axes: Axes, shares: Sequence[float], size: int, most: int) -> None:
+    """Ticks at the shares themselves, where they are few and far enough apart; only above 0 if there is but one."""
+    shown = shares[1:] if len(shares) == 2 else shares
     gaps = np.diff(shown) / max(shown[-1], 1e-9)
     if len(shown) <= most and (gaps > 0.075).all():
-        axes.set_xticks([100 * fraction for fraction in shown], [f"{100 * f:g}" for f in shown], fontsize=size)
+        axes.set_xticks([100 * share for share in shown], [f"{100 * share:.3g}" for share in shown], fontsize=size)
 
 
 def _maps(results: "Results", damage: pd.DataFrame, names: Sequence[str], label: str) -> Figure:
@@ -242,7 +242,7 @@ def _maps(results: "Results", damage: pd.DataFrame, names: Sequence[str], label:
     scale.ax.tick_params(labelsize=8)
     said = [_title(results, 999)]
     if damage["low"].notna().any():
-        said.append("dot: the 95% interval over examples leaves out 0")
+        said.append("dot: the 95% interval leaves out 0")
     figure.suptitle("\n".join(textwrap.fill(line, int(13 * width)) for line in said), fontsize=9)
     return figure
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -13,9 +13,9 @@ from lightning_ablate.metrics import METRICS
 
 BASELINE = "none"
 _SCORES = dict.fromkeys(METRICS, "float64")
-TABLE = {"model": "str", "data": "str", "method": "str", "fraction": "float64", "seed": "Int64", "part": "str"}
-TABLE |= {"head": "Int64", "n": "int64"} | _SCORES
-EXAMPLES = dict.fromkeys(("condition", "example", "n"), "int64") | _SCORES
+TABLE = {"model": "str", "data": "str", "method": "str", "fraction": "float64", "ablated": "float64", "seed": "Int64"}
+TABLE |= {"part": "str", "head": "Int64", "n": "int64"} | _SCORES
+EXAMPLES = dict.fromkeys(("condition", "example", "cluster", "n"), "int64") | _SCORES
 # rows of the table, (seeds, conditions) int64, and the weights of these conditions' scores
 Contrast = tuple[np.ndarray, np.ndarray]
 _Made = Callable[..., pd.DataFrame]
@@ -49,15 +49,40 @@ def rectangular(examples: pd.DataFrame, conditions: int) -> bool:
     """Whether every condition has the same examples in the same order."""
     if len(examples) % conditions:
         return False
-    condition, *same = (examples[name].to_numpy().reshape(conditions, -1) for name in ("condition", "example", "n"))
+    names = ("condition", "example", "cluster", "n")
+    condition, *same = (examples[name].to_numpy().reshape(conditions, -1) for name in names)
     return bool((condition.T == np.arange(conditions)).all() and all((one == one[0]).all() for one in same))
 
 
+class Cell(NamedTuple):
+    """Conditions of a method that differ by their seed alone."""
+
+    fraction: float
+    ablated: float  # mean over the seeds
+    part: str
+    head: int | None
+
+    @property
+    def went(self) -> tuple[float, str, int | None]:
+        """What conditions of two methods must share to be compared."""
+        return round(self.ablated, 9), self.part, self.head
+
+
+def cells(table: pd.DataFrame) -> dict[str, dict[Cell, dict[int | None, int]]]:
+    """By method and cell, the latter in the order of what they ablate, which row of the table each seed has."""
+    found: dict[str, dict[Cell, dict[int | None, int]]] = {method: {} for method in table["method"]}
+    same = table.groupby(["method", "fraction", "part", "head"], dropna=False, sort=False)["ablated"]
+    for one in table.assign(ablated=same.transform("mean")).sort_values("ablated", kind="stable").itertuples():
+        cell = Cell(one.fraction, one.ablated, one.part, None if pd.isna(one.head) else int(one.head))
+        found[one.method].setdefault(cell, {})[None if pd.isna(one.seed) else int(one.seed)] = one.Index
+    return found
+
+
 def area(curve: Mapping[float, Mapping[int | None, int]], to: float) -> Contrast:
-    """A curve's mean height above the baseline, the table's first row, over the fractions from 0 to ``to``."""
+    """A curve's mean height above the baseline, the table's first row, over the shares ablated from 0 to ``to``."""
     seeds = max(curve.values(), key=len)
     points: dict[float, Mapping[int | None, int]] = {0.0: {None: 0}, **curve}
-    grid = sorted({fraction for fraction in points if fraction < to} | {to})
+    grid = sorted({share for share in points if share < to} | {to})
     shares = [np.trapezoid(np.interp(grid, list(points), hat), grid) / to for hat in np.eye(len(points))]
     rows = [[0, *(at.get(seed, next(iter(at.values()))) for at in points.values())] for seed in seeds]
     used = np.array([True, *(share > 0 for share in shares)])

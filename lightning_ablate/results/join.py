@@ -15,7 +15,7 @@ from lightning_ablate.results.frames import BASELINE
 from lightning_ablate.results.table import Results
 
 _SAME = 1e-4  # nats that baselines of the same data may differ by, on other machines
-_SAME_EXAMPLES = ["example", "n"]
+_SAME_EXAMPLES = ["example", "cluster", "n"]
 
 
 def load(folders: Sequence[Path | str] | Path | str) -> list[Results]:

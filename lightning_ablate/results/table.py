@@ -14,33 +14,34 @@ from matplotlib.figure import Figure
 
 from lightning_ablate.errors import ConfigError, DataError, loading
 from lightning_ablate.metrics import METRICS
-from lightning_ablate.results import figures, text
+from lightning_ablate.results import figures, frames, text
 from lightning_ablate.results.bootstrap import intervals
 from lightning_ablate.results.folder import write_whole
-from lightning_ablate.results.frames import BASELINE, EXAMPLES, TABLE, Contrast, area, by_data, read, rectangular, typed
+from lightning_ablate.results.frames import BASELINE, Cell, Contrast, by_data
 from lightning_ablate.results.text import base_name
 
 COMPARED = ("top1", "cross_entropy")
-_Cell = tuple[float, str, int | None]  # fraction, part, head
 
 
 class Results:
     """What every condition of a sweep scored, and what follows from it.
 
     Of several data sets the tables begin with a column ``data``, and :meth:`on` gives the results on one of them. Every
-    interval is of 95%, over examples, the choices of neurons being those of the run; NaN where the data don't tell
-    examples apart.
+    interval is of 95%, over clusters of examples, the choices of neurons being those of the run; NaN where the data
+    don't tell examples apart. Curves and areas go by the share that was ablated.
 
     Args:
         table: a row a condition, the baseline (method ``none``) first, one data set behind the other: model, data,
-            method, fraction (share of the neurons that was ablated, in each site or in the part the condition is
-            confined to), seed (missing where it can't matter), part (the one site or layer that was ablated; empty for
-            all), head (missing for all), n (scored positions), top1 and top5 (share of them whose target has the
-            largest logit, or one of the five largest), cross_entropy, and kl, that of the ablated from the clean
-            prediction (nats per scored position). Any other column is a metric of one's own.
+            method, fraction (share of the units that was asked for, in each site or in the part the condition is
+            confined to), ablated (share of the neurons of all sites that went), seed (missing where it can't matter),
+            part (the one site or layer that was ablated; empty for all), head (missing for all), n (scored positions),
+            top1 and top5 (share of them whose target has the largest logit, or one of the five largest),
+            cross_entropy, and kl, that of the ablated from the clean prediction (nats per scored position). Any other
+            column is a metric of one's own.
         examples: a row a condition and example, the same examples in the same order for every condition: condition (row
-            of the table), example, n (its scored positions), and the sums of the scores over these. None where the
-            data don't tell examples apart; a data set may be left out.
+            of the table), example, cluster (equal for examples that share a document), n (its scored positions), and
+            the sums of the scores over these. None where the data don't tell examples apart; a data set may be left
+            out.
         facts: what run.json says; ``classes``, their number or the size of the vocabulary, and ``partial``, why the run
             doesn't cover all its data, are used here.
 
@@ -51,24 +52,20 @@ class Results:
     def __init__(
         self, table: pd.DataFrame, examples: pd.DataFrame | None = None, facts: Mapping[str, Any] | None = None
     ) -> None:
-        self.table = typed(table, TABLE, "the table")
-        self.examples = None if examples is None else typed(examples, EXAMPLES, "the table of examples")
+        self.table = frames.typed(table, frames.TABLE, "the table")
+        self.examples = None if examples is None else frames.typed(examples, frames.EXAMPLES, "the table of examples")
         self.facts = dict(facts or {})
         if not len(self.table) or self.baseline["method"] != BASELINE:
             raise DataError(f"the first row of the table must be the baseline, of the method {BASELINE!r}")
         self.data = self.table["data"].unique().tolist()
-        self.own = [name for name in self.table.columns if name not in TABLE]  # metrics of one's own
+        self.own = [name for name in self.table.columns if name not in frames.TABLE]  # metrics of one's own
         self.metrics = [*METRICS, *self.own]
         self._parts = [self._part(data) for data in self.data] if len(self.data) > 1 else []
         if self._parts:
             return
-        if self.examples is not None and not rectangular(self.examples, len(self.table)):
+        if self.examples is not None and not frames.rectangular(self.examples, len(self.table)):
             raise DataError("every condition needs a row for each example, the same ones in the same order")
-        self._cells: dict[str, dict[_Cell, dict[int | None, int]]] = {method: {} for method in self.table["method"]}
-        for one in self.table.sort_values("fraction", kind="stable").itertuples():
-            cell = one.fraction, one.part, None if pd.isna(one.head) else int(one.head)
-            seeds = self._cells[one.method].setdefault(cell, {})
-            seeds[None if pd.isna(one.seed) else int(one.seed)] = one.Index
+        self._cells = frames.cells(self.table)
 
     @property
     def baseline(self) -> pd.Series:
@@ -109,6 +106,14 @@ class Results:
         return "importance" if self.parts else "degradation"
 
     @property
+    def counts(self) -> tuple[int, int]:
+        """How many examples were scored, and how many clusters of them; 0 where the data don't tell."""
+        if self.examples is None:
+            return 0, 0
+        base = self.examples[(self.examples["condition"] == 0) & (self.examples["n"] > 0)]
+        return len(base), base["cluster"].nunique()
+
+    @property
     def partial(self) -> list[str]:
         """Why the run doesn't cover all its data; empty for a whole run."""
         return list(self.facts.get("partial") or [])
@@ -117,17 +122,17 @@ class Results:
     def summary(self) -> pd.DataFrame:
         """A row a method and fraction, the baseline first: what it scored.
 
-        Its columns are method, fraction, (part and head where conditions are confined to them,) seeds (their number),
-        n, and of each metric m: ``m``, the mean over the seeds; ``m_low`` and ``m_high``, the ends of its interval;
-        ``m_sd``, the standard deviation over the seeds, NaN for a single one.
+        Its columns are method, fraction, ablated, (part and head where conditions are confined to them,) seeds (their
+        number), n, clusters (over which intervals are), and of each metric m: ``m``, the mean over the seeds; ``m_low``
+        and ``m_high``, the ends of its interval; ``m_sd``, the standard deviation over the seeds, NaN for a single one.
         """
         keys, contrasts = [], []
-        for method, cells in self._cells.items():
-            for cell, seeds in cells.items():
+        for method, own in self._cells.items():
+            for cell, seeds in own.items():
                 rows = np.array(list(seeds.values()))[:, None]
                 keys.append((method, *cell))
                 contrasts.append((rows, np.ones(1)))
-        return self._frame(["method", "fraction", "part", "head"], keys, contrasts, self.metrics)
+        return self._frame(["method", *Cell._fields], keys, contrasts, self.metrics)
 
     @by_data
     def kept(self, metric: str, nothing: float) -> pd.DataFrame:
@@ -144,11 +149,12 @@ class Results:
 
     @by_data
     def compare(self, method: str | None = None, other: str | None = None) -> pd.DataFrame:
-        """How much more one method scores than another, on the same neurons and the same examples.
+        """How much more one method scores than another, on the same examples and as many neurons.
 
-        A row a pair and fraction, like :meth:`summary` with the differences. Conditions are paired by seed; where a
-        seed can't matter to one method, its only condition is paired with all of the other's. None stands for each
-        method (as the other: each behind the first), ``none`` for the baseline; any other name is a ConfigError.
+        A row a pair and share that both ablated, like :meth:`summary` with the differences. In one run the neurons are
+        the same. Conditions are paired by seed; where a seed can't matter to one method, its only condition is paired
+        with all of the other's. None stands for each method (as the other: each behind the first), ``none`` for the
+        baseline; any other name is a ConfigError.
         """
         for name, known in ((method, self.methods), (other, [*self.methods, BASELINE])):
             if name is not None and name not in known:
@@ -159,8 +165,9 @@ class Results:
             pairs = list(combinations(self.methods, 2))
         keys, contrasts = [], []
         for one, two in pairs:
+            others = {cell.went: seeds for cell, seeds in self._cells[two].items()}
             for cell, seeds in self._cells[one].items():
-                against = self._cells[two].get((0.0, "", None) if two == BASELINE else cell)
+                against = others.get((0.0, "", None) if two == BASELINE else cell.went)
                 if against:
                     same = [(row, against[seed]) for seed, row in seeds.items() if seed in against]
                     rows = np.array(same or list(product(seeds.values(), against.values())))
@@ -168,37 +175,27 @@ class Results:
                         continue  # no seed of one is a seed of the other
                     keys.append((one, two, *cell))
                     contrasts.append((rows, np.array([1.0, -1.0])))
-        return self._frame(["method", "other", "fraction", "part", "head"], keys, contrasts, [*COMPARED, *self.own])
+        return self._frame(["method", "other", *Cell._fields], keys, contrasts, [*COMPARED, *self.own])
 
     @by_data
     def ranking(self) -> pd.DataFrame:
-        """A row a method, the least damage first: its scores above the baseline's, averaged over the fractions.
+        """A row a method, the least damage first: its scores above the baseline's, averaged over the shares ablated.
 
-        That is the area between both curves, by trapezoids, from 0 to ``to``, the largest fraction that all methods
+        That is the area between both curves, by trapezoids, from 0 to ``to``, the largest share that all methods
         reach. The columns of cross_entropy (added) and top1 (below 0: lost) are like those of :meth:`summary`.
         Conditions confined to parts make no curve: ConfigError.
         """
         if self.parts:
             raise ConfigError("single sites, layers or heads make no curve to rank by: see compare(other='none')")
-        to = min((max(self._cells[method])[0] for method in self.methods), default=1.0)
+        curves = {m: {cell.ablated: rows for cell, rows in self._cells[m].items()} for m in self.methods}
+        to = min(map(max, curves.values()), default=1.0)
         keys = [(method, to) for method in self.methods]
-        contrasts = [area({cell[0]: rows for cell, rows in self._cells[m].items()}, to) for m in self.methods]
+        contrasts = [frames.area(curve, to) for curve in curves.values()]
         ranked = self._frame(["method", "to"], keys, contrasts, [*COMPARED[::-1], *self.own])
         return ranked.sort_values("cross_entropy", kind="stable", ignore_index=True)
 
-    def flat(self) -> dict[str, float]:
-        """Each condition's scores by a name of their own, as loggers take them: ``top1/mean 0.5 seed 42``."""
-        found, labels = dict[str, float](), dict(zip(self.data, self.labels, strict=True))
-        for row in self.table.to_dict("records"):
-            where = row["part"] or f"{row['fraction']:g}"
-            words = [row["method"], where, *(f"{n} {row[n]}" for n in ("head", "seed") if not pd.isna(row[n]))]
-            name = "baseline" if row["method"] == BASELINE else " ".join(words)
-            name += f" on {labels[row['data']]}" if len(self.data) > 1 else ""
-            found |= {f"{metric}/{name}": float(row[metric]) for metric in self.metrics}
-        return found
-
     def plot(self, metric: str = "cross_entropy") -> Figure:
-        """The curves of the methods by fraction; or, of conditions confined to parts, what each part costs.
+        """The curves of the methods by the share ablated; or, of conditions confined to parts, what each part costs.
 
         Data sets have their columns of curves; of parts the ``metric`` on the first is shown.
         """
@@ -245,10 +242,10 @@ class Results:
     def load(cls, folder: Path | str) -> "Results":
         """Those that :meth:`save` wrote, bit for bit; DataError if the folder holds none, or other files."""
         paths = [Path(folder) / name for name in ("results.csv", "run.json", "examples.parquet")]
-        table = read(paths[0], TABLE)
+        table = frames.read(paths[0], frames.TABLE)
         with loading(str(paths[1]), DataError):
             facts = dict(json.loads(paths[1].read_text(encoding="utf-8")))
-        examples = read(paths[2], EXAMPLES) if paths[2].is_file() else None
+        examples = frames.read(paths[2], frames.EXAMPLES) if paths[2].is_file() else None
         try:
             return cls(table, examples, facts)
         except DataError as error:
@@ -283,12 +280,13 @@ class Results:
             frame = frame.astype({"head": "Int64"}) if self.parts else frame.drop(columns=["part", "head"])
             frame["seeds"] = [len(rows) for rows, _ in contrasts]
             frame["n"] = [self.table["n"].iloc[rows[0, 0]] for rows, _ in contrasts]
+            frame["clusters"] = self.counts[1]
         ends = np.full((2, len(metrics), len(keys)), np.nan)
         if self.examples is not None and keys:
             own = {metric: self.examples[metric].to_numpy().reshape(len(self.table), -1) for metric in metrics}
             sums = [weights @ own[metric][rows].mean(0) for metric in metrics for rows, weights in contrasts]
-            positions = self.examples["n"].to_numpy()[: len(sums[0])]
-            ends = intervals(np.stack(sums), positions).reshape(ends.shape)
+            positions, clusters = (self.examples[name].to_numpy()[: len(sums[0])] for name in ("n", "cluster"))
+            ends = intervals(np.stack(sums), positions, clusters).reshape(ends.shape)
         for metric, (low, high) in zip(metrics, ends.swapaxes(0, 1), strict=True):
             scores = self.table[metric].to_numpy()
             by_seed = [scores[rows] @ weights for rows, weights in contrasts]

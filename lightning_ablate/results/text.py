@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from lightning_ablate.results.bootstrap import ENOUGH
+
 if TYPE_CHECKING:
     from lightning_ablate.results.table import Results
 
@@ -45,17 +47,30 @@ def tables(results: "Results") -> str:
 def html(results: "Results") -> str:
     """The baselines, and the summary as a table."""
     lines = "<br>".join(escape(line) for one in results.each for line in _head(one).splitlines())
-    return f"<p>{lines}</p>\n{results.summary().to_html(index=False)}"
+    notes = "<br>".join(map(interval, results.each))
+    return f"<p>{lines}</p>\n{results.summary().to_html(index=False)}\n<p>{notes}</p>"
 
 
 def _head(results: "Results") -> str:
     base = results.baseline
     first = (
-        f"{title(results)}: {base['n']:,} scored positions; nothing ablated: "
+        f"{title(results)}: {base['n']:,} scored positions{_counted(results)}; nothing ablated: "
         f"top-1 {100 * base['top1']:.2f}%, cross-entropy {base['cross_entropy']:.4f} nats"
         + "".join(f", {metric} {base[metric]:.4f}" for metric in results.own)
     )
     return "\n".join([first, *(f"PARTIAL: {reason}" for reason in results.partial), *_ridges(results)])
+
+
+def _counted(results: "Results") -> str:
+    examples, clusters = results.counts
+    return f" of {examples:,} examples in {clusters:,} clusters" if examples else ""
+
+
+def interval(results: "Results") -> str:
+    """What the intervals are, and whether they can be relied on."""
+    _, clusters = results.counts
+    few = f"; fewer than {ENOUGH} clusters, so it holds the truth less often" if clusters < ENOUGH else ""
+    return f"95% interval over {clusters:,} clusters of examples{few}"
 
 
 def _ridges(results: "Results") -> list[str]:
@@ -71,29 +86,31 @@ def _ridges(results: "Results") -> list[str]:
 
 
 def _scores(results: "Results") -> str:
-    """Top-1 and cross-entropy at up to three fractions, mean ± sd over the seeds."""
+    """Top-1 and cross-entropy at up to three shares, mean ± sd over the seeds."""
     summary = results.summary().iloc[1:]
-    shown = sorted(summary["fraction"].unique())
+    summary["ablated"] = summary["ablated"].round(9)
+    shared = summary.groupby("ablated")["method"].nunique()
+    shown = shared.index[shared == shared.max()].tolist()
     if len(shown) > 3:
-        usual = [fraction for fraction in (0.1, 0.5, 0.9) if fraction in shown]
-        shown = usual or [shown[0], shown[len(shown) // 2], shown[-1]]
+        nearest = (min(shown, key=lambda share: abs(share - usual)) for usual in (0.1, 0.5, 0.9))
+        shown = list(dict.fromkeys(nearest))
     heads = [("top-1 %", "top1", 100, 2), ("cross-entropy", "cross_entropy", 1, 4)]
     heads += [(metric, metric, 1, 4) for metric in results.own]
-    columns = [(head, f"{100 * fraction:g}%") for head, *_ in heads for fraction in shown]
+    columns = [(head, f"{100 * share:.3g}%") for head, *_ in heads for share in shown]
     cells = pd.DataFrame("", index=results.methods, columns=pd.MultiIndex.from_tuples(columns, names=["", "ablated"]))
-    for _, row in summary[summary["fraction"].isin(shown)].iterrows():
+    for _, row in summary[summary["ablated"].isin(shown)].iterrows():
         for head, metric, scale, digits in heads:
             spread = "" if pd.isna(row[f"{metric}_sd"]) else f" ± {scale * row[f'{metric}_sd']:.{digits}f}"
             value = f"{scale * row[metric]:.{digits}f}{spread}"
-            cells.loc[row["method"], (head, f"{100 * row['fraction']:g}%")] = value
+            cells.loc[row["method"], (head, f"{100 * row['ablated']:.3g}%")] = value
     seeds = int(summary["seeds"].max())
     spread = f"\n\nmean ± standard deviation over {seeds} seeds" if seeds > 1 else ""
     return f"{cells.to_string()}{spread}"
 
 
 def _ranks(results: "Results") -> str:
-    """The methods, the one that costs the least first; nothing where a single fraction makes no curve."""
-    if results.table["fraction"].nunique() == 2:
+    """The methods, the one that costs the least first; nothing where a single share makes no curve."""
+    if results.table["ablated"].nunique() == 2:
         return ""
     ranking = results.ranking()
     cells = {
@@ -102,23 +119,23 @@ def _ranks(results: "Results") -> str:
         **{f"change of {m}": [_with_interval(row, m, 1, 4) for _, row in ranking.iterrows()] for m in results.own},
     }
     frame = pd.DataFrame(cells, index=ranking["method"].tolist())
-    frame.columns.name = f"mean over 0 to {100 * ranking['to'].iloc[0]:g}%"
+    frame.columns.name = f"mean over 0 to {100 * ranking['to'].iloc[0]:.3g}%"
     return str(frame.to_string())
 
 
 def _differences(results: "Results") -> str:
-    """A line a pair at the fraction closest to a half; of many pairs, those of neighbours in rank."""
-    compared = results.compare() if results.examples is not None else pd.DataFrame({"fraction": []})
-    here = compared[compared["fraction"] == min(compared["fraction"], key=lambda one: abs(one - 0.5), default=None)]
+    """A line a pair at the share closest to a half; of many pairs, those of neighbours in rank."""
+    compared = results.compare() if results.examples is not None else pd.DataFrame({"ablated": []})
+    here = compared[compared["ablated"] == min(compared["ablated"], key=lambda one: abs(one - 0.5), default=None)]
     if here.empty or here["top1_low"].isna().all():
         return ""
-    note = "[95% interval over examples, the choices of neurons being those of the run]"
+    note = f"[{interval(results)}; the choices of neurons are those of the run]"
     if len(here) > _PAIRS:
         note = f"{note}; all {len(here)} pairs: Results.compare()"
         here = neighbours(results, here)
     lines = {}
     for _, row in here.iterrows():
-        first = f"{row['method']} − {row['other']} at {100 * row['fraction']:g}%: "
+        first = f"{row['method']} − {row['other']} at {100 * row['ablated']:.3g}%: "
         others = [_with_interval(row, metric, 1, 4, f" {metric}") for metric in results.own]
         told = "   ".join([_with_interval(row, "cross_entropy", 1, 4, " nats"), *others])
         lines[first + _with_interval(row, "top1", 100, 2, " points")] = told

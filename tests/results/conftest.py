@@ -19,6 +19,7 @@ def make(methods=("zero", "peak"), fractions=(0.1, 0.5, 0.9, 1.0), seeds=(1, 2, 
     generator, order = np.random.default_rng(0), {m: i for i, m in enumerate(methods)}
     frame = pd.DataFrame({"condition": np.repeat(np.arange(count), examples)})
     frame = frame.assign(example=np.tile(np.arange(examples) * 3, count), n=np.tile(positions, count))
+    frame["cluster"] = frame["example"]
     hurt = np.repeat(table["fraction"].to_numpy() * (0.3 + 0.1 * generator.random(count)), examples)
     worse = np.repeat(table["method"].map(order).fillna(0).to_numpy() * 0.03, examples)
     noise = np.tile(generator.random(examples), count)
@@ -28,7 +29,7 @@ def make(methods=("zero", "peak"), fractions=(0.1, 0.5, 0.9, 1.0), seeds=(1, 2, 
     frame["kl"] = frame["cross_entropy"] / 3
     for metric in ("top1", "top5", "cross_entropy", "kl"):
         table[metric] = frame[metric].to_numpy().reshape(count, -1).sum(1) / positions.sum()
-    table = table.assign(model="a model", data="some, data", n=positions.sum())
+    table = table.assign(model="a model", data="some, data", n=positions.sum(), ablated=table["fraction"])
     return Results(table, frame, {"classes": 10, "partial": [], **facts})
 
 

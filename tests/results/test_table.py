@@ -6,11 +6,13 @@ import statistics
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from lightning_ablate.errors import ConfigError, DataError
 from lightning_ablate.results import Results
+from lightning_ablate.results.bootstrap import ENOUGH
 
-HEADER = "model,data,method,fraction,seed,part,head,n,top1,top5,cross_entropy,kl"
+HEADER = "model,data,method,fraction,ablated,seed,part,head,n,top1,top5,cross_entropy,kl"
 HEADS = [(f"h.{layer}.proj", head) for layer in (0, 1) for head in range(3)]
 EQUAL = [("none", 0.0, None, 1.0), ("zero", 1.0, None, 2.0), ("mean", 1.0, None, 2.0)]
 
@@ -32,7 +34,9 @@ def per_example(results, row, metric="cross_entropy"):
 def plain(points, examples=None, **facts):
     """Results of (method, fraction, seed, cross-entropy) alone."""
     table = pd.DataFrame(points, columns=["method", "fraction", "seed", "cross_entropy"])
-    table = table.assign(model="m", data="d", part="", head=None, n=5, top1=1 - table["cross_entropy"] / 10)
+    table = table.assign(
+        ablated=table["fraction"], model="m", data="d", part="", head=None, n=5, top1=1 - table["cross_entropy"] / 10
+    )
     return Results(table.assign(top5=1.0, kl=0.0), examples, {"classes": 10, **facts})
 
 
@@ -41,7 +45,14 @@ def by_example(positions, *sums):
     count = len(positions)
     frame = pd.DataFrame({"condition": np.repeat(np.arange(len(sums)), count), "example": [*range(count)] * len(sums)})
     scores = np.concatenate(sums).astype(float)
-    return frame.assign(n=np.tile(positions, len(sums)), top1=scores, top5=scores, cross_entropy=scores, kl=scores)
+    return frame.assign(
+        cluster=frame["example"],
+        n=np.tile(positions, len(sums)),
+        top1=scores,
+        top5=scores,
+        cross_entropy=scores,
+        kl=scores,
+    )
 
 
 def test_save_and_load_keep_every_bit(made, tmp_path):
@@ -106,18 +117,53 @@ def test_summary_is_mean_and_standard_deviation_over_seeds(made):
             assert row[f"{metric}_sd"] == pytest.approx(sd, nan_ok=True)
 
 
-def test_summary_has_the_intervals_of_a_bootstrap_by_hand(made):
+@pytest.mark.parametrize("share", [1, 4])
+def test_summary_has_the_intervals_of_a_bootstrap_over_clusters_by_hand(made, share):
+    """Invariant 19: clusters of `share` neighbours are drawn, at the percentiles of a t distribution."""
     results = made(("zero",), [0.5], [1, 2])
+    results = Results(results.table, results.examples.assign(cluster=results.examples["example"] // (3 * share)))
     row, generator, ratios = results.summary().iloc[1], np.random.default_rng(0), []
     (first, positions), (second, _) = per_example(results, 1), per_example(results, 2)
+    clusters = results.examples["cluster"].to_numpy()[: len(positions)][positions > 0]
+    groups = [np.flatnonzero(clusters == one) for one in np.unique(clusters)]
     sums, positions = (first + second)[positions > 0] / 2, positions[positions > 0]
-    count = len(positions)
-    assert 0 < count < 40
+    count = len(groups)
+    assert (count, row["clusters"]) == ((len(positions),) * 2 if share == 1 else (10, 10))
     for _ in range(2000):
         drawn = generator.multinomial(count, [1 / count] * count)
-        ratios.append((drawn * sums).sum() / (drawn * positions).sum())
-    expected = np.quantile(ratios, [0.025, 0.975])
+        rows = [one for group, times in zip(groups, drawn, strict=True) for one in [*group] * times]
+        ratios.append(sums[rows].sum() / positions[rows].sum())
+    low = stats.norm.cdf(-np.sqrt(count / (count - 1)) * stats.t.ppf(0.975, count - 1))
+    assert low < 0.025
+    expected = np.quantile(ratios, [low, 1 - low])
     assert [row["cross_entropy_low"], row["cross_entropy_high"]] == pytest.approx(expected, rel=1e-12)
+
+
+def test_curves_areas_and_comparisons_go_by_what_was_ablated():
+    """Invariant 12: of 4 heads 10% and 20% ask for the same head, which is a quarter of the neurons."""
+    points = [("none", 0.0, None, 1.0), ("zero", 0.1, 1, 2.0), ("zero", 0.4, 1, 4.0), ("zero", 1.0, None, 5.0)]
+    points += [("mean", 0.25, 1, 1.5), ("mean", 1.0, None, 5.0)]
+    went = [0, 0.25, 0.5, 1, 0.25, 1]
+    table = plain(points).table.assign(ablated=went)
+    results = Results(table, by_example([1] * 30, *np.outer(table["cross_entropy"], np.ones(30))))
+    ranks = results.ranking().set_index("method")
+    assert ranks.loc["zero", "cross_entropy"] == pytest.approx(0.25 * 1 / 2 + 0.25 * (1 + 3) / 2 + 0.5 * (3 + 4) / 2)
+    assert ranks.loc["mean", "cross_entropy"] == pytest.approx(0.25 * 0.5 / 2 + 0.75 * (0.5 + 4) / 2)
+    compared = results.compare("zero", "mean")
+    assert compared[["fraction", "ablated", "cross_entropy"]].values.tolist() == [[0.1, 0.25, 0.5], [1, 1, 0]]
+    (line, *_), *_ = ([x for x in axes.lines if x.get_label() == "zero"] for axes in results.plot().axes)
+    assert line.get_xdata() == pytest.approx([0, 25, 50, 100])
+    text = str(results)
+    assert "mean over 0 to 100%" in text and "zero − mean at 25%" in text and " 10%" not in text and "40%" not in text
+
+
+def test_few_clusters_are_said_where_the_interval_stands(made):
+    few = made(examples=24)  # some of which have no scored position
+    assert few.counts[1] < 25 and "holds the truth less often" not in str(made())
+    few = Results(few.table, few.examples.assign(cluster=few.examples["example"] % 5))
+    said = f"95% interval over 5 clusters of examples; fewer than {ENOUGH} clusters, so it holds the truth less often"
+    assert f"of {few.counts[0]} examples in 5 clusters;" in str(few)
+    assert f"[{said};" in str(few) and said in few._repr_html_()
 
 
 def test_intervals_are_missing_where_examples_are_unknown_or_too_few(made):
@@ -206,14 +252,15 @@ def test_str_shows_scores_ranks_and_differences(made):
     first, scores, _, ranks, differences, note = str(results).split("\n\n")
     base = results.baseline
     baseline = f"top-1 {100 * base['top1']:.2f}%, cross-entropy {base['cross_entropy']:.4f} nats"
-    said = f"a model on some, data: {base['n']:,} scored positions; nothing ablated: {baseline}"
+    counted = "of {} examples in {} clusters".format(*results.counts)
+    said = f"a model on some, data: {base['n']:,} scored positions {counted}; nothing ablated: {baseline}"
     assert first.splitlines() == [said, "PARTIAL: evaluation was cut to 1 of 9 batches"]
     values = [100 * value for value in own(results, "zero", 0.9, "top1").values()]
     assert f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" in scores
     assert [word for word in scores.split() if word.endswith("%")][-6:] == ["10%", "50%", "90%"] * 2
     assert ranks.startswith("mean over 0 to 100%") and ranks.count("[") == 4
     assert differences.startswith("zero − peak at 50%: +") and " points [+" in differences and " nats [-" in differences
-    assert note.startswith("[95% interval over examples")
+    assert note.startswith("[95% interval over 37 clusters of examples; the choices")
     assert repr(results).count("\n") == 0 and "PARTIAL: " in results._repr_html_() and "<table" in results._repr_html_()
 
 
