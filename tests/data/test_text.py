@@ -131,7 +131,6 @@ def test_shuffle_depends_on_its_seed_alone_and_describe_says_budgets_and_fingerp
         ({"evaluation_tokens": 10**6}, DataError, "evaluation tokens, expected 1,000,000; bring more"),
         ({"calibration_tokens": 10**6}, DataError, "calibration tokens, expected 1,000,000; bring more"),
         ({"text_column": "body"}, DataError, "no column 'body', it has text"),
-        ({"max_length": 65}, ConfigError, "max_length is 65, expected above 1 and at most 64"),
         ({"max_length": 1}, ConfigError, "max_length is 1"),
         ({"evaluation_tokens": 0}, ConfigError, "evaluation_tokens is 0"),
         ({"batch_size": 0}, ConfigError, "batch_size is 0"),

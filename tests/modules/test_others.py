@@ -166,7 +166,7 @@ def test_a_missing_text_is_refused(tmp_path):
         ({"evaluation_examples": 10**5}, "evaluation examples, expected 100,000; bring more"),
         ({"label_column": "second"}, "holds 'The .*' in 'second', expected a class index"),
         ({"text_column": "label"}, "holds 0|holds 1|holds 2"),
-        ({"max_length": 65}, "max_length is 65, expected above 3 and at most 64"),
+        ({"max_length": 3}, "max_length is 3, expected above 3"),
     ],
 )
 def test_rows_that_cannot_be_examples_are_refused(folder, tmp_path, options, message):

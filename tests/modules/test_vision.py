@@ -35,7 +35,8 @@ def picture(mode="RGB"):
 
 
 def batch(module):
-    return {"pixel_values": module.transform(picture())[None], "label": torch.zeros(1).long(), "index": torch.arange(1)}
+    image = picture("L" if module.library == "timm" else "RGB")
+    return {"pixel_values": module.transform(image)[None], "label": torch.zeros(1).long(), "index": torch.arange(1)}
 
 
 LIBRARIES = {"timm": ("L", 0.4, 0.2), "transformers": ("RGB", 0.5, 0.25)}  # the mode, mean and sd of their pictures
