@@ -165,8 +165,8 @@ def special_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
         framed, is_text = encoding.ids, [special == 0 for special in encoding.special_tokens_mask]
     place = is_text.index(True) if sum(is_text) == 1 else len(framed)
     before, after = framed[:place], framed[place + 1 :]
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-    if sum(is_text) != 1 or tokenizer("a")["input_ids"] != [*before, *plain, *after]:
+    plain = tokenizer("", add_special_tokens=False)["input_ids"]  # a text that any tokenizer knows
+    if sum(is_text) != 1 or tokenizer("")["input_ids"] != [*before, *plain, *after]:
         raise DataError(
             f"{type(tokenizer).__name__} doesn't put its special tokens around a text by the rule that it gives: its "
             "sequences can't be cut; bring another (--data.tokenizer)"

@@ -1,6 +1,8 @@
 """What the models from the Hugging Face hub have in common, be they there or in a local folder of the same form."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
 
@@ -86,10 +88,12 @@ class HubModule(AblationModule):
         if self.known is not None:
             config = getattr(self.known, "config", None) or SimpleNamespace(**getattr(self.known, "pretrained_cfg", {}))
         else:
-            config = self.beside("AutoConfig")
+            adapter = Path(resolve(self.name)) / "adapter_config.json"
+            base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else None
+            config = self.beside("AutoConfig", base)
         return names_of(getattr(config, "id2label", None) or getattr(config, "label_names", None))
 
-    def beside(self, auto_class: str, **options: Any) -> Any:
+    def beside(self, auto_class: str, name: str | None = None, **options: Any) -> Any:
         """What lies under the name: the model, its tokenizer or image processor; TargetError if it can't be loaded."""
         import transformers
 
@@ -97,7 +101,7 @@ class HubModule(AblationModule):
         if self.gguf_file is not None:
             options["gguf_file"] = self.gguf_file
         with loading(self.name, TargetError, "--model.name"):
-            return getattr(transformers, auto_class).from_pretrained(resolve(self.name), **options)
+            return getattr(transformers, auto_class).from_pretrained(name or resolve(self.name), **options)
 
     def describe(self) -> dict[str, Any]:
         """Adds the revision and the attention implementation."""
