@@ -213,9 +213,9 @@ class SourceData(AblationDataModule):
         value = None if self.cluster_column is None else row[self.cluster_column]
         return number if value is None else repr(value)
 
-    def class_index(self, features: Mapping[str, Any], column: str) -> Callable[[Any], int]:
+    def class_index(self, source: Any, column: str) -> Callable[[Any], int]:
         """Maps labels of a column to the target's classes, see :func:`~lightning_ablate.data.labels.class_index`."""
-        own = names_of(getattr(features.get(column), "names", None))
+        own = names_of(getattr((getattr(source, "features", None) or {}).get(column), "names", None))
         module = getattr(self.trainer, "lightning_module", None)
         return class_index(self.name, column, own, getattr(module, "class_names", None))
 

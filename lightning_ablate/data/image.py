@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_ablate.data.base import Purpose, SourceData
 from lightning_ablate.data.examples import Examples, joined
-from lightning_ablate.data.source import features_of, rows
+from lightning_ablate.data.source import rows
 from lightning_ablate.errors import ConfigError, DataError, loading
 
 
@@ -50,10 +50,11 @@ class ImageData(SourceData):
         import datasets
 
         source = self.source(purpose)
-        features = features_of(source, self.name, *self._asked)
+        features = source.features or {}
         mode = self.mode or getattr(features.get(self.image_column), "mode", None)
-        source = source.cast_column(self.image_column, datasets.Image(decode=False))
-        index = self.class_index(features, self.label_column)
+        index = self.class_index(source, self.label_column)
+        if self.image_column in features:
+            source = source.cast_column(self.image_column, datasets.Image(decode=False))
         found = self.taken(purpose, ((one, 1) for one in self._fresh(purpose, source)))
         images = [(image, index(label)) for image, label, _ in found]
         contents = [encoded(image) + f" {label}".encode() for image, label in images]
@@ -64,13 +65,10 @@ class ImageData(SourceData):
         """Adds the mode."""
         return super().describe() | {"mode": self.mode}
 
-    @property
-    def _asked(self) -> list[str]:
-        return [self.image_column, self.label_column, *self.cluster_columns]
-
     def _fresh(self, purpose: Purpose, source: Any) -> Iterator[tuple[dict[str, Any], Any, Hashable]]:
         """The undecoded images that are free for the purpose, their labels, and what they belong to."""
-        for number, row in enumerate(rows(source, self.name, *self._asked)):
+        columns = self.image_column, self.label_column, *self.cluster_columns
+        for number, row in enumerate(rows(source, self.name, *columns)):
             image, label = row[self.image_column], row[self.label_column]
             if label is None or image is None or image["bytes"] is image["path"] is None:
                 continue

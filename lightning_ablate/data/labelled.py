@@ -1,7 +1,7 @@
 """Texts with a class, and pairs of texts, from any source that `datasets` can read."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_ablate.data.base import Purpose, SourceData
 from lightning_ablate.data.examples import Examples, joined
-from lightning_ablate.data.source import features_of, rows
+from lightning_ablate.data.source import rows
 from lightning_ablate.data.text import padded, padding_id, tokenizer_of
 
 
@@ -49,24 +49,19 @@ class TextRows(SourceData):
     def load(self, purpose: Purpose) -> Examples:
         """Takes rows until the budget is reached; DataError if they end before, or are not of the expected form."""
         tokenizer = tokenizer_of(self, self.tokenizer_name)
-        source = self.source(purpose)
-        self.prepare(features_of(source, self.name, *self.columns, *self.cluster_columns))
-        found = self.taken(purpose, ((one, 1) for one in self._fresh(purpose, source)))
+        found = self.taken(purpose, ((one, 1) for one in self._fresh(purpose)))
         made = [self.example(row, tokenizer) for _, row, _ in found]
         arrays = [{name: tensor.numpy() for name, tensor in one.items()} for one in made]
         clusters = joined([self.cluster(row, number)] for number, row, _ in found)
         return Examples(arrays, [content for *_, content in found], clusters=clusters)
 
-    def prepare(self, features: Mapping[str, Any]) -> None:
-        """Takes what `datasets` knows of the columns, before examples are made."""
-
     def describe(self) -> dict[str, Any]:
         """Adds the length."""
         return super().describe() | {"max_length": self.max_length}
 
-    def _fresh(self, purpose: Purpose, source: Any) -> Iterator[tuple[int, dict[str, Any], bytes]]:
+    def _fresh(self, purpose: Purpose) -> Iterator[tuple[int, dict[str, Any], bytes]]:
         """The rows that are free for the purpose, with their numbers, and what identifies them."""
-        for number, row in enumerate(rows(source, self.name, *self.columns, *self.cluster_columns)):
+        for number, row in enumerate(rows(self.source(purpose), self.name, *self.columns, *self.cluster_columns)):
             asked = [row[column] for column in self.columns]
             if None in asked or not str(asked[0]).strip() or "" in asked:
                 continue
@@ -104,11 +99,12 @@ class LabelledTexts(TextRows):
         self.texts = [text_column] if second_text_column is None else [text_column, second_text_column]
         self.label_column = label_column
         super().__init__(name, [*self.texts, label_column], **options)
-        self.index: Callable[[Any], int] = self.class_index({}, label_column)
 
-    def prepare(self, features: Mapping[str, Any]) -> None:
-        """Maps the data's classes to the target's."""
-        self.index = self.class_index(features, self.label_column)
+    def source(self, purpose: Purpose) -> Any:
+        """The rows for a purpose; their classes are mapped to the target's."""
+        found = super().source(purpose)
+        self.index = self.class_index(found, self.label_column)
+        return found
 
     def example(self, row: dict[str, Any], tokenizer: Any) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask`` ``(length,)``, and ``label`` ``()``, int64."""

@@ -75,25 +75,13 @@ def shuffled(source: Any, seed: int | None) -> Any:
     return source.shuffle(seed=seed, **buffer)
 
 
-def features_of(source: Any, name: str, *columns: str) -> Mapping[str, Any]:
-    """What `datasets` knows of the columns of a source; DataError if one of these is missing."""
-    features = getattr(source, "features", None) or {}
-    if features and (missing := [column for column in columns if column not in features]):
-        raise _lacks(name, missing[0], features)
-    return features
-
-
 def rows(source: Any, name: str, *columns: str) -> Iterator[dict[str, Any]]:
     """The rows of a source; DataError if a column is missing, or a row can't be read."""
     with loading(name, DataError):
         for row in source:
             if missing := [column for column in columns if column not in row]:
-                raise _lacks(name, missing[0], row)
+                raise DataError(f"{name} has no column {missing[0]!r}, it has {', '.join(sorted(row))} (--data)")
             yield row
-
-
-def _lacks(name: str, column: str, columns: Mapping[str, Any]) -> DataError:
-    return DataError(f"{name} has no column {column!r}, it has {', '.join(sorted(columns))} (--data)")
 
 
 def _builder(path: Path) -> str | None:

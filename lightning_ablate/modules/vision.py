@@ -2,8 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,28 +17,6 @@ from lightning_ablate.metrics import Scored
 from lightning_ablate.modules.hub import HubModule, last_states
 
 ImageBatch = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """Maps a PIL image to what a target of so many channels takes."""
-
-    channels: int
-    transform: Callable[[Any], Tensor]
-
-    def __call__(self, image: Any) -> Tensor:
-        """The image in the target's channels, transformed."""
-        return self.transform(in_channels(image, self.channels))
-
-
-@dataclass(frozen=True)
-class _Processed:
-    processor: Any
-    channels: int
-
-    def __call__(self, image: Any) -> Tensor:
-        grey = {"do_convert_rgb": False, "input_data_format": "channels_first"} if self.channels == 1 else {}
-        return self.processor(image, return_tensors="pt", **grey)["pixel_values"][0]
 
 
 def in_channels(image: Any, channels: int) -> Any:
@@ -60,6 +37,15 @@ def in_channels(image: Any, channels: int) -> Any:
     if not fits:
         raise DataError(f"mode {image.mode} can't be given to a target of {channels} channels without loss; {advice}")
     return image
+
+
+def _transformed(channels: int, transform: Callable[[Any], Tensor], image: Any) -> Tensor:
+    return transform(in_channels(image, channels))
+
+
+def _processed(processor: Any, channels: int, image: Any) -> Tensor:
+    grey = {"do_convert_rgb": False, "input_data_format": "channels_first"} if channels == 1 else {}
+    return processor(image, return_tensors="pt", **grey)["pixel_values"][0]
 
 
 class ImageClassifier(HubModule):
@@ -103,10 +89,9 @@ class ImageClassifier(HubModule):
             scheme, _, name = self._timm_name.rpartition(":")
             if scheme == "local-dir":
                 config = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
-                return names_of(config.get("label_names") or config.get("pretrained_cfg", {}).get("label_names"))
-            if scheme:
-                return names_of(load_model_config_from_hf(name)[0].get("label_names"))
-            return names_of(getattr(get_pretrained_cfg(name), "label_names", None))
+            else:
+                config = load_model_config_from_hf(name)[0] if scheme else vars(get_pretrained_cfg(name) or object)
+            return names_of(config.get("label_names") or config.get("pretrained_cfg", {}).get("label_names"))
 
     @property
     def _timm_name(self) -> str:
@@ -146,11 +131,11 @@ class ImageClassifier(HubModule):
             config: Any = self.target.config
             parts = (config, *(getattr(config, name, None) for name in ("vision_config", "backbone_config")))
             channels = next((one for part in parts if (one := getattr(part, "num_channels", None))), 3)
-            return Preprocessing(channels, _Processed(self.beside("AutoImageProcessor"), channels))
+            return partial(_transformed, channels, partial(_processed, self.beside("AutoImageProcessor"), channels))
         from timm.data import create_transform, resolve_data_config
 
         config = resolve_data_config({}, model=self.target)
-        return Preprocessing(config["input_size"][0], create_transform(**config))
+        return partial(_transformed, config["input_size"][0], create_transform(**config))
 
     def save_beside(self, folder: Path) -> None:
         """Writes the image processor, which timm has in its configuration."""

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_ablate import ImageClassifier
 from lightning_ablate.data import ImageData
 from lightning_ablate.errors import ConfigError, DataError
-from lightning_ablate.modules.vision import Preprocessing
+from lightning_ablate.modules.vision import in_channels
 from tests import tiny
 
 
@@ -113,7 +113,7 @@ def deep(kind):
 
 def seen_through(channels, image):
     """What a target of so many channels gets of an image, as levels ``(channels, height, width)``."""
-    return Preprocessing(channels, lambda fitted: np.atleast_3d(np.array(fitted)).transpose(2, 0, 1))(image)
+    return np.atleast_3d(np.array(in_channels(image, channels))).transpose(2, 0, 1)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
