@@ -1,12 +1,22 @@
 """The errors a user can cause and mend; the command line shows them as one line, without a traceback."""
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from glob import has_magic
+from pathlib import Path
 from pickle import UnpicklingError
+from textwrap import shorten
+
+_SAYS_NOTHING = re.compile(r"\s*($|An error (occurred|happened))")  # so that the cause is shown
 
 
 class AblationError(Exception):
-    """What was expected, what came, and what to do next."""
+    """What was expected, what came, and what to do next; from a DataLoader's worker without the worker's traceback."""
+
+    def __init__(self, message: str) -> None:
+        of_worker = "\nOriginal Traceback" in message
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].rstrip() if of_worker else message)
 
 
 class ConfigError(AblationError, ValueError):
@@ -50,6 +60,11 @@ def loading(name: str, kind: type[AblationError], flag: str = "") -> Iterator[No
     except UnpicklingError as error:
         raise kind(f"could not load {named}: it is damaged, or holds more than tensors and plain values") from error
     except Exception as error:  # the libraries below raise dozens of kinds, some of them their own
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        reason = f"it lacks {lines[0]}" if isinstance(error, KeyError) else lines[0]
-        raise kind(f"could not load {named}: {reason:.180}") from error
+        cause: BaseException = error
+        while (inner := cause.__cause__ or cause.__context__) and _SAYS_NOTHING.match(str(cause)):
+            cause = inner
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        reason = f"it lacks {reason}" if isinstance(cause, KeyError) else reason
+        if flag and name.startswith((".", "/", "~")) and not (has_magic(name) or Path(name).expanduser().exists()):
+            reason = "there is no such file or folder"
+        raise kind(f"could not load {named}: {shorten(reason, 180, placeholder=' ...')}") from error

@@ -1,66 +1,22 @@
 """What the data modules share: two sets of examples, each counted exactly once on any number of ranks."""
 
 import hashlib
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Self, TypeVar, get_args
 
 import lightning
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch.utils.data import DataLoader, Dataset, Sampler
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import DataLoader
 
-from lightning_ablate.data.source import open_source
+from lightning_ablate.data.examples import ExactSampler, Examples
+from lightning_ablate.data.labels import class_index, names_of
+from lightning_ablate.data.source import given_rows, open_source, shuffled, split_of
 from lightning_ablate.errors import ConfigError, DataError
 
 Purpose = Literal["calibration", "evaluation"]
-FILLER = -1
 T = TypeVar("T")
-
-
-class Examples(Dataset[dict[str, Any]]):
-    """A set of examples, each of which knows its place.
-
-    ``make`` makes dicts of tensors of its ``rows``, when asked; ``contents`` identify them in the fingerprint.
-    """
-
-    def __init__(self, rows: Sequence[Any], contents: Sequence[bytes], make: Callable[[Any], Any] = dict) -> None:
-        self.rows, self.contents, self.make = rows, contents, make
-
-    def __len__(self) -> int:
-        """How many there are."""
-        return len(self.contents)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """An example and its ``index``; the filler is the first example, and its index stays below 0."""
-        return {**self.make(self.rows[max(index, 0)]), "index": index}
-
-    def fingerprint(self) -> str:
-        """SHA-256 over all examples, in hexadecimal."""
-        return hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in self.contents)).hexdigest()
-
-
-class ExactSampler(DistributedSampler[int]):
-    """Deals the examples to the ranks in turn, and fills the short ranks with :data:`FILLER` in place of a repetition.
-
-    Every rank gets the same number of batches of the same shape. It is a DistributedSampler so that Lightning keeps it.
-    """
-
-    def __init__(self, examples: int, batch_size: int, rank: int, world_size: int) -> None:
-        Sampler.__init__(self)
-        self.examples, self.rank, self.world_size = examples, rank, world_size
-        share = -(-examples // world_size)
-        self.share = share if world_size == 1 else -(-share // batch_size) * batch_size
-
-    def __iter__(self) -> Iterator[int]:
-        """This rank's examples, then fillers."""
-        own = range(self.rank, self.examples, self.world_size)
-        yield from own
-        yield from [FILLER] * (self.share - len(own))
-
-    def __len__(self) -> int:
-        """How many this rank gets, fillers included."""
-        return self.share
 
 
 class AblationDataModule(lightning.LightningDataModule, ABC):
@@ -110,7 +66,10 @@ class AblationDataModule(lightning.LightningDataModule, ABC):
             "name": self.name,
             "batch_size": self.batch_size,
             **({"evaluation_of_others": others} if others else {}),
-            **{purpose: {"examples": len(e), "sha256": e.fingerprint()} for purpose, e in self.examples.items()},
+            **{
+                purpose: {"examples": len(e), "clusters": len({*e.clusters}), "sha256": e.fingerprint()}
+                for purpose, e in self.examples.items()
+            },
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -187,6 +146,8 @@ class SourceData(AblationDataModule):
             ``validation`` where there is one.
         streaming: reads only as far as the budgets need, without downloading the rest.
         shuffle_seed: shuffles with this seed, as many sources are sorted by class; None keeps the order.
+        cluster_column: the column that names what rows belong together (an author, a subject, a video); examples that
+            share it are drawn together for intervals. None takes each row for itself.
         batch_size: examples per forward pass and process.
         num_workers: processes that load batches ahead; 0 loads them in the main one.
         evaluation: other data whose evaluation examples are evaluated as well, each for itself.
@@ -203,6 +164,7 @@ class SourceData(AblationDataModule):
         evaluation_split: str | None = None,
         streaming: bool = False,
         shuffle_seed: int | None = 0,
+        cluster_column: str | None = None,
         batch_size: int = 16,
         num_workers: int = 0,
         evaluation: Sequence[AblationDataModule] = (),
@@ -212,6 +174,8 @@ class SourceData(AblationDataModule):
         self.path, self.subset, self.streaming, self.shuffle_seed = name, subset, streaming, shuffle_seed
         self.unit, self.reached = unit, dict[Purpose, int]()
         self.given: Any = None
+        self.cluster_column = cluster_column
+        self.cluster_columns = () if cluster_column is None else (cluster_column,)
         self.budgets: dict[Purpose, int] = dict(zip(get_args(Purpose), budgets, strict=True))
         for purpose, budget in self.budgets.items():
             if budget < 1:
@@ -219,31 +183,41 @@ class SourceData(AblationDataModule):
 
     @classmethod
     def of(cls, rows: Any, *, name: str = "given", **options: Any) -> Self:
-        """The data module of rows that are there already: a ``datasets.Dataset``, or a list of texts or of mappings.
+        """The data module of rows that are there already.
 
-        ``name`` is what results call the data; ``options`` are those of the class.
+        ``rows`` are a data set of `datasets` or a dict of its splits, a DataFrame, or texts or mappings in a list, an
+        array, a Series or a generator. ``name`` is what results call the data; ``options`` are those of the class.
         """
-        from datasets import Dataset
-
         made = cls(name, **options)
-        if isinstance(rows, list):
-            rows = Dataset.from_list([{"text": row} if isinstance(row, str) else row for row in rows])
-        made.given = rows
+        made.given = given_rows(rows, name)
         return made
 
     def source(self, purpose: Purpose) -> Any:
         """The rows for a purpose, in order. Override it to read from elsewhere."""
-        if self.given is not None:
-            return self.given if self.shuffle_seed is None else self.given.shuffle(seed=self.shuffle_seed)
-        options: Any = {"subset": self.subset, "streaming": self.streaming, "shuffle_seed": self.shuffle_seed}
+        split = self.splits[purpose] or "validation"
         try:
-            return open_source(self.path, split=self.splits[purpose] or "validation", **options)
+            if self.given is None:
+                opened = open_source(self.path, subset=self.subset, split=split, streaming=self.streaming)
+            else:
+                opened = split_of(self.given, split, self.name)
+            return shuffled(opened, self.shuffle_seed)
         except DataError as error:
-            if self.splits[purpose] or not ("Unknown split" in str(error) or isinstance(error.__cause__, KeyError)):
+            if self.splits[purpose] or not re.search("Unknown split|Bad split", str(error)):
                 raise
             self.splits[purpose] = self.splits["calibration"]
             rank_zero_info(f"{self.name} has no split 'validation': what calibration leaves is evaluated")
             return self.source(purpose)
+
+    def cluster(self, row: Mapping[str, Any], number: int) -> Hashable:
+        """What a row belongs to: the value of its ``cluster_column``, or else itself, by its number."""
+        value = None if self.cluster_column is None else row[self.cluster_column]
+        return number if value is None else repr(value)
+
+    def class_index(self, source: Any, column: str) -> Callable[[Any], int]:
+        """Maps labels of a column to the target's classes, see :func:`~lightning_ablate.data.labels.class_index`."""
+        own = names_of(getattr((getattr(source, "features", None) or {}).get(column), "names", None))
+        module = getattr(self.trainer, "lightning_module", None)
+        return class_index(self.name, column, own, getattr(module, "class_names", None))
 
     def taken(self, purpose: Purpose, candidates: Iterable[tuple[T, int]]) -> list[T]:
         """Of candidates and their sizes, in units, as many as reach the budget; DataError if they end before."""
@@ -273,4 +247,5 @@ class SourceData(AblationDataModule):
     def describe(self) -> dict[str, Any]:
         """Adds the budgets asked and reached."""
         reached = {p: {"asked": self.budgets[p], "reached": self.reached.get(p)} for p in self.examples}
-        return super().describe() | {f"{purpose}_{self.unit}": found for purpose, found in reached.items()}
+        found = {f"{purpose}_{self.unit}": found for purpose, found in reached.items()}
+        return super().describe() | {"cluster_column": self.cluster_column} | found

@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ablate.data.base import Examples, Purpose, SourceData
+from lightning_ablate.data.base import Purpose, SourceData
+from lightning_ablate.data.examples import Examples, joined
 from lightning_ablate.data.source import rows
 from lightning_ablate.data.text import padded, padding_id, tokenizer_of
-from lightning_ablate.errors import DataError
 
 
 class TextRows(SourceData):
     """Rows of a source, each one example: the calibration examples first, then the evaluation examples.
+
+    Rows that lack a text or a class are passed over.
 
     Args:
         name: a hub name, a local folder, or files or a glob of parquet, json, jsonl, csv or txt.
@@ -46,20 +48,26 @@ class TextRows(SourceData):
 
     def load(self, purpose: Purpose) -> Examples:
         """Takes rows until the budget is reached; DataError if they end before, or are not of the expected form."""
-        tokenizer = tokenizer_of(self, self.tokenizer_name, self.max_length)
-        found = self.taken(purpose, ((row, 1) for row in self._fresh(purpose)))
-        return Examples([self.example(row, tokenizer) for row, _ in found], [content for _, content in found])
+        tokenizer = tokenizer_of(self, self.tokenizer_name)
+        found = self.taken(purpose, ((one, 1) for one in self._fresh(purpose)))
+        made = [self.example(row, tokenizer) for _, row, _ in found]
+        arrays = [{name: tensor.numpy() for name, tensor in one.items()} for one in made]
+        clusters = joined([self.cluster(row, number)] for number, row, _ in found)
+        return Examples(arrays, [content for *_, content in found], clusters=clusters)
 
     def describe(self) -> dict[str, Any]:
         """Adds the length."""
         return super().describe() | {"max_length": self.max_length}
 
-    def _fresh(self, purpose: Purpose) -> Iterator[tuple[dict[str, Any], bytes]]:
-        """The rows that are free for the purpose, and what identifies them."""
-        for row in rows(self.source(purpose), self.name, *self.columns):
-            content = "\0".join(str(row[column]) for column in self.columns).encode(errors="surrogatepass")
+    def _fresh(self, purpose: Purpose) -> Iterator[tuple[int, dict[str, Any], bytes]]:
+        """The rows that are free for the purpose, with their numbers, and what identifies them."""
+        for number, row in enumerate(rows(self.source(purpose), self.name, *self.columns, *self.cluster_columns)):
+            asked = [row[column] for column in self.columns]
+            if None in asked or not str(asked[0]).strip() or "" in asked:
+                continue
+            content = "\0".join(map(str, asked)).encode(errors="surrogatepass")
             if self.may_use(content, purpose):
-                yield row, content
+                yield number, row, content
 
     def tokens(self, tokenizer: Any, *texts: str) -> dict[str, Tensor]:
         """What the target takes of one text or a pair, cut and padded: each ``(length,)`` int64."""
@@ -75,7 +83,7 @@ class LabelledTexts(TextRows):
         name: a hub name, a local folder, or files or a glob of parquet, json, jsonl, csv or txt.
         text_column: the column with the text.
         second_text_column: the column with the second text, where a pair is classified.
-        label_column: the column with the class indices.
+        label_column: the column with the class indices or names.
         options: see :class:`TextRows`.
     """
 
@@ -92,13 +100,16 @@ class LabelledTexts(TextRows):
         self.label_column = label_column
         super().__init__(name, [*self.texts, label_column], **options)
 
+    def source(self, purpose: Purpose) -> Any:
+        """The rows for a purpose; their classes are mapped to the target's."""
+        found = super().source(purpose)
+        self.index = self.class_index(found, self.label_column)
+        return found
+
     def example(self, row: dict[str, Any], tokenizer: Any) -> dict[str, Tensor]:
         """``input_ids`` and ``attention_mask`` ``(length,)``, and ``label`` ``()``, int64."""
-        label = row[self.label_column]
-        if not isinstance(label, int):
-            raise DataError(f"{self.name} holds {label!r} in {self.label_column!r}, expected a class index")
-        texts = [self.text(row, column) for column in self.texts]
-        return {**self.tokens(tokenizer, *texts), "label": torch.tensor(label)}
+        label = torch.tensor(self.index(row[self.label_column]))
+        return {**self.tokens(tokenizer, *(self.text(row, column) for column in self.texts)), "label": label}
 
 
 class TextPairs(TextRows):

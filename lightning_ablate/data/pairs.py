@@ -79,7 +79,7 @@ class IndirectObjects(PairedTexts):
 
     def source(self, purpose: Purpose) -> list[dict[str, str]]:
         """As many sentences as both purposes need."""
-        tokenizer = tokenizer_of(self, self.tokenizer_name, self.max_length)
+        tokenizer = tokenizer_of(self, self.tokenizer_name)
         count = 2 * sum(self.budgets.values())  # some may be drawn twice
         return list(islice(sentences(tokenizer, self.seed), count))
 

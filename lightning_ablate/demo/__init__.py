@@ -11,7 +11,7 @@ _PREFIX = "demo:"
 def resolve(name: str) -> str:
     """The folder of an embedded target (``demo:vit``), TargetError if it isn't there; any other name as it is."""
     if not name.startswith(_PREFIX):
-        return name
+        return str(Path(name).expanduser()) if name.startswith("~") else name
     folder = _FOLDER / name.removeprefix(_PREFIX)
     if not (folder / "config.json").is_file():
         known = sorted(_PREFIX + path.parent.name for path in _FOLDER.glob("*/config.json"))

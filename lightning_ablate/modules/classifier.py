@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lightning_ablate.data.text import padding_id
 from lightning_ablate.metrics import Scored
+from lightning_ablate.modules.hub import last_states
 from lightning_ablate.modules.language import LanguageModel, TextBatch
 
 
@@ -30,5 +31,5 @@ class SequenceClassifier(LanguageModel):
         return Scored(self.logits(batch), batch["label"], batch["index"])
 
     def hidden(self, batch: TextBatch) -> Sequence[Tensor]:
-        """The last layer's tokens."""
-        return [self.target(**self.inputs(batch), output_hidden_states=True).hidden_states[-1]]
+        """The last layer's tokens, of an encoder-decoder those of both."""
+        return last_states(self.target(**self.inputs(batch), output_hidden_states=True))

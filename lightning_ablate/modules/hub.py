@@ -1,11 +1,16 @@
 """What the models from the Hugging Face hub have in common, be they there or in a local folder of the same form."""
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Self
 
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_ablate.data.labels import names_of
 from lightning_ablate.demo import resolve
-from lightning_ablate.errors import ConfigError, TargetError, loading
+from lightning_ablate.errors import ConfigError, TargetError, few, loading
 from lightning_ablate.modules.base import AblationModule
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -62,9 +67,33 @@ class HubModule(AblationModule):
             from transformers import GgufConfig
 
             options["quantization_config"] = GgufConfig(dequantize=True)
-        return self.beside(auto_class, **options)
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # these are refused here, by name
+        model, found = self.beside(auto_class, **options)
+        lost = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+        if lost:
+            raise TargetError(
+                f"{self.name} lacks weights of a {type(model).__name__}, or has them in other sizes: {few(lost)}; "
+                "choose the --model whose head it has, or train that head first (--model.name)"
+            )
+        return model
 
-    def beside(self, auto_class: str, **options: Any) -> Any:
+    @property
+    def known(self) -> Any:
+        """The target, or the model that was given; None before it is loaded."""
+        return self._modules.get("target") or next(iter(self._given), None)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The target's names of its classes, where it has some; they don't need its weights."""
+        if self.known is not None:
+            config = getattr(self.known, "config", None) or SimpleNamespace(**getattr(self.known, "pretrained_cfg", {}))
+        else:
+            adapter = Path(resolve(self.name)) / "adapter_config.json"
+            base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else None
+            config = self.beside("AutoConfig", base)
+        return names_of(getattr(config, "id2label", None) or getattr(config, "label_names", None))
+
+    def beside(self, auto_class: str, name: str | None = None, **options: Any) -> Any:
         """What lies under the name: the model, its tokenizer or image processor; TargetError if it can't be loaded."""
         import transformers
 
@@ -72,7 +101,7 @@ class HubModule(AblationModule):
         if self.gguf_file is not None:
             options["gguf_file"] = self.gguf_file
         with loading(self.name, TargetError, "--model.name"):
-            return getattr(transformers, auto_class).from_pretrained(resolve(self.name), **options)
+            return getattr(transformers, auto_class).from_pretrained(name or resolve(self.name), **options)
 
     def describe(self) -> dict[str, Any]:
         """Adds the revision and the attention implementation."""
@@ -81,3 +110,10 @@ class HubModule(AblationModule):
             "revision": self.revision or getattr(config, "_commit_hash", None),
             "attn_implementation": getattr(config, "_attn_implementation", "its own"),
         }
+
+
+def last_states(output: Any) -> Sequence[Tensor]:
+    """The last layer's tokens in an output of transformers; of an encoder-decoder those of each half."""
+    if getattr(output, "hidden_states", None) is not None:
+        return [output.hidden_states[-1]]
+    return [output.encoder_last_hidden_state, output.decoder_hidden_states[-1]]

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -10,12 +10,42 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ablate.choices import seed_of
+from lightning_ablate.data.labels import names_of
 from lightning_ablate.demo import resolve
-from lightning_ablate.errors import TargetError, loading
+from lightning_ablate.errors import DataError, TargetError, loading
 from lightning_ablate.metrics import Scored
-from lightning_ablate.modules.hub import HubModule
+from lightning_ablate.modules.hub import HubModule, last_states
 
 ImageBatch = Mapping[str, Tensor]
+
+
+def in_channels(image: Any, channels: int) -> Any:
+    """A PIL image in a target's channels where these can hold it without loss, or DataError."""
+    advice = "bring images of 8 bits a channel"
+    if channels not in (1, 3):
+        fits = len(image.getbands()) == channels
+    elif fits := not image.mode.startswith(("I", "F")):
+        advice = f"convert them, or have them converted (--data.mode {'L' if channels == 1 else 'RGB'})"
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            fits = image.getchannel("A").getextrema()[0] == 255
+        grey = image.mode in ("1", "L")
+        image = image.convert("L" if grey else "RGB") if fits else image
+        if fits and channels == 1:
+            fits = grey or len({band.tobytes() for band in image.split()}) == 1
+        image = image.convert("RGB" if channels == 3 else "L") if fits else image
+    if not fits:
+        raise DataError(f"mode {image.mode} can't be given to a target of {channels} channels without loss; {advice}")
+    return image
+
+
+def _transformed(channels: int, transform: Callable[[Any], Tensor], image: Any) -> Tensor:
+    return transform(in_channels(image, channels))
+
+
+def _processed(processor: Any, channels: int, image: Any) -> Tensor:
+    grey = {"do_convert_rgb": False, "input_data_format": "channels_first"} if channels == 1 else {}
+    return processor(image, return_tensors="pt", **grey)["pixel_values"][0]
 
 
 class ImageClassifier(HubModule):
@@ -45,13 +75,30 @@ class ImageClassifier(HubModule):
         with loading(self.name, TargetError, "--model.name"):
             import timm
 
-            name = resolve(self.name)
-            if Path(name).is_dir():
-                name = f"local-dir:{name}"
-            elif name.startswith("timm/"):
-                name = f"hf-hub:{name}"
-            target = timm.create_model(name, pretrained=True)
+            target = timm.create_model(self._timm_name, pretrained=True)
             return target if self.dtype_name == "auto" else target.to(getattr(torch, self.dtype_name))
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The target's names of its classes, where it has some."""
+        if self.known is not None or self.library == "transformers":
+            return super().class_names
+        from timm.models import get_pretrained_cfg, load_model_config_from_hf
+
+        with loading(self.name, TargetError, "--model.name"):
+            scheme, _, name = self._timm_name.rpartition(":")
+            if scheme == "local-dir":
+                config = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+            else:
+                config = load_model_config_from_hf(name)[0] if scheme else vars(get_pretrained_cfg(name) or object)
+            return names_of(config.get("label_names") or config.get("pretrained_cfg", {}).get("label_names"))
+
+    @property
+    def _timm_name(self) -> str:
+        name = resolve(self.name)
+        if Path(name).is_dir():
+            return f"local-dir:{name}"
+        return f"hf-hub:{name}" if name.startswith("timm/") else name
 
     def evaluate(self, batch: ImageBatch) -> Scored:
         """One scored position an image."""
@@ -75,19 +122,20 @@ class ImageClassifier(HubModule):
             if isinstance(tokens, Tensor) and tokens.ndim == 4 and tokens.shape[-1] != width:
                 tokens = tokens.movedim(1, -1)  # some give the features before height and width
             return [tokens] if isinstance(tokens, Tensor) else tokens
-        return [self.target(pixels, output_hidden_states=True).hidden_states[-1]]
+        return last_states(self.target(pixels, output_hidden_states=True))
 
     @cached_property
     def transform(self) -> Callable[[Any], Tensor]:
-        """Maps a PIL image to what the target takes, ``(channels, height, width)`` float32."""
+        """Maps a PIL image to what the target takes, ``(channels, height, width)`` float32; it can be pickled."""
         if self.library == "transformers":
-            processor = self.beside("AutoImageProcessor")
-            return lambda image: processor(image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+            config: Any = self.target.config
+            parts = (config, *(getattr(config, name, None) for name in ("vision_config", "backbone_config")))
+            channels = next((one for part in parts if (one := getattr(part, "num_channels", None))), 3)
+            return partial(_transformed, channels, partial(_processed, self.beside("AutoImageProcessor"), channels))
         from timm.data import create_transform, resolve_data_config
 
         config = resolve_data_config({}, model=self.target)
-        transform, mode = create_transform(**config), "L" if config["input_size"][0] == 1 else "RGB"
-        return lambda image: transform(image.convert(mode))
+        return partial(_transformed, config["input_size"][0], create_transform(**config))
 
     def save_beside(self, folder: Path) -> None:
         """Writes the image processor, which timm has in its configuration."""

@@ -1,11 +1,16 @@
 from itertools import chain
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
+from torch.utils.data import DataLoader
 
-from lightning_ablate.data import TextData
-from lightning_ablate.errors import ConfigError, DataError
+from lightning_ablate.data import Examples, TextData
+from lightning_ablate.data.examples import joined
+from lightning_ablate.data.text import passages, special_frame
+from lightning_ablate.errors import ConfigError, DataError, loading
 from tests import tiny
 
 
@@ -131,7 +136,6 @@ def test_shuffle_depends_on_its_seed_alone_and_describe_says_budgets_and_fingerp
         ({"evaluation_tokens": 10**6}, DataError, "evaluation tokens, expected 1,000,000; bring more"),
         ({"calibration_tokens": 10**6}, DataError, "calibration tokens, expected 1,000,000; bring more"),
         ({"text_column": "body"}, DataError, "no column 'body', it has text"),
-        ({"max_length": 65}, ConfigError, "max_length is 65, expected above 1 and at most 64"),
         ({"max_length": 1}, ConfigError, "max_length is 1"),
         ({"evaluation_tokens": 0}, ConfigError, "evaluation_tokens is 0"),
         ({"batch_size": 0}, ConfigError, "batch_size is 0"),
@@ -158,3 +162,256 @@ def test_missing_and_empty_files_and_a_missing_tokenizer_are_refused(tmp_path, g
             data(name, gpt2_folder)
     with pytest.raises(DataError, match="could not load 'no/such-tokenizer'"):
         TextData("x.parquet", tokenizer="no/such-tokenizer").setup("fit")
+
+
+def clusters(texts, tokenizer, **options):
+    made = TextData.of(texts, tokenizer=tokenizer, **{"max_length": 16, "calibration_tokens": 1, **options})
+    made.setup("fit")
+    return made
+
+
+@pytest.mark.parametrize("packing", ["pad", "pack"])
+def test_sequences_of_one_document_are_a_cluster_and_so_are_those_that_packing_joins(gpt2_folder, packing):
+    lengths = [16, 5, 9, 31, 15, 15, 1, 2, 10, 33, 4, 30]
+    texts = [chr(ord("A") + number) * length for number, length in enumerate(lengths)]
+    made, tokenizer = clusters(texts, gpt2_folder, packing=packing, evaluation_tokens=110), tiny.tokenizer()
+    tokens = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] * (packing == "pack") for text in texts]
+    owners = [[number] * len(ids) for number, ids in enumerate(tokens)][1:]  # the first document calibrates
+    streams = [list(chain(*owners))] if packing == "pack" else owners
+    cut = [stream[start : start + 16] for stream in streams for start in range(0, len(stream), 16)]
+    held = [set(one) for one in cut if len(one) > 1][: len(rows(made, "evaluation"))]
+    assert (max(map(len, held)) > 1) == (packing == "pack") and len(held) == len(made.examples["evaluation"]) > 6
+    groups = []  # by hand: sets that overlap are joined until none do
+    for one in map(set, held):
+        apart = [group for group in groups if not group & one]
+        groups = [*apart, one.union(*(group for group in groups if group & one))]
+    expected = [next(i for i, group in enumerate(groups) if one & group) for one in held]
+    order = {group: number for number, group in enumerate(dict.fromkeys(expected))}
+    assert made.examples["evaluation"].clusters == [order[group] for group in expected]
+    assert made.describe()["evaluation"]["clusters"] == len(order) > 1
+
+
+def test_documents_of_one_author_are_a_cluster_and_others_each_their_own(gpt2_folder):
+    authors = {"A": 7, "B": 8, "C": 7, "D": None, "E": None, "F": 8}
+    texts = [{"text": f"{letter} one", "author": author} for letter, author in authors.items()]
+    lengths = [len(tiny.tokenizer()(row["text"])["input_ids"]) for row in texts[1:]]
+    made = clusters(texts, gpt2_folder, evaluation_tokens=sum(lengths), cluster_column="author")
+    shown = [tiny.tokenizer().decode(sequence)[0] for sequence in rows(made, "evaluation")]
+    assert shown == ["B", "C", "D", "E", "F"] and made.examples["evaluation"].clusters == [0, 1, 2, 3, 0]
+    with pytest.raises(DataError, match="no column 'writer', it has author, text"):
+        clusters(texts, gpt2_folder, cluster_column="writer")
+
+
+def test_joined_examples_share_documents_also_through_others():
+    assert joined([["a"], ["b"], ["c", "d"], ["a"], ["d", "b"], ["e"]]) == [0, 1, 1, 0, 1, 2]
+    assert Examples([1, 2], [b"", b""]).clusters == [0, 1]
+
+
+def wordlevel(words, template=None, normalizer=None):
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<none>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    if template:
+        special = [(word, words.index(word)) for word in ("<s>", "</s>")]
+        made.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+    if normalizer:
+        made.normalizer = normalizers.Replace(normalizer, "")
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="</s>", eos_token="</s>", model_max_length=64)
+
+
+WORDS = ["<s>", "</s>", "b", "c", "a"]
+
+
+def python_tokenizer(kind):
+    import transformers
+
+    return getattr(transformers, kind)()
+
+
+FRAMES = {
+    "gpt2": (lambda: tiny.tokenizer(), ([], [])),
+    "roberta": (lambda: tiny.tokenizer(masked=True), ([0], [2])),
+    "template": (lambda: wordlevel(WORDS, "<s> $A </s> </s>"), ([0], [1, 1])),
+    "bos alone": (lambda: wordlevel(WORDS, "<s> <s> $A"), ([0, 0], [])),
+    "no a": (lambda: wordlevel(WORDS[:4], "<s> $A </s>"), ([0], [1])),
+    "a is stripped": (lambda: wordlevel(WORDS, "<s> $A </s>", "a"), ([0], [1])),
+    "a is a special token": (lambda: wordlevel(["a", "</s>", "<s>", "b", "c"], "</s> <s> $A </s>"), ([1, 2], [1])),
+    "t5": (lambda: python_tokenizer("T5Tokenizer"), ([], [1])),
+    "llama": (lambda: python_tokenizer("LlamaTokenizer"), ([], [])),
+    "byt5, in Python": (lambda: python_tokenizer("ByT5Tokenizer"), ([], [1])),
+    "canine, in Python": (lambda: python_tokenizer("CanineTokenizer"), ([57344], [57345])),
+}
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_special_tokens_stand_where_the_tokenizer_puts_them(name):
+    make, expected = FRAMES[name]
+    tokenizer = make()
+    assert special_frame(tokenizer) == expected
+    before, after = expected
+    for text in ("b c b", "c"):
+        plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer(text)["input_ids"] == [*before, *plain, *after]
+
+
+def test_a_tokenizer_that_does_otherwise_than_it_says_is_refused():
+    class Other(type(wordlevel(WORDS))):
+        def __call__(self, text, **options):
+            found = super().__call__(text, **options)
+            found["input_ids"] = [3, *found["input_ids"]] if options.get("add_special_tokens", True) else [4]
+            return found
+
+    other = Other(tokenizer_object=wordlevel(WORDS).backend_tokenizer)
+    for tokenizer in (other, wordlevel(WORDS, "<s> $A </s> $A")):
+        with pytest.raises(DataError, match=r"bring another \(--data.tokenizer\)"):
+            special_frame(tokenizer)
+
+
+def test_a_length_above_the_tokenizers_is_lowered(parquet, gpt2_folder):
+    made = data(parquet, gpt2_folder, max_length=1024)
+    assert made.max_length == 64 == made.describe()["max_length"]
+    assert rows(made, "evaluation") == rows(data(parquet, gpt2_folder, max_length=64), "evaluation")
+
+
+def test_blank_cells_are_passed_over_and_na_and_null_are_texts(tmp_path, gpt2_folder):
+    lines = [*tiny.TEXTS[:3], "NA", "", "null", "nan", *tiny.TEXTS[3:]]
+    csv = "\n".join(["number,text", *(f'{number},"{text}"' for number, text in enumerate(lines))])
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.csv").write_text(csv)
+    expected, most = [text for text in lines if text], {"calibration_tokens": 250}
+    given = data_of([*lines[:5], None, *lines[5:]], gpt2_folder, **most)
+    names = tmp_path / "folder", tmp_path / "folder" / "train.csv"
+    for made in (given, *(data(name, gpt2_folder, **most) for name in names)):
+        shown = "".join(tiny.tokenizer().decode(ids) for ids in rows(made, "calibration"))
+        assert "".join(expected).startswith(shown) and "NAnullnan" in shown
+
+
+def data_of(given, tokenizer, **options):
+    budgets = {"max_length": 16, "calibration_tokens": 100, "evaluation_tokens": 200}
+    made = TextData.of(given, tokenizer=tokenizer, **(budgets | options))
+    made.setup("fit")
+    return made
+
+
+GIVEN = {
+    "tuple": tuple,
+    "generator": iter,
+    "array": np.array,
+    "series": pd.Series,
+    "frame": lambda texts: pd.DataFrame({"text": texts}, index=range(5, 5 + len(texts))),
+    "columns": lambda texts: {"text": texts},
+    "stream": lambda texts: Dataset.from_dict({"text": texts}).to_iterable_dataset(),
+    "splits": lambda texts: DatasetDict(train=Dataset.from_dict({"text": texts})),
+    "with None": lambda texts: [*texts[:2], None, *texts[2:]],
+    "with gaps": lambda texts: [{"text": texts[0]}, {"body": ""}, *({"text": text} for text in texts[1:])],
+}
+
+
+@pytest.mark.parametrize("form", GIVEN)
+def test_rows_of_any_usual_form_give_the_same_sequences(form, parquet, gpt2_folder):
+    found, expected = data_of(GIVEN[form](tiny.TEXTS), gpt2_folder), data(parquet, gpt2_folder)
+    for purpose in ("calibration", "evaluation"):
+        assert rows(found, purpose) == rows(expected, purpose)
+
+
+def test_splits_are_taken_by_name_and_what_cannot_be_read_is_one_line(gpt2_folder):
+    halves = DatasetDict(a=Dataset.from_dict({"text": tiny.TEXTS[:40]}), b=Dataset.from_dict({"text": tiny.TEXTS[40:]}))
+    made = data_of(halves, gpt2_folder, calibration_split="a", evaluation_split="b")
+    alone = data_of(tiny.TEXTS[40:], gpt2_folder)
+    assert rows(made, "evaluation")[0] == rows(alone, "calibration")[0]
+    for given, message in (
+        (halves, "Unknown split 'train' of given, expected one of a, b"),
+        (["odd \ud83d text"], "can't encode character"),
+        ([], "gives 0 calibration tokens"),
+        (3, "could not load 'given': 'int' object is not iterable"),
+    ):
+        with pytest.raises(DataError, match=message):
+            data_of(given, gpt2_folder)
+
+
+NAMES = ["a[1].csv", "b [x]*.CSV", "run [a]/train.csv", "C.TXT", "upper/D.Parquet", "glob [b]/E.JSONL"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("whole", [False, True])
+def test_brackets_and_upper_case_endings_are_names_like_any_other(name, whole, tmp_path, gpt2_folder):
+    file = tmp_path / "data" / name
+    file.parent.mkdir(parents=True)
+    frame = pd.DataFrame({"text": tiny.TEXTS})
+    kind = file.suffix.lower().removeprefix(".")
+    texts = tiny.TEXTS if kind != "txt" else ["\n\n".join(tiny.TEXTS)]
+    if kind == "txt":
+        file.write_text(texts[0])
+    elif kind == "jsonl":
+        frame.to_json(file, lines=True, orient="records")
+    else:
+        getattr(frame, f"to_{kind}")(file)
+    found, expected = data(file.parent if whole else file, gpt2_folder), data_of(texts, gpt2_folder)
+    for purpose in ("calibration", "evaluation"):
+        assert rows(found, purpose) == rows(expected, purpose)
+
+
+def test_a_single_document_is_cut_at_blank_lines_and_serves_both(gpt2_folder):
+    paragraphs = [f"Paragraph {n} is about number {n * n}. " * 8 for n in range(120)]
+    text = "\n\n".join(paragraphs)
+    cut = passages(text)
+    assert "".join(cut) == text and 20 < len(cut) <= 100
+    assert all(one.endswith("\n\n") for one in cut[:-1]) and max(map(len, cut)) < 2 * len(text) / len(cut)
+    made = data_of([text], gpt2_folder, calibration_tokens=500, evaluation_tokens=1500)
+    shown = [tiny.tokenizer().decode(list(chain(*rows(made, p)))) for p in ("calibration", "evaluation")]
+    assert text.startswith(shown[0]) and text[len(shown[0]) :].find(shown[1]) >= 0
+    assert len(set(made.examples["evaluation"].clusters)) > 1
+    # other budgets evaluate nothing that calibrated
+    later = TextData.of([text], tokenizer=gpt2_folder, max_length=16, calibration_tokens=900, evaluation_tokens=3000)
+    later.setup("validate")
+    later.load_state_dict(made.state_dict())
+    later.val_dataloader()
+    assert rows(later, "evaluation")[: len(rows(made, "evaluation"))] == rows(made, "evaluation")
+    for one in ("no blank line " * 500, "x" * 5000, "a\nb"):
+        assert "".join(passages(one)) == one
+
+
+def test_a_long_document_is_tokens_in_a_row(gpt2_folder):
+    texts = [" ".join(map(str, range(20_000))), *tiny.TEXTS]
+    made, tokenizer = data_of(texts, gpt2_folder, calibration_tokens=40_000, max_length=64), tiny.tokenizer()
+    ids = tokenizer(texts[0], verbose=False)["input_ids"]
+    assert list(chain(*rows(made, "calibration"))) == ids[: sum(map(len, rows(made, "calibration")))]
+
+
+def test_workers_that_are_started_anew_give_the_same_sequences(parquet, gpt2_folder):
+    examples = data(parquet, gpt2_folder).examples["evaluation"]
+    loaded = DataLoader(examples, batch_size=len(examples), num_workers=1, multiprocessing_context="spawn")
+    (batch,) = loaded
+    for name in ("input_ids", "attention_mask"):
+        assert torch.equal(batch[name], torch.stack([examples[i][name] for i in range(len(examples))]))
+
+
+CAUSES = {
+    "latin.csv": "text\ncafé\n".encode("cp1252"),
+    "torn.parquet": b"PAR1 and no more",
+    "ragged.csv": b"text,label\na,1\nb,1,2\n",
+    "broken.jsonl": b'{"text": "a"}\n{"text": "no end\n',
+}
+SAID = {
+    "latin.csv": "'utf-8' codec can't decode byte 0xe9",
+    "torn.parquet": "Parquet magic bytes not found",
+    "ragged.csv": "Expected 2 fields in line 3, saw 3",
+    "broken.jsonl": "JSON parse error",
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", CAUSES)
+def test_what_is_wrong_with_a_file_is_said(name, streaming, tmp_path, gpt2_folder):
+    (tmp_path / name).write_bytes(CAUSES[name])
+    with pytest.raises(DataError, match=SAID[name]) as raised:
+        data(tmp_path / name, gpt2_folder, streaming=streaming)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 300 + len(str(tmp_path))
+
+
+def test_a_reason_is_not_cut_within_a_word():
+    with pytest.raises(DataError) as raised, loading("it", DataError):
+        raise ValueError("expected one of:\n" + "resample-characters " * 20)
+    assert str(raised.value).endswith("resample-characters ...")

@@ -1,14 +1,17 @@
 """Text classifiers and encoder-decoders."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from lightning_ablate import AblationCallback, Seq2SeqLM, SequenceClassifier
+from lightning_ablate import AblationCallback, CausalLM, MaskedLM, Seq2SeqLM, SequenceClassifier
 from lightning_ablate.data import LabelledTexts, TextPairs
-from lightning_ablate.errors import AblationError, ConfigError, DataError
+from lightning_ablate.errors import AblationError, ConfigError, DataError, TargetError
 from lightning_ablate.statistics import Moments
 from tests import reference, tiny
 
@@ -166,9 +169,123 @@ def test_a_missing_text_is_refused(tmp_path):
         ({"evaluation_examples": 10**5}, "evaluation examples, expected 100,000; bring more"),
         ({"label_column": "second"}, "holds 'The .*' in 'second', expected a class index"),
         ({"text_column": "label"}, "holds 0|holds 1|holds 2"),
-        ({"max_length": 65}, "max_length is 65, expected above 3 and at most 64"),
+        ({"max_length": 3}, "max_length is 3, expected above 3"),
     ],
 )
 def test_rows_that_cannot_be_examples_are_refused(folder, tmp_path, options, message):
     with pytest.raises(AblationError, match=message):
         fitted(tmp_path, SequenceClassifier(str(folder / "roberta")), texts(folder, **options))
+
+
+KNOWN = ["CONTRADICTION", "NEUTRAL", "ENTAILMENT"]
+
+
+def labels(own, column, known=KNOWN, **options):
+    """The class indices that examples get for a column of labels, of data with these classes and a target's."""
+    features = Features(text=Value("string"), label=ClassLabel(names=own)) if own else None
+    rows = [{"text": f"text {number}", "label": label} for number, label in enumerate(column)]
+    data = LabelledTexts.of(
+        Dataset.from_list(rows, features=features),
+        **{"calibration_examples": 1, "evaluation_examples": len(rows) - 1, "shuffle_seed": None, "max_length": 32},
+        **options,
+    )
+    module = type("Module", (), {"tokenizer": tiny.tokenizer(), "class_names": known})()
+    data.trainer = type("Trainer", (), {"lightning_module": module})()
+    data.setup("fit")
+    examples = data.examples["calibration"][0], *(data.examples["evaluation"][i] for i in range(len(rows) - 1))
+    return [int(one["label"]) for one in examples]
+
+
+def test_labels_are_mapped_by_the_names_of_the_classes():
+    assert labels(["entailment", "neutral", "contradiction"], [0, 1, 2]) == [2, 1, 0]
+    assert labels(["Entailment", "Contradiction"], [0, 1]) == [2, 0]  # some of the target's
+    assert labels(None, ["neutral", "Contradiction", "ENTAILMENT"]) == [1, 0, 2]
+    for own, known in ((["0", "1", "2"], KNOWN), (["a", "b", "c"], None), (None, KNOWN), (None, None)):
+        assert labels(own, [2, 1, 0], known) == [2, 1, 0]  # where either has no names
+    for own in (["entailment", "neutral", "hypothesis"], ["neutral", "Neutral", "entailment"]):
+        with pytest.warns(UserWarning, match="given names its classes .*, and the target CONTRADICTION, NEUTRAL"):
+            assert labels(own, [2, 1, 0]) == [2, 1, 0]
+    with pytest.warns(UserWarning, match="the names don't agree"):
+        assert labels(["yes", "no"], [1, 0], ["Yes", "yes", "no"]) == [1, 0]  # which "yes"?
+    assert labels(None, [True, False, True]) == [1, 0, 1]
+    assert labels(None, [1.0, 0.0, 2.0]) == [1, 0, 2]
+    for column, message in ((["neutral", "maybe"], "'maybe' in 'label', expected a class of the target's: CONTRA"),):
+        with pytest.raises(DataError, match=message):
+            labels(None, column)
+    for column in (["neutral", "maybe"], [0.5, 1.0]):
+        with pytest.raises(DataError, match="expected a class index"):
+            labels(None, column, None)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+def test_a_targets_class_names_are_known_before_and_after_its_weights(folder, tmp_path):
+    model = classifier("Roberta", **tiny.WIDE, id2label=dict(enumerate(KNOWN)))
+    tiny.save_language_model(tmp_path / "named", model, masked=True)
+    module = SequenceClassifier(str(tmp_path / "named"))
+    assert module.class_names == tiny.built(module).class_names == KNOWN == SequenceClassifier.of(model).class_names
+    assert SequenceClassifier(str(folder / "roberta")).class_names is None  # LABEL_0, LABEL_1, LABEL_2
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    adapted = get_peft_model(tiny.built(SequenceClassifier(str(tmp_path / "named"))).target, lora)
+    adapted.save_pretrained(tmp_path / "adapter")
+    tiny.tokenizer(masked=True).save_pretrained(tmp_path / "adapter")
+    module = SequenceClassifier(str(tmp_path / "adapter"))
+    assert module.class_names == tiny.built(module).class_names == KNOWN
+    weights = load_file(file := tmp_path / "adapter" / "adapter_model.safetensors")
+    save_file({name: weight for name, weight in weights.items() if "out_proj" not in name}, file)
+    with pytest.raises(TargetError, match=r"lacks weights of .*: classifier\..*out_proj.bias, .*out_proj.weight; "):
+        tiny.built(SequenceClassifier(str(tmp_path / "adapter")))
+
+
+def test_blank_texts_and_missing_labels_are_passed_over():
+    rows = [{"text": text, "label": label} for text, label in (("a", 0), (None, 1), ("", 1), (" ", 1), ("b", None))]
+    options = {"calibration_examples": 1, "evaluation_examples": 1, "max_length": 8, "shuffle_seed": None}
+    data = LabelledTexts.of([*rows, {"text": "c", "label": 1}], **options)
+    data.trainer = type("Trainer", (), {"lightning_module": type("M", (), {"tokenizer": tiny.tokenizer()})})
+    data.setup("fit")
+    assert [data.examples[purpose].contents for purpose in ("calibration", "evaluation")] == [
+        [b"a\x000"],
+        [b"c\x001"],
+    ]
+
+
+@pytest.mark.parametrize("name", ["Bart", "T5"])
+def test_an_encoder_decoder_that_classifies_equals_plain_pytorch_and_both_halves_are_probed(name, tmp_path):
+    special = {"pad_token_id": 1, "eos_token_id": 2, "bos_token_id": 0, "decoder_start_token_id": 2, "num_labels": 3}
+    bart = {"vocab_size": 300, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32}
+    bart |= {"decoder_ffn_dim": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "init_std": 0.4}
+    t5 = {"vocab_size": 300, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4}
+    made = tiny.made(
+        0, f"{name}ForSequenceClassification", f"{name}Config", **(bart if name == "Bart" else t5), **special
+    )
+    module = SequenceClassifier.of(made, tokenizer=tiny.tokenizer(masked=True))
+    rows = [{"text": text, "label": number % 3} for number, text in enumerate(tiny.TEXTS)]
+    data = LabelledTexts.of(rows, calibration_examples=8, evaluation_examples=11, max_length=40, batch_size=4)
+    table = fitted(tmp_path, module, data, ["zero"]).results.table
+    paths = [name for name, _ in made.named_modules() if name.endswith(("attn.out_proj", "Attention.o"))]
+    assert len(paths) == 6
+    for row, replace in ((0, {}), (2, dict.fromkeys(paths, torch.zeros_like))):
+        loss, hits, n = reference.evaluation(made, one_by_one(data.val_dataloader()), replace)
+        assert table["n"][row] == n and table["top1"][row] == pytest.approx(hits)
+        assert table["cross_entropy"][row] == pytest.approx(loss, abs=1e-5)
+    batch = next(iter(data.val_dataloader()))
+    both = module.hidden(batch)
+    assert len(both) == 2 and both[0].shape == both[1].shape == (4, 40, made.config.d_model)
+    torch.testing.assert_close(both[0], made.get_encoder()(**module.inputs(batch)).last_hidden_state)
+
+
+def test_weights_that_a_checkpoint_lacks_are_refused_by_name(folder, tmp_path):
+    encoder = tiny.roberta().roberta
+    tiny.save_language_model(tmp_path / "encoder", encoder, masked=True)
+    lacking = tmp_path / "encoder"
+    for module, named in ((MaskedLM, "lm_head"), (SequenceClassifier, "classifier.dense.bias")):
+        with pytest.raises(TargetError, match=f"lacks weights of a Roberta.*: {named}.*choose the --model") as raised:
+            tiny.built(module(str(lacking)))
+        assert "\n" not in str(raised.value) and len(str(raised.value)) < 300 + len(str(lacking))
+    tiny.save_language_model(tmp_path / "wide", tiny.gpt2())
+    config = json.loads((tmp_path / "wide" / "config.json").read_text())
+    (tmp_path / "wide" / "config.json").write_text(json.dumps(config | {"n_inner": 99}))
+    with pytest.raises(TargetError, match=r"in other sizes: transformer\.h\.0\.mlp\.c_fc\.bias, .* and 1 more"):
+        tiny.built(CausalLM(str(tmp_path / "wide")))
+    assert tiny.built(CausalLM("demo:gpt2")).target.lm_head is not None  # whose head is tied

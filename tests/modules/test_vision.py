@@ -1,10 +1,14 @@
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from lightning_ablate import ImageClassifier
-from lightning_ablate.errors import TargetError
+from lightning_ablate.errors import DataError, TargetError
 from tests import reference, tiny
 
 
@@ -35,7 +39,8 @@ def picture(mode="RGB"):
 
 
 def batch(module):
-    return {"pixel_values": module.transform(picture())[None], "label": torch.zeros(1).long(), "index": torch.arange(1)}
+    image = picture("L" if module.library == "timm" else "RGB")
+    return {"pixel_values": module.transform(image)[None], "label": torch.zeros(1).long(), "index": torch.arange(1)}
 
 
 LIBRARIES = {"timm": ("L", 0.4, 0.2), "transformers": ("RGB", 0.5, 0.25)}  # the mode, mean and sd of their pictures
@@ -97,3 +102,43 @@ def test_probes_differ_in_one_pixel_inside_one_patch_and_hidden_gives_the_tokens
         (tokens,) = module.hidden(first)
         assert tokens.shape == (1, 8, 8, 64) and module.target.num_features == 64
         torch.testing.assert_close(tokens.movedim(-1, 1), module.target.forward_features(first["pixel_values"]))
+
+
+def test_a_timm_targets_class_names_come_from_its_configuration(timm_folder, tmp_path):
+    import timm
+
+    assert ImageClassifier(timm_folder).class_names is None
+    names = [f"kind {number}" for number in range(10)]
+    for nested in (False, True):
+        config = json.loads((Path(timm_folder) / "config.json").read_text())
+        (config["pretrained_cfg"] if nested else config)["label_names"] = names
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "model.safetensors").write_bytes((Path(timm_folder) / "model.safetensors").read_bytes())
+        module = ImageClassifier(str(tmp_path))
+        assert module.class_names == names == tiny.built(module).class_names
+    assert ImageClassifier("vit_tiny_patch16_224").class_names is None
+    given = timm.create_model("vit_tiny_patch16_224", pretrained_cfg={"label_names": names}, **tiny.VIT)
+    assert ImageClassifier.of(given).class_names == names
+
+
+def test_a_timm_head_that_the_checkpoint_lacks_is_refused(timm_folder, tmp_path):
+    weights = load_file(Path(timm_folder) / "model.safetensors")
+    save_file({name: one for name, one in weights.items() if name != "head.bias"}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((Path(timm_folder) / "config.json").read_text())
+    with pytest.raises(TargetError, match='Missing key.*"head.bias"'):
+        tiny.built(ImageClassifier(str(tmp_path)))
+
+
+def test_a_transformers_target_of_one_channel_takes_grey_images(tmp_path):
+    from transformers import ViTImageProcessor
+
+    sizes = {**tiny.SMALL, "intermediate_size": 32, "image_size": 8, "patch_size": 4, "num_labels": 7}
+    tiny.made(5, "ViTForImageClassification", "ViTConfig", **sizes, num_channels=1).save_pretrained(tmp_path)
+    size = {"height": 8, "width": 8}
+    ViTImageProcessor(size=size, image_mean=[0.5], image_std=[0.25]).save_pretrained(tmp_path)
+    module = tiny.built(ImageClassifier(str(tmp_path)))
+    levels = torch.from_numpy(np.array(picture("L"))).float()[None]
+    for image in (picture("L"), picture("L").convert("RGB")):
+        torch.testing.assert_close(module.transform(image), (levels / 255 - 0.5) / 0.25)
+    with pytest.raises(DataError, match=r"mode RGB can't be given to a target of 1 channels .* \(--data.mode L\)"):
+        module.transform(picture())

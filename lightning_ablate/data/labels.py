@@ -1,0 +1,52 @@
+"""Classes of data, as the indices of the target's classes."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_ablate.errors import DataError, few
+
+_NUMBER = re.compile(r"\s*(LABEL_)?\d+\s*")
+
+
+def names_of(names: Iterable[Any] | Mapping[Any, Any] | None) -> list[str] | None:
+    """Names of classes in the order of their indices; None where there are only numbers."""
+    if isinstance(names, Mapping):
+        names = [names[index] for index in sorted(names, key=int)]
+    found = [str(name) for name in names or ()]
+    return None if all(_NUMBER.fullmatch(name) for name in found) else found
+
+
+def class_index(data: str, column: str, own: list[str] | None, known: list[str] | None) -> Callable[[Any], int]:
+    """Maps labels of the data, whose classes are ``own``, to indices of the target's classes ``known``.
+
+    Labels are mapped by name where the target has each of the data's names, up to case. Otherwise they are taken as the
+    target's indices, with a warning where both have names. The map raises DataError for what is no class.
+    """
+    counts = Counter(name.casefold() for name in known or ())
+    places = {name.casefold(): place for place, name in enumerate(known or ()) if counts[name.casefold()] == 1}
+    order: dict[int, int | None] = {}
+    if own and known:
+        order = {index: places.get(name.casefold()) for index, name in enumerate(own)}
+        if None in order.values() or len({*order.values()}) < len(order):
+            order = {}
+            rank_zero_warn(
+                f"{data} names its classes {few(own)}, and the target {few(known)}: the names don't agree, so labels "
+                "are taken as the target's class indices"
+            )
+
+    def index(label: Any) -> int:
+        if isinstance(label, str) and known:
+            place = places.get(label.casefold())
+            if place is None:
+                raise DataError(f"{data} holds {label!r} in {column!r}, expected a class of the target's: {few(known)}")
+            return place
+        if not (isinstance(label, int) or (isinstance(label, float) and label.is_integer())):
+            raise DataError(f"{data} holds {label!r} in {column!r}, expected a class index")
+        place = order.get(int(label))
+        return int(label) if place is None else place
+
+    return index
