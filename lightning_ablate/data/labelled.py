@@ -16,7 +16,7 @@ from lightning_ablate.data.text import padded, padding_id, tokenizer_of
 class TextRows(SourceData):
     """Rows of a source, each one example: the calibration examples first, then the evaluation examples.
 
-    Rows that lack a text or a class are passed over.
+    Rows that lack a text or a class are passed over, where ``passes_blanks``.
 
     Args:
         name: a hub name, a local folder, or files or a glob of parquet, json, jsonl, csv or txt.
@@ -27,6 +27,8 @@ class TextRows(SourceData):
         tokenizer: hub name or folder of another tokenizer than the target's own.
         options: see :class:`SourceData`.
     """
+
+    passes_blanks = True
 
     def __init__(
         self,
@@ -63,7 +65,7 @@ class TextRows(SourceData):
         """The rows that are free for the purpose, with their numbers, and what identifies them."""
         for number, row in enumerate(rows(self.source(purpose), self.name, *self.columns, *self.cluster_columns)):
             asked = [row[column] for column in self.columns]
-            if None in asked or not str(asked[0]).strip() or "" in asked:
+            if self.passes_blanks and any(value is None or not str(value).strip() for value in asked):
                 continue
             content = "\0".join(map(str, asked)).encode(errors="surrogatepass")
             if self.may_use(content, purpose):

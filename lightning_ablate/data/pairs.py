@@ -27,6 +27,8 @@ class PairedTexts(TextRows):
         options: see :class:`TextRows`.
     """
 
+    passes_blanks = False  # a pair that lacks something is a mistake
+
     def __init__(self, name: str, *, reverse: bool = False, max_length: int = 32, **options: Any) -> None:
         super().__init__(name, ["clean", "corrupt", "answer", "foil"], max_length=max_length, **options)
         self.reverse = reverse
