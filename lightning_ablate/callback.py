@@ -11,12 +11,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_ablate import phases
 from lightning_ablate import trainer as trainers
 from lightning_ablate.attribution import Attributing, table_of
-from lightning_ablate.calibration import Calibration, check_target, fingerprint, saved_state
+from lightning_ablate.calibration import Calibration, check_target, digest, fingerprint, saved_state
 from lightning_ablate.choices import Choice, choice_of
 from lightning_ablate.conditions import Condition, check_conditions, distinct_conditions, listed
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.export import chosen, export
-from lightning_ablate.identity import digest
 from lightning_ablate.methods import AblationMethod, LearnedMethod, method_of
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.base import evaluation_loaders

@@ -1,79 +1,32 @@
 """What tells options, functions and data from others: their content, never the name of a class alone."""
 
-import hashlib
-import pickle
 import sys
 import uuid
-from collections.abc import Mapping, Sequence, Set
-from functools import cached_property, partial
-from pathlib import Path
-from types import CodeType, FunctionType, MethodType
+from collections.abc import Mapping
+from functools import cached_property
+from types import FunctionType
 from typing import Any
 
-import numpy as np
-import pandas as pd
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-_PLAIN = (str, bytes, int, float, complex, bool, type(None), Path, range, slice, torch.dtype, torch.device)
+_UNSAID = ("training", "phase", "place", "target")  # of a module: what a run changes, and weights
 
 
-def digest(value: Any, within: tuple[int, ...] = ()) -> str:
-    """SHA-256, in hexadecimal, of a value's content: of tensors their bytes, of functions their code, of objects both.
+def content(*values: Any) -> str:
+    """A hash of what values hold: tensors, data, functions, and the code of classes that aren't installed.
 
-    Classes of installed packages are known by their names, and modules of torch by their class, as their weights are
-    known otherwise. What can't be read is like nothing else, not even itself.
+    What can't be read is like nothing else, not even itself.
     """
-    if id(value) in within:
-        return "itself"
-    again = partial(digest, within=(*within, id(value)))
-    parts: Any
-    if isinstance(value, _PLAIN):
-        parts = value
-    elif isinstance(value, Mapping):
-        parts = [[str(key), again(one)] for key, one in value.items()]
-    elif isinstance(value, Set):
-        parts = sorted(map(again, value))
-    elif isinstance(value, Tensor | np.ndarray) and value.dtype != object:
-        own = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
-        raw = own.reshape(-1).contiguous().view(torch.uint8).numpy().data if own.numel() else b""
-        parts = [str(own.dtype), list(own.shape), hashlib.sha256(raw).hexdigest()]
-    elif isinstance(value, pd.DataFrame | pd.Series):
-        parts = [list(map(str, getattr(value, "columns", ()))), again(pd.util.hash_pandas_object(value).to_numpy())]
-    elif isinstance(value, Sequence):
-        parts = list(map(again, value))
-    elif isinstance(value, CodeType):
-        parts = [value.co_code, value.co_names, list(map(again, value.co_consts))]
-    elif isinstance(value, FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        named = {name: value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__}
-        known = {name: one for name, one in named.items() if isinstance(one, (*_PLAIN, Tensor))}
-        parts = list(map(again, (value.__code__, value.__defaults__, value.__kwdefaults__, cells, known)))
-    elif isinstance(value, MethodType):
-        parts = [again(value.__func__), again(value.__self__)]
-    elif isinstance(value, partial):
-        parts = [again(value.func), again(value.args), again(value.keywords)]
-    elif isinstance(value, type):
-        parts = [
-            f"{value.__module__}.{value.__qualname__}",
-            *(again(vars(kind)[name]) for kind, name in _written(value)),
-        ]
-    elif isinstance(value, nn.Module):
-        parts = again(type(value))
-    elif hasattr(value, "_fingerprint"):  # a data set of `datasets`, which knows itself by content
-        parts = value._fingerprint
-    elif hasattr(value, "__dict__"):
-        parts = [again(type(value)), again(vars(value))]
-    else:
-        try:
-            parts = pickle.dumps(value)
-        except Exception:  # whatever an extension's type raises that can't be pickled
-            parts = uuid.uuid4().hex
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    from datasets.fingerprint import Hasher
+
+    try:
+        return Hasher.hash([values, *map(_code, values)])
+    except Exception:  # whatever a type raises that can't be pickled
+        return uuid.uuid4().hex
 
 
 def described(value: Any) -> Any:
-    """An option as run.json says it: of objects their class, name and what they keep, of other content a digest."""
+    """An option as run.json says it: of objects their class, name and what they keep, of other content a hash."""
     if isinstance(value, str | int | float | bool | type(None)):
         return value
     if isinstance(value, list | tuple):
@@ -81,34 +34,28 @@ def described(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): described(one) for key, one in value.items()}
     if isinstance(value, Tensor | FunctionType | type) or not hasattr(value, "__dict__"):
-        return f"{type(value).__name__} {digest(value)[:16]}"
+        return f"{type(value).__name__} {content(value)}"
     kind, named = type(value), {"name": value.name} if hasattr(value, "name") else {}
     kept = {name: described(one) for name, one in vars(value).items() if name != "statistics"}
-    own = kind.__module__.startswith("lightning_ablate.")
-    said = (
-        {"class": kind.__name__}
-        if own
-        else {"class": f"{kind.__module__}.{kind.__qualname__}", "code": digest(kind)[:16]}
-    )
-    return {**said, **named, **kept}
+    if kind.__module__.startswith("lightning_ablate."):
+        return {"class": kind.__name__, **named, **kept}
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", "code": content(kind), **named, **kept}
 
 
 def options_of(module: Any) -> dict[str, Any]:
     """What a module of the user's own was given or made beside its weights."""
-    kind = type(module)
-    skipped = ("training", "phase", "place", "target")
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if not (name.startswith("_") or name in skipped or isinstance(getattr(kind, name, None), cached_property))
-    }
+    values = [name for kind in type(module).__mro__ for name, v in vars(kind).items() if isinstance(v, cached_property)]
+    return {k: v for k, v in vars(module).items() if not (k.startswith("_") or k in values or k in _UNSAID)}
 
 
-def _written(kind: type) -> list[tuple[type, str]]:
-    """The functions and values of a class and its bases that no installed package holds."""
-    found = []
-    for one in kind.__mro__:
-        path = getattr(sys.modules.get(one.__module__), "__file__", None) or "site-packages"
-        if "site-packages" not in path and not one.__module__.startswith("lightning_ablate."):
-            found += [(one, n) for n, v in vars(one).items() if isinstance(v, (FunctionType, Tensor, *_PLAIN))]
-    return [(one, name) for one, name in found if name not in ("__module__", "__doc__", "__firstlineno__")]
+def _code(value: Any) -> list[Any]:
+    """The code of a function, or of a value's class and its bases: of those alone that no installed package holds."""
+    if isinstance(value, FunctionType):
+        return [value.__code__]
+    kinds = [
+        kind
+        for kind in (value if isinstance(value, type) else type(value)).__mro__
+        if "site-packages" not in (getattr(sys.modules.get(kind.__module__), "__file__", None) or "site-packages")
+    ]
+    written = [one for kind in kinds for one in vars(kind).values() if isinstance(one, FunctionType)]
+    return [one.__code__ for one in written]

@@ -10,9 +10,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import IterableDataset, Subset
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_ablate.data.base import AblationDataModule, ExactSampler, Examples
+from lightning_ablate.data.base import AblationDataModule
+from lightning_ablate.data.examples import ExactSampler, Examples
 from lightning_ablate.errors import ConfigError
-from lightning_ablate.identity import described, digest, options_of
+from lightning_ablate.identity import content, described, options_of
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.base import evaluation_loaders
 from lightning_ablate.phases import is_unfinished
@@ -163,7 +164,7 @@ def run_facts(trainer: lightning.Trainer, module: AblationModule, callback: Any,
     describe = getattr(getattr(trainer, "datamodule", None), "describe", lambda: {"name": data_name(trainer)})
     loaders = [one for one in (trainer.train_dataloader, *evaluation_loaders(trainer)) if one is not None]
     own = not type(module).__module__.startswith("lightning_ablate.")
-    code = {"module": digest([type(module), options_of(module)])} if own else {}
+    code = {"module": content(type(module), options_of(module))} if own else {}
     return {
         "command": trainer.state.fn.value if trainer.state.fn else "",
         "target": {**module.describe(), **code, "sha256": target},
@@ -179,9 +180,6 @@ def run_facts(trainer: lightning.Trainer, module: AblationModule, callback: Any,
 
 def _loader_facts(loader: Any) -> dict[str, Any]:
     """The size of a loader's batches and data, and their content unless a data module describes it."""
-    data, parts = (
-        getattr(loader, "dataset", loader),
-        (getattr(loader, "collate_fn", None), type(getattr(loader, "sampler", None))),
-    )
-    content = {} if isinstance(data, Examples) else {"content": digest([data, *parts])}
-    return {"batch_size": _batch_size(loader), "examples": sized_len(data) or 0, **content}
+    data, make = getattr(loader, "dataset", loader), getattr(loader, "collate_fn", None)
+    own = {} if isinstance(data, Examples) else {"content": content(data, make, type(getattr(loader, "sampler", None)))}
+    return {"batch_size": _batch_size(loader), "examples": sized_len(data) or 0, **own}

@@ -129,4 +129,5 @@ def losses(model: nn.Module, batch: dict, row: int, replace: Mapping) -> Tensor:
     ids, real = batch["input_ids"][row : row + 1], batch["attention_mask"][row : row + 1]
     with plain_hooks(model, replace):
         logits = model(input_ids=ids, attention_mask=real).logits[0, :-1]
-    return functional.cross_entropy(logits.double(), ids[0, 1:], reduction="none")[real[0, 1:].bool()]
+    told = real[0, :-1].bool() & real[0, 1:].bool()
+    return functional.cross_entropy(logits.double(), ids[0, 1:], reduction="none")[told]

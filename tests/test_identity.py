@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_ablate import AblationCallback, Choice, Selection
 from lightning_ablate.errors import ConfigError
-from lightning_ablate.identity import described, digest
+from lightning_ablate.identity import content, described
 from tests import tiny
 
 
@@ -64,11 +64,11 @@ PAIRS = {
 @pytest.mark.parametrize("kind", PAIRS)
 def test_content_tells_values_apart_and_makes_equal_ones_the_same(kind):
     first, again, other = (PAIRS[kind](n) for n in (1, 1, 2))
-    assert first is not again and digest(first) == digest(again) != digest(other)
+    assert first is not again and content(first) == content(again) != content(other)
 
 
 def test_what_cant_be_read_is_like_nothing_else():
-    assert digest(one := (n for n in range(3))) != digest(one)
+    assert content(one := (n for n in range(3))) != content(one)
 
 
 def test_a_description_says_plain_values_and_digests_of_the_rest():

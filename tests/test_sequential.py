@@ -29,13 +29,13 @@ def passes():
 def plainly(model, batch, sites, fraction, intact):
     """The logits, by site after site of least squares on what plain hooks see, and plain replacements."""
     real = batch["attention_mask"].bool()
-    found, edits = {}, {}
+    found, edits, shared = {}, {}, {site.path for site in sites if site.uses > 1}
 
     def change(path):
         uses = itertools.count()
 
         def changed(x):
-            name = f"{path}#{use}" if (use := next(uses)) else path
+            name = f"{path}#{next(uses)}" if path in shared else path
             found[name] = x.clone()
             if name in edits:
                 mask, weights = edits[name]

@@ -13,7 +13,7 @@ from lightning_ablate.metrics import checked
 from lightning_ablate.phases.phase import Module, Phase
 from lightning_ablate.phases.resume import Run
 from lightning_ablate.sites import KINDS, Site, check_mixing, find_sites, hooked
-from lightning_ablate.statistics import ActivationStatistic, Moments
+from lightning_ablate.statistics import ActivationStatistic, Covariance, Moments
 
 
 class CalibrationPhase(Phase):
@@ -23,7 +23,7 @@ class CalibrationPhase(Phase):
 
     def __init__(self, module: Module, run: Run, kinds: Sequence[type[ActivationStatistic]]) -> None:
         super().__init__(module)
-        self.kinds, self.calibration, self.seconds = kinds, run.calibration, 0.0
+        self.kinds, self.calibration, self.seconds, self._run = kinds, run.calibration, 0.0, run
         self.epochs = 1 + max(kind.epoch() for kind in kinds)
         self._gathered: dict[Site, list[ActivationStatistic]] = {}
 
@@ -58,6 +58,8 @@ class CalibrationPhase(Phase):
                 except StatisticsError as error:
                     raise StatisticsError(f"site {site.name}: {error}") from error
                 self.calibration.add(site, statistic)
+                if isinstance(statistic, Covariance):
+                    self._run.check_positions(site, statistic)
         self._gathered = {}
 
     def _add(self, site: Site, batch: Any, examples: Tensor, activations: Tensor) -> None:

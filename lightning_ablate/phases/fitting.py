@@ -89,8 +89,11 @@ class FittingPhase(Phase):
                             statistic.update(mixed, self.module.valid_at(site, batch), **more)
                     for statistic in gathered:
                         statistic.sync()
-                        if isinstance(statistic, Covariance) and self.method.ridge is None:
-                            statistic.choose(mask)
+                        if isinstance(statistic, Covariance):
+                            self._run.check_positions(site, statistic)
+                            if self.method.ridge is None:
+                                statistic.choose(mask)
+                                self._run.ridges.setdefault(str(condition), {})[site.name] = statistic.ridge
                         statistic.reduce()
                     statistics = SiteStatistics(site.name, {type(one): one for one in gathered})
                     with torch.autocast(mask.device.type, enabled=False):

@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_ablate.calibration import Calibration, check_target
 from lightning_ablate.errors import AblationError, ConfigError, StatisticsError, loading
 from lightning_ablate.results.folder import write_whole
+from lightning_ablate.sites import Site
+from lightning_ablate.statistics import Covariance
 
 FOLDER, SAVED = "unfinished", "progress.pt"
 
@@ -33,20 +36,33 @@ class Run:
     held_out: dict[str, tuple[float, float] | None] = field(default_factory=dict)
     measured: list[list[Any]] = field(default_factory=list)  # of units alone, see attribution.table_of
     partial: list[str] = field(default_factory=list)  # why it doesn't cover all its data
+    notes: list[str] = field(default_factory=list)  # what else limits what it found
+    ridges: dict[str, dict[str, float]] = field(
+        default_factory=dict
+    )  # by condition and site, of what was fitted for it
     began: float = field(default_factory=time.monotonic)
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, as tensors on the CPU and plain values."""
         about: dict[str, Any] = {"target": self.target, "epochs": self.epochs, "held_out": dict(self.held_out)}
         about |= {"partial": list(self.partial), "measured": [list(row) for row in self.measured]}
+        about |= {"notes": list(self.notes), "ridges": dict(self.ridges)}
         return {**about, "calibration": self.calibration.state_dict()}
+
+    def check_positions(self, site: Site, statistic: Covariance) -> None:
+        """Notes, and warns, that a site has more neurons than there were positions to regress them on."""
+        count, width = int(statistic.count), site.width // statistic.blocks
+        note = f"calibrated on {count:,} positions, fewer than the {width:,} neurons that conditional methods regress"
+        if count < width and note not in self.notes:
+            self.notes.append(note)
+            rank_zero_warn(f"{note}: they rest on their ridge; calibrate on more data (--data.calibration_...)")
 
     def facts(self, classes: int) -> dict[str, Any]:
         """What run.json says of it, and of the number of classes."""
         sites = [asdict(site) for site in self.calibration.sites]
         seconds = round(time.monotonic() - self.began, 1)
         about = {"held_out": self.held_out, "sites": sites, "partial": list(self.partial)}
-        about["ridges"] = self.calibration.ridges
+        about |= {"notes": list(self.notes), "ridges": self.calibration.ridges | self.ridges}
         return {**about, "classes": classes, "seconds": seconds}
 
     def load_state_dict(self, state: Mapping[str, Any], target: nn.Module, **options: Any) -> None:
@@ -56,7 +72,8 @@ class Run:
             self.calibration = Calibration.from_state_dict(state["calibration"], target, **options)
             self.epochs = int(state.get("epochs", 0))
             self.held_out = {str(name): found for name, found in dict(state["held_out"]).items()}
-            self.partial = list(map(str, state["partial"]))
+            self.partial, self.notes = list(map(str, state["partial"])), list(map(str, state["notes"]))
+            self.ridges = dict(state["ridges"])
             self.measured = [list(row) for row in state.get("measured", ())]
 
 

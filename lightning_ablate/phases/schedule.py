@@ -1,5 +1,6 @@
 """The order of the epochs of a run, and what it all amounts to."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -30,6 +31,7 @@ class Epoch(NamedTuple):
     cost: float  # of a batch, in forward passes
     each: float = 0.0  # and of every condition of this method
     method: str = ""
+    note: str = ""  # what the plan must say of it
 
 
 def schedule(
@@ -71,13 +73,17 @@ def schedule(
             )
         sizes = {"examples": method.examples, "batch_size": batch_size, "batches": int(batches)}
         course = Course.of(steps=steps or method.steps, **sizes)
+        taken, note = min(course.accumulated * batch_size, examples or sys.maxsize), ""
+        if taken != method.examples:
+            asked = f"{taken} examples, asked {method.examples}"
+            note = f"; {method.name} takes steps of {asked}: of whole batches of all processes"
         for number in range(course.epochs):
             if isinstance(method, ConditionalTuned):
                 tune = partial(TuningPhase, method=method, choice=choice, course=course, conditions=conditions)
-                found.append(Epoch(number, tune, 1.0, _BACKWARD, method.name))
+                found.append(Epoch(number, tune, 1.0, _BACKWARD, method.name, note))
             else:
                 learn = partial(LearningPhase, method=method, choice=choice, course=course)
-                found.append(Epoch(number, learn, _BACKWARD))
+                found.append(Epoch(number, learn, _BACKWARD, note=note))
     return found + (_attributing(attributing, examples) if waits else [])
 
 
@@ -104,6 +110,8 @@ def plan(
     calibrating = sum(epoch.cost + epoch.each * counts[epoch.method] for epoch in epochs)
     passes = batches[0] * calibrating + batches[1] * (len(conditions) + len(resampled))
     about = f"plan: {len(conditions):,} conditions"
+    notes = "".join(dict.fromkeys(epoch.note for epoch in epochs))
     if passes == float("inf"):
-        return f"{about}, {phase.seconds:.2g} s a forward pass; the data tell no length"
-    return f"{about}, {passes:,.0f} forward passes, about {timedelta(seconds=round(passes * phase.seconds))} (h:mm:ss)"
+        return f"{about}, {phase.seconds:.2g} s a forward pass; the data tell no length{notes}"
+    lasts = timedelta(seconds=round(passes * phase.seconds))
+    return f"{about}, {passes:,.0f} forward passes, about {lasts} (h:mm:ss){notes}"

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from lightning_ablate.calibration import Calibration
+from lightning_ablate.calibration import Calibration, digest
 from lightning_ablate.choices import Choice, Random
 from lightning_ablate.conditions import BASELINE, Condition, Selection
 from lightning_ablate.errors import DataError, NonFiniteError, StatisticsError
-from lightning_ablate.identity import digest
 from lightning_ablate.methods import Ablation, AblationMethod, Batch, ConstantMethod, Edit, Replacement, Source
 from lightning_ablate.metrics import METRICS, Clean, Scored, SweepMetrics, checked
 from lightning_ablate.phases.phase import Module, Phase

@@ -58,7 +58,9 @@ def _head(results: "Results") -> str:
         f"top-1 {100 * base['top1']:.2f}%, cross-entropy {base['cross_entropy']:.4f} nats"
         + "".join(f", {metric} {base[metric]:.4f}" for metric in results.own)
     )
-    return "\n".join([first, *(f"PARTIAL: {reason}" for reason in results.partial), *_ridges(results)])
+    said = [f"PARTIAL: {reason}" for reason in results.partial]
+    said += [f"NOTE: {note}" for note in results.facts.get("notes") or ()]
+    return "\n".join([first, *said, *_ridges(results)])
 
 
 def _counted(results: "Results") -> str:
@@ -77,8 +79,7 @@ def _ridges(results: "Results") -> list[str]:
     """What was chosen for the methods that let it be chosen."""
     chosen = [ridge for by_site in (results.facts.get("ridges") or {}).values() for ridge in by_site.values()]
     methods = results.facts.get("methods") or ()
-    # those that are fitted for a condition, `intact` or not, choose one there
-    whose = [m["name"] for m in methods if m.get("ridge", 0) is None and "intact" not in m]
+    whose = [m["name"] for m in methods if m.get("ridge", 0) is None]
     if not (chosen and whose):
         return []
     span = f"{min(chosen):g} to {max(chosen):g}, median {median(chosen):g}"

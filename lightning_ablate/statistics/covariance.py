@@ -1,5 +1,6 @@
 """How the neurons of a site vary together."""
 
+import warnings
 from typing import ClassVar, Self
 
 import torch
@@ -171,8 +172,10 @@ def solved(among: Tensor, across: Tensor, ridge: float) -> Tensor:
     """Regressions ``(..., kept, ablated)`` float64 on neurons with covariances ``among`` ``(..., kept, kept)``.
 
     ``across`` ``(..., kept, ablated)`` are those with what is regressed; ``ridge`` is a share of each variance to add.
-    ``among`` is written over. StatisticsError if it isn't positive definite with any ridge.
+    ``among`` is written over. Where rounding leaves it not positive definite, the ridge is raised, with a warning;
+    StatisticsError if it isn't with any.
     """
+    given = ridge
     diagonal = among.diagonal(dim1=-2, dim2=-1)
     variances = diagonal.clone()
     while ridge <= 100:
@@ -180,6 +183,12 @@ def solved(among: Tensor, across: Tensor, ridge: float) -> Tensor:
         diagonal.copy_(variances * (1 + ridge) + torch.finfo(among.dtype).tiny)
         factor, failed = torch.linalg.cholesky_ex(among)
         if not bool(failed.any()):
+            if ridge > given:
+                warnings.warn(
+                    f"a regression on neurons took a ridge of {ridge:g} instead of {given:g}, as there were too few "
+                    "positions for so many neurons; calibrate on more data",
+                    stacklevel=2,
+                )
             return torch.cholesky_solve(across, factor)
         ridge *= 10  # sums in float32, of fewer positions than neurons
     raise StatisticsError("can't be solved: the covariance is not positive definite; calibrate on more data")

@@ -25,6 +25,11 @@ def described(counts: Tensor) -> Tensor:
     return torch.stack([_top(smooth), middle, half_sample, _hills(smooth, bandwidth).double()])
 
 
+def median(counts: Tensor) -> Tensor:
+    """Where half of the counts lie below, ``(neurons,)``."""
+    return _quantile(counts, functional.pad(counts.cumsum(1), (1, 0)), 0.5)
+
+
 def _half_sample_mode(counts: Tensor, below: Tensor) -> Tensor:
     """The half-sample mode: the shortest half of the values, of it the shortest half, and so on, ``(neurons,)``.
 

@@ -32,8 +32,11 @@ class Histogram(ActivationStatistic):
     Ten bins make one of the 100 in which the paper looks for a neuron's peak. All are half-open, the last one closed,
     and the edges of the 100 are ``low + k * (high - low) / 100`` in float64, as numpy's ``histogram`` defines them.
 
-    While it is gathered, a neuron takes 8 bytes a bin, however many positions there are; once :meth:`reduce` was
+    While it is gathered, a neuron takes 16 bytes a bin, however many positions there are; once :meth:`reduce` was
     called, five numbers, which are all that the checkpoint holds.
+
+    The median is looked for in as many bins around the mean less and plus one standard deviation, where any
+    distribution has it (Mallows 1991): it is off by less than 0.0023 standard deviations however heavy the tails.
 
     A neuron that was 0 at least as often as not has 0 as its mode, median and half-sample mode.
     """
@@ -45,8 +48,11 @@ class Histogram(ActivationStatistic):
     high: Tensor
     values: Tensor
     counts: Tensor
+    central: Tensor
     zeros: Tensor
     outside: Tensor
+    left: Tensor
+    fine: Tensor
 
     def __init__(self, neurons: int, earlier: SiteStatistics | None = None) -> None:
         super().__init__(neurons, earlier)
@@ -54,9 +60,16 @@ class Histogram(ActivationStatistic):
         self.register_buffer("low", low.clone())
         self.register_buffer("high", low.clone() if earlier is None else earlier[Moments].high.clone())
         self.register_buffer("values", low.new_full((5, neurons), torch.nan))
+        mean, sd = (low, low) if earlier is None else (earlier[Moments].mean, earlier[Moments].sd)
+        # multiples of a power of two, so that what rounding leaves of the moments moves no value across an edge
+        unit = torch.ldexp(torch.ones_like(sd), torch.frexp(1.37 * sd).exponent - 5)
+        left, right = ((mean - sd) / unit - 0.377).floor() * unit, ((mean + sd) / unit + 0.377).ceil() * unit
+        self.register_buffer("left", left, persistent=False)
+        self.register_buffer("fine", (right - left) / self.bins, persistent=False)
         zeros = torch.zeros(neurons, dtype=torch.int64, device=low.device)
         # without bins until the first batch: torchmetrics keeps a copy of what a state begins with
         self.add_state("counts", zeros.new_zeros(neurons, 0), dist_reduce_fx="sum")
+        self.add_state("central", zeros.new_zeros(neurons, 0), dist_reduce_fx="sum")  # below, the bins, and above
         self.add_state("zeros", zeros, dist_reduce_fx="sum", persistent=True)
         self.add_state("outside", zeros.new_zeros(()), dist_reduce_fx="sum", persistent=True)
 
@@ -70,6 +83,7 @@ class Histogram(ActivationStatistic):
         share = self.bins // self.paper_bins
         scale = (share / step).nan_to_num(posinf=0.0)  # a constant neuron's values are all in the first bin
         first = torch.arange(self.neurons, device=rows.device) * self.bins
+        first_near = torch.arange(self.neurons, device=rows.device) * (self.bins + 2) + 1
         one = torch.ones((), dtype=torch.int64, device=rows.device)
         for block in torch.split(rows, max(1, _BLOCK // self.neurons)):
             self.zeros += len(block) - block.sign().abs_().sum(0, dtype=torch.float32).long()
@@ -80,6 +94,8 @@ class Histogram(ActivationStatistic):
             below = exact < (edge / share).mul_(step).add_(self.low)
             cells = edge.sub_(below.double()).long().clamp_(0, self.bins - 1).add_(first).flatten()
             self.counts.view(-1).index_add_(0, cells, one.expand(len(cells)))
+            near = (exact - self.left).div_(self.fine).floor_().long().clamp_(-1, self.bins).add_(first_near).flatten()
+            self.central.view(-1).index_add_(0, near, one.expand(len(near)))
 
     def compute(self) -> Tensor:
         """See :meth:`described`."""
@@ -93,6 +109,7 @@ class Histogram(ActivationStatistic):
     def reduce(self) -> None:
         """Keeps what :meth:`compute` gives, and lets go of the counts."""
         self.values, self.counts = self.described(), self.counts.new_zeros(self.neurons, 0)
+        self.central = self.counts
         super().reduce()
 
     def described(self) -> Tensor:
@@ -102,7 +119,10 @@ class Histogram(ActivationStatistic):
         fullest = self.counts.view(self.neurons, self.paper_bins, -1).sum(2).argmax(1)  # the first of equal ones
         peak = self.low + (fullest + 0.5) * self._step
         places = torch.cat([estimators.described(some.double()) for some in torch.split(self.counts, _CHUNK)], 1)
-        found = (self.low + places[:3] * ((self.high - self.low) / self.bins)).clamp(self.low, self.high)
+        found = self.low + places[:3] * ((self.high - self.low) / self.bins)
+        middle = torch.cat([estimators.median(some.double()) for some in torch.split(self.central, _CHUNK)]) - 1
+        found[1] = self.left + middle.clamp(0, self.bins) * self.fine
+        found = found.clamp(self.low, self.high)
         found = torch.where(2 * self.zeros >= self.counts.sum(1), 0.0, found)
         return torch.cat([peak.unsqueeze(0), found, places[3:]])
 
@@ -127,3 +147,4 @@ class Histogram(ActivationStatistic):
     def _begin(self) -> None:
         if not self.counts.numel():
             self.counts = self.counts.new_zeros(self.neurons, self.bins)
+            self.central = self.counts.new_zeros(self.neurons, self.bins + 2)
