@@ -5,7 +5,7 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from lightning_ablate.phases import Run, is_unfinished
 from lightning_ablate.progress import SweepProgressBar
 from lightning_ablate.results import Results
 from lightning_ablate.trainer import CHECKPOINT
+from lightning_ablate.trust import HELP, check_trusted
 
 # jsonargparse lists every type it tried; what went wrong is said in between
 _TRIED = re.compile(r"Does not validate|Subtypes:|Errors:|Given value|- Expected a <class 'NoneType'>")
@@ -101,8 +102,9 @@ class AblationCLI(LightningCLI):
         return {"fit": fit | {"ckpt_path", "weights_only"}, "validate": validate}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds ``--ablation``."""
+        """Adds ``--ablation``, and what ``validate`` asks of the user."""
         parser.add_lightning_class_args(AblationCallback, "ablation")
+        parser.add_argument("--trust", metavar="NAME", default=argparse.SUPPRESS, help=f"of `validate`: {HELP}")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Puts the configuration to start from before the user's own options."""
@@ -140,13 +142,14 @@ def export_run() -> None:
     parser.add_argument("--method", required=True, help="what takes the neurons' place, as results call it")
     parser.add_argument("--fraction", type=float, help="share of the neurons that go; by default the only one")
     parser.add_argument("--seed", type=int, help="of the choice of neurons; the first one by default")
-    given = parser.parse_args()
+    parser.add_argument("--trust", metavar="NAME", action="append", help=HELP)
+    given, more = parser.parse_known_args()
     checkpoint = str(given.run / CHECKPOINT)
-    config = _config_of(checkpoint)
+    config = _config_of(checkpoint, given.trust, more)
     if config is None:
         raise ConfigError(f"{checkpoint!r} holds no configuration: of a run in Python, use callback.export()")
     here = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--trainer.logger=false"]
-    made = AblationCLI(["--config", config, *here], run=False)
+    made = AblationCLI(["--config", config, *here, *more], run=False)
     callback = callback_of(made.trainer)
     made.model.configure_model()
     made.model = made.trainer.precision_plugin.convert_module(made.model)  # as it was calibrated
@@ -193,16 +196,23 @@ def _with_start(args: list[str]) -> list[str]:
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for names in (["-c", "--config"], ["--ckpt_path"], ["--model"], ["--data"]):
         known.add_argument(*names)
+    known.add_argument("--trust", action="append")
     given, _ = known.parse_known_args(args[1:])
     if args[0] == "validate":  # or Lightning prints every condition, before our table
         args = [args[0], "--verbose=false", *args[1:]]
-    if args[0] == "validate" and given.ckpt_path and (config := _config_of(given.ckpt_path)):
+    if given.ckpt_path and Path(given.ckpt_path).is_dir():  # a run's, which holds one
+        given.ckpt_path = str(Path(given.ckpt_path, CHECKPOINT))
+        args = [*args, "--ckpt_path", given.ckpt_path]
+    if args[0] == "validate" and given.ckpt_path and (config := _config_of(given.ckpt_path, given.trust, args)):
         return [args[0], "--config", config, *args[1:]]
     return args if given.config or given.model or given.data else [args[0], "--config", str(DEFAULT_CONFIG), *args[1:]]
 
 
-def _config_of(checkpoint: str) -> str | None:
-    """The configuration in a checkpoint, without what only ``fit`` knows; None in one that Python code left."""
+def _config_of(checkpoint: str, trusted: Sequence[str] | None, words: Sequence[str]) -> str | None:
+    """The configuration in a checkpoint, without what only ``fit`` knows; None in one that Python code left.
+
+    ConfigError if it names what the user doesn't trust, see :func:`check_trusted`.
+    """
     if checkpoint in ("last", "best"):  # which Lightning looks for, and the configuration is the user's own
         return None
     if not Path(checkpoint).is_file():
@@ -214,4 +224,8 @@ def _config_of(checkpoint: str) -> str | None:
         if ConfigInCheckpoint.__qualname__ not in callbacks:
             return None
         config = yaml.safe_load(callbacks[ConfigInCheckpoint.__qualname__]["config"])
-    return yaml.safe_dump({key: config[key] for key in ("seed_everything", "trainer", "model", "data", "ablation")})
+        config = {key: config[key] for key in ("seed_everything", "trainer", "model", "data", "ablation")}
+        check_trusted(config, trusted or (), words)
+        if config["ablation"].get("dirpath"):  # which is for the one who made it to say
+            config["ablation"]["dirpath"] = str(Path(checkpoint).parent)
+    return yaml.safe_dump(config)

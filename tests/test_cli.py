@@ -60,16 +60,19 @@ def test_validate_repeats_the_sweep_from_the_checkpoint_alone_or_one_of_lightnin
     run("fit", *SHORT, *FEW, *QUIET, "--trainer.enable_checkpointing=true", *saving)
     (theirs,), ours = (tmp_path / "own").glob("*.ckpt"), digits / "version_0" / "ablation.ckpt"
     torch.load(theirs, weights_only=True)
+    trusting = ["--trust", "lightning.pytorch.callbacks.ModelCheckpoint"]
     moved = shutil.copy(ours, tmp_path / "elsewhere.ckpt")
     for number, checkpoint in enumerate((ours, theirs, moved), 1):
-        code, _, err = run("validate", "--ckpt_path", checkpoint)
+        code, _, err = run("validate", "--ckpt_path", checkpoint, *trusting)
         assert code == 0, err
         assert_same_bytes(digits / "version_0", digits / f"version_{number}")
     assert not (digits / "version_1" / "ablation.ckpt").exists()
-    code, _, _ = run("validate", f"--ckpt_path={moved}", "--ablation.methods=[mean]", "--ablation.fractions=[0.25]")
+    code, _, _ = run(
+        "validate", f"--ckpt_path={moved}", "--ablation.methods=[mean]", "--ablation.fractions=[0.25]", *trusting
+    )
     found = table(digits / "version_4").iloc[1:]
     assert code == 0 and found[["method", "fraction"]].values.tolist() == [["mean", 0.25]] * 2
-    code, _, _ = run("validate", "--ckpt_path", ours, "--model.dtype=bfloat16")
+    code, _, _ = run("validate", "--ckpt_path", ours, "--model.dtype=bfloat16", *trusting)
     assert code.startswith("error: the checkpoint is of another target, with the weights")
 
 
