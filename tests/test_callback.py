@@ -188,7 +188,7 @@ MONITORED = "cross_entropy/zero 0.5 seed 1"
         lambda folder: callbacks.ModelCheckpoint(folder, monitor=MONITORED, every_n_train_steps=1),
     ],
 )
-@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:.*could not find the monitored key")
 @pytest.mark.parametrize("first", [True, False])
 def test_callbacks_that_look_at_our_metrics_before_the_sweep_change_nothing(make, first, tmp_path):
     """Of two epochs of calibration, as peaks take, the sweep is behind the second."""
