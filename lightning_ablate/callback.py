@@ -20,6 +20,7 @@ from lightning_ablate.export import chosen, export
 from lightning_ablate.methods import AblationMethod, LearnedMethod, method_of
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.base import evaluation_loaders
+from lightning_ablate.progress import say
 from lightning_ablate.report import report_attribution, report_neurons, report_results, tabulated
 from lightning_ablate.results import Results
 from lightning_ablate.statistics import ActivationStatistic, Moments, with_needs
@@ -137,7 +138,7 @@ class AblationCallback(lightning.Callback):
         phase, run, seen = pl_module.phase, self.run, trainer.fit_loop.batch_idx + 1
         if isinstance(phase, phases.CalibrationPhase) and seen == 1 and not run.epochs:
             batches = float(trainer.num_training_batches), float(sum(trainer.num_val_batches))
-            trainer.print(phases.plan(self._epochs, self._conditions(), self.methods, phase, batches))
+            say(trainer, phases.plan(self._epochs, self._conditions(), self.methods, phase, batches))
         if not trainer.is_last_batch or phase is None or isinstance(phase, phases.Done):
             return
         phase.end_epoch()
@@ -199,7 +200,7 @@ class AblationCallback(lightning.Callback):
         """Lets the phase and the folder go, as Lightning doesn't tear down then; says how to go on."""
         pl_module.phase = None
         if self._unfinished is not None and self._unfinished.leave() and isinstance(exception, KeyboardInterrupt):
-            trainer.print(f"stopped; the same command with --ablation.dirpath {self.folder} goes on")
+            say(trainer, f"stopped; the same command with --ablation.dirpath {self.folder} goes on")
 
     def state_dict(self) -> dict[str, Any]:
         """What calibration and learning have found out so far."""
@@ -227,7 +228,7 @@ class AblationCallback(lightning.Callback):
             run.load_state_dict(saved, module.target, kinds=self._kinds, which=self.sites)
         if earlier:
             done = f"{run.epochs} epochs of calibration and learning and {sum(self._earlier.get('done', ()))} batches"
-            trainer.print(f"going on with the run in {self.folder}: {done} of the sweep are done")
+            say(trainer, f"going on with the run in {self.folder}: {done} of the sweep are done")
         self.run = run
 
     def _taken_up(self, phase: phases.Phase) -> phases.Phase:
