@@ -2,11 +2,14 @@
 
 import argparse
 import inspect
+import pkgutil
 import re
 import sys
+import textwrap
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,8 @@ _BETTER = {
     r"Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing\.Literal)": r"expected \1",
     r"required: (?:fit|validate)\.": "required: --",
 }
+_KINDS_TRIED = re.compile(r"expected \w+\.?(?:(?: Got value: \S+)? expected \w+\.?)+(?: Got value: \S+)?")
+_NO_OPTION = re.compile(r"(ambiguous option: --|unrecognized arguments: --|not accept option '|Option ')([\w.]+)")
 _UNKNOWN = re.compile(r"--([\w.]+): Expected a path but (\S+) ")
 _KINDS: dict[str, type] = {"model": AblationModule, "data": AblationDataModule, "ablation.neurons": Choice}
 DEFAULT_CONFIG = Path(__file__).parent / "demo" / "default.yaml"
@@ -57,6 +62,20 @@ class ConfigInCheckpoint(SaveConfigCallback):
             except OSError as error:
                 raise ConfigError(f"can't make {str(folder)!r}: {error.strerror} (--ablation.dirpath)") from error
             self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=True)
+
+    def on_exception(self, trainer: lightning.Trainer, *_: Any) -> None:
+        """Leaves no configuration where nothing was found, so that the next run can have the folder."""
+        folder = callback_of(trainer).folder
+        if (
+            folder is None
+            or is_unfinished(folder)
+            or any((folder / one).exists() for one in (CHECKPOINT, "results.csv"))
+        ):
+            return
+        if trainer.is_global_zero:
+            (folder / self.config_filename).unlink(missing_ok=True)
+            with suppress(OSError):  # it holds something else
+                folder.rmdir()
 
     def state_dict(self) -> dict[str, Any]:
         """The configuration as YAML."""
@@ -110,10 +129,13 @@ class AblationCLI(LightningCLI):
         """Puts the configuration to start from before the user's own options."""
         words = sys.argv[1:] if args is None else args
         with _configuring():
-            if isinstance(words, list):
+            if not isinstance(words, list):
+                return super().parse_arguments(parser, words)
+            try:
                 self.config = parser.parse_args(_with_start(words))
-            else:
-                super().parse_arguments(parser, words)
+            except ArgumentError as error:
+                usage = [one.format_usage() for one in self._subcommand_parsers.values()]
+                raise _with_suggestion(error, " ".join(usage)) from error
 
     def instantiate_classes(self) -> None:
         """Makes what the configuration names."""
@@ -187,7 +209,21 @@ def in_a_line(error: Exception) -> str:
         known = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, _KINDS[unknown[1]])]
         names = ", ".join(kind.__name__ for kind in known if not inspect.isabstract(kind))
         return f"--{unknown[1]}: no such class {unknown[2]!r}, expected {names}, or the path of one's own"
-    return f"{said:.180}"
+    said = _KINDS_TRIED.sub(lambda tried: " or ".join(dict.fromkeys(re.findall(r"expected \w+", tried[0]))), said)
+    return textwrap.shorten(said.replace(" or expected", " or"), 200, placeholder=" ...")
+
+
+def _with_suggestion(error: ArgumentError, usage: str) -> ArgumentError:
+    """The error, with the option that is most like the one that there isn't; ``usage`` names those there are."""
+    said = str(error)
+    if (unknown := _NO_OPTION.search(said)) is None:
+        return error
+    known = re.findall(r"--([\w.]+)", usage)
+    for kind in re.findall(r"class_path '([\w.]+)'", said)[-1:]:
+        known = [name for one in pkgutil.resolve_name(kind).__mro__ for name in inspect.signature(one).parameters]
+    close = get_close_matches(unknown[2], known, 1)
+    said = f"no such option --{unknown[2]}" if unknown[1] == "ambiguous option: --" else said
+    return ArgumentError(None, f"{said}\n(did you mean {close[0]}?)" if close else said)
 
 
 def _with_start(args: list[str]) -> list[str]:

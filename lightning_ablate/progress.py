@@ -70,6 +70,11 @@ class SweepProgressBar(TQDMProgressBar):
         else:
             super().on_validation_batch_end(trainer, pl_module, *batch)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Closes the bars, so that what is said of it has lines of its own."""
+        for bar in filter(None, (self._train_progress_bar, self._val_progress_bar)):
+            bar.close()
+
     def _count(self, bar: Any, phase: SweepPhase, done: int, batches: float, anew: bool = False) -> None:
         """Lets a bar count the conditions of ``batches``, of which some are ``done``."""
         if self.is_disabled:

@@ -124,3 +124,13 @@ def test_a_second_run_in_the_same_folder_keeps_the_first(run, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"lightning_logs"}
     assert FILES | {"run-2"} == {path.name for path in logs.iterdir()}
     assert FILES == {path.name for path in (logs / "run-2").iterdir()}
+
+
+def test_a_run_that_finds_nothing_leaves_its_folder_to_the_next(run, tmp_path):
+    mine = [f"--ablation.dirpath={tmp_path / 'mine'}", "--trainer.logger=false", *SHORT, *FEW, *QUIET]
+    code, _, _ = run("fit", *mine, "--ablation.sites=*.o_proj")
+    assert code.startswith("error: the site pattern") and not list(tmp_path.iterdir())
+    assert run("fit", *mine)[0] == 0
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == FILES
+    assert run("validate", "--ckpt_path", tmp_path / "mine", *QUIET)[0] == 0  # a run's folder
+    assert_same_bytes(tmp_path / "mine", tmp_path / "mine" / "run-2")

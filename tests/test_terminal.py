@@ -35,8 +35,8 @@ def shown(written, columns):
         if part == "\r":
             column = 0
         elif part.startswith("\x1b"):
-            assert part == "\x1b[A"
-            row -= 1
+            assert part[-1] in "Am"  # up, and colours
+            row -= part.endswith("A")
         else:
             if part == "\n" or column == columns:
                 row, column = row + 1, 0 if part != "\n" else column
