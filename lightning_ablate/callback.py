@@ -6,6 +6,7 @@ from typing import Any, Literal, cast
 
 import lightning
 import pandas as pd
+from lightning.pytorch import callbacks
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_ablate import phases
@@ -19,12 +20,14 @@ from lightning_ablate.export import chosen, export
 from lightning_ablate.methods import AblationMethod, LearnedMethod, method_of
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.base import evaluation_loaders
+from lightning_ablate.progress import say
 from lightning_ablate.report import named_scores, report_attribution, report_neurons, report_results, tabulated
 from lightning_ablate.results import Results
 from lightning_ablate.statistics import ActivationStatistic, Moments, with_needs
 from lightning_ablate.trainer import CHECKPOINT
 
 PAPER_FRACTIONS, PAPER_SEEDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), (42, 123, 456)
+_TRAIN = callbacks.WeightAveraging, callbacks.ModelPruning, callbacks.BaseFinetuning, callbacks.LearningRateFinder
 
 
 class AblationCallback(lightning.Callback):
@@ -100,6 +103,9 @@ class AblationCallback(lightning.Callback):
         if not isinstance(pl_module, AblationModule):
             raise ConfigError(f"AblationCallback needs an AblationModule, got a {type(pl_module).__name__}")
         trainers.check_trainer(trainer)
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, (*_TRAIN, callbacks.GradientAccumulationScheduler)):
+                raise ConfigError(f"{type(other).__name__} trains, expected none that does (--trainer.callbacks)")
         self.folder = trainers.folder_of(trainer, self.dirpath)
         if stage == TrainerFn.FITTING:
             learned = [method.name for method in self.methods if isinstance(method, LearnedMethod)]
@@ -108,6 +114,8 @@ class AblationCallback(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
         """Begins, now that the target is on its device and the data are there; sets the number of epochs."""
+        for stopping in trainer.early_stopping_callbacks:  # which look before the sweep has given their metrics
+            stopping.strict = False
         size = trainers.calibration_size(trainer)
         trainers.warn_if_shared(trainer)
         self._begin(trainer, pl_module)
@@ -130,7 +138,7 @@ class AblationCallback(lightning.Callback):
         phase, run, seen = pl_module.phase, self.run, trainer.fit_loop.batch_idx + 1
         if isinstance(phase, phases.CalibrationPhase) and seen == 1 and not run.epochs:
             batches = float(trainer.num_training_batches), float(sum(trainer.num_val_batches))
-            trainer.print(phases.plan(self._epochs, self._conditions(), self.methods, phase, batches))
+            say(trainer, phases.plan(self._epochs, self._conditions(), self.methods, phase, batches))
         if not trainer.is_last_batch or phase is None or isinstance(phase, phases.Done):
             return
         phase.end_epoch()
@@ -194,7 +202,7 @@ class AblationCallback(lightning.Callback):
         """Lets the phase and the folder go, as Lightning doesn't tear down then; says how to go on."""
         pl_module.phase = None
         if self._unfinished is not None and self._unfinished.leave() and isinstance(exception, KeyboardInterrupt):
-            trainer.print(f"stopped; the same command with --ablation.dirpath {self.folder} goes on")
+            say(trainer, f"stopped; the same command with --ablation.dirpath {self.folder} goes on")
 
     def state_dict(self) -> dict[str, Any]:
         """What calibration and learning have found out so far."""
@@ -222,7 +230,7 @@ class AblationCallback(lightning.Callback):
             run.load_state_dict(saved, module.target, kinds=self._kinds, which=self.sites)
         if earlier:
             done = f"{run.epochs} epochs of calibration and learning and {sum(self._earlier.get('done', ()))} batches"
-            trainer.print(f"going on with the run in {self.folder}: {done} of the sweep are done")
+            say(trainer, f"going on with the run in {self.folder}: {done} of the sweep are done")
         self.run = run
 
     def _taken_up(self, phase: phases.Phase) -> phases.Phase:
@@ -247,10 +255,14 @@ class AblationCallback(lightning.Callback):
         method: str,
         fraction: float | None = None,
         seed: int | None = None,
+        trainer: lightning.Trainer | None = None,
+        data: Any = None,
     ) -> Path:
         """Writes a condition of the run as a smaller model, see :func:`lightning_ablate.export.export`.
 
-        ``fraction`` None takes the only one, ``seed`` None the first. TargetError if the run is of another target.
+        ``fraction`` None takes the only one, ``seed`` None the first. Where the model computes something else than the
+        run evaluated, it is evaluated on ``data``, a data module or loaders, as ``trainer`` does; None takes those of
+        the module. TargetError if the run is of another target.
         """
         if self.results is None:
             raise ConfigError("there is no run to export yet: `fit` first")
@@ -258,7 +270,14 @@ class AblationCallback(lightning.Callback):
         check_target(vars(self.run), fingerprint(module.target))
         condition = chosen(self._conditions()[1:], method, fraction, seed)
         own = next(one for one in self.methods if one.name == method)
-        return export(module, self.run.calibration, self.neurons, own, condition, folder, self.results)
+
+        def scored(other: AblationMethod) -> Results:
+            seeds = self.seeds if condition.seed is None else condition.seed
+            again = AblationCallback(other, condition.fraction, seeds, self.sites, self.neurons, figures=())  # type: ignore[arg-type]
+            again.run = self.run
+            return trainers.evaluated(again, module, trainer or module.trainer, data)
+
+        return export(module, self.run.calibration, self.neurons, own, condition, folder, self.results, scored)
 
     @property
     def _kinds(self) -> list[type[ActivationStatistic]]:

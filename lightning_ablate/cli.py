@@ -2,11 +2,14 @@
 
 import argparse
 import inspect
+import pkgutil
 import re
 import sys
+import textwrap
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from lightning_ablate.phases import Run, is_unfinished
 from lightning_ablate.progress import SweepProgressBar
 from lightning_ablate.results import Results
 from lightning_ablate.trainer import CHECKPOINT
+from lightning_ablate.trust import HELP, check_trusted
 
 # jsonargparse lists every type it tried; what went wrong is said in between
 _TRIED = re.compile(r"Does not validate|Subtypes:|Errors:|Given value|- Expected a <class 'NoneType'>")
@@ -39,6 +43,8 @@ _BETTER = {
     r"Expected an? (?:<class '(?:\w+\.)*(\w+)'>|typing\.Literal)": r"expected \1",
     r"required: (?:fit|validate)\.": "required: --",
 }
+_KINDS_TRIED = re.compile(r"expected \w+\.?(?:(?: Got value: \S+)? expected \w+\.?)+(?: Got value: \S+)?")
+_NO_OPTION = re.compile(r"(ambiguous option: --|unrecognized arguments: --|not accept option '|Option ')([\w.]+)")
 _UNKNOWN = re.compile(r"--([\w.]+): Expected a path but (\S+) ")
 _KINDS: dict[str, type] = {"model": AblationModule, "data": AblationDataModule, "ablation.neurons": Choice}
 DEFAULT_CONFIG = Path(__file__).parent / "demo" / "default.yaml"
@@ -56,6 +62,20 @@ class ConfigInCheckpoint(SaveConfigCallback):
             except OSError as error:
                 raise ConfigError(f"can't make {str(folder)!r}: {error.strerror} (--ablation.dirpath)") from error
             self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=True)
+
+    def on_exception(self, trainer: lightning.Trainer, *_: Any) -> None:
+        """Leaves no configuration where nothing was found, so that the next run can have the folder."""
+        folder = callback_of(trainer).folder
+        if (
+            folder is None
+            or is_unfinished(folder)
+            or any((folder / one).exists() for one in (CHECKPOINT, "results.csv"))
+        ):
+            return
+        if trainer.is_global_zero:
+            (folder / self.config_filename).unlink(missing_ok=True)
+            with suppress(OSError):  # it holds something else
+                folder.rmdir()
 
     def state_dict(self) -> dict[str, Any]:
         """The configuration as YAML."""
@@ -83,7 +103,7 @@ class AblationCLI(LightningCLI):
             save_config_callback=ConfigInCheckpoint,
             save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,
-            trainer_defaults={"enable_checkpointing": False, "max_epochs": 1},
+            trainer_defaults={"enable_checkpointing": False, "enable_model_summary": False, "max_epochs": 1},
             auto_configure_optimizers=False,
             parser_kwargs={
                 **{name: {"exit_on_error": False} for name in self.subcommands()},
@@ -101,17 +121,21 @@ class AblationCLI(LightningCLI):
         return {"fit": fit | {"ckpt_path", "weights_only"}, "validate": validate}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds ``--ablation``."""
+        """Adds ``--ablation``, and what ``validate`` asks of the user."""
         parser.add_lightning_class_args(AblationCallback, "ablation")
+        parser.add_argument("--trust", metavar="NAME", default=argparse.SUPPRESS, help=f"of `validate`: {HELP}")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Puts the configuration to start from before the user's own options."""
         words = sys.argv[1:] if args is None else args
         with _configuring():
-            if isinstance(words, list):
+            if not isinstance(words, list):
+                return super().parse_arguments(parser, words)
+            try:
                 self.config = parser.parse_args(_with_start(words))
-            else:
-                super().parse_arguments(parser, words)
+            except ArgumentError as error:
+                usage = [one.format_usage() for one in self._subcommand_parsers.values()]
+                raise _with_suggestion(error, " ".join(usage)) from error
 
     def instantiate_classes(self) -> None:
         """Makes what the configuration names."""
@@ -140,19 +164,21 @@ def export_run() -> None:
     parser.add_argument("--method", required=True, help="what takes the neurons' place, as results call it")
     parser.add_argument("--fraction", type=float, help="share of the neurons that go; by default the only one")
     parser.add_argument("--seed", type=int, help="of the choice of neurons; the first one by default")
-    given = parser.parse_args()
+    parser.add_argument("--trust", metavar="NAME", action="append", help=HELP)
+    given, more = parser.parse_known_args()
     checkpoint = str(given.run / CHECKPOINT)
-    config = _config_of(checkpoint)
+    config = _config_of(checkpoint, given.trust, more)
     if config is None:
         raise ConfigError(f"{checkpoint!r} holds no configuration: of a run in Python, use callback.export()")
     here = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--trainer.logger=false"]
-    made = AblationCLI(["--config", config, *here], run=False)
+    made = AblationCLI(["--config", config, *here, *more], run=False)
     callback = callback_of(made.trainer)
     made.model.configure_model()
     made.model = made.trainer.precision_plugin.convert_module(made.model)  # as it was calibrated
     callback.run = Run(fingerprint(made.model.target), Calibration.load(checkpoint, made.model.target))
     callback.results = Results.load(given.run)
-    print(callback.export(made.model, given.out, given.method, given.fraction, given.seed))
+    asked = given.out, given.method, given.fraction, given.seed
+    print(callback.export(made.model, *asked, made.trainer, made.datamodule))
 
 
 @contextmanager
@@ -184,7 +210,21 @@ def in_a_line(error: Exception) -> str:
         known = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, _KINDS[unknown[1]])]
         names = ", ".join(kind.__name__ for kind in known if not inspect.isabstract(kind))
         return f"--{unknown[1]}: no such class {unknown[2]!r}, expected {names}, or the path of one's own"
-    return f"{said:.180}"
+    said = _KINDS_TRIED.sub(lambda tried: " or ".join(dict.fromkeys(re.findall(r"expected \w+", tried[0]))), said)
+    return textwrap.shorten(said.replace(" or expected", " or"), 200, placeholder=" ...")
+
+
+def _with_suggestion(error: ArgumentError, usage: str) -> ArgumentError:
+    """The error, with the option that is most like the one that there isn't; ``usage`` names those there are."""
+    said = str(error)
+    if (unknown := _NO_OPTION.search(said)) is None:
+        return error
+    known = re.findall(r"--([\w.]+)", usage)
+    for kind in re.findall(r"class_path '([\w.]+)'", said)[-1:]:
+        known = [name for one in pkgutil.resolve_name(kind).__mro__ for name in inspect.signature(one).parameters]
+    close = get_close_matches(unknown[2], known, 1)
+    said = f"no such option --{unknown[2]}" if unknown[1] == "ambiguous option: --" else said
+    return ArgumentError(None, f"{said}\n(did you mean {close[0]}?)" if close else said)
 
 
 def _with_start(args: list[str]) -> list[str]:
@@ -193,16 +233,23 @@ def _with_start(args: list[str]) -> list[str]:
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for names in (["-c", "--config"], ["--ckpt_path"], ["--model"], ["--data"]):
         known.add_argument(*names)
+    known.add_argument("--trust", action="append")
     given, _ = known.parse_known_args(args[1:])
     if args[0] == "validate":  # or Lightning prints every condition, before our table
         args = [args[0], "--verbose=false", *args[1:]]
-    if args[0] == "validate" and given.ckpt_path and (config := _config_of(given.ckpt_path)):
+    if given.ckpt_path and Path(given.ckpt_path).is_dir():  # a run's, which holds one
+        given.ckpt_path = str(Path(given.ckpt_path, CHECKPOINT))
+        args = [*args, "--ckpt_path", given.ckpt_path]
+    if args[0] == "validate" and given.ckpt_path and (config := _config_of(given.ckpt_path, given.trust, args)):
         return [args[0], "--config", config, *args[1:]]
     return args if given.config or given.model or given.data else [args[0], "--config", str(DEFAULT_CONFIG), *args[1:]]
 
 
-def _config_of(checkpoint: str) -> str | None:
-    """The configuration in a checkpoint, without what only ``fit`` knows; None in one that Python code left."""
+def _config_of(checkpoint: str, trusted: Sequence[str] | None, words: Sequence[str]) -> str | None:
+    """The configuration in a checkpoint, without what only ``fit`` knows; None in one that Python code left.
+
+    ConfigError if it names what the user doesn't trust, see :func:`check_trusted`.
+    """
     if checkpoint in ("last", "best"):  # which Lightning looks for, and the configuration is the user's own
         return None
     if not Path(checkpoint).is_file():
@@ -214,4 +261,8 @@ def _config_of(checkpoint: str) -> str | None:
         if ConfigInCheckpoint.__qualname__ not in callbacks:
             return None
         config = yaml.safe_load(callbacks[ConfigInCheckpoint.__qualname__]["config"])
-    return yaml.safe_dump({key: config[key] for key in ("seed_everything", "trainer", "model", "data", "ablation")})
+        config = {key: config[key] for key in ("seed_everything", "trainer", "model", "data", "ablation")}
+        check_trusted(config, trusted or (), words)
+        if config["ablation"].get("dirpath"):  # which is for the one who made it to say
+            config["ablation"]["dirpath"] = str(Path(checkpoint).parent)
+    return yaml.safe_dump(config)

@@ -1,12 +1,10 @@
 """A condition of a run as a smaller model that transformers or timm load by themselves, with a card of what it is."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-
-import pandas as pd
 
 from lightning_ablate.calibration import Calibration
 from lightning_ablate.choices import Choice
@@ -17,6 +15,7 @@ from lightning_ablate.phases import SweepPhase
 from lightning_ablate.phases.phase import Module
 from lightning_ablate.results import Results
 from lightning_ablate.results.folder import versions
+from lightning_ablate.results.text import interval
 from lightning_ablate.sites import Site
 from lightning_ablate.smaller import BiasError, shrunk
 
@@ -31,12 +30,13 @@ def export(
     condition: Condition,
     folder: Path | str,
     results: Results,
+    scored: Callable[[AblationMethod], Results],
 ) -> Path:
     """Writes a smaller model that computes what the target does under a condition, whole or not at all.
 
-    A conditional mean is fitted without an intercept where the architecture has no bias to take one. The folder holds
-    what ``from_pretrained`` or ``timm.create_model("local-dir:...")`` need, and a README.md with what was removed and
-    what it scored.
+    A conditional mean is fitted without an intercept where the architecture has no bias to take one, and ``scored``
+    then evaluates the condition anew under that method. The folder holds what ``from_pretrained`` or
+    ``timm.create_model("local-dir:...")`` need, and a README.md with what was removed and what it scored.
 
     Raises:
         ConfigError: if the folder is there already.
@@ -58,6 +58,7 @@ def export(
         uncentred = copy.copy(method)
         uncentred.centred = False  # type: ignore[attr-defined]
         form, model = shrunk(module.target, edits(uncentred))
+        results = scored(uncentred)
         note = f"Fitted without an intercept (`centred: false`), as {form.name} has no bias to take one."
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as unfinished:
@@ -65,7 +66,7 @@ def export(
         form.save(model, part)
         module.save_beside(part)
         sizes = [sum(p.numel() for p in one.parameters()) for one in (module.target, model)]
-        words = _card(module.name, condition, sizes, form.options, note, results)
+        words = _card(module.name, condition, sizes, form.options, note, _alone(results, condition))
         (part / "README.md").write_text(words, encoding="utf-8")
         part.rename(folder)
     return folder
@@ -84,6 +85,19 @@ def chosen(conditions: Sequence[Condition], method: str, fraction: float | None,
     return found[0]
 
 
+def _alone(results: Results, condition: Condition) -> Results:
+    """The baseline and the one condition, on the first data set."""
+    one = results.each[0]
+    same = (one.table["method"] == condition.method) & (one.table["fraction"] == condition.fraction)
+    seeds = one.table["seed"]
+    same &= seeds.isna() if condition.seed is None else (seeds == condition.seed).fillna(False).astype(bool)
+    rows, examples = [0, *one.table.index[same]], one.examples
+    if examples is not None:
+        kept = examples[examples["condition"].isin(rows)]
+        examples = kept.assign(condition=kept["condition"].map(rows.index))
+    return Results(one.table.loc[rows], examples, one.facts)
+
+
 def _card(
     name: str, condition: Condition, sizes: list[int], options: Mapping[str, Any], note: str, results: Results
 ) -> str:
@@ -95,34 +109,30 @@ def _card(
     words = f"RUN OUT --method {condition.method} --fraction {condition.fraction:g}{seed}"
     lines = ["---", f"base_model: {name}", "tags: [pruned]", "---", "", f"# {Path(name).name}, smaller", ""]
     lines += [
-        f"{name} without {100 * condition.fraction:g}% of the {kinds} neurons of each layer, `{condition.method}` of "
-        f"lightning_ablate in their place, folded into the weights that stay: {after:,} of {before:,} parameters "
+        f"{name} without {100 * results.table['ablated'].iloc[-1]:.3g}% of the {kinds} neurons, `{condition.method}` "
+        f"of lightning_ablate in their place, folded into the weights that stay: {after:,} of {before:,} parameters "
         f"({', '.join(f'{key} {value}' for key, value in options.items())}). {note}".rstrip(),
         "",
         f"Neurons were chosen by `{chosen}`, seed {condition.seed}; calibrated on {data.get('name', 'data')} "
         f"({data.get('calibration', {}).get('examples', '?')} examples). What the ablated model scored on "
-        f"{int(results.baseline['n']):,} positions, mean [95% interval over examples]"
-        f"{', with an intercept' if note else ''}:",
+        f"{int(results.baseline['n']):,} positions, mean [{interval(results)}]:",
         "",
-        _scores(results, condition),
+        _scores(results),
     ]
     lines += ["", "Made from the run by", "", "```", f"python -m lightning_ablate.export {words}", "```", ""]
     lines += [", ".join(f"{package} {version}" for package, version in versions().items()), ""]
     return "\n".join(lines)
 
 
-def _scores(results: Results, condition: Condition) -> str:
+def _scores(results: Results) -> str:
     """A table of the intact and the ablated model."""
-    summary: pd.DataFrame = results.each[0].summary()
-    own = summary[(summary["method"] == condition.method) & (summary["fraction"] == condition.fraction)].iloc[0]
-    label = "ablated" if own["seeds"] == 1 else f"ablated, mean over {own['seeds']} choices of neurons"
-    rows = [f"| | intact | {label} |", "| --- | --- | --- |"]
+    rows, summary = ["| | intact | ablated |", "| --- | --- | --- |"], results.summary()
     for metric, label in {**_METRICS, **{name: name for name in results.own}}.items():
         cells = [
             f"{row[metric]:.4f} [{row[f'{metric}_low']:.4f}, {row[f'{metric}_high']:.4f}]"
-            for row in (summary.iloc[0], own)
+            for _, row in summary.iterrows()
         ]
-        rows.append(f"| {label} | {cells[0]} | {cells[1]} |")
+        rows.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

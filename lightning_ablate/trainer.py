@@ -1,7 +1,10 @@
 """What the callback asks of Lightning's Trainer, and tells it."""
 
 from collections.abc import Mapping, Sequence, Sized
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import lightning
@@ -176,6 +179,22 @@ def run_facts(trainer: lightning.Trainer, module: AblationModule, callback: Any,
         "processes": trainer.world_size,
         "limits": [trainer.limit_train_batches, trainer.limit_val_batches],
     }
+
+
+def evaluated(callback: Any, module: AblationModule, like: lightning.Trainer, data: Any = None) -> Any:
+    """The results of a callback's sweep of a module, on the device and in the precision of another Trainer.
+
+    ``data`` are a data module or loaders, None those of the Trainer. Nothing is left of it.
+    """
+    data = data or getattr(like, "datamodule", None) or like.val_dataloaders
+    given = {"datamodule" if isinstance(data, lightning.LightningDataModule) else "dataloaders": data}
+    quiet: Any = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    with TemporaryDirectory() as callback.dirpath, redirect_stdout(StringIO()):
+        made = lightning.Trainer(
+            accelerator=like.accelerator, devices=1, plugins=[like.precision_plugin], callbacks=[callback], **quiet
+        )
+        made.validate(module, verbose=False, **given)
+    return callback.results
 
 
 def _loader_facts(loader: Any) -> dict[str, Any]:

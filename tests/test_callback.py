@@ -8,6 +8,7 @@ import lightning
 import pandas as pd
 import pytest
 import torch
+from lightning.pytorch import callbacks
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -172,3 +173,40 @@ def test_a_choice_that_the_sites_do_not_allow_is_refused_at_the_first_batch(tmp_
     with pytest.raises(SiteError, match="h.0.mlp.c_proj .mlp, 64 neurons. has no heads"):
         tiny.fit(tmp_path, module, callback=AblationCallback(sites="mlp", neurons=EachHead()))
     assert module.trainer.fit_loop.total_batch_idx == 0
+
+
+MONITORED = "cross_entropy/zero 0.5 seed 1"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda folder: callbacks.EarlyStopping(MONITORED, patience=0),
+        lambda folder: callbacks.EarlyStopping("val_loss"),
+        lambda folder: callbacks.EarlyStopping(MONITORED, check_on_train_epoch_end=True),
+        lambda folder: callbacks.ModelCheckpoint(folder, monitor=MONITORED, save_on_train_epoch_end=True),
+        lambda folder: callbacks.ModelCheckpoint(folder, monitor=MONITORED, every_n_train_steps=1),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:.*could not find the monitored key")
+@pytest.mark.parametrize("first", [True, False])
+def test_callbacks_that_look_at_our_metrics_before_the_sweep_change_nothing(make, first, tmp_path):
+    """Of two epochs of calibration, as peaks take, the sweep is behind the second."""
+    found = []
+    for other in ([], [make(tmp_path / "own")]):
+        ours = AblationCallback(["zero", "peak"], [0.5], [1])
+        each = [*other, ours] if first else [ours, *other]
+        options = {"logger": False, "accelerator": "cpu", "enable_progress_bar": False, "max_epochs": 1}
+        made = lightning.Trainer(callbacks=each, default_root_dir=tmp_path, enable_checkpointing=True, **options)
+        made.fit(tiny.Own(tiny.gpt2()), tiny.loader(seed=1), tiny.loader(seed=2))
+        found.append(ours.results.table)
+    assert found[0].equals(found[1])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [callbacks.EMAWeightAveraging, callbacks.LearningRateFinder, lambda: callbacks.ModelPruning("l1_unstructured")],
+)
+def test_callbacks_that_train_are_refused(other, tmp_path):
+    with pytest.raises(ConfigError, match="trains, expected none that does .--trainer.callbacks"):
+        tiny.fit(tmp_path, more=[other()])

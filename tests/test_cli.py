@@ -60,16 +60,19 @@ def test_validate_repeats_the_sweep_from_the_checkpoint_alone_or_one_of_lightnin
     run("fit", *SHORT, *FEW, *QUIET, "--trainer.enable_checkpointing=true", *saving)
     (theirs,), ours = (tmp_path / "own").glob("*.ckpt"), digits / "version_0" / "ablation.ckpt"
     torch.load(theirs, weights_only=True)
+    trusting = ["--trust", "lightning.pytorch.callbacks.ModelCheckpoint"]
     moved = shutil.copy(ours, tmp_path / "elsewhere.ckpt")
     for number, checkpoint in enumerate((ours, theirs, moved), 1):
-        code, _, err = run("validate", "--ckpt_path", checkpoint)
+        code, _, err = run("validate", "--ckpt_path", checkpoint, *trusting)
         assert code == 0, err
         assert_same_bytes(digits / "version_0", digits / f"version_{number}")
     assert not (digits / "version_1" / "ablation.ckpt").exists()
-    code, _, _ = run("validate", f"--ckpt_path={moved}", "--ablation.methods=[mean]", "--ablation.fractions=[0.25]")
+    code, _, _ = run(
+        "validate", f"--ckpt_path={moved}", "--ablation.methods=[mean]", "--ablation.fractions=[0.25]", *trusting
+    )
     found = table(digits / "version_4").iloc[1:]
     assert code == 0 and found[["method", "fraction"]].values.tolist() == [["mean", 0.25]] * 2
-    code, _, _ = run("validate", "--ckpt_path", ours, "--model.dtype=bfloat16")
+    code, _, _ = run("validate", "--ckpt_path", ours, "--model.dtype=bfloat16", *trusting)
     assert code.startswith("error: the checkpoint is of another target, with the weights")
 
 
@@ -121,3 +124,13 @@ def test_a_second_run_in_the_same_folder_keeps_the_first(run, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"lightning_logs"}
     assert FILES | {"run-2"} == {path.name for path in logs.iterdir()}
     assert FILES == {path.name for path in (logs / "run-2").iterdir()}
+
+
+def test_a_run_that_finds_nothing_leaves_its_folder_to_the_next(run, tmp_path):
+    mine = [f"--ablation.dirpath={tmp_path / 'mine'}", "--trainer.logger=false", *SHORT, *FEW, *QUIET]
+    code, _, _ = run("fit", *mine, "--ablation.sites=*.o_proj")
+    assert code.startswith("error: the site pattern") and not list(tmp_path.iterdir())
+    assert run("fit", *mine)[0] == 0
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == FILES
+    assert run("validate", "--ckpt_path", tmp_path / "mine", *QUIET)[0] == 0  # a run's folder
+    assert_same_bytes(tmp_path / "mine", tmp_path / "mine" / "run-2")

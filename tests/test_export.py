@@ -1,6 +1,7 @@
 """Smaller models: what they compute, where they load, and what is refused."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from lightning_ablate.errors import ConfigError, SiteError, TargetError
 from lightning_ablate.methods import Ablation, Affine, Edit
 from lightning_ablate.sites import find_sites, hooked
 from lightning_ablate.smaller import BiasError, shrunk
-from tests import coverage, tiny
+from tests import coverage, reference, tiny
 from tests.command import FEW, found, python
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # as the libraries are
@@ -196,6 +197,13 @@ def test_a_run_is_exported_with_its_card_whole_or_not_at_all(tmp_path, monkeypat
     ):
         assert words in card
     small = tiny.built(CausalLM(str(folder)))
+    # what is exported is scored: by plain forward passes, not by the run's own conditional mean with an intercept
+    loss, top1, n = reference.evaluation(small.target, tiny.loader(seed=2))
+    row = callback.results.table.query("method == 'conditional-mean' and seed == 2").iloc[0]
+    said = re.search(r"cross-entropy, nats \| [\d.]+ \[.*?\] \| ([\d.]+) ", card)[1]
+    assert float(said) == pytest.approx(loss, abs=1e-4) and abs(row["cross_entropy"] - loss) > 1e-3
+    assert f"{n} positions" in card and f"| {top1:.4f} [" in card and "95% interval over 6 clusters" in card
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "run"]
     assert small.tokenizer("cat")["input_ids"] == module.tokenizer("cat")["input_ids"]
     edits, batch = {}, tiny.tokens()
     for site in callback.run.calibration.sites:
@@ -222,6 +230,12 @@ def test_a_low_precision_is_kept_and_wrong_rows_are_noticed_in_it(dtype, monkeyp
         shrunk(model, edits)
 
 
+def test_a_target_whose_frequencies_were_rounded_is_refused_with_the_reason():
+    model = tiny.mistral().to(torch.bfloat16)
+    with pytest.raises(SiteError, match="original_inv_freq aren't as the class makes them"):
+        shrunk(model, edits_for(tiny.sites(model, "mlp"), added=False))
+
+
 def test_what_generates_and_exactly_these_neurons_go_along(tmp_path, gpt2_folder):
     module = tiny.built(CausalLM(gpt2_folder))
     module.target.generation_config.repetition_penalty = 1.3
@@ -233,19 +247,20 @@ def test_what_generates_and_exactly_these_neurons_go_along(tmp_path, gpt2_folder
     assert json.loads((folder / "config.json").read_text())["n_inner"] == 61
     assert json.loads((folder / "config.json").read_text())["use_cache"]
     assert json.loads((folder / "generation_config.json").read_text())["repetition_penalty"] == 1.3
-    assert not module.target.config.use_cache
+    assert module.target.config.use_cache
 
 
 def test_the_command_exports_a_run_of_the_command_line(tmp_path):
     """Of the embedded ViT, by timm's own way; it scores what the sweep said."""
     run, out = tmp_path / "run", tmp_path / "out"
     few = [*FEW, "--ablation.sites=mlp", "--ablation.methods=[conditional-mean]", "--ablation.fractions=[0.5]"]
-    results = found(run, "fit", *few, "--ablation.seeds=[3]")
+    results = found(run, "fit", *few, "--ablation.seeds=[3,4]")
     export = "-m", "lightning_ablate.export"
-    ran = python(*export, run, out, "--method=conditional-mean", "--fraction=0.5", cwd=tmp_path)
+    ran = python(*export, run, out, "--method=conditional-mean", "--fraction=0.5", "--seed=4", cwd=tmp_path)
     assert ran.stdout.splitlines()[-1] == str(out), ran.stderr
     again = found(tmp_path / "again", "fit", "--model=ImageClassifier", f"--model.name={out}", "--data=Digits", *FEW)
-    row = results.table[results.table["method"] == "conditional-mean"].iloc[0]
+    row = results.table[results.table["seed"] == 4].iloc[0]
+    assert f"| {row['cross_entropy']:.4f} [" in (out / "README.md").read_text()  # of this seed alone
     assert again.baseline["cross_entropy"] == pytest.approx(row["cross_entropy"], abs=1e-5)
     refused = python(*export, run, tmp_path / "other", "--method=x")
     assert refused.returncode == 1

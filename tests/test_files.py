@@ -4,19 +4,27 @@
 """
 
 import copy
+import json
 import os
 import random
 import shutil
 import subprocess
+import sys
+from contextlib import chdir
+from pathlib import Path
+from tempfile import mkdtemp
 
 import lightning
 import pytest
 import torch
+import yaml
 
 from lightning_ablate import AblationCallback, Calibration
+from lightning_ablate.__main__ import running
+from lightning_ablate.cli import export_run
 from lightning_ablate.errors import AblationError, TargetError
 from tests import tiny
-from tests.command import ROOT, here, python
+from tests.command import QUIET, ROOT, here, python
 
 SMALL = ["--data.calibration_images=20", "--data.evaluation_images=20", "--ablation.fractions=[1.0]"]
 RUN = ["fit", *SMALL, "--ablation.dirpath=run", "--ablation.save_every=0", "--trainer.logger=false"]
@@ -42,6 +50,147 @@ def test_a_payload_in_a_checkpoint_is_refused_and_not_run(tmp_path, monkeypatch)
     with pytest.raises(Exception, match="Weights only load failed"):  # by Lightning
         tiny.validate(tmp_path, path)
     assert not (tmp_path / "ran").exists()
+
+
+EVIL = """import os
+from lightning.pytorch import Callback
+from lightning_ablate import Digits, ImageClassifier, Zero
+open(os.environ["MARK"], "w").close()
+class Model(ImageClassifier): pass
+class Data(Digits): pass
+class Method(Zero): name = "zero"
+class Writes(Callback): pass
+"""
+REMOTE = """import os
+from transformers import ViTConfig, ViTForImageClassification
+open(os.environ["MARK"], "w").close()
+class C(ViTConfig): model_type = "evil"
+class M(ViTForImageClassification): config_class = C
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with a checkpoint of a small run of the command."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    with chdir(folder.parent):
+        half = ["--ablation.methods=[zero]", "--ablation.fractions=[0.5]", "--ablation.sites=mlp"]
+        here("fit", *SMALL, *half, "--ablation.seeds=[1]", f"--ablation.dirpath={folder}", *QUIET)
+    return folder
+
+
+@pytest.fixture
+def hostile(saved, tmp_path, monkeypatch, capsys):
+    """Runs the command on a checkpoint whose configuration was changed; whether what it names ran, and what was said.
+
+    Each call has a folder of its own, as a module is imported once in a process.
+    """
+    state = torch.load(saved / "ablation.ckpt", weights_only=True)
+
+    def call(change, *words, command=("validate", "--ckpt_path")):
+        monkeypatch.chdir(folder := Path(mkdtemp(dir=tmp_path)))
+        monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+        monkeypatch.delitem(sys.modules, "evil", raising=False)
+        monkeypatch.setenv("MARK", str(folder / "ran"))
+        monkeypatch.setenv("HF_MODULES_CACHE", str(folder / "modules"))
+        shutil.copytree(saved, folder / "run")
+        Path("evil.py").write_text(EVIL)
+        Path("evil.yaml").write_text("class_path: evil.Writes")
+        Path("model").mkdir()
+        auto = {"AutoConfig": "remote.C", "AutoModelForImageClassification": "remote.M"}
+        Path("model/config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto}))
+        Path("model/remote.py").write_text(REMOTE)
+        kept = copy.deepcopy(state)
+        config = yaml.safe_load(kept["callbacks"]["ConfigInCheckpoint"]["config"])
+        change(config)
+        kept["callbacks"]["ConfigInCheckpoint"]["config"] = yaml.safe_dump(config)
+        torch.save(kept, "run/ablation.ckpt")
+        before = set(folder.parent.rglob("*"))
+        try:
+            here(*command, "run", *words) if command[0] == "validate" else exported("run", "out", *words)
+            said = ""
+        except SystemExit as end:
+            said = str(end.code) if isinstance(end.code, str) else capsys.readouterr().err.strip().splitlines()[-1]
+        left = {path.relative_to(folder.parent) for path in set(folder.parent.rglob("*")) - before}
+        return said, (folder / "ran").exists(), left
+
+    def exported(*words):
+        monkeypatch.setattr(sys, "argv", ["export", *words, "--method=zero", "--fraction=0.5"])
+        running(export_run)
+
+    return call
+
+
+def put(path, value):
+    """A change of a configuration."""
+
+    def change(config):
+        *parents, last = path.split(".")
+        for name in parents:
+            config = config[name]
+        config[last] = value
+
+    return change
+
+
+def named(kind, **options):
+    return {"class_path": kind, "init_args": options}
+
+
+CALLBACKS, LOGGER = "trainer.callbacks", "trainer.logger"
+HOSTILE = {
+    "model": put("model.class_path", "evil.Model"),
+    "data": put("data.class_path", "evil.Data"),
+    "data beside": put("data.init_args.evaluation", [named("evil.Data")]),
+    "a method": put("ablation.methods", [named("evil.Method")]),
+    "a method by its name": put("ablation.methods", ["evil.Method"]),
+    "methods by a name": put("ablation.methods", "evil.Method"),
+    "a callback": put(CALLBACKS, [named("evil.Writes")]),
+    "a callback by its name": put(CALLBACKS, "evil.Writes"),
+    "in a file": put(CALLBACKS, "evil.yaml"),
+    "a logger": put(LOGGER, [named("evil.Writes")]),
+    "a strategy": put("trainer.strategy", "evil.Writes"),
+    "a function": put(CALLBACKS, [named("LambdaCallback", on_validation_start="evil.Writes")]),
+    "the rest of a package": put("data.class_path", "lightning_ablate.phases.resume.shutil.rmtree"),
+    "a callback of Lightning's": put(CALLBACKS, [named("ModelCheckpoint", dirpath="../elsewhere")]),
+    "a profiler": put("trainer.profiler", named("SimpleProfiler", dirpath="../elsewhere", filename="x")),
+    "a logger elsewhere": put(LOGGER, named("CSVLogger", save_dir="../elsewhere")),
+    "a logger in a home": put(LOGGER, named("CSVLogger", save_dir="~/elsewhere")),
+    "a logger on the net": put(LOGGER, named("CSVLogger", save_dir="s3://elsewhere")),
+    "a logger's server": put(LOGGER, named("MLFlowLogger", tracking_uri="http://elsewhere")),
+    "a root": put("trainer.default_root_dir", "/elsewhere"),
+    "remote code": put("model.init_args", {"name": "model", "library": "transformers", "trust_remote_code": True}),
+}
+
+
+@pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
+def test_what_a_checkpoint_names_is_refused_in_a_line_and_nothing_of_it_runs(change, hostile):
+    for command in (("validate", "--ckpt_path"), ("export",)):
+        said, ran, left = hostile(change, command=command)
+        assert said.startswith("error: the checkpoint ") and "\n" not in said and len(said) < 300, said
+        assert "--trust" in said or "--model.trust_remote_code=true" in said
+        assert not ran and not left
+
+
+@pytest.mark.parametrize("case", ["model", "data", "a method", "a method by its name", "a callback", "in a file"])
+def test_what_a_checkpoint_names_works_with_the_users_word(case, hostile):
+    said, ran, left = hostile(HOSTILE[case], "--trust", "other", "--trust=evil", "--trust=evil.yaml")
+    assert (said, ran) == ("", True) and any(path.match("run/run-2/results.csv") for path in left)
+
+
+def test_remote_code_of_a_checkpoint_runs_if_it_is_asked_for_again(hostile):
+    said, ran, _ = hostile(HOSTILE["remote code"], "--model.trust_remote_code=true")
+    assert ran and "could not load 'model' (--model.name)" in said  # which holds no weights
+
+
+def test_an_export_names_what_it_trusts(hostile):
+    said, ran, left = hostile(HOSTILE["model"], "--trust", "evil.Model", command=("export",))
+    assert (said, ran) == ("", True) and any(path.match("out/config.json") for path in left)
+
+
+def test_a_checkpoint_moved_writes_its_results_beside_it(hostile):
+    said, ran, left = hostile(put("ablation.dirpath", "/elsewhere"))
+    assert (said, ran) == ("", False) and any(path.match("run/run-2/results.csv") for path in left)
 
 
 @pytest.fixture

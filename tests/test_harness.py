@@ -1,17 +1,29 @@
-"""lm-evaluation-harness on an ablated model and on an exported one, where the package is there (extra `harness`)."""
+"""lm-evaluation-harness on an ablated model and on an exported one."""
 
 import json
 
 import pytest
 import torch
 
-from lightning_ablate import ablated
+from lightning_ablate import AblationMethod, ablated
 from lightning_ablate.results.bootstrap import intervals
 from lightning_ablate.smaller import shrunk
 from tests import tiny
 from tests.test_export import edits_for
 
-pytest.importorskip("lm_eval")
+
+class Given(AblationMethod):
+    """What edits put in place of neurons, as a method."""
+
+    name, needs_batch = "given", False
+
+    def __init__(self, edits):
+        self.edits = {site.name: edit for site, edit in edits.items()}
+
+    def prepare(self, ablation):
+        return self.edits[ablation.site.name].replacement
+
+
 TASK = """task: animals
 dataset_path: json
 dataset_kwargs: {data_files: {test: FILE}}
@@ -52,7 +64,7 @@ def test_an_intact_model_scores_its_own_an_ablated_one_in_pairs_and_an_exported_
     with ablated(model, {site.name: torch.zeros(site.width, dtype=torch.bool) for site in sites}):
         assert scores(model) == intact
     edits = edits_for(sites)
-    with ablated(model, edits):
+    with ablated(model, {site.name: edit.mask for site, edit in edits.items()}, Given(edits)):
         changed = scores(model)
     difference = torch.tensor([changed[doc] - intact[doc] for doc in intact]).double().numpy()
     low, high = intervals(difference[None], torch.ones(len(difference)).numpy())[:, 0]

@@ -31,12 +31,16 @@ GPT2 = "--model=CausalLM --model.name=demo:gpt2"
 TEXT = f"fit {GPT2} --data=TextData --data.name=texts.parquet --data.max_length=64"
 LABELS = "fit --model=SequenceClassifier --model.name=demo:roberta --data=LabelledTexts --data.name=texts.parquet"
 ROBERTA = "fit --model=MaskedLM --model.name=demo:roberta --data=PythonTexts"
+YAML = {"bad.yaml": "model: [1, 2\n", "near.yaml": "ablation: {method: [zero]}"}
 ONLY = "fit --ablation.neurons=Only"
 
 COMMANDS = [  # the command, and what its message names
     ("test", "'test', expected fit or validate"),
     ("fit extra", "extra"),
-    ("fit --ablation.methds=[zero]", "--ablation.methds"),
+    ("fit --ablation.methds=[zero]", "--ablation.methds=[zero] (did you mean ablation.methods?)"),
+    ("fit --ablation.fraction=0.5", "no such option --ablation.fraction (did you mean ablation.fractions?)"),
+    ("fit --ablation.dirpth=x", "(did you mean ablation.dirpath?)"),
+    ("fit --config=near.yaml", "option 'ablation.method' (did you mean ablation.methods?)"),
     ("fit --ablation.methods=[zero,maen]", "--ablation.methods has no 'maen'; alike: mean"),
     ("fit --ablation.methods=[]", "--ablation.methods"),
     ("fit --ablation.methods=[zero,zero]", "--ablation.methods"),
@@ -50,7 +54,7 @@ COMMANDS = [  # the command, and what its message names
     ("fit --ablation.methods=[resample-ids]", "'ids', which ImageClassifier doesn't make"),
     ("fit --ablation.fractions=[1.5]", "--ablation.fractions"),
     ("fit --ablation.fractions=[]", "--ablation.fractions"),
-    ("fit --ablation.fractions=half", "--ablation.fractions: expected Sequence"),
+    ("fit --ablation.fractions=half", "--ablation.fractions: expected Sequence or float (--help"),
     ("fit --ablation.seeds=[]", "--ablation.seeds"),
     ("fit --ablation.seeds=[1.5]", "--ablation.seeds: expected "),
     ("fit --ablation.sites=*.o_proj", "'*.o_proj' (--ablation.sites) matches no module"),
@@ -71,7 +75,8 @@ COMMANDS = [  # the command, and what its message names
     ("fit --ablation.save_every=soon", "--ablation.save_every"),
     ("fit --model=NoSuchModel", "--model: no such class 'NoSuchModel', expected CausalLM, ImageClassifier"),
     ("fit --model=torch.nn.Linear", "--model: no such class 'torch.nn.Linear', expected CausalLM"),
-    ("fit --model.nme=x", "'nme' is not accepted"),
+    ("fit --model.nme=x", "'nme' is not accepted (did you mean name?)"),
+    ("fit --model.revison=x", "'revison' is not accepted (did you mean revision?)"),
     ("fit --model.name=demo:bert", "expected one of demo:gpt2, demo:roberta, demo:vit (--model.name)"),
     ("fit --model.name=./nowhere", "'./nowhere' (--model.name): there is no such file or folder"),
     ("fit --model.dtype=fp16", "--model.dtype"),
@@ -124,7 +129,7 @@ def test_a_wrong_command_ends_in_one_line(command, named, monkeypatch, tmp_path,
     monkeypatch.chdir(tmp_path)
     rows = {"text": [f"a text of {n}" for n in range(300)], "label": [1] * 300}
     pd.DataFrame(rows).to_parquet("texts.parquet")
-    for name, content in {"file": "", "garbage.ckpt": "no checkpoint", "bad.yaml": "model: [1, 2\n"}.items():
+    for name, content in {"file": "", "garbage.ckpt": "no checkpoint", **YAML}.items():
         (tmp_path / name).write_text(content)
     torch.save({"callbacks": tiny.Own}, "pickle.ckpt")  # loading it would import a class
     torch.save({"state_dict": {}}, "empty.ckpt")
@@ -136,6 +141,7 @@ def test_a_wrong_command_ends_in_one_line(command, named, monkeypatch, tmp_path,
     said = stopped.value.code if isinstance(stopped.value.code, str) else "\n".join(lines)
     assert said.startswith("error: ") and named in said and "\n" not in said and len(said) < 300
     assert "Traceback" not in printed
+    assert not list(tmp_path.rglob("config.yaml")) and not list(tmp_path.glob("run*"))
 
 
 class Wrong(tiny.Own):

@@ -1,0 +1,73 @@
+"""What a checkpoint's configuration may name by itself, and what needs the user's own word."""
+
+import pkgutil
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lightning_ablate.errors import ConfigError
+
+HELP = """a class, module or folder that the checkpoint may name, once for each. By itself it names no class but
+those of lightning_ablate and Lightning, none to run beside the sweep (trainer.callbacks, .plugins, .profiler), and no
+logger but TensorBoardLogger and CSVLogger, which write below the current folder. Code from the hub needs
+--model.trust_remote_code=true again. If `fit` had an --ablation.dirpath, results go beside the checkpoint."""
+_OWN = ("lightning_ablate", "lightning")
+_BESIDE = re.compile(r"trainer\.(callbacks|logger|plugins|profiler)\b")
+_HARMLESS = ("TensorBoardLogger", "CSVLogger", "RichProgressBar", "TQDMProgressBar")
+_NAMES = ("name", "tokenizer", "gguf_file")  # options whose files are read as data
+_BELOW = re.compile(r"(?!/)(?!.*\.\.)[\w./ =,-]*")
+
+
+def check_trusted(config: Mapping[str, Any], trusted: Sequence[str], words: Sequence[str]) -> None:
+    """Raises ConfigError if a configuration names what isn't ``trusted``, before anything of it is imported.
+
+    ``words`` are those of the command line, which turn remote code on again.
+    """
+    for place, value in _walked(config):
+        if place.endswith("trust_remote_code"):
+            if value and not re.search(rf"--{place}[= ]true\b", " ".join(words), re.IGNORECASE):
+                raise ConfigError(
+                    f"the checkpoint turns on remote code, which runs only if you say so again: --{place}=true"
+                )
+        elif isinstance(value, str) and not _is_safe(place, value):
+            if not any(re.match(rf"{re.escape(name)}(?![\w-])", value) for name in trusted):
+                raise ConfigError(
+                    f"the checkpoint names {value!r:.80} at {place.removesuffix('.class_path'):.60}, which could run "
+                    f"or write something; if you trust it, say so: --trust {value!r:.80}"
+                )
+
+
+def _walked(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a configuration, each with its option."""
+    if isinstance(value, Mapping):
+        for key, one in value.items():
+            yield from _walked(one, place if key == "init_args" else f"{place}.{key}".strip("."))
+    elif isinstance(value, list):
+        for one in value:
+            yield from _walked(one, place)
+    else:
+        yield place, value
+
+
+def _is_safe(place: str, value: str) -> bool:
+    """Whether a value makes nothing run, and no file be written elsewhere, whatever its option takes it for."""
+    key = place.rpartition(".")[2]
+    package, dot, _ = value.partition(".")
+    if key == "class_path" or (re.fullmatch(r"\w+(\.\w+)+", value) and find_spec(package)):
+        if _BESIDE.match(place) and value.rpartition(".")[2] not in _HARMLESS:
+            return False
+        return not dot or (package in _OWN and _is_own_class(value))
+    if place.startswith(("trainer.logger", "trainer.default_root_dir")):
+        return bool(_BELOW.fullmatch(value))
+    return key in _NAMES or not Path(value).is_file()  # which would be taken for a configuration
+
+
+def _is_own_class(name: str) -> bool:
+    """Whether a name that begins with a package's is of a class made there, not of what it imports."""
+    try:
+        found = pkgutil.resolve_name(name)
+    except (AttributeError, ImportError, ValueError):
+        return True  # there is no such class, as who takes it will say
+    return isinstance(found, type) and found.__module__.partition(".")[0] in _OWN
