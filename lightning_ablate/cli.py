@@ -73,8 +73,8 @@ class ConfigInCheckpoint(SaveConfigCallback):
         ):
             return
         if trainer.is_global_zero:
-            (folder / self.config_filename).unlink(missing_ok=True)
-            with suppress(OSError):  # it holds something else
+            with suppress(OSError):  # it can't be written, or holds something else
+                (folder / self.config_filename).unlink(missing_ok=True)
                 folder.rmdir()
 
     def state_dict(self) -> dict[str, Any]:

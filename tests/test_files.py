@@ -270,7 +270,7 @@ def test_a_forged_or_mutated_checkpoint_is_taken_or_refused_in_a_line(tmp_path, 
     assert many < 100 or 0.05 < refused / (2 * many) < 0.95
 
 
-def last_line(folder, before="pass", earlier=True):
+def last_line(folder, before="pass", earlier=True, begins="error: could not write"):
     code = f"import sys; {before}; from lightning_ablate.__main__ import main; main()"
     if earlier:
         (folder / "results.csv").write_text("earlier")
@@ -278,7 +278,7 @@ def last_line(folder, before="pass", earlier=True):
     assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr[-2000:]
     assert (folder / "results.csv").read_text() == "earlier" and not list(folder.rglob("*.part"))
     said = run.stderr.strip().splitlines()[-1]
-    assert said.startswith("error: could not write")
+    assert said.startswith(begins), said
     return said
 
 
@@ -299,6 +299,7 @@ def test_a_small_or_read_only_disk_ends_in_a_line_and_leaves_earlier_results(tmp
     try:
         assert "No space left on device" in last_line(folder)
         subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
-        assert "Read-only file system" in last_line(folder, earlier=False)
+        said = last_line(folder, earlier=False, begins="error: can't ")
+        assert "Read-only file system (--ablation.dirpath)" in said
     finally:
         subprocess.run(["umount", str(folder)], check=True)
