@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 from lightning_ablate.errors import StatisticsError, TargetError, loading
 from lightning_ablate.sites import Site, is_asked, is_covered, weights_of
@@ -160,22 +161,28 @@ def check_target(state: Mapping[str, Any], target: str) -> None:
 
 
 def fingerprint(target: nn.Module) -> str:
-    """SHA-256, in hexadecimal, of what makes a target: its modules' classes and whole numbers, parameters and buffers.
+    """SHA-256, in hexadecimal, of what makes a target: its modules' classes and whole numbers, and its state dict.
 
-    The whole numbers are there because the same weights with another number of heads are another target. Of a sharded
-    target every process must call it.
+    The whole numbers are there because the same weights with another number of heads are another target; those of
+    modules without parameters, such as RoPE's longest text, change as the target runs. Of a sharded target every
+    process must call it.
     """
     digest = hashlib.sha256()
     for name, module in target.named_modules():
-        numbers = sorted((key, value) for key, value in vars(module).items() if type(value) is int)
+        whole = any(True for _ in module.parameters())
+        numbers = sorted((key, value) for key, value in vars(module).items() if type(value) is int and whole)
         # below the class that sharding puts on top
         kind = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
         digest.update(f"{name} {kind.__name__} {numbers};".encode())
-    for name, tensor in sorted({**target.state_dict(), **dict(target.named_buffers())}.items()):
-        if isinstance(tensor, DTensor):
-            tensor = tensor.full_tensor()
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-        digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
+    for name, value in sorted(target.state_dict().items()):
+        for tensor in tree_leaves(value):  # a packed weight is a tuple
+            if not isinstance(tensor, Tensor):
+                digest.update(f"{name} {tensor};".encode())
+                continue
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+            tensor = tensor.dequantize() if tensor.is_quantized else tensor
+            digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
 
 

@@ -1,6 +1,7 @@
 """The Lightning callback that runs the phases: calibration, learning, sweep."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -222,10 +223,11 @@ class AblationCallback(lightning.Callback):
         if self.folder is not None:
             self._unfinished = phases.Unfinished(self.folder, trainer.is_global_zero, self.save_every)
             facts = trainers.run_facts(trainer, module, self, run.target) | {"calibration": digest(saved)}
-            if earlier := self._unfinished.claim(facts, trainer.strategy.broadcast):
+            if earlier := trainers.from_first(trainer, partial(self._unfinished.claim, facts)):
                 self._earlier = earlier["phase"]
                 if fitting:
-                    saved = earlier if "calibration" in earlier else saved_state(self.folder / CHECKPOINT)
+                    there = partial(saved_state, self.folder / CHECKPOINT)
+                    saved = earlier if "calibration" in earlier else trainers.from_first(trainer, there)
         if earlier or not fitting:
             run.load_state_dict(saved, module.target, kinds=self._kinds, which=self.sites)
         if earlier:

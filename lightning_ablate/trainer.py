@@ -1,11 +1,11 @@
 """What the callback asks of Lightning's Trainer, and tells it."""
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence, Sized
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import lightning
 from lightning.fabric.utilities.data import sized_len
@@ -15,7 +15,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_ablate.data.base import AblationDataModule
 from lightning_ablate.data.examples import ExactSampler, Examples
-from lightning_ablate.errors import ConfigError
+from lightning_ablate.errors import AblationError, ConfigError
 from lightning_ablate.identity import content, described, options_of
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.base import evaluation_loaders
@@ -23,6 +23,7 @@ from lightning_ablate.phases import is_unfinished
 from lightning_ablate.results.folder import fresh_folder
 from lightning_ablate.sharding import check_strategy
 
+T = TypeVar("T")
 CHECKPOINT = "ablation.ckpt"
 OPTIONS = ("methods", "fractions", "seeds", "sites", "neurons", "attributing")  # of the callback, which tell runs apart
 
@@ -61,6 +62,20 @@ def folder_of(trainer: lightning.Trainer, dirpath: str | Path | None) -> Path | 
         # what died is gone on with where the folder was named
         folder = fresh_folder(Path(given), unless=is_unfinished if dirpath else lambda folder: False)
     return trainer.strategy.broadcast(folder)
+
+
+def from_first(trainer: lightning.Trainer, make: Callable[[], T]) -> T:
+    """What the first process makes, or its AblationError, on all of them, as they may not share a disk."""
+    found: Any = None
+    if trainer.is_global_zero:
+        try:
+            found = make()
+        except AblationError as error:
+            found = error
+    found = trainer.strategy.broadcast(found)
+    if isinstance(found, AblationError):
+        raise found
+    return found
 
 
 def calibration_size(trainer: lightning.Trainer) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from contextlib import nullcontext
-from copy import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from lightning_ablate.errors import ConfigError, StatisticsError
 from lightning_ablate.methods import Optimal
 from lightning_ablate.phases import Unfinished, is_unfinished
 from lightning_ablate.results.folder import fresh_folder
+from lightning_ablate.trainer import from_first
 from tests import tiny
 from tests.command import assert_same_bytes
 from tests.tiny import Counting, Death, Dies
@@ -89,31 +90,49 @@ def test_a_finished_folder_is_kept_and_saves_are_rare_by_default(tmp_path, whole
 
 def test_the_first_process_saves_what_all_go_on_from(tmp_path):
     first, second = (Unfinished(tmp_path, rank == 0, 0.0) for rank in (0, 1))
-    said = []
-    assert first.claim({"seeds": (1, 2)}, lambda found: said.append(found) or found) == {} and first.due
-    assert second.claim({"seeds": (1, 2)}, lambda nothing: said[0]) == {}  # what is broadcast from the first
+    assert first.claim({"seeds": (1, 2)}) == {} and first.due
     for one in (first, second):
         one.save({"epochs": 2, "x": torch.tensor(1 if one is first else 2)})
     assert sorted(path.name for path in (tmp_path / "unfinished").iterdir()) == ["lock", "progress.pt"]
     again = Unfinished(tmp_path, True, 60.0)
     with pytest.raises(ConfigError, match="a run is going on in"):
-        again.claim({"seeds": [1, 2]}, copy)
+        again.claim({"seeds": [1, 2]})
     second.leave()
     with pytest.raises(ConfigError, match="a run is going on in"):
-        again.claim({"seeds": [1, 2]}, copy)
+        again.claim({"seeds": [1, 2]})
     first.leave()
-    found = again.claim({"seeds": [1, 2]}, copy)
+    found = again.claim({"seeds": [1, 2]})
     assert (found["epochs"], found["x"].item()) == (2, 1) and not again.due
     again.close()
     assert not is_unfinished(tmp_path) and not (tmp_path / "unfinished").exists()
 
 
+@pytest.mark.parametrize("error", [None, ConfigError("in use")])
+def test_what_the_first_process_reads_or_refuses_reaches_all_without_a_shared_disk(error):
+    sent, made = [], []
+
+    def make():
+        made.append(1)
+        if error:
+            raise error
+        return {"x": torch.tensor(1)}
+
+    for rank in (0, 1):
+        strategy = SimpleNamespace(
+            broadcast=lambda found, rank=rank: sent.append(found) or found if rank == 0 else sent[0]
+        )
+        trainer = SimpleNamespace(is_global_zero=rank == 0, strategy=strategy)
+        with pytest.raises(ConfigError, match="in use") if error else nullcontext():
+            assert from_first(trainer, make) == {"x": torch.tensor(1)}
+    assert len(made) == 1
+
+
 def test_a_run_that_is_going_on_keeps_its_folder_and_one_that_leaves_takes_only_what_it_made(tmp_path):
     live = Unfinished(tmp_path / "run", True, 0.0)
-    live.claim({}, copy)
+    live.claim({})
     other = Unfinished(tmp_path / "run", True, 0.0)
     with pytest.raises(ConfigError, match="a run is going on in .*run; wait for it"):
-        other.claim({}, copy)
+        other.claim({})
     other.leave()
     assert (tmp_path / "run" / "unfinished").is_dir()
     child = os.fork()  # as a worker that loads data, which inherits the lock
@@ -123,7 +142,7 @@ def test_a_run_that_is_going_on_keeps_its_folder_and_one_that_leaves_takes_only_
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
     other = Unfinished(tmp_path / "run", True, 0.0)
-    other.claim({}, copy)
+    other.claim({})
     assert fresh_folder(tmp_path / "run") == tmp_path / "run"  # where nothing is saved yet there is nothing to keep
     other.leave()
     assert (tmp_path / "run").is_dir()

@@ -90,7 +90,7 @@ class CalibrationPhase(Phase):
         for site in self.calibration.sites:
             two, one = (found[site].double().nan_to_num().reshape(-1, site.width) for found in passes)
             noise = torch.finfo(passes[0][site].dtype).eps ** 0.5 * one.norm()
-            limit = 0.1 * (one - one.mean(0)).norm() + noise
+            limit = 0.5 * (one - one.mean(0)).norm() + noise  # dynamic quantisation depends on the batch
             if len(two) != 2 * len(one) or bool((two[: len(one)] - one).norm() > limit):
                 raise StatisticsError(
                     f"site {site.name} gets {tuple(passes[0][site].shape)} for 2 examples and "

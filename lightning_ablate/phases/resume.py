@@ -5,7 +5,7 @@ import io
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_ablate.calibration import Calibration, check_target
-from lightning_ablate.errors import AblationError, ConfigError, StatisticsError, loading
+from lightning_ablate.errors import ConfigError, StatisticsError, loading
 from lightning_ablate.results.folder import write_whole
 from lightning_ablate.sites import Site
 from lightning_ablate.statistics import Covariance
@@ -78,7 +78,7 @@ class Run:
 
 
 class Unfinished:
-    """The progress of a run, in one file that its first process writes and all read, whole or not at all.
+    """The progress of a run, in one file that its first process writes and reads, whole or not at all.
 
     From one save in the sweep to the next it is ``every`` seconds; 0 saves behind every batch.
     """
@@ -88,17 +88,28 @@ class Unfinished:
         self._saved, self._made = self.folder / SAVED, not folder.exists()
         self._lock: FileLock | None = None  # held while the run goes on
 
-    def claim(self, run: Mapping[str, Any], broadcast: Callable[[Any], Any]) -> dict[str, Any]:
-        """Takes the folder for a run, on all processes; what an earlier one saved there, empty if nothing.
+    def claim(self, run: Mapping[str, Any]) -> dict[str, Any]:
+        """Takes the folder for a run, on the first process; what an earlier one saved there, empty if nothing.
 
-        ``run`` is what two runs must have in common for one to go on with the other, or ConfigError; StatisticsError
-        if the file is damaged. The first process looks, so that all raise or none.
+        ``run`` is what two runs must have in common for one to go on with the other.
+
+        Raises:
+            ConfigError: if the run there is another one, or is going on.
+            StatisticsError: if the file is damaged.
         """
         self._run = json.loads(json.dumps(run, default=str))
-        problem, known = broadcast(self._looked() if self._first else None)
-        if problem is not None:
-            raise problem
-        return self._read() if known else {}
+        self._take()
+        if not self._saved.exists():
+            return {}
+        with loading(str(self._saved), StatisticsError):
+            found = dict(torch.load(self._saved, map_location="cpu", weights_only=True))
+        if found["run"] != self._run:
+            name, here, there = _difference(self._run, found["run"])
+            raise ConfigError(
+                f"{self.folder.parent} holds an unfinished run of another configuration: {name} is {here!s:.60} here, "
+                f"was {there!s:.60} there; name another folder (--ablation.dirpath), or delete {self.folder}"
+            )
+        return found
 
     @property
     def due(self) -> bool:
@@ -130,27 +141,6 @@ class Unfinished:
             self._lock.release()  # last, so that no other run's files are removed
             self._lock = None
         return known
-
-    def _looked(self) -> tuple[AblationError | None, bool]:
-        """Why the run can't have the folder, and whether something is saved there."""
-        try:
-            self._take()
-            if known := self._saved.exists():
-                found = self._read()["run"]
-                if found != self._run:
-                    name, here, there = _difference(self._run, found)
-                    raise ConfigError(
-                        f"{self.folder.parent} holds an unfinished run of another configuration: {name} is "
-                        f"{here!s:.60} here, was {there!s:.60} there; name another folder (--ablation.dirpath), or "
-                        f"delete {self.folder}"
-                    )
-        except AblationError as error:
-            return error, False
-        return None, known
-
-    def _read(self) -> dict[str, Any]:
-        with loading(str(self._saved), StatisticsError):
-            return dict(torch.load(self._saved, map_location="cpu", weights_only=True))
 
     def _take(self) -> None:
         """Locks the folder against other runs, until this one ends in any way; ConfigError if it can't be had."""

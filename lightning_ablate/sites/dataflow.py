@@ -82,7 +82,8 @@ def trace(target: nn.Module, run: Callable[[], object]) -> Trace:
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code shows nothing of what it does
         stack.enter_context(unfused(target.modules()))
         for path, module in target.named_modules():
-            stack.callback(module.register_forward_pre_hook(partial(tracer.entering, path)).remove)
+            entering = partial(tracer.entering, path)
+            stack.callback(module.register_forward_pre_hook(entering, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(tracer.leaving, always_call=True).remove)
         stack.enter_context(tracer)
         run()
@@ -119,13 +120,14 @@ class _Tracer(TorchFunctionMode):
         self._attended: _ByTensor[_Attended] = WeakTensorKeyDictionary()
         self._projected: _ByTensor[_Projected] = WeakTensorKeyDictionary()
 
-    def entering(self, path: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def entering(self, path: str, module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         projection = features(module) is not None
         outermost = not any(is_projection for _, is_projection in self._stack)
         self._stack.append((path, projection))
         self.runs += path == ""
-        if projection and outermost and inputs and isinstance(inputs[0], Tensor):
-            self._read(path, inputs[0])
+        read = next(iter((*inputs, *named.values())), None)
+        if projection and outermost and isinstance(read, Tensor):
+            self._read(path, read)
 
     def leaving(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         if not self._stack:  # another hook failed before this module was entered

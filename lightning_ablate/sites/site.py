@@ -111,7 +111,7 @@ def hooked(target: nn.Module, hooks: Mapping[Site, Hook], *, once: bool = False)
     ran, owed = Counter[str](), Counter[str]()  # owed: runs that a backward pass will repeat
     differentiable = torch.is_grad_enabled()
 
-    def before(path: str, uses: Mapping[int, Site], of: int, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    def before(path: str, uses: Mapping[int, Site], of: int, module: nn.Module, inputs: Any, named: Any) -> Any:
         repeats = _repeats() if differentiable else None
         if repeats is not None:
             owed[path] += -1 if repeats else 1
@@ -124,15 +124,21 @@ def hooked(target: nn.Module, hooks: Mapping[Site, Hook], *, once: bool = False)
             ran[path] += 1
             runs[path, get_ident()] += 1
         site = uses.get((runs[path, get_ident()] - 1) % of)
-        changed = None if site is None else hooks[site](inputs[0])
-        return None if changed is None else (changed, *inputs[1:])
+        if site is None:
+            return None
+        if inputs:
+            changed = hooks[site](inputs[0])
+            return None if changed is None else ((changed, *inputs[1:]), named)
+        name = next(iter(named))
+        changed = hooks[site](named[name])
+        return None if changed is None else (inputs, {**named, name: changed})
 
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(unfused(target.modules()))
         for path, uses in modules.items():
             hook = partial(before, path, uses, next(iter(uses.values())).uses)
-            stack.callback(target.get_submodule(path).register_forward_pre_hook(hook).remove)
+            stack.callback(target.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield ran
     if late := [path for path, count in owed.items() if count > 0]:
         raise SiteError(
