@@ -72,8 +72,9 @@ class SweepProgressBar(TQDMProgressBar):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Closes the bars, so that what is said of it has lines of its own."""
-        for bar in filter(None, (self._train_progress_bar, self._val_progress_bar)):
-            bar.close()
+        for bar in (self._train_progress_bar, self._val_progress_bar):
+            if bar is not None:  # one without a total is neither true nor false
+                bar.close()
 
     def _count(self, bar: Any, phase: SweepPhase, done: int, batches: float, anew: bool = False) -> None:
         """Lets a bar count the conditions of ``batches``, of which some are ``done``."""
