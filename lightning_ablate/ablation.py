@@ -1,17 +1,20 @@
 """A target under an ablation, without a Trainer."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_ablate.calibration import Calibration
+from lightning_ablate.calibration import Calibration, digest
 from lightning_ablate.errors import ConfigError, SiteError, few
-from lightning_ablate.methods import Ablation, AblationMethod, Edit, method_of
-from lightning_ablate.sites import Site, check_mask, given_for, hooked
+from lightning_ablate.methods import Ablation, AblationMethod, Batch, Edit, Source, method_of
+from lightning_ablate.sites import Site, check_mask, device_of, given_for, hooked
 from lightning_ablate.sites.dataflow import features
 from lightning_ablate.statistics import SiteStatistics
+from lightning_ablate.statistics.base import by_example
 
 
 @contextmanager
@@ -20,6 +23,7 @@ def ablated(
     masks: Mapping[str, Tensor],
     method: AblationMethod | str = "zero",
     calibration: Calibration | None = None,
+    source: Mapping[str, Any] | None = None,
 ) -> Iterator[None]:
     """Ablates a target for whatever runs it inside: forward passes, generation, a training loop of one's own.
 
@@ -30,19 +34,18 @@ def ablated(
             goes before the path: bool ``(neurons,)``.
         method: what takes their place, or its name.
         calibration: the statistics that the method needs (see :meth:`Calibration.load`), or StatisticsError.
+        source: an input that is resampled from (``resample-partner`` and its like), as keyword arguments of the target:
+            as many examples as run inside, or one for all; an ``attention_mask`` tells its padding.
 
     Raises:
         SiteError: if a path names no projection, or a mask doesn't fit it; at the end, if a projection never ran
             inside, or gradient checkpointing will recompute it behind the block.
-        ConfigError: if the method depends on which examples and positions are run, which only a sweep knows.
+        ConfigError: if the method needs a source and got none, or goes by positions where a cache hides them.
     """
     chosen, calibration = method_of(method), calibration or Calibration()
-    edits: dict[Site, Edit] = {}
-    if chosen.needs_batch:
-        raise ConfigError(
-            f"{chosen.name} depends on which examples and positions are run, which only a sweep knows; expected a "
-            "method that goes by the activations alone"
-        )
+    if (chosen.source is None) != (source is None):
+        needs = "no `source`, and got one" if chosen.source is None else "a `source` to resample from, and got none"
+        raise ConfigError(f"{chosen.name} needs {needs}")
     widths = {name: features(module) for name, module in target.named_modules()}
     located = {site.path for site in calibration.sites}
     known = [Site(name, width) for name, width in widths.items() if width is not None and name not in located]
@@ -52,18 +55,59 @@ def ablated(
             f"the target has no projection {min(strange)!r}; a site is named by the path of a linear module, and each "
             "use of one that runs several times (path#1) by a calibration that knows it"
         )
-    for site in known:
-        if (given := given_for(site, masks)) is None:
-            continue
-        mask = torch.as_tensor(given)
+    found = {site: torch.as_tensor(given) for site in known if (given := given_for(site, masks)) is not None}
+    for site, mask in found.items():
         check_mask(mask, site, "ablated()")
-        mask = mask.to(next(target.parameters()).device)
+    whole = {s.name: found.get(s, torch.zeros(s.width, dtype=torch.bool)).cpu() for s in calibration.sites}
+    batch, edits, device = Batch(), dict[Site, Edit](), device_of(target)
+    if source is not None:
+        batch.sources = _read(target, found, source)
+    for site, mask in found.items():
         statistics = calibration[site] if site in calibration.statistics else SiteStatistics(site.name, {})
-        edits[site] = Edit(mask, chosen.prepare(Ablation(site, mask, statistics, None)))
-    with hooked(target, edits) as ran:
+        ablation = Ablation(site, mask.to(device), statistics, None, batch, digest(whole))
+        edits[site] = Edit(ablation.mask, chosen.prepare(ablation))
+    with ExitStack() as stack:
+        if chosen.needs_batch:
+            begin = partial(_begin, batch, chosen.name)
+            stack.callback(target.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        ran = stack.enter_context(hooked(target, edits))
         yield
     if passed_by := [site.name for site in edits if ran[site.path] <= site.use]:
         raise SiteError(
             f"{few(passed_by)} never ran inside, so nothing was ablated there: run the target in the block, and not by "
             "a fused implementation, a traced copy or bare weights that pass its modules by"
         )
+
+
+class _Sources(dict[tuple[str, int], dict[Site, Source]]):
+    """The one source, whatever kind and seed a method asks for."""
+
+    def __missing__(self, key: tuple[str, int]) -> dict[Site, Source]:
+        return self["", 0]
+
+
+def _read(target: nn.Module, sites: Iterable[Site], source: Mapping[str, Any]) -> _Sources:
+    """What the sites do on an input."""
+    found: dict[Site, Source] = {}
+    mask = source.get("attention_mask", torch.ones(len(next(iter(source.values()))), 1))
+
+    def keep(site: Site, activations: Tensor) -> None:
+        found[site] = Source(*(part.clone() for part in by_example(activations, mask.bool())))
+
+    with torch.no_grad(), hooked(target, {site: partial(keep, site) for site in sites}, once=True):
+        target(**source)
+    return _Sources({("", 0): found})
+
+
+def _begin(batch: Batch, name: str, target: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+    """Notes how many examples run, as their order is their number; ConfigError if a cache hides their positions."""
+    first = next(one for one in (*inputs, *named.values()) if isinstance(one, Tensor))
+    if any(one.get_seq_length() for one in named.values() if hasattr(one, "get_seq_length")):
+        raise ConfigError(f"{name} goes by positions, which a cache hides while a text is generated; use_cache=False")
+    batch.examples = torch.arange(len(first), device=first.device)
+    for source in batch.sources.get(("", 0), {}).values():
+        if len(source.activations) not in (1, len(first)):
+            held = len(source.activations)
+            raise ConfigError(
+                f"`source` holds {held} examples, expected {len(first)}, as many as the target runs, or 1"
+            )

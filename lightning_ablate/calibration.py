@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_ablate.errors import StatisticsError, TargetError, loading
-from lightning_ablate.sites import Site, is_asked, is_covered, weights_of
+from lightning_ablate.sites import Site, device_of, is_asked, is_covered, weights_of
 from lightning_ablate.statistics import ActivationStatistic, Covariance, SiteStatistics
 
 
@@ -110,7 +110,7 @@ class Calibration:
                     f"the checkpoint doesn't hold the statistics of all sites {word!r}, it holds "
                     f"{', '.join(site.name for site in saved)}; name these with --ablation.sites, or run `fit` again"
                 )
-        made, device = cls(which), next(target.parameters()).device
+        made, device = cls(which), device_of(target)
         made.locate([site for site in saved if any(is_asked(site, word) for word in which)], target)
         if not made.sites:
             raise StatisticsError("the checkpoint holds no site: its calibration wasn't complete; run `fit` again")
@@ -180,10 +180,20 @@ def fingerprint(target: nn.Module) -> str:
                 digest.update(f"{name} {tensor};".encode())
                 continue
             tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            tensor = _offloaded(target, name) if tensor.is_meta else tensor
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
             tensor = tensor.dequantize() if tensor.is_quantized else tensor
             digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
+
+
+def _offloaded(target: nn.Module, name: str) -> Tensor:
+    """A tensor of a target that accelerate keeps elsewhere while it doesn't run."""
+    from accelerate.utils import align_module_device
+
+    path, _, own = name.rpartition(".")
+    with align_module_device(module := target.get_submodule(path), "cpu"):
+        return getattr(module, own).clone()
 
 
 def digest(state: Any) -> str:

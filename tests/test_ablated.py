@@ -1,10 +1,29 @@
 """A target under an ablation, without a Trainer, against plain hooks."""
 
+import copy
+
+import pandas as pd
 import pytest
 import torch
+from accelerate import cpu_offload
 
-from lightning_ablate import AblationCallback, Calibration, ConditionalMean, Mean, Only, Peak, Site, Zero, ablated
-from lightning_ablate.errors import SiteError, TargetError
+from lightning_ablate import (
+    AblationCallback,
+    Calibration,
+    ConditionalMean,
+    Mean,
+    Noise,
+    Only,
+    Peak,
+    PositionalMean,
+    Random,
+    Selection,
+    Site,
+    Zero,
+    ablated,
+)
+from lightning_ablate.errors import ConfigError, SiteError, StatisticsError, TargetError
+from lightning_ablate.methods import Ablation, Batch
 from tests import reference, tiny
 
 RIDGE = 0.01  # the few positions of these tests would leave the regression to the rounding of float32
@@ -184,3 +203,76 @@ def test_a_recomputed_run_of_a_shared_module_is_refused():
         ablated(model := Twice(), {"proj#1": HALF}, "zero", known),
     ):
         model(torch.randn(3, 16)).sum().backward()
+
+
+def test_another_input_is_resampled_from_as_activation_patching_does():
+    model, clean, corrupt = tiny.gpt2(), tiny.tokens(3, seed=1), tiny.tokens(3, seed=2)
+    inputs, other = ({n: b[n] for n in ("input_ids", "attention_mask")} for b in (clean, corrupt))
+    other["attention_mask"] = inputs["attention_mask"]
+    seen = []
+    with torch.no_grad():
+        with reference.plain_hooks(model, {PATH: seen.append}):
+            model(**other)
+        with reference.plain_hooks(model, {PATH: lambda x: torch.where(HALF, seen[0], x)}):
+            expected = model(**inputs).logits
+        for method in ("resample-partner", "resample-same-position"):
+            with ablated(model, {PATH: HALF}, method, source=other):
+                found = model(**inputs).logits
+            real = inputs["attention_mask"].bool()
+            torch.testing.assert_close(found[real], expected[real], rtol=0, atol=1e-5)
+        for method, given, message in (("resample-partner", None, "needs a"), ("mean", other, "needs no")):
+            with pytest.raises(ConfigError, match=f"{method} {message} `source`"):
+                ablated(model, {PATH: HALF}, method, source=given).__enter__()
+        two = {name: tensor[:2] for name, tensor in other.items()}
+        with pytest.raises(ConfigError, match="holds 2 examples, expected 1, or 3"):
+            with ablated(model, {PATH: HALF}, "resample-partner", source=two):
+                model(**inputs)
+
+
+@pytest.mark.parametrize("method", [PositionalMean(), Noise()], ids=lambda method: method.name)
+def test_methods_by_position_run_in_whole_passes_and_not_on_a_cache(method):
+    model = tiny.gpt2()
+    calibration = tiny.calibrated(model, method)
+    site = next(site for site in calibration.sites if site.name == PATH)
+    with ablated(model, {PATH: HALF}, method, calibration):
+        found = tiny.run(model)
+    batch = Batch(torch.arange(3))
+    replace = method.prepare(Ablation(site, HALF, calibration[site], None, batch))
+    with reference.plain_hooks(model, {PATH: lambda x: torch.where(HALF, replace(x), x)}):
+        assert torch.equal(found, tiny.run(model))
+    ids = tiny.tokens(2, 6)["input_ids"]
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False}
+    with pytest.raises(ConfigError, match="use_cache=False"), ablated(model, {PATH: HALF}, method, calibration):
+        model.generate(ids, **options)
+    with ablated(model, {PATH: HALF}, method, calibration):
+        assert model.generate(ids, **options, use_cache=False).shape == (2, 9)
+
+
+def test_what_was_fitted_for_a_condition_is_found_by_its_masks(tmp_path):
+    module, made = tiny.fit(tmp_path, callback=AblationCallback(["conditional-sequential"], [0.5], [1]))
+    batch, sites = tiny.tokens(6, seed=2), made.run.calibration.sites
+    masks = {site.name: Random().mask(Selection(0.5, 1), site) for site in sites}
+    with torch.no_grad(), ablated(module.target, masks, "conditional-sequential", made.run.calibration):
+        logits, targets, example, _ = module.evaluate(batch)
+    found = torch.nn.functional.cross_entropy(logits[example >= 0].double(), targets[example >= 0])
+    assert float(found) == pytest.approx(made.results.table["cross_entropy"].iloc[1], abs=1e-6)
+    with pytest.raises(StatisticsError, match="needs the values it learns"):
+        with ablated(
+            module.target, {sites[0].name: masks[sites[0].name]}, "conditional-sequential", made.run.calibration
+        ):
+            pass
+
+
+def test_an_offloaded_target_is_ablated_and_swept(tmp_path):
+    model = tiny.mistral()
+    path = "model.layers.1.self_attn.o_proj"
+    _, made = tiny.fit(tmp_path / "whole", tiny.Own(copy.deepcopy(model)))
+    offloaded = cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    assert next(offloaded.parameters()).is_meta
+    with reference.plain_hooks(offloaded, {path: reference.put(torch.arange(32) < 8, torch.zeros(32))}):
+        expected = tiny.run(offloaded)
+    with ablated(offloaded, {path: torch.arange(32) < 8}):
+        assert torch.equal(tiny.run(offloaded), expected)
+    _, again = tiny.fit(tmp_path / "offloaded", tiny.Own(offloaded))
+    pd.testing.assert_frame_equal(again.results.table, made.results.table, rtol=0, atol=1e-9)
+    assert Calibration.load(again.folder / "ablation.ckpt", model).sites == made.run.calibration.sites

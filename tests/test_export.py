@@ -202,7 +202,7 @@ def test_a_run_is_exported_with_its_card_whole_or_not_at_all(tmp_path, monkeypat
     row = callback.results.table.query("method == 'conditional-mean' and seed == 2").iloc[0]
     said = re.search(r"cross-entropy, nats \| [\d.]+ \[.*?\] \| ([\d.]+) ", card)[1]
     assert float(said) == pytest.approx(loss, abs=1e-4) and abs(row["cross_entropy"] - loss) > 1e-3
-    assert f"{n} positions" in card and f"| {top1:.4f} [" in card and "95% interval over 6 clusters" in card
+    assert f"{n} positions" in card and f"| {top1:.4f} [" in card and "95% interval over 6 examples" in card
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out", "run"]
     assert small.tokenizer("cat")["input_ids"] == module.tokenizer("cat")["input_ids"]
     edits, batch = {}, tiny.tokens()

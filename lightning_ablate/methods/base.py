@@ -103,8 +103,8 @@ class Edit:
     replacement: Replacement
 
     def __call__(self, activations: Tensor) -> Tensor:
-        """A new tensor of the shape and dtype of ``activations`` ``(batch, ..., neurons)``."""
-        return torch.where(self.mask, self.replacement(activations).to(activations.dtype), activations)
+        """A new tensor of the shape, dtype and device of ``activations`` ``(batch, ..., neurons)``."""
+        return torch.where(self.mask.to(activations.device), self.replacement(activations).to(activations), activations)
 
     @property
     def nbytes(self) -> int:
@@ -117,8 +117,8 @@ class Affine:
     """A replacement that is affine in the neurons that are kept: ``x̂_a = offset_a + (x_k − center) slope``.
 
     Such a replacement can be folded into the projection that reads the site, so that it costs nothing. ``offset`` is
-    ``(neurons,)``, ``slope`` ``(kept, ablated)`` and ``center`` ``(kept,)``, all floating and cast to the dtype of the
-    activations; ``kept`` and ``ablated`` are int64 indices. Without a slope the last three don't matter.
+    ``(neurons,)``, ``slope`` ``(kept, ablated)`` and ``center`` ``(kept,)``, all floating and taken to the dtype and
+    device of the activations; ``kept`` and ``ablated`` are int64 indices. Without a slope the last three don't matter.
     """
 
     offset: Tensor
@@ -129,12 +129,13 @@ class Affine:
 
     def __call__(self, activations: Tensor) -> Tensor:
         """The replacement of activations ``(batch, ..., neurons)``, see :data:`Replacement`."""
-        dtype = activations.dtype
+        offset = self.offset.to(activations)
         if self.slope is None:
-            return self.offset.to(dtype)
-        deviations = activations[..., self.kept] - self.center.to(dtype)
-        expected = deviations @ self.slope.to(dtype) + self.offset[self.ablated].to(dtype)
-        return torch.zeros_like(activations).index_copy_(-1, self.ablated, expected)
+            return offset
+        kept, ablated = (places.to(activations.device) for places in (self.kept, self.ablated))
+        deviations = activations[..., kept] - self.center.to(activations)
+        expected = deviations @ self.slope.to(activations) + offset[ablated]
+        return torch.zeros_like(activations).index_copy_(-1, ablated, expected)
 
     def fold(self, weight: Tensor, bias: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias of a projection that makes of a site's activations what it makes of the ablated ones.

@@ -161,6 +161,8 @@ class AblationModule(lightning.LightningModule, ABC):
 
         ``--trainer.precision bf16-true`` casts all buffers, where transformers, loading in bfloat16, keeps these.
         """
+        if "target" in self._modules and any(parameter.is_meta for parameter in self.target.parameters()):
+            return self  # it is offloaded, and accelerate moves it
         modules = self.target.modules() if "target" in self._modules else ()
         vectors = [(m, name, m._buffers[name]) for m in modules for name in m._non_persistent_buffers_set]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -1,9 +1,10 @@
 """Text classifiers from the Hugging Face hub, or from a local folder of the same form."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_ablate.data.text import padding_id
 from lightning_ablate.metrics import Scored
@@ -19,17 +20,26 @@ class SequenceClassifier(LanguageModel):
 
     auto_class = "AutoModelForSequenceClassification"
 
-    def build_target(self) -> nn.Module:
-        """Loads it with its ``auto_class``."""
-        target: Any = super().build_target()
-        # by it decoders find an example's last token, so it must be what the data are padded with
-        target.config.pad_token_id = padding_id(self.tokenizer)
-        return target
-
     def evaluate(self, batch: TextBatch) -> Scored:
         """One scored position an example."""
         return Scored(self.logits(batch), batch["label"], batch["index"])
 
+    def logits(self, batch: TextBatch) -> Tensor:
+        """The target's logits, ``(batch, classes)``."""
+        with self._padded():
+            return super().logits(batch)
+
     def hidden(self, batch: TextBatch) -> Sequence[Tensor]:
         """The last layer's tokens, of an encoder-decoder those of both."""
-        return last_states(self.target(**self.inputs(batch), output_hidden_states=True))
+        with self._padded():
+            return last_states(self.target(**self.inputs(batch), output_hidden_states=True))
+
+    @contextmanager
+    def _padded(self) -> Iterator[None]:
+        """Tells the target what the data are padded with, as by it decoders find an example's last token."""
+        config = cast(Any, self.target).config
+        own, config.pad_token_id = config.pad_token_id, padding_id(self.tokenizer)
+        try:
+            yield
+        finally:
+            config.pad_token_id = own

@@ -53,8 +53,9 @@ def html(results: "Results") -> str:
 
 def _head(results: "Results") -> str:
     base = results.baseline
+    where = f" of {_counted(results)}" if results.counts[0] else ""
     first = (
-        f"{title(results)}: {base['n']:,} scored positions{_counted(results)}; nothing ablated: "
+        f"{title(results)}: {base['n']:,} scored positions{where}; nothing ablated: "
         f"top-1 {100 * base['top1']:.2f}%, cross-entropy {base['cross_entropy']:.4f} nats"
         + "".join(f", {metric} {base[metric]:.4f}" for metric in results.own)
     )
@@ -65,14 +66,14 @@ def _head(results: "Results") -> str:
 
 def _counted(results: "Results") -> str:
     examples, clusters = results.counts
-    return f" of {examples:,} examples in {clusters:,} clusters" if examples else ""
+    return f"{clusters:,} clusters of {examples:,} examples" if clusters < examples else f"{examples:,} examples"
 
 
 def interval(results: "Results") -> str:
     """What the intervals are, and whether they can be relied on."""
-    _, clusters = results.counts
-    few = f"; fewer than {ENOUGH} clusters, so it holds the truth less often" if clusters < ENOUGH else ""
-    return f"95% interval over {clusters:,} clusters of examples{few}"
+    few = results.counts[1] < ENOUGH
+    doubt = f"; fewer than {ENOUGH} clusters, so it holds the truth less often" if few else ""
+    return f"95% interval over {_counted(results)}{doubt}"
 
 
 def _ridges(results: "Results") -> list[str]:

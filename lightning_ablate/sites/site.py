@@ -77,18 +77,26 @@ def check_mask(mask: Tensor, site: Site, whose: str) -> None:
         )
 
 
+def device_of(target: nn.Module) -> torch.device:
+    """The device of a target's first parameter; the CPU where it is on ``meta``, as of a target that is offloaded."""
+    device = next(target.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def weights_of(target: nn.Module, site: Site) -> tuple[Tensor, Tensor | None, bool] | None:
     """The weight and bias of the projection that reads a site, and whether the weight is ``(neurons, outputs)``.
 
-    None where others can't take their place: for a module that runs several times, a quantised or sharded one, or one
-    that is more than a matrix and a bias.
+    None where others can't take their place: for a module that runs several times, a quantised, sharded or offloaded
+    one, or one that is more than a matrix and a bias.
     """
     module = target.get_submodule(site.path)
     kind, weight, bias = type(module), getattr(module, "weight", None), getattr(module, "bias", None)
     linear, transposed = kind is nn.Linear, (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
     if site.uses > 1 or not (linear or transposed) or "weight" not in module._parameters:
         return None
-    if not isinstance(weight, Tensor) or isinstance(weight, DTensor) or not weight.is_floating_point():
+    if not isinstance(weight, Tensor) or isinstance(weight, DTensor) or weight.is_meta:
+        return None
+    if not weight.is_floating_point():
         return None
     return weight, bias, transposed
 

@@ -161,8 +161,9 @@ def test_few_clusters_are_said_where_the_interval_stands(made):
     few = made(examples=24)  # some of which have no scored position
     assert few.counts[1] < 25 and "holds the truth less often" not in str(made())
     few = Results(few.table, few.examples.assign(cluster=few.examples["example"] % 5))
-    said = f"95% interval over 5 clusters of examples; fewer than {ENOUGH} clusters, so it holds the truth less often"
-    assert f"of {few.counts[0]} examples in 5 clusters;" in str(few)
+    counted = f"5 clusters of {few.counts[0]} examples"
+    said = f"95% interval over {counted}; fewer than {ENOUGH} clusters, so it holds the truth less often"
+    assert f"of {counted};" in str(few)
     assert f"[{said};" in str(few) and said in few._repr_html_()
 
 
@@ -252,7 +253,7 @@ def test_str_shows_scores_ranks_and_differences(made):
     first, scores, _, ranks, differences, note = str(results).split("\n\n")
     base = results.baseline
     baseline = f"top-1 {100 * base['top1']:.2f}%, cross-entropy {base['cross_entropy']:.4f} nats"
-    counted = "of {} examples in {} clusters".format(*results.counts)
+    counted = f"of {results.counts[0]} examples"
     said = f"a model on some, data: {base['n']:,} scored positions {counted}; nothing ablated: {baseline}"
     assert first.splitlines() == [said, "PARTIAL: evaluation was cut to 1 of 9 batches"]
     values = [100 * value for value in own(results, "zero", 0.9, "top1").values()]
@@ -260,7 +261,7 @@ def test_str_shows_scores_ranks_and_differences(made):
     assert [word for word in scores.split() if word.endswith("%")][-6:] == ["10%", "50%", "90%"] * 2
     assert ranks.startswith("mean over 0 to 100%") and ranks.count("[") == 4
     assert differences.startswith("zero − peak at 50%: +") and " points [+" in differences and " nats [-" in differences
-    assert note.startswith("[95% interval over 37 clusters of examples; the choices")
+    assert note.startswith("[95% interval over 37 examples; the choices")
     assert repr(results).count("\n") == 0 and "PARTIAL: " in results._repr_html_() and "<table" in results._repr_html_()
 
 
