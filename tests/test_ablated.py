@@ -224,7 +224,7 @@ def test_another_input_is_resampled_from_as_activation_patching_does():
             with pytest.raises(ConfigError, match=f"{method} {message} `source`"):
                 ablated(model, {PATH: HALF}, method, source=given).__enter__()
         two = {name: tensor[:2] for name, tensor in other.items()}
-        with pytest.raises(ConfigError, match="holds 2 examples, expected 1, or 3"):
+        with pytest.raises(ConfigError, match="holds 2 examples, expected 3, as many as the target runs, or 1"):
             with ablated(model, {PATH: HALF}, "resample-partner", source=two):
                 model(**inputs)
 
