@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Iterator
 from difflib import get_close_matches
 from importlib import import_module
+from textwrap import shorten
 
 from lightning_ablate.errors import ConfigError, loading
 from lightning_ablate.methods.base import Ablation, AblationMethod, Affine, Batch, Edit, Replacement, Source, constant
@@ -46,8 +47,8 @@ def method_of(given: AblationMethod | str, option: str = "--ablation.methods") -
                 why = f"{getattr(import_module(module), kind)!r:.60} is no AblationMethod"
         raise ConfigError(f"can't make a method of {name:.120} ({option}): {why}")
     if name not in known:
-        close = ", ".join(get_close_matches(name, known, 2)) or "none"
-        raise ConfigError(f"{option} has no {name!r:.24}; alike: {close}; known: {' '.join(known):.190}")
+        close, names = ", ".join(get_close_matches(name, known, 2)) or "none", shorten(" ".join(known), 190)
+        raise ConfigError(f"{option} has no {name!r:.24}; alike: {close}; known: {names}")
     return known[name]()
 
 

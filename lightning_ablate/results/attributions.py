@@ -1,5 +1,6 @@
 """What the attribution found out: lines for the terminal, tables of neurons and heads, and a figure."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ def lines(table: pd.DataFrame) -> str:
         noise = int((own["estimate"].abs() < 2 * own["se"]).sum())
         found.append(f"{method}, {len(own):,} {level}s ({kind}), {noise:,} of them within 2 standard errors of 0")
         for _, row in own.nlargest(_SHOWN, "estimate").iterrows():
-            measured = "" if pd.isna(row.get("verified")) else f", verified {row['verified']:+.4f}"
+            digits = 4 if not 0 < row["se"] < 0.001 else 1 - math.floor(math.log10(row["se"]))  # two of the error's
+            measured = "" if pd.isna(row.get("verified")) else f", verified {row['verified']:+.{digits}f}"
             place = f"{row['site']} {level} {row['unit']}"
-            found.append(f"  {place}: {row['estimate']:+.4f} ± {row['se']:.4f}{measured}")
+            found.append(f"  {place}: {row['estimate']:+.{digits}f} ± {row['se']:.{digits}f}{measured}")
     trusted = trust(table) if "verified" in table else pd.DataFrame()
     if len(trusted):
         shown = trusted.set_index(GROUP)

@@ -182,11 +182,12 @@ class Results:
         """A row a method, the least damage first: its scores above the baseline's, averaged over the shares ablated.
 
         That is the area between both curves, by trapezoids, from 0 to ``to``, the largest share that all methods
-        reach. The columns of cross_entropy (added) and top1 (below 0: lost) are like those of :meth:`summary`.
-        Conditions confined to parts make no curve: ConfigError.
+        reach. The columns of cross_entropy (added) and top1 (below 0: lost) are like those of :meth:`summary`. Of
+        conditions confined to parts, which make no curve, a row a method and part, the most damage first.
         """
         if self.parts:
-            raise ConfigError("single sites, layers or heads make no curve to rank by: see compare(other='none')")
+            damage = self.compare(other=BASELINE)
+            return damage.sort_values("cross_entropy", ascending=False, kind="stable", ignore_index=True)
         curves = {m: {cell.ablated: rows for cell, rows in self._cells[m].items()} for m in self.methods}
         to = min(map(max, curves.values()), default=1.0)
         keys = [(method, to) for method in self.methods]

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 import torch
@@ -214,8 +215,10 @@ def _check_pattern(target: nn.Module, found: Sequence[Site], pattern: str) -> No
         return
     others = [name for name, _ in target.named_modules() if fnmatchcase(name, pattern)]
     if not others:
+        alike = get_close_matches(pattern, [*KINDS, *(site.path for site in found)], 1)
+        meant = f", did you mean {alike[0]}?" if alike else ";"
         raise SiteError(
-            f"the site pattern {pattern!r} (--ablation.sites) matches no module; the projections that ran are "
+            f"the site pattern {pattern!r} (--ablation.sites) matches no module{meant} The projections that ran are "
             f"{_candidates(found)}"
         )
     module = target.get_submodule(others[0])
