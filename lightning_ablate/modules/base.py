@@ -1,7 +1,8 @@
 """The LightningModule that wraps a target."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -157,24 +158,12 @@ class AblationModule(lightning.LightningModule, ABC):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> "AblationModule":
-        """As any module's, but rounds no vector that the weights don't hold: RoPE's frequencies times a position.
-
-        ``--trainer.precision bf16-true`` casts all buffers, where transformers, loading in bfloat16, keeps these.
-        """
-        if "target" in self._modules and any(parameter.is_meta for parameter in self.target.parameters()):
-            return self  # it is offloaded, and accelerate moves it
-        modules = self.target.modules() if "target" in self._modules else ()
-        vectors = [(m, name, m._buffers[name]) for m in modules for name in m._non_persistent_buffers_set]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for module, name, exact in vectors:
-            made = module._buffers[name]
-            if (
-                exact is not None
-                and made is not None
-                and exact.ndim == 1
-                and made.dtype.itemsize < exact.dtype.itemsize
-            ):
-                module._buffers[name] = exact.to(made.device)
+        """As any module's, but leaves an offloaded target to accelerate, and keeps vectors exact."""
+        target = self._modules.get("target")
+        if target is not None and any(parameter.is_meta for parameter in target.parameters()):
+            return self
+        with exact_vectors(target or nn.Module()):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -225,6 +214,21 @@ class AblationModule(lightning.LightningModule, ABC):
         if self.phase is None:
             raise ConfigError("fit and validate need an AblationCallback: Trainer(callbacks=[AblationCallback()])")
         return self.phase
+
+
+@contextmanager
+def exact_vectors(target: nn.Module) -> Iterator[None]:
+    """Lets no cast to a lower precision inside round vectors that no state dict holds: RoPE's frequencies.
+
+    ``--trainer.precision bf16-true`` and ``.to(torch.bfloat16)`` cast all buffers, where transformers, loading in
+    bfloat16, keeps these. A position times a rounded frequency is off by whole turns.
+    """
+    vectors = [(m, name, m._buffers[name]) for m in target.modules() for name in m._non_persistent_buffers_set]
+    yield
+    for module, name, exact in vectors:
+        made = module._buffers[name]
+        if exact is not None and made is not None and exact.ndim == 1 and made.dtype.itemsize < exact.dtype.itemsize:
+            module._buffers[name] = exact.to(made.device)
 
 
 def evaluation_loaders(trainer: lightning.Trainer) -> list[Any]:

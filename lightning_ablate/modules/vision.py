@@ -14,6 +14,7 @@ from lightning_ablate.data.labels import names_of
 from lightning_ablate.demo import resolve
 from lightning_ablate.errors import DataError, TargetError, loading
 from lightning_ablate.metrics import Scored
+from lightning_ablate.modules.base import exact_vectors
 from lightning_ablate.modules.hub import HubModule, last_states
 
 ImageBatch = Mapping[str, Tensor]
@@ -76,7 +77,8 @@ class ImageClassifier(HubModule):
             import timm
 
             target = timm.create_model(self._timm_name, pretrained=True)
-            return target if self.dtype_name == "auto" else target.to(getattr(torch, self.dtype_name))
+            with exact_vectors(target):
+                return target if self.dtype_name == "auto" else target.to(getattr(torch, self.dtype_name))
 
     @property
     def class_names(self) -> list[str] | None:
