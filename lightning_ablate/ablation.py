@@ -1,5 +1,6 @@
 """A target under an ablation, without a Trainer."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -29,17 +30,16 @@ def ablated(
 
     Args:
         target: the model; it is left as it was, whatever happens.
-        masks: by path of a site's projection (``h.3.attn.c_proj``) which of its neurons are ablated whenever it runs,
-            or by name of a calibration's site (``path#1``, the second use of a module that runs several times), which
-            goes before the path: bool ``(neurons,)``.
+        masks: masks ``(neurons,)`` bool by path of a site's projection (``h.3.attn.c_proj``), for every use of it; or
+            by a calibration's name (``path#1``), for one use of a module that runs several times, which wins.
         method: what takes their place, or its name.
         calibration: the statistics that the method needs (see :meth:`Calibration.load`), or StatisticsError.
         source: an input that is resampled from (``resample-partner`` and its like), as keyword arguments of the target:
             as many examples as run inside, or one for all; an ``attention_mask`` tells its padding.
 
     Raises:
-        SiteError: if a path names no projection, or a mask doesn't fit it; at the end, if a projection never ran
-            inside, or gradient checkpointing will recompute it behind the block.
+        SiteError: if a path names no projection, or a mask doesn't fit; at the end, if a projection never ran inside,
+            or a backward pass outside the block would undo the ablation.
         ConfigError: if the method needs a source and got none, or goes by positions where a cache hides them.
     """
     chosen, calibration = method_of(method), calibration or Calibration()
@@ -59,17 +59,19 @@ def ablated(
     for site, mask in found.items():
         check_mask(mask, site, "ablated()")
     whole = {s.name: found.get(s, torch.zeros(s.width, dtype=torch.bool)).cpu() for s in calibration.sites}
-    batch, edits, device = Batch(), dict[Site, Edit](), device_of(target)
+    batch, edits, device = Batch(torch.zeros(0)), dict[Site, Edit](), device_of(target)
     if source is not None:
-        batch.sources = _read(target, found, source)
+        read = _read(target, found, source)
+        batch.sources = defaultdict(lambda: read)  # whatever kind and seed a method asks for
     for site, mask in found.items():
         statistics = calibration[site] if site in calibration.statistics else SiteStatistics(site.name, {})
         ablation = Ablation(site, mask.to(device), statistics, None, batch, digest(whole))
         edits[site] = Edit(ablation.mask, chosen.prepare(ablation))
     with ExitStack() as stack:
         if chosen.needs_batch:
-            begin = partial(_begin, batch, chosen.name)
+            begin = partial(_begin, batch, chosen)
             stack.callback(target.register_forward_pre_hook(begin, with_kwargs=True).remove)
+            stack.callback(target.register_forward_hook(partial(_end, batch), always_call=True).remove)
         ran = stack.enter_context(hooked(target, edits))
         yield
     if passed_by := [site.name for site in edits if ran[site.path] <= site.use]:
@@ -79,35 +81,30 @@ def ablated(
         )
 
 
-class _Sources(dict[tuple[str, int], dict[Site, Source]]):
-    """The one source, whatever kind and seed a method asks for."""
-
-    def __missing__(self, key: tuple[str, int]) -> dict[Site, Source]:
-        return self["", 0]
-
-
-def _read(target: nn.Module, sites: Iterable[Site], source: Mapping[str, Any]) -> _Sources:
+def _read(target: nn.Module, sites: Iterable[Site], source: Mapping[str, Any]) -> dict[Site, Source]:
     """What the sites do on an input."""
     found: dict[Site, Source] = {}
     mask = source.get("attention_mask", torch.ones(len(next(iter(source.values()))), 1))
 
     def keep(site: Site, activations: Tensor) -> None:
-        found[site] = Source(*(part.clone() for part in by_example(activations, mask.bool())))
+        found[site] = Source(*(one.clone() for one in by_example(activations, mask.to(activations.device).bool())))
 
     with torch.no_grad(), hooked(target, {site: partial(keep, site) for site in sites}, once=True):
         target(**source)
-    return _Sources({("", 0): found})
+    return found
 
 
-def _begin(batch: Batch, name: str, target: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+def _begin(batch: Batch, method: AblationMethod, target: nn.Module, inputs: Any, named: Mapping[str, Any]) -> None:
     """Notes how many examples run, as their order is their number; ConfigError if a cache hides their positions."""
     first = next(one for one in (*inputs, *named.values()) if isinstance(one, Tensor))
     if any(one.get_seq_length() for one in named.values() if hasattr(one, "get_seq_length")):
-        raise ConfigError(f"{name} goes by positions, which a cache hides while a text is generated; use_cache=False")
+        raise ConfigError(f"{method.name} goes by positions, which a cache hides in generation; use_cache=False")
     batch.examples = torch.arange(len(first), device=first.device)
-    for source in batch.sources.get(("", 0), {}).values():
-        if len(source.activations) not in (1, len(first)):
-            held = len(source.activations)
-            raise ConfigError(
-                f"`source` holds {held} examples, expected {len(first)}, as many as the target runs, or 1"
-            )
+    for source in batch.sources["", 0].values() if method.source else ():
+        held, expected = len(source.activations), len(first)
+        if held not in (1, expected):
+            raise ConfigError(f"`source` holds {held} examples, expected {expected}, as many as the target runs, or 1")
+
+
+def _end(batch: Batch, *_: Any) -> None:
+    batch.examples = torch.zeros(0)  # what runs outside of the target's own pass can't be told apart

@@ -164,13 +164,13 @@ def fingerprint(target: nn.Module) -> str:
     """SHA-256, in hexadecimal, of what makes a target: its modules' classes and whole numbers, and its state dict.
 
     The whole numbers are there because the same weights with another number of heads are another target; those of
-    modules without parameters, such as RoPE's longest text, change as the target runs. Of a sharded target every
-    process must call it.
+    modules with caches (buffers that no state dict holds), such as RoPE's longest text, change as the target runs.
+    Every process of a sharded target must call it.
     """
     digest = hashlib.sha256()
     for name, module in target.named_modules():
-        whole = any(True for _ in module.parameters())
-        numbers = sorted((key, value) for key, value in vars(module).items() if type(value) is int and whole)
+        fixed = not module._non_persistent_buffers_set
+        numbers = sorted((key, value) for key, value in vars(module).items() if type(value) is int and fixed)
         # below the class that sharding puts on top
         kind = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
         digest.update(f"{name} {kind.__name__} {numbers};".encode())

@@ -3,7 +3,7 @@
 import sys
 import uuid
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from types import FunctionType
 from typing import Any
 
@@ -25,18 +25,19 @@ def content(*values: Any) -> str:
         return uuid.uuid4().hex
 
 
-def described(value: Any) -> Any:
+def described(value: Any, within: tuple[int, ...] = ()) -> Any:
     """An option as run.json says it: of objects their class, name and what they keep, of other content a hash."""
+    again = partial(described, within=(*within, id(value)))
     if isinstance(value, str | int | float | bool | type(None)):
         return value
     if isinstance(value, list | tuple):
-        return [described(item) for item in value]
+        return list(map(again, value))
     if isinstance(value, Mapping):
-        return {str(key): described(one) for key, one in value.items()}
-    if isinstance(value, Tensor | FunctionType | type) or not hasattr(value, "__dict__"):
+        return {str(key): again(one) for key, one in value.items()}
+    if isinstance(value, Tensor | FunctionType | type) or not hasattr(value, "__dict__") or id(value) in within:
         return f"{type(value).__name__} {content(value)}"
     kind, named = type(value), {"name": value.name} if hasattr(value, "name") else {}
-    kept = {name: described(one) for name, one in vars(value).items() if name != "statistics"}
+    kept = {name: again(one) for name, one in vars(value).items() if name != "statistics"}
     if kind.__module__.startswith("lightning_ablate."):
         return {"class": kind.__name__, **named, **kept}
     return {"class": f"{kind.__module__}.{kind.__qualname__}", "code": content(kind), **named, **kept}
@@ -57,5 +58,7 @@ def _code(value: Any) -> list[Any]:
         for kind in (value if isinstance(value, type) else type(value)).__mro__
         if "site-packages" not in (getattr(sys.modules.get(kind.__module__), "__file__", None) or "site-packages")
     ]
-    written = [one for kind in kinds for one in vars(kind).values() if isinstance(one, FunctionType)]
-    return [one.__code__ for one in written]
+    held = [one for kind in kinds for one in vars(kind).values()]
+    names = ("fget", "func", "__func__")  # of properties, cached ones, static and class methods
+    written = [next((getattr(one, n) for n in names if getattr(one, n, None)), one) for one in held]
+    return [one.__code__ for one in written if isinstance(one, FunctionType)]

@@ -24,6 +24,7 @@ from lightning_ablate.results.folder import fresh_folder
 from lightning_ablate.sharding import check_strategy
 
 T = TypeVar("T")
+_GIVEN = ("data_source", "dataset", "sampler", "generator")  # what samplers hold beside their own order
 CHECKPOINT = "ablation.ckpt"
 OPTIONS = ("methods", "fractions", "seeds", "sites", "neurons", "attributing")  # of the callback, which tell runs apart
 
@@ -215,7 +216,10 @@ def evaluated(callback: Any, module: AblationModule, like: lightning.Trainer, da
 
 
 def _loader_facts(loader: Any) -> dict[str, Any]:
-    """The size of a loader's batches and data, and their content unless a data module describes it."""
-    data, make = getattr(loader, "dataset", loader), getattr(loader, "collate_fn", None)
-    own = {} if isinstance(data, Examples) else {"content": content(data, make, type(getattr(loader, "sampler", None)))}
-    return {"batch_size": _batch_size(loader), "examples": sized_len(data) or 0, **own}
+    """The size of a loader's batches and data, their content and order."""
+    data, batches = getattr(loader, "dataset", loader), getattr(loader, "batch_sampler", None)
+    samplers = [getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)]
+    orders = [{k: v for k, v in vars(s).items() if k not in _GIVEN} if hasattr(s, "__dict__") else s for s in samplers]
+    known = [data.fingerprint(), data.clusters] if isinstance(data, Examples) else data
+    found = content(known, getattr(loader, "collate_fn", None), *map(type, samplers), *orders)
+    return {"batch_size": _batch_size(loader), "examples": sized_len(data) or 0, "content": found}

@@ -3,9 +3,12 @@
 import pkgutil
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from lightning_ablate.errors import ConfigError
 
@@ -17,6 +20,7 @@ _OWN = ("lightning_ablate", "lightning")
 _BESIDE = re.compile(r"trainer\.(callbacks|logger|plugins|profiler)\b")
 _HARMLESS = ("TensorBoardLogger", "CSVLogger", "RichProgressBar", "TQDMProgressBar")
 _NAMES = ("name", "tokenizer", "gguf_file")  # options whose files are read as data
+_WORDS = ("ablation.sites", "_column")  # options whose words are patterns and names of columns
 _BELOW = re.compile(r"(?!/)(?!.*\.\.)[\w./ =,-]*")
 
 
@@ -47,21 +51,38 @@ def _walked(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
     elif isinstance(value, list):
         for one in value:
             yield from _walked(one, place)
+    elif isinstance(value, str) and isinstance(held := _parsed(value), Mapping | list):
+        yield from _walked(held, place)  # as who takes it would read it
     else:
-        yield place, value
+        yield place, value.strip() if isinstance(value, str) else value
+
+
+def _parsed(value: str) -> Any:
+    """What a string says as YAML."""
+    with suppress(yaml.YAMLError):
+        return yaml.safe_load(value)
 
 
 def _is_safe(place: str, value: str) -> bool:
     """Whether a value makes nothing run, and no file be written elsewhere, whatever its option takes it for."""
     key = place.rpartition(".")[2]
     package, dot, _ = value.partition(".")
-    if key == "class_path" or (re.fullmatch(r"\w+(\.\w+)+", value) and find_spec(package)):
+    if place.endswith(_WORDS):
+        return True
+    if key == "class_path" or (re.fullmatch(r"\w+(\.\w+)+", value) and _is_package(package)):
         if _BESIDE.match(place) and value.rpartition(".")[2] not in _HARMLESS:
             return False
         return not dot or (package in _OWN and _is_own_class(value))
     if place.startswith(("trainer.logger", "trainer.default_root_dir")):
         return bool(_BELOW.fullmatch(value))
     return key in _NAMES or not Path(value).is_file()  # which would be taken for a configuration
+
+
+def _is_package(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ValueError:  # of what is there without a file
+        return True
 
 
 def _is_own_class(name: str) -> bool:

@@ -10,6 +10,7 @@ from accelerate import cpu_offload
 from lightning_ablate import (
     AblationCallback,
     Calibration,
+    CausalLM,
     ConditionalMean,
     Mean,
     Noise,
@@ -22,6 +23,7 @@ from lightning_ablate import (
     Zero,
     ablated,
 )
+from lightning_ablate.calibration import fingerprint
 from lightning_ablate.errors import ConfigError, SiteError, StatisticsError, TargetError
 from lightning_ablate.methods import Ablation, Batch
 from tests import reference, tiny
@@ -182,7 +184,7 @@ def test_checkpointed_passes_are_recomputed_ablated_or_refused(make, path, reent
         torch.testing.assert_close(gradients(), expected)
     with pytest.raises(SiteError, match=r"call backward\(\) inside"), ablated(model, {path: HALF}):
         loss()
-    with torch.no_grad(), ablated(model.eval(), {path: HALF}):
+    with ablated(model, {path: HALF}), torch.no_grad():
         loss()
 
 
@@ -276,3 +278,42 @@ def test_an_offloaded_target_is_ablated_and_swept(tmp_path):
     _, again = tiny.fit(tmp_path / "offloaded", tiny.Own(offloaded))
     pd.testing.assert_frame_equal(again.results.table, made.results.table, rtol=0, atol=1e-9)
     assert Calibration.load(again.folder / "ablation.ckpt", model).sites == made.run.calibration.sites
+
+
+def test_a_part_of_the_target_has_no_examples_to_resample_for():
+    model, source = tiny.gpt2(), {"input_ids": tiny.tokens(1, 4)["input_ids"]}
+    with pytest.raises(StatisticsError, match="run the target itself"):
+        with ablated(model, {PATH: HALF}, "resample-same-position", source=source):
+            model.transformer(tiny.tokens(3, 6)["input_ids"])
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:`torch.jit")
+def test_a_target_in_dynamic_int8_is_ablated():
+    model = torch.ao.quantization.quantize_dynamic(tiny.mistral(), {torch.nn.Linear}, dtype=torch.qint8)
+    assert fingerprint(model) == fingerprint(copy.deepcopy(model)) != fingerprint(tiny.mistral())
+    path = "model.layers.1.self_attn.o_proj"
+    with reference.plain_hooks(model, {path: reference.put(torch.arange(32) < 8, torch.zeros(32))}):
+        expected = tiny.run(model)
+    with ablated(model, {path: torch.arange(32) < 8}):
+        assert torch.equal(tiny.run(model), expected)
+    module = tiny.built(CausalLM.of(model))
+    module.on_train_batch_start(tiny.tokens(), 0)
+
+
+def test_a_fingerprint_knows_heads_that_no_weight_tells_and_no_cache():
+    class Core(torch.nn.Module):
+        def __init__(self, heads):
+            super().__init__()
+            self.heads = heads
+
+    class Cache(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("frequencies", torch.ones(3), persistent=False)
+            self.longest = 4
+
+    made = [torch.nn.ModuleList([Core(heads), Cache()]) for heads in (2, 4)]
+    assert fingerprint(made[0]) != fingerprint(made[1])
+    before = fingerprint(made[0])
+    made[0][1].longest, made[0][1].frequencies = 9, torch.zeros(3)
+    assert fingerprint(made[0]) == before

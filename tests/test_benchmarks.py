@@ -3,6 +3,7 @@ import re
 import pytest
 
 from tests.command import ROOT, python
+from tests.results.conftest import make
 
 TINY = ["--shape", "tiny", "--tokens", "64", "--batch", "2", "--length", "16", "--rounds", "1"]
 SMALL = ["--tokens", "512", "--conditions", "2", "--layers", "1", "--width", "64", "--rounds", "1"]
@@ -27,3 +28,11 @@ def test_benchmark_runs_and_ends_with_its_figure(request, name, options, last):
     run = python("-m", f"tests.benchmarks.{name}", *options, cwd=ROOT, timeout=None)
     assert run.returncode == 0, run.stderr
     assert re.search(rf"(^|\n){last}\n$", run.stdout)
+
+
+def test_coverage_is_simulated_from_a_run(tmp_path):
+    make(("zero", "mean"), [0.5], [1, 2]).save(tmp_path)
+    run = python("-m", "tests.benchmarks.intervals", tmp_path, "--draws", "4", "--clusters", "3", "30", cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    last = [float(cell) for cell in run.stdout.strip().splitlines()[-1].split()]
+    assert last[:2] == [0.5, 30] and all(25 * share in range(0, 10001, 625) for share in last[2:])

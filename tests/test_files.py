@@ -58,7 +58,7 @@ from lightning_ablate import Digits, ImageClassifier, Zero
 open(os.environ["MARK"], "w").close()
 class Model(ImageClassifier): pass
 class Data(Digits): pass
-class Method(Zero): name = "zero"
+class Method(Zero): name = "evil"
 class Writes(Callback): pass
 """
 REMOTE = """import os
@@ -150,6 +150,12 @@ HOSTILE = {
     "in a file": put(CALLBACKS, "evil.yaml"),
     "a logger": put(LOGGER, [named("evil.Writes")]),
     "a strategy": put("trainer.strategy", "evil.Writes"),
+    "callbacks as text": put(CALLBACKS, "[{class_path: evil.Writes}]"),
+    "a callback between spaces": put(CALLBACKS, " evil.Writes "),
+    "a model as text": put(
+        "model",
+        "{class_path: ImageClassifier, init_args: {name: model, library: transformers, trust_remote_code: yes}}",
+    ),
     "a function": put(CALLBACKS, [named("LambdaCallback", on_validation_start="evil.Writes")]),
     "the rest of a package": put("data.class_path", "lightning_ablate.phases.resume.shutil.rmtree"),
     "a callback of Lightning's": put(CALLBACKS, [named("ModelCheckpoint", dirpath="../elsewhere")]),

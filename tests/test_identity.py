@@ -7,11 +7,13 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, SubsetRandomSampler, TensorDataset
 
 from lightning_ablate import AblationCallback, Choice, Selection
+from lightning_ablate.data.examples import Examples
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.identity import content, described
+from lightning_ablate.trainer import _loader_facts
 from tests import tiny
 
 
@@ -37,6 +39,15 @@ def written(body):
     return names["Own"]
 
 
+def held(number):
+    """A class of the user's own whose code is in what isn't a plain function."""
+    names = {"__name__": __name__, "cached_property": functools.cached_property}
+    kinds = ("staticmethod", "classmethod", "property", "cached_property")
+    lines = [f"    {kind[0]} = {kind}(lambda *_: {number})" for kind in kinds]
+    exec("\n".join(["class Own:", *lines]), names)
+    return names["Own"]
+
+
 class Looped:
     def __init__(self, number):
         self.number, self.me = number, self
@@ -52,6 +63,7 @@ PAIRS = {
     "methods": lambda n: Looped(n).__init__,
     "sets": lambda n: {"a", "b", str(n)},
     "code of classes": lambda n: written(f"x > {n}")(),
+    "code of properties": lambda n: held(n)(),
     "frames": lambda n: pd.DataFrame({"text": ["a", str(n)]}),
     "rows": lambda n: [{"ids": torch.tensor([n])}, {"ids": torch.tensor([3])}],
     "data of tensors": lambda n: TensorDataset(torch.arange(4) + n),
@@ -75,6 +87,21 @@ def test_a_description_says_plain_values_and_digests_of_the_rest():
     said = described(Given(torch.ones(3), rule=adding(1)))
     assert said["class"] == f"{__name__}.Given" and said["masks"].startswith("Tensor ") and said["rule"] != "function"
     assert said["rule"] != described(Given(None, adding(2)))["rule"] and described([1, "a", None]) == [1, "a", None]
+
+
+def test_loaders_are_told_apart_by_data_and_by_order():
+    data = [Examples([{}] * 9, [bytes([n, i]) for i in range(9)], dict) for n in (1, 2)]
+    loaders = [
+        *(DataLoader(one) for one in data),
+        *(DataLoader(data[0], sampler=SubsetRandomSampler(range(n))) for n in (3, 4)),
+        *(DataLoader(data[0], batch_sampler=BatchSampler(range(n), 2, False)) for n in (4, 5)),
+    ]
+    found = [_loader_facts(one)["content"] for one in loaders]
+    assert len(set(found)) == len(found) and found == [_loader_facts(one)["content"] for one in loaders]
+
+
+def test_a_description_of_an_object_that_holds_itself_ends():
+    assert described(Looped(1))["number"] == 1 and described(Looped(1)) != described(Looped(2))
 
 
 class Shifted(tiny.Own):

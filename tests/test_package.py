@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lightning_ablate"
 # each imports only what is in front of it
 RANKS = (
-    "errors tokens, trust sites demo, statistics, conditions, choices, methods metrics, "
+    "errors identity tokens, trust sites demo, statistics, conditions, choices, methods metrics, "
     "attribution calibration smaller sharding, ablation results data, phases, modules, progress trainer, "
     "report export, callback, cli"
 )

@@ -50,7 +50,9 @@ class ImageData(SourceData):
         import datasets
 
         source = self.source(purpose)
-        features = source.features or {}
+        if source.features is None:
+            raise DataError(f"{self.name} is a stream that doesn't tell its columns; give it features by .cast(...)")
+        features = source.features
         mode = self.mode or getattr(features.get(self.image_column), "mode", None)
         index = self.class_index(source, self.label_column)
         if self.image_column in features:

@@ -29,7 +29,7 @@ def class_index(data: str, column: str, own: list[str] | None, known: list[str] 
     counts = Counter(name.casefold() for name in known or ())
     places = {name.casefold(): place for place, name in enumerate(known or ()) if counts[name.casefold()] == 1}
     order: dict[int, int | None] = {}
-    if own and known:
+    if own and known and list(map(str.casefold, own)) != list(map(str.casefold, known)):
         order = {index: places.get(name.casefold()) for index, name in enumerate(own)}
         if None in order.values() or len({*order.values()}) < len(order):
             order = {}

@@ -8,6 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_ablate.errors import StatisticsError
 from lightning_ablate.sites import Site
 from lightning_ablate.statistics import ActivationStatistic, SiteStatistics
 from lightning_ablate.statistics.base import by_example
@@ -57,6 +58,8 @@ class Ablation:
 
     def by_example(self, activations: Tensor) -> Tensor:
         """Activations as ``(batch, positions, neurons)``; StatisticsError if the examples can't be told apart."""
+        if not len(self.batch.examples):
+            raise StatisticsError(f"{self.site.name} ran in a part of the target; run the target itself")
         return by_example(activations, torch.ones(len(self.batch.examples), 1))[0]
 
 

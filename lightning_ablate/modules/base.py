@@ -105,11 +105,14 @@ class AblationModule(lightning.LightningModule, ABC):
     def first(self, batch: Any, count: int) -> Any:
         """The first ``count`` examples of a batch as a batch, again from the start where it has fewer.
 
-        By default every tensor with a row an example is cut. Batches of other forms need it overridden; None leaves out
-        the check by which calibration tells that sites hold the examples in their first axis.
+        By default every tensor with a row an example is cut, and every list of a mapping. Batches of other forms need
+        it overridden. Return None to skip calibration's check that sites are batch first.
         """
         size = len(self.examples_of(batch, 0))
         rows = torch.arange(count, device=self.device) % size
+        if isinstance(batch, Mapping):
+            lists = {name: v for name, v in batch.items() if isinstance(v, list | tuple) and len(v) == size}
+            batch = {**batch, **{name: [v[row] for row in rows.tolist()] for name, v in lists.items()}}
         return apply_to_collection(batch, Tensor, lambda t: t[rows] if t.ndim and len(t) == size else t)
 
     def probes(self, batch: Any) -> tuple[Any, Any] | None:
@@ -218,12 +221,13 @@ class AblationModule(lightning.LightningModule, ABC):
 
 @contextmanager
 def exact_vectors(target: nn.Module) -> Iterator[None]:
-    """Lets no cast to a lower precision inside round vectors that no state dict holds: RoPE's frequencies.
+    """Lets no cast to a lower precision inside round RoPE's frequencies: vectors that no state dict holds.
 
     ``--trainer.precision bf16-true`` and ``.to(torch.bfloat16)`` cast all buffers, where transformers, loading in
     bfloat16, keeps these. A position times a rounded frequency is off by whole turns.
     """
-    vectors = [(m, name, m._buffers[name]) for m in target.modules() for name in m._non_persistent_buffers_set]
+    known = [m for m in target.modules() if type(m).__module__.startswith(("transformers", "timm"))]
+    vectors = [(m, name, m._buffers[name]) for m in known for name in m._non_persistent_buffers_set]
     yield
     for module, name, exact in vectors:
         made = module._buffers[name]

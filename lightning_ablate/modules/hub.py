@@ -85,11 +85,13 @@ class HubModule(AblationModule):
     @property
     def class_names(self) -> list[str] | None:
         """The target's names of its classes, where it has some; they don't need its weights."""
+        from transformers.utils import find_adapter_config_file
+
         if self.known is not None:
             config = getattr(self.known, "config", None) or SimpleNamespace(**getattr(self.known, "pretrained_cfg", {}))
         else:
-            adapter = Path(resolve(self.name)) / "adapter_config.json"
-            base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else None
+            adapter = find_adapter_config_file(resolve(self.name), revision=self.revision)
+            base = None if adapter is None else json.loads(Path(adapter).read_text())["base_model_name_or_path"]
             config = self.beside("AutoConfig", base)
         return names_of(getattr(config, "id2label", None) or getattr(config, "label_names", None))
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_ablate.calibration import Calibration, check_target

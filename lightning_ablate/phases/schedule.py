@@ -75,8 +75,8 @@ def schedule(
         course = Course.of(steps=steps or method.steps, **sizes)
         taken, note = min(course.accumulated * batch_size, examples or sys.maxsize), ""
         if taken != method.examples:
-            asked = f"{taken} examples, asked {method.examples}"
-            note = f"; {method.name} takes steps of {asked}: of whole batches of all processes"
+            why = "there are no more" if taken == examples else "a step is made of whole batches of all processes"
+            note = f"; {method.name} takes steps of {taken} examples, not {method.examples}: {why}"
         for number in range(course.epochs):
             if isinstance(method, ConditionalTuned):
                 tune = partial(TuningPhase, method=method, choice=choice, course=course, conditions=conditions)

@@ -65,14 +65,15 @@ class Cell(NamedTuple):
     @property
     def went(self) -> tuple[float, str, int | None]:
         """What conditions of two methods must share to be compared."""
-        return round(self.ablated, 9), self.part, self.head
+        return self.ablated, self.part, self.head
 
 
 def cells(table: pd.DataFrame) -> dict[str, dict[Cell, dict[int | None, int]]]:
     """By method and cell, the latter in the order of what they ablate, which row of the table each seed has."""
     found: dict[str, dict[Cell, dict[int | None, int]]] = {method: {} for method in table["method"]}
     same = table.groupby(["method", "fraction", "part", "head"], dropna=False, sort=False)["ablated"]
-    for one in table.assign(ablated=same.transform("mean")).sort_values("ablated", kind="stable").itertuples():
+    went = same.transform("mean").round(12)  # seeds that ablate as much have a mean of just that
+    for one in table.assign(ablated=went).sort_values("ablated", kind="stable").itertuples():
         cell = Cell(one.fraction, one.ablated, one.part, None if pd.isna(one.head) else int(one.head))
         found[one.method].setdefault(cell, {})[None if pd.isna(one.seed) else int(one.seed)] = one.Index
     return found

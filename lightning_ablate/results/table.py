@@ -189,8 +189,9 @@ class Results:
             damage = self.compare(other=BASELINE)
             return damage.sort_values("cross_entropy", ascending=False, kind="stable", ignore_index=True)
         curves = {m: {cell.ablated: rows for cell, rows in self._cells[m].items()} for m in self.methods}
+        curves = {method: curve for method, curve in curves.items() if max(curve) > 0}
         to = min(map(max, curves.values()), default=1.0)
-        keys = [(method, to) for method in self.methods]
+        keys = [(method, to) for method in curves]
         contrasts = [frames.area(curve, to) for curve in curves.values()]
         ranked = self._frame(["method", "to"], keys, contrasts, [*COMPARED[::-1], *self.own])
         return ranked.sort_values("cross_entropy", kind="stable", ignore_index=True)

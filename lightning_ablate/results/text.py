@@ -66,13 +66,13 @@ def _head(results: "Results") -> str:
 
 def _counted(results: "Results") -> str:
     examples, clusters = results.counts
-    return f"{clusters:,} clusters of {examples:,} examples" if clusters < examples else f"{examples:,} examples"
+    return f"{examples:,} examples in {clusters:,} clusters" if clusters < examples else f"{examples:,} examples"
 
 
 def interval(results: "Results") -> str:
     """What the intervals are, and whether they can be relied on."""
     few = results.counts[1] < ENOUGH
-    doubt = f"; fewer than {ENOUGH} clusters, so it holds the truth less often" if few else ""
+    doubt = f"; fewer than {ENOUGH} clusters: its true coverage is below 95%" if few else ""
     return f"95% interval over {_counted(results)}{doubt}"
 
 
@@ -90,7 +90,6 @@ def _ridges(results: "Results") -> list[str]:
 def _scores(results: "Results") -> str:
     """Top-1 and cross-entropy at up to three shares, mean ± sd over the seeds."""
     summary = results.summary().iloc[1:]
-    summary["ablated"] = summary["ablated"].round(9)
     shared = summary.groupby("ablated")["method"].nunique()
     shown = shared.index[shared == shared.max()].tolist()
     if len(shown) > 3:
@@ -112,7 +111,7 @@ def _scores(results: "Results") -> str:
 
 def _ranks(results: "Results") -> str:
     """The methods, the one that costs the least first; nothing where a single share makes no curve."""
-    if results.table["ablated"].nunique() == 2:
+    if results.summary()["ablated"].nunique() <= 2:
         return ""
     ranking = results.ranking()
     cells = {

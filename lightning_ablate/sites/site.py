@@ -150,8 +150,8 @@ def hooked(target: nn.Module, hooks: Mapping[Site, Hook], *, once: bool = False)
         yield ran
     if late := [path for path, count in owed.items() if count > 0]:
         raise SiteError(
-            f"{late[0]} ran under gradient checkpointing, and a backward pass behind this block would recompute it "
-            f"without the hooks: call backward() inside, run under torch.no_grad(), or turn it off"
+            f"{late[0]} ran under gradient checkpointing, and its backward pass hasn't run yet: outside this block it "
+            "would recompute without the ablation; call backward() inside, or turn checkpointing off"
         )
     for site in hooks if once else ():
         if (count := runs[site.path, get_ident()]) != site.uses:
@@ -162,10 +162,14 @@ def hooked(target: nn.Module, hooks: Mapping[Site, Hook], *, once: bool = False)
 
 
 def _repeats() -> bool | None:
-    """Within gradient checkpointing, whether a backward pass runs this again; None outside of it."""
+    """Whether gradient checkpointing runs this again in a backward pass, or will; None where it does neither."""
     frame = sys._getframe(2)
     while frame.f_back is not None:
         if frame.f_globals.get("__name__") == checkpoint.__name__:
-            return torch._C._current_graph_task_id() != -1
+            if torch._C._current_graph_task_id() != -1:
+                return True
+            inputs = frame.f_locals.get("args", ())  # of the reentrant form, which always runs without gradients
+            recorded = any(isinstance(one, Tensor) and one.requires_grad for one in inputs)
+            return False if torch.is_grad_enabled() or (frame.f_code.co_name == "forward" and recorded) else None
         frame = frame.f_back
     return None

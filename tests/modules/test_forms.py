@@ -114,3 +114,17 @@ def test_true_half_precision_is_what_loading_in_that_dtype_gives(tmp_path, preci
     assert torch.equal(frequencies, llama().model.rotary_emb.inv_freq)
     assert {parameter.dtype for parameter in module.target.parameters()} == {dtype}
     assert torch.equal(tiny.run(module.target), tiny.run(loaded.eval()))
+
+
+def test_a_buffer_of_ones_own_model_is_cast_like_its_weights():
+    class Centred(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = torch.nn.Linear(3, 2)
+            self.register_buffer("mean", torch.rand(3), persistent=False)
+
+        def forward(self, x):
+            return self.proj(x - self.mean)
+
+    module = tiny.built(tiny.Own(Centred())).to(torch.bfloat16)
+    assert module.target(torch.ones(1, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16

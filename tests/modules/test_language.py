@@ -192,6 +192,26 @@ def test_padding_before_a_text_changes_no_score(make):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
+def test_roberta_as_a_decoder_counts_positions_by_itself():
+    config = {**tiny.SMALL, **tiny.WIDE, "max_position_embeddings": 66, "type_vocab_size": 1, "is_decoder": True}
+    module = tiny.built(CausalLM.of(tiny.made(3, "RobertaForCausalLM", "RobertaConfig", **config)))
+    text, pad = tiny.tokens(1, 6)["input_ids"][0], torch.full((3,), 1)
+    for ids in (torch.cat([pad, text]), torch.cat([text, pad])):
+        batch = {"input_ids": ids[None], "attention_mask": (ids != 1).long()[None], "index": torch.zeros(1).long()}
+        with torch.no_grad():
+            found = module.logits(module.on_before_batch_transfer(batch, 0))[0][ids != 1]
+            torch.testing.assert_close(found, module.target(text[None]).logits[0], rtol=0, atol=1e-5)
+
+
+def test_a_process_that_only_fills_tries_out_as_often_as_others(causal):
+    passes = []
+    causal.target.register_forward_pre_hook(lambda *_: passes.append(1))
+    causal.on_train_batch_start(tiny.tokens(), 0)
+    own = len(passes)
+    causal.on_train_batch_start(tiny.tokens() | {"index": torch.full((3,), -1)}, 0)
+    assert len(passes) == 2 * own
+
+
 def batch_of(text):
     return {"input_ids": text.unsqueeze(0), "attention_mask": torch.ones_like(text).unsqueeze(0)}
 

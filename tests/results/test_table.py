@@ -157,12 +157,24 @@ def test_curves_areas_and_comparisons_go_by_what_was_ablated():
     assert "mean over 0 to 100%" in text and "zero − mean at 25%" in text and " 10%" not in text and "40%" not in text
 
 
+def test_seeds_that_ablate_as_much_are_one_share_and_a_method_that_ablates_nothing_makes_no_curve():
+    points = [("none", 0.0, None, 1.0), *(("zero", 0.4, seed, 2.0) for seed in range(7)), ("mean", 0.4, None, 1.5)]
+    results = plain([*points, ("idle", 0.3, 1, 1.0)])
+    went = [0.0, *[5 / 12] * 8, 0.0]
+    results = Results(results.table.assign(ablated=went))
+    assert results.summary()["ablated"].nunique() == 2 and results.compare("zero", "mean")["ablated"].tolist() == [
+        pytest.approx(5 / 12)
+    ]
+    assert results.ranking()["method"].tolist() == ["mean", "zero"]
+    assert results.ranking()["to"].tolist() == [pytest.approx(5 / 12)] * 2
+
+
 def test_few_clusters_are_said_where_the_interval_stands(made):
     few = made(examples=24)  # some of which have no scored position
-    assert few.counts[1] < 25 and "holds the truth less often" not in str(made())
+    assert few.counts[1] < 25 and "true coverage" not in str(made())
     few = Results(few.table, few.examples.assign(cluster=few.examples["example"] % 5))
-    counted = f"5 clusters of {few.counts[0]} examples"
-    said = f"95% interval over {counted}; fewer than {ENOUGH} clusters, so it holds the truth less often"
+    counted = f"{few.counts[0]} examples in 5 clusters"
+    said = f"95% interval over {counted}; fewer than {ENOUGH} clusters: its true coverage is below 95%"
     assert f"of {counted};" in str(few)
     assert f"[{said};" in str(few) and said in few._repr_html_()
 
@@ -285,5 +297,5 @@ def test_str_of_parts_shows_the_most_important_first(made):
     lines = str(results).partition("largest first: added cross-entropy, nats\n")[2].splitlines()
     for place, line in zip(ranked, lines, strict=True):
         assert "{} head {} ".format(*HEADS[place]) in line and f" {losses[1 + place] - losses[0]:+.4f} [" in line
-    with pytest.raises(ConfigError, match="make no curve"):
-        results.ranking()
+    ranks = results.ranking()[["part", "head", "cross_entropy"]].values.tolist()
+    assert ranks[:5] == [[*HEADS[place], pytest.approx(losses[1 + place] - losses[0])] for place in ranked]
