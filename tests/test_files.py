@@ -171,7 +171,8 @@ HOSTILE = {
 
 @pytest.mark.parametrize("change", HOSTILE.values(), ids=HOSTILE)
 def test_what_a_checkpoint_names_is_refused_in_a_line_and_nothing_of_it_runs(change, hostile):
-    for command in (("validate", "--ckpt_path"), ("export",)):
+    exports = change in (HOSTILE["model"], HOSTILE["remote code"], HOSTILE["a callback"])  # which reads it in one way
+    for command in (("validate", "--ckpt_path"), *([("export",)] if exports else [])):
         said, ran, left = hostile(change, command=command)
         assert said.startswith("error: the checkpoint ") and "\n" not in said and len(said) < 300, said
         assert "--trust" in said or "--model.trust_remote_code=true" in said

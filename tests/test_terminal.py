@@ -48,7 +48,9 @@ def shown(written, columns):
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-def test_no_line_is_torn_and_bars_say_what_they_count(columns, tmp_path):
+def test_no_line_is_torn_and_bars_say_what_they_count(columns, tmp_path, request):
+    if columns > 80:
+        request.getfixturevalue("full")
     environment = {**ENVIRONMENT, "TERM": "xterm", "COLUMNS": ""}
     run = python("-c", IN_A_TERMINAL, columns, *RUN, cwd=tmp_path, env=environment, text=False)
     assert run.returncode == 0, run.stdout.decode()

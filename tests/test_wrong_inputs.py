@@ -200,7 +200,7 @@ CALLS = {  # what is called, and what its message names
         (lambda folder: MaskedLM("masked", mlm_probability=1.5), "mlm_probability is 1.5"),
         (lambda folder: TextData("a", calibration_tokens=0), "calibration_tokens is 0"),
         (lambda folder: TextData("a").setup("fit"), "--data.tokenizer"),
-        (under({PATH: HALF}, "noise"), "noise depends on"),
+        (under({PATH: HALF}, "resample-ids"), "resample-ids needs a `source`"),
         (
             lambda folder: tiny.fit(folder, callback=AblationCallback([Short()])),
             "short gives values (3,) at transformer",

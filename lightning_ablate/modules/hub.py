@@ -90,7 +90,8 @@ class HubModule(AblationModule):
         if self.known is not None:
             config = getattr(self.known, "config", None) or SimpleNamespace(**getattr(self.known, "pretrained_cfg", {}))
         else:
-            adapter = find_adapter_config_file(resolve(self.name), revision=self.revision)
+            with loading(self.name, TargetError, "--model.name"):
+                adapter = find_adapter_config_file(resolve(self.name), revision=self.revision)
             base = None if adapter is None else json.loads(Path(adapter).read_text())["base_model_name_or_path"]
             config = self.beside("AutoConfig", base)
         return names_of(getattr(config, "id2label", None) or getattr(config, "label_names", None))
