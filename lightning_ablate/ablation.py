@@ -58,14 +58,15 @@ def ablated(
     found = {site: torch.as_tensor(given) for site in known if (given := given_for(site, masks)) is not None}
     for site, mask in found.items():
         check_mask(mask, site, "ablated()")
-    whole = {s.name: found.get(s, torch.zeros(s.width, dtype=torch.bool)).cpu() for s in calibration.sites}
+    every = {s.name: found.get(s, torch.zeros(s.width, dtype=torch.bool)).cpu() for s in calibration.sites}
+    whole = digest(every)
     batch, edits, device = Batch(torch.zeros(0)), dict[Site, Edit](), device_of(target)
     if source is not None:
         read = _read(target, found, source)
         batch.sources = defaultdict(lambda: read)  # whatever kind and seed a method asks for
     for site, mask in found.items():
         statistics = calibration[site] if site in calibration.statistics else SiteStatistics(site.name, {})
-        ablation = Ablation(site, mask.to(device), statistics, None, batch, digest(whole))
+        ablation = Ablation(site, mask.to(device), statistics, None, batch, whole)
         edits[site] = Edit(ablation.mask, chosen.prepare(ablation))
     with ExitStack() as stack:
         if chosen.needs_batch:
