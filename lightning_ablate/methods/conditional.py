@@ -1,7 +1,8 @@
 """Conditional-mean ablation."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
+from statistics import median
 from typing import ClassVar
 
 import torch
@@ -73,6 +74,14 @@ class ConditionalMean(AblationMethod):
             slopes.append(solved(covariance[~own][:, ~own], covariance[~own][:, own], ridge))
         slope = torch.block_diag(*slopes).float()  # type: ignore[no-untyped-call]
         return Affine(offset, slope, offset[kept], kept, ablated)
+
+    def notes(self, statistics: Iterable[SiteStatistics]) -> list[str]:
+        """The ridges that were chosen."""
+        chosen = [one[self.covariance].ridge for one in statistics if self.covariance in one]
+        if self.ridge is not None or not chosen:
+            return []
+        span = f"{min(chosen):g} to {max(chosen):g}, median {median(chosen):g}"
+        return [f"{self.name}: ridge, chosen at each site on held-out calibration examples: {span}"]
 
     def alone(self, ablation: Ablation, sizes: Sequence[int]) -> dict[int, Replacement]:
         """From the precision matrix P: less ``(P_uu)⁻¹ (P (x − μ))_u``, what the others don't tell of the unit u."""
