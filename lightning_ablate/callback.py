@@ -13,7 +13,7 @@ from lightning_ablate import phases
 from lightning_ablate import trainer as trainers
 from lightning_ablate.attribution import Attribution, table_of
 from lightning_ablate.calibration import Calibration, check_target, fingerprint
-from lightning_ablate.choices import Choice, choice_of
+from lightning_ablate.choices import Choice, Random
 from lightning_ablate.conditions import Condition, listed
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.export import chosen, export
@@ -77,7 +77,7 @@ class AblationCallback(lightning.Callback):
         figures: Sequence[Literal["png", "pdf", "svg"]] = ("png",),
     ) -> None:
         made = tuple(method_of(method) for method in listed(methods))
-        self.sweep = Sweep(made, listed(fractions), listed(seeds), choice_of(neurons))
+        self.sweep = Sweep(made, listed(fractions), listed(seeds), Random() if neurons is None else neurons)
         self.sites, self.attribution = listed(sites), attribution or Attribution()
         if not self.sites:
             raise ConfigError("sites is empty, expected at least one (--ablation.sites)")
