@@ -117,7 +117,7 @@ class Ranked(Ordered):
 
     Args:
         by: the quantity. ``sd``: the standard deviation. ``rms``: the root of the mean square. ``skewness`` and
-            ``kurtosis`` (the excess): without their sign. ``gap``: the distance of mean and mode in standard deviations.
+            ``kurtosis`` (the excess): without their sign. ``gap``: from mean to mode in standard deviations.
             ``weighted-sd`` (FLAP, An et al. 2024) and ``weighted-rms`` (Wanda, Sun et al. 2024): times the norm of the
             projection's column that reads the neuron. ``unexplained``: the standard deviation of what all other neurons
             of the site don't explain of it, times that norm. ``surgeon``: units are taken one by one, each time the
