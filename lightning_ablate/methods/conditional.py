@@ -17,8 +17,8 @@ class ConditionalMean(AblationMethod):
     """An ablated neuron is its linear prediction from the neurons of its site that are kept.
 
     ``x̂_a = μ_a + Σ_ak (Σ_kk + λ diag Σ_kk)⁻¹ (x_k − μ_k)``, with means μ and covariances Σ of calibration data. Only
-    what the kept neurons can't predict is lost. This is the compensation of the optimal brain surgeon (Hassibi & Stork 1993)
-    as a replacement. If nothing is kept, or neurons don't vary together, it is the mean.
+    what the kept neurons can't predict is lost. It is the compensation of the optimal brain surgeon (Hassibi & Stork
+    1993) as a replacement. If nothing is kept, or neurons don't vary together, it is the mean.
 
     Each condition holds ablated × kept float32 numbers a site on the device: at 50% of 4,096 neurons 17 MB.
 
