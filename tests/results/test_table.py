@@ -261,13 +261,13 @@ def test_ranking_has_the_interval_of_the_examples_own_areas(made):
 
 
 def test_str_shows_scores_ranks_and_differences(made):
-    results = made(partial=["evaluation was cut to 1 of 9 batches"])
+    results = made(partial=["evaluation was cut to 1 of 9 batches"], notes=["few"], methods_notes=["ridge: 1e-4"])
     first, scores, _, ranks, differences, note = str(results).split("\n\n")
     base = results.baseline
     baseline = f"top-1 {100 * base['top1']:.2f}%, cross-entropy {base['cross_entropy']:.4f} nats"
     counted = f"of {results.counts[0]} examples"
     said = f"a model on some, data: {base['n']:,} scored positions {counted}; nothing ablated: {baseline}"
-    assert first.splitlines() == [said, "PARTIAL: evaluation was cut to 1 of 9 batches"]
+    assert first.splitlines() == [said, "PARTIAL: evaluation was cut to 1 of 9 batches", "NOTE: few", "ridge: 1e-4"]
     values = [100 * value for value in own(results, "zero", 0.9, "top1").values()]
     assert f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" in scores
     assert [word for word in scores.split() if word.endswith("%")][-6:] == ["10%", "50%", "90%"] * 2
