@@ -237,7 +237,7 @@ def trust(frame: pd.DataFrame, resamples: int = 1000) -> pd.DataFrame:
         with warnings.catch_warnings(action="ignore"):  # a sample of a single unit has no correlation
             whole = [*_agreement(*pairs), scale_of(weighed.sum(1))]
             sampled = [*_agreement(*pairs[:, drawn]), scale_of(fixed.sum(1)[:, None] + others[:, again].sum(2))]
-            low, high = np.nanpercentile(sampled, [2.5, 97.5], axis=1)
+            low, high = np.where(np.isnan(whole), np.nan, np.nanpercentile(sampled, [2.5, 97.5], axis=1))
         row: dict[str, Any] = {**dict(zip(GROUP, group, strict=True)), "units": len(own)}
         for name, *values in zip(("pearson", "spearman", "slope", "scale"), whole, low, high, strict=True):
             row |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
