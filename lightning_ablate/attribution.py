@@ -150,8 +150,8 @@ def table_of(attributed: Mapping[str, Mapping[Site, Tensor]], measured: Sequence
 
     Columns: method, site, kind (of the site), level (neuron, head or site), unit (index in the site), and, in nats per
     scored position: first and second (order), estimate (their sum, bounded) and se (its standard error over examples).
-    If units were verified, also picked (``largest`` or ``random``), verified (the measured effect) and verified_se,
-    and calibrated: the estimate after its second order was multiplied by :func:`scale_of`, NaN where that is unknown.
+    If units were verified, also picked (``largest`` or ``random``), verified (the measured effect), verified_se, and
+    calibrated: the estimate with its second order times :func:`scale_of`.
 
     Args:
         attributed: method → site → ``(FOUND, units)`` float64.

@@ -16,10 +16,9 @@ from lightning_ablate.calibration import Calibration
 from lightning_ablate.conditions import Condition
 from lightning_ablate.errors import DataError
 from lightning_ablate.metrics import SweepMetrics
-from lightning_ablate.results import Results, attributions
-from lightning_ablate.results.folder import versions
+from lightning_ablate.results import Results, attributions, neurons
+from lightning_ablate.results.folder import base_name, versions
 from lightning_ablate.results.frames import BASELINE
-from lightning_ablate.results.neurons import Neurons
 from lightning_ablate.trainer import CHECKPOINT, OPTIONS, data_name
 
 
@@ -30,17 +29,14 @@ def tabulated(
     model: str,
     facts: Mapping[str, Any],
 ) -> Results:
-    """The results of a sweep.
+    """The results of a sweep, with the time, the versions and the command added to ``facts``.
 
     Args:
         conditions: condition → share of the neurons that it ablates.
         scored: name of a data set → what the conditions scored on it.
         clusters: for each data set the cluster of each example; None if each example is its own cluster.
         model: the name of the model.
-        facts: what run.json says; the time, the versions and the command are added.
-
-    Raises:
-        DataError: if there are more or fewer clusters than examples.
+        facts: what run.json says.
     """
     rows, tables, examples = [(c.method, c.fraction, c.seed, c.part, c.head) for c in conditions], [], []
     for index, ((data, metrics), own) in enumerate(zip(scored.items(), clusters, strict=True)):
@@ -84,10 +80,9 @@ def report_neurons(
     """Writes the files of the neurons, and gives TensorBoard histograms of their shapes."""
     if folder is None or not trainer.is_global_zero:
         return
-    neurons = Neurons.of(calibration, model, data_name(trainer))
-    neurons.save(folder, forms)
-    for writer in _tensorboards(trainer):
-        neurons.to_tensorboard(writer)
+    table = neurons.save(calibration, f"{base_name(model)} on {base_name(data_name(trainer))}", folder, forms)
+    for name in ("skewness", "excess_kurtosis"):
+        _histograms(trainer, f"neurons/{name}", table, name)
 
 
 def report_attribution(
@@ -97,12 +92,10 @@ def report_attribution(
     if folder is None or not trainer.is_global_zero:
         return
     attributions.save(table, folder, forms)
-    for writer in _tensorboards(trainer):
-        if attributions.is_drawn(table):
-            writer.add_figure("attribution", attributions.plot(table))
-        for method, own in table[table["level"] == "neuron"].groupby("method", sort=False):
-            for index, (_, values) in enumerate(own.groupby("site", sort=False)["estimate"]):
-                writer.add_histogram(f"attribution/{method}", values.to_numpy(), index)
+    for writer in _tensorboards(trainer) if attributions.is_drawn(table) else ():
+        writer.add_figure("attribution", attributions.plot(table))
+    for method, own in table[table["level"] == "neuron"].groupby("method", sort=False):
+        _histograms(trainer, f"attribution/{method}", own, "estimate")
 
 
 def report_results(
@@ -138,6 +131,13 @@ def report_results(
 def _tensorboards(trainer: lightning.Trainer) -> list[Any]:
     """The SummaryWriters of the Trainer's TensorBoard loggers."""
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+def _histograms(trainer: lightning.Trainer, name: str, table: pd.DataFrame, column: str) -> None:
+    """Gives TensorBoard a histogram of the column for each site; the step is the index of the site."""
+    for writer in _tensorboards(trainer):
+        for index, (_, values) in enumerate(table.groupby("site", sort=False, observed=True)[column]):
+            writer.add_histogram(name, values.to_numpy(), index)
 
 
 def _curves(results: Results, folder: Path) -> Path:

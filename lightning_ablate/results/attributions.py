@@ -71,27 +71,24 @@ def is_drawn(table: pd.DataFrame) -> bool:
 
 def plot(table: pd.DataFrame) -> Figure:
     """A row of panels per method: a map of the heads, and estimates against what was verified."""
-    methods, sites = list(table["method"].unique()), short(list(table["site"].unique()))
-    table = table.assign(row=table["site"].map({site: row for row, site in enumerate(table["site"].unique())}))
-    heads, verified = table[table["level"] == "head"], "verified" in table
-    widths = [4.3] * bool(len(heads)) + [4.0] * verified
-    tall = max(2.6, min(9.0, 0.8 + 0.16 * len(sites)))
-    figure = figures.blank(sum(widths), 0.5 + tall * len(methods))
-    panels = figure.subplots(len(methods), len(widths), squeeze=False, width_ratios=widths)
-    for row, method in zip(panels, methods, strict=True):
-        own = heads[heads["method"] == method]
-        if len(heads):
-            known = own["estimate"].abs() > 2 * own["se"]
-            own = own.rename(columns={"unit": "head", "estimate": "value"}).assign(known=known)
-            image = figures.head_map(row[0], own, sites, own["value"].abs().max() or 1.0, 7)
-            row[0].set_title("heads (dot: beyond 2 standard errors)", fontsize=8)
-            row[0].set_xlabel("head", fontsize=8)
-            scale = figure.colorbar(image, ax=row[0])
+    sites = table["site"].unique().tolist()
+    table = table.assign(row=table["site"].map(sites.index))
+    heads, verified = bool((table["level"] == "head").any()), "verified" in table
+    across, tall = heads + verified, max(2.6, min(9.0, 0.8 + 0.16 * len(sites)))
+    figure, panels = figures.grid(across * table["method"].nunique(), across, (4.2, tall), (0, 0.5))
+    for axes, (method, own) in zip(panels[::across], table.groupby("method", sort=False), strict=True):
+        if heads:
+            found = own[own["level"] == "head"].rename(columns={"unit": "head", "estimate": "value"})
+            found["known"] = found["value"].abs() > 2 * found["se"]
+            image = figures.head_map(axes, found, short(sites), found["value"].abs().max() or 1.0, 7)
+            axes.set_xlabel("head (dot: beyond 2 standard errors of 0)", fontsize=8)
+            scale = figure.colorbar(image, ax=axes)
             scale.ax.tick_params(labelsize=7)
             scale.set_label(table.attrs.get("of", "nats"), fontsize=8)
+        axes.set_title(method, fontsize=9)
+    for axes, (_, own) in zip(panels[across - 1 :: across], table.groupby("method", sort=False), strict=True):
         if verified:
-            _agreement(row[-1], table[table["method"] == method].dropna(subset="verified"))
-        row[0].set_ylabel(f"{method}\n\n{row[0].get_ylabel()}", fontsize=9)
+            _agreement(axes, own.dropna(subset="verified"))
     return figure
 
 
@@ -106,12 +103,11 @@ def _agreement(axes: Axes, verified: pd.DataFrame) -> None:
     linear = float(np.median(np.abs(both[:, 1]))) or 1e-9
     ends = both.min() - linear, both.max() + 0.3 * np.abs(both).max()
     axes.plot(ends, ends, **figures.ZERO)
-    for axis, label in (("x", "estimate"), ("y", "verified")):
+    for axis, label in (("x", "estimate (± 2 standard errors)"), ("y", "verified (± 2 standard errors)")):
         getattr(axes, f"set_{axis}scale")("symlog", linthresh=linear)
         getattr(axes, f"set_{axis}lim")(ends)
         getattr(axes, f"{axis}axis").get_major_locator().set_params(numticks=5)
         getattr(axes, f"set_{axis}label")(label, fontsize=8)
     axes.minorticks_off()
-    axes.set_title("estimates against the truth (± 2 standard errors)", fontsize=8)
     axes.legend(fontsize=6, frameon=False)
     figures.plain(axes, 7)

@@ -207,7 +207,7 @@ def _share_ticks(axes: Axes, ablated: pd.Series, most: int) -> None:
     """Puts ticks at the shares themselves, if they are few and far apart."""
     shares = np.array(sorted({0.0, *ablated}))
     if len(shares) <= most and (np.diff(shares) > 0.075 * shares[-1]).all():
-        axes.set_xticks(100 * shares, [f"{100 * share:.3g}" for share in shares])
+        axes.set_xticks(100 * shares, [f"{round(100 * one, 0 if one > 0.095 else 1):g}" for one in shares])
 
 
 def _maps(scores: Scores, damage: pd.DataFrame, names: Sequence[str], kind: str, label: str) -> Figure:

@@ -50,9 +50,9 @@ def rectangular(examples: pd.DataFrame, conditions: int) -> bool:
     """Whether every condition has the same examples in the same order."""
     if len(examples) % conditions:
         return False
-    names = ("condition", "example", "cluster", "n")
-    condition, *same = (examples[name].to_numpy().reshape(conditions, -1) for name in names)
-    return bool((condition.T == np.arange(conditions)).all() and all((one == one[0]).all() for one in same))
+    condition = examples["condition"].to_numpy().reshape(conditions, -1)
+    same = examples[["example", "cluster", "n"]].to_numpy().reshape(*condition.shape, 3)
+    return bool((condition.T == np.arange(conditions)).all() and (same == same[0]).all())
 
 
 class Cell(NamedTuple):
@@ -62,11 +62,6 @@ class Cell(NamedTuple):
     ablated: float  # mean over the seeds
     part: str
     head: int | None
-
-    @property
-    def units(self) -> tuple[float, str, int | None]:
-        """Conditions of two methods are compared if this is equal."""
-        return self.ablated, self.part, self.head
 
 
 def cells(table: pd.DataFrame) -> dict[str, dict[Cell, dict[int | None, int]]]:

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from html import escape
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -83,4 +84,4 @@ class Results(Scores):
         return f"Results({text.title(self)}: {', '.join(self.methods)}; {len(self.table)} conditions)"
 
     def _repr_html_(self) -> str:
-        return text.html(self)
+        return f"<pre>{escape(str(self))}</pre>"

@@ -25,14 +25,10 @@ class Scores:
     Intervals are of 95%, by a bootstrap over clusters of examples. They are NaN where the examples aren't known.
 
     Args:
-        table: one row per condition; of each data set the baseline (method ``none``) is the first row. Columns: model,
-            data, method, fraction (share of units that was asked for), ablated (share of the neurons of all sites that
-            were ablated), seed (missing where it can't matter), part (the one site or layer that was ablated, "" for
-            all), head (missing for all), n (scored positions), top1 and top5 (shares of the scored positions),
-            cross_entropy and kl (nats per scored position). Any other column is a metric of the user's own.
+        table: one row per condition; of each data set the baseline is the first row. README.md describes its columns.
+            A numeric column that isn't listed there is a metric of the user's own.
         examples: one row per condition and example, with the same examples in the same order for every condition.
-            Columns: condition (row of ``table``), example, cluster, n, and each score summed over the example's scored
-            positions. None where the data don't tell which example a position belongs to.
+            None where the data don't tell which example a position belongs to.
         facts: the contents of run.json.
 
     Raises:
@@ -132,7 +128,8 @@ class Scores:
         For activation patching, ``nothing`` is the score on corrupt inputs:
         ``results.on("... reversed").baseline[metric]``.
         """
-        _check(metric, self.metrics, "metric")
+        if metric not in self.metrics:
+            raise ConfigError(f"there is no metric {metric!r} here; those there are: {', '.join(self.metrics)}")
         frame, whole = self.summary(), self.baseline[metric] - nothing
         kept = (frame[[metric, f"{metric}_low", f"{metric}_high"]].to_numpy() - nothing) / whole
         kept[:, 1:].sort(axis=1)
@@ -153,17 +150,17 @@ class Scores:
             ConfigError: if there is no such method.
         """
         for name, known in ((method, self.methods), (other, [*self.methods, BASELINE])):
-            if name is not None:
-                _check(name, known, "method")
+            if name is not None and name not in known:
+                raise ConfigError(f"there is no method {name!r} here; those there are: {', '.join(known)}")
         firsts, seconds = ([name] if name else self.methods for name in (method, other))
         pairs = [(one, two) for one, two in product(firsts, seconds) if one != two or method == other]
         if method is None and other is None:
             pairs = list(combinations(self.methods, 2))
         keys, contrasts = [], []
         for one, two in pairs:
-            others = {cell.units: seeds for cell, seeds in self._cells[two].items()}
+            others = {cell[1:]: seeds for cell, seeds in self._cells[two].items()}  # all but the fraction asked for
             for cell, seeds in self._cells[one].items():
-                against = others.get((0.0, "", None) if two == BASELINE else cell.units, {})
+                against = others.get((0.0, "", None) if two == BASELINE else cell[1:], {})
                 rows = [(row, against[seed]) for seed, row in seeds.items() if seed in against]
                 if None in seeds or None in against:
                     rows = rows or list(product(seeds.values(), against.values()))
@@ -214,8 +211,3 @@ class Scores:
             frame[f"{metric}_low"], frame[f"{metric}_high"] = low, high
             frame[f"{metric}_sd"] = np.array([v.std(ddof=1) if len(v) > 1 else np.nan for v in by_seed])
         return frame
-
-
-def _check(name: str, known: Sequence[str], what: str) -> None:
-    if name not in known:
-        raise ConfigError(f"there is no {what} {name!r} here; those there are: {', '.join(known)}")

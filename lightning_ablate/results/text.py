@@ -1,7 +1,6 @@
 """What results say in the terminal and in a notebook."""
 
 from collections.abc import Sequence
-from html import escape
 
 import pandas as pd
 
@@ -45,13 +44,6 @@ def tables(scores: Scores) -> str:
     elif scores.methods:
         found += [_scores(scores), _ranks(scores), _differences(scores)]
     return "\n\n".join(filter(None, found))
-
-
-def html(scores: Scores) -> str:
-    """The baselines, and the summary as a table."""
-    lines = "<br>".join(escape(line) for one in scores.each for line in _head(one).splitlines())
-    notes = "<br>".join(map(interval, scores.each))
-    return f"<p>{lines}</p>\n{scores.summary().to_html(index=False)}\n<p>{notes}</p>"
 
 
 def interval(scores: Scores) -> str:

@@ -1,25 +1,24 @@
 """What the calibration found out about each neuron."""
 
-from unittest.mock import Mock
-
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 from scipy import stats
 
 from lightning_ablate import AblationCallback, Calibration, Site
-from lightning_ablate.results.neurons import Neurons
+from lightning_ablate.results import neurons
 from lightning_ablate.statistics import Histogram, Moments
 from tests import reference, tiny
 
 
-def neurons_of(activations, kinds=(Moments, Histogram)):
+def calibrated(activations, kinds=(Moments, Histogram)):
     made = Calibration(sites=[Site(name, x.shape[1]) for name, x in activations.items()])
     for site, x in zip(made.sites, activations.values(), strict=True):
         found = tiny.gathered(site, [x.unsqueeze(0)], *kinds)
         for kind in kinds:
             made.add(site, found[kind])
-    return Neurons.of(made, "models/own", "data")
+    return made
 
 
 def test_the_table_is_numpys_on_raw_activations(tmp_path):
@@ -40,27 +39,28 @@ def test_the_table_is_numpys_on_raw_activations(tmp_path):
         assert ((found[name] >= values.min(0)) & (found[name] <= values.max(0))).all()
 
 
-def test_after_one_epoch_there_are_no_columns_that_need_a_histogram_and_files_come_back(tmp_path, drawn):
+def test_what_needs_a_histogram_is_there_after_two_epochs_and_files_come_back(tmp_path, drawn):
     activations = {"a": torch.randn(99, 5), "b": torch.randn(99, 3)}
-    one, two = neurons_of(activations, [Moments]), neurons_of(activations)
-    assert list(one.table) == ["site", "neuron", "mean", "sd", "skewness", "excess_kurtosis", "minimum", "maximum"]
+    columns = ["site", "neuron", "mean", "sd", "skewness", "excess_kurtosis", "minimum", "maximum"]
     more = ["zeros", "peak", "mode", "median", "half_sample_mode", "abs_mean_minus_peak", "abs_peak"]
-    assert list(two.table) == [*one.table, *more] and two.table[list(one.table)].equals(one.table)
-    two.to_tensorboard(writer := Mock())
-    told = [(call.args[0], len(call.args[1]), call.args[2]) for call in writer.add_histogram.call_args_list]
-    names = ["skewness", "excess_kurtosis"]
-    assert told == [(f"neurons/{name}", *site) for name in names for site in ((5, 0), (3, 1))]
-    for made, endings in ((one, ["parquet"]), (two, ["parquet", "png", "svg"])):
-        made.save(tmp_path, ["png", "svg"])
+    both = ([Moments], columns, ["parquet"]), ([Moments, Histogram], columns + more, ["parquet", "png", "svg"])
+    for kinds, names, endings in both:
+        table = neurons.save(calibrated(activations, kinds), "a model", tmp_path, ["png", "svg"])
+        assert list(table) == names
         assert sorted(path.name for path in tmp_path.glob("neurons.*")) == [f"neurons.{one}" for one in endings]
-        pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "neurons.parquet"), made.table)
+        pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "neurons.parquet"), table)
 
 
-def test_the_histograms_are_those_of_the_most_atypical_neurons():
+def test_the_histograms_are_those_of_the_least_normal_neurons(tmp_path):
     x = torch.randn(500, 12)
-    x[:, 7], x[:, 3] = x[:, 7].exp().pow(2), 7.0
-    found = neurons_of({"here": x})
-    assert next(iter(found.histograms)) == 7 == found.most_atypical(1)[0] and len(found.histograms) == 8
-    counts, _ = np.histogram(x[:, 7].numpy(), 100)
-    assert found.histograms[7].reshape(100, 10).sum(1).tolist() == counts.tolist()
-    assert f"neuron 7\nskewness {found.table['skewness'][7]:.2f}" in found.plot().axes[0].get_title()
+    x[:, 7] = x[:, 7].exp().pow(2)
+    calibration = calibrated({"here": x})
+    table = neurons.save(calibration, "a model", tmp_path)
+    panels = neurons.plot(table, calibration, "a model").axes
+    distance = stats.skew(x.double()) ** 2 / 6 + stats.kurtosis(x.double()) ** 2 / 24
+    shown = [int(axes.get_title().partition("neuron ")[2].partition("\n")[0]) for axes in panels]
+    assert shown == distance.argsort()[::-1][:8].tolist() and shown[0] == 7
+    assert f"neuron 7\nskewness {table['skewness'][7]:.2f}" in panels[0].get_title()
+    counts, edges = np.histogram(x[:, 7].numpy(), 125)
+    heights, drawn_edges, _ = panels[0].patches[0].get_data()
+    assert drawn_edges == pytest.approx(edges, rel=1e-5) and np.abs(heights - counts).sum() <= 4  # rounding at edges
