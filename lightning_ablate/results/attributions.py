@@ -71,17 +71,17 @@ def is_drawn(table: pd.DataFrame) -> bool:
 
 def plot(table: pd.DataFrame) -> Figure:
     """A row of panels per method: a map of the heads, and estimates against what was verified."""
-    sites = table["site"].unique().tolist()
-    table = table.assign(row=table["site"].map(sites.index))
-    heads, verified = bool((table["level"] == "head").any()), "verified" in table
+    sites = table.loc[table["level"] == "head", "site"].unique().tolist()
+    heads, verified = bool(sites), "verified" in table
     across, tall = heads + verified, max(2.6, min(9.0, 0.8 + 0.16 * len(sites)))
     figure, panels = figures.grid(across * table["method"].nunique(), across, (4.2, tall), (0, 0.5))
     for axes, (method, own) in zip(panels[::across], table.groupby("method", sort=False), strict=True):
         if heads:
             found = own[own["level"] == "head"].rename(columns={"unit": "head", "estimate": "value"})
-            found["known"] = found["value"].abs() > 2 * found["se"]
+            found["row"], found["known"] = found["site"].map(sites.index), found["value"].abs() > 2 * found["se"]
             image = figures.head_map(axes, found, short(sites), found["value"].abs().max() or 1.0, 7)
             axes.set_xlabel("head (dot: beyond 2 standard errors of 0)", fontsize=8)
+            axes.set_ylabel("site", fontsize=8)
             scale = figure.colorbar(image, ax=axes)
             scale.ax.tick_params(labelsize=7)
             scale.set_label(table.attrs.get("of", "nats"), fontsize=8)
@@ -100,13 +100,13 @@ def _agreement(axes: Axes, verified: pd.DataFrame) -> None:
         errors = {"xerr": 2 * own["se"], "yerr": 2 * own["verified_se"]}
         axes.errorbar(own["estimate"], own["verified"], fmt="o", label=f"{level}s, {picked}", **errors, **style)
     both = verified[["estimate", "verified"]].to_numpy()
-    linear = float(np.median(np.abs(both[:, 1]))) or 1e-9
+    linear = 10 ** np.floor(np.log10(np.median(np.abs(both[:, 1])) or 1e-9))  # the scale is logarithmic beyond
     ends = both.min() - linear, both.max() + 0.3 * np.abs(both).max()
     axes.plot(ends, ends, **figures.ZERO)
     for axis, label in (("x", "estimate (± 2 standard errors)"), ("y", "verified (± 2 standard errors)")):
         getattr(axes, f"set_{axis}scale")("symlog", linthresh=linear)
         getattr(axes, f"set_{axis}lim")(ends)
-        getattr(axes, f"{axis}axis").get_major_locator().set_params(numticks=5)
+        getattr(axes, f"{axis}axis").get_major_locator().set_params(numticks=6)
         getattr(axes, f"set_{axis}label")(label, fontsize=8)
     axes.minorticks_off()
     axes.legend(fontsize=6, frameon=False)
