@@ -238,11 +238,9 @@ def trust(frame: pd.DataFrame, resamples: int = 1000) -> pd.DataFrame:
             whole = [*_agreement(*pairs), scale_of(weighed.sum(1))]
             sampled = [*_agreement(*pairs[:, drawn]), scale_of(fixed.sum(1)[:, None] + others[:, again].sum(2))]
             low, high = np.where(np.isnan(whole), np.nan, np.nanpercentile(sampled, [2.5, 97.5], axis=1))
-        row: dict[str, Any] = {**dict(zip(GROUP, group, strict=True)), "units": len(own)}
-        for name, *values in zip(("pearson", "spearman", "slope", "scale"), whole, low, high, strict=True):
-            row |= dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
-        rows.append(row)
-    return pd.DataFrame(rows)
+        rows.append([*group, len(own), *np.stack([whole, low, high], 1).ravel()])
+    names = [f"{name}{end}" for name in ("pearson", "spearman", "slope", "scale") for end in ("", "_low", "_high")]
+    return pd.DataFrame(rows, columns=[*GROUP, "units", *names])
 
 
 def _agreement(estimate: np.ndarray, effect: np.ndarray) -> tuple[np.ndarray, ...]:
