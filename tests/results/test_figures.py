@@ -5,8 +5,7 @@ import itertools
 import pytest
 
 from lightning_ablate.results import Results, figures
-
-HEADS = [(f"h.{layer}.attn.proj", head) for layer in (0, 1) for head in range(3)]
+from tests.results.conftest import HEADS
 
 
 def test_degradation_draws_a_curve_a_method_the_baseline_and_chance(made):
