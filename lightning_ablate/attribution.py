@@ -1,5 +1,6 @@
 """What every unit is worth: the estimated effect of ablating it alone, in nats, from a few backward passes."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -7,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 import torch
+from scipy import stats
 from torch import Tensor
 
 from lightning_ablate.conditions import listed
@@ -136,21 +138,22 @@ def per_position(sums: Tensor, n: Tensor) -> Tensor:
 
 
 def table_of(attributed: Mapping[str, Mapping[Site, Tensor]], measured: Sequence[Sequence[Any]] = ()) -> pd.DataFrame:
-    """A row a method and unit, from what was found by method and site ``(FOUND, units)``.
+    """One row per method and unit: what ablating the unit alone is estimated to cost.
 
-    Columns: method, site, kind (of the site), level (neuron, head or site), unit (its place in the site), and, in nats
-    per scored position, first, second (order), estimate (their sum, bounded) and se, its standard error over the
-    examples. Of what was ``measured`` also picked (``largest`` or ``random``), verified (the true effect) and
-    verified_se; and calibrated, the estimate with what it adds to the first order scaled by what was measured of such
-    units, see :func:`scale_of`, NaN where none was or there is no second order.
+    Columns: method, site, kind (of the site), level (neuron, head or site), unit (index in the site), and, in nats per
+    scored position: first and second (order), estimate (their sum, bounded) and se (its standard error over examples).
+    If units were verified, also picked (``largest`` or ``random``), verified (the measured effect), verified_se, and
+    calibrated: the estimate with its second order times :func:`scale_of`.
+
+    Args:
+        attributed: method → site → ``(FOUND, units)`` float64.
+        measured: for each verified unit its method, site, level, unit, picked, verified and verified_se.
     """
     frames = []
     for method, by_site in attributed.items():
         for site, found in by_site.items():
-            places = [(level, unit) for level, size in levels_of(site).items() for unit in range(site.width // size)]
-            frame = pd.DataFrame(places, columns=["level", "unit"]).assign(
-                method=method, site=site.name, kind=site.kind
-            )
+            units = [(level, unit) for level, size in levels_of(site).items() for unit in range(site.width // size)]
+            frame = pd.DataFrame(units, columns=["level", "unit"]).assign(method=method, site=site.name, kind=site.kind)
             frames.append(frame[[*_KEYS, "kind"]].assign(**dict(zip(FOUND, found.cpu().numpy(), strict=True))))
     table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*_KEYS, "kind", *FOUND])
     if not measured:
@@ -158,38 +161,44 @@ def table_of(attributed: Mapping[str, Mapping[Site, Tensor]], measured: Sequence
     columns = [*_KEYS, "picked", "verified", "verified_se"]
     table = table.merge(pd.DataFrame(list(measured), columns=columns), how="left", on=_KEYS)
     for _, own in table.groupby(GROUP, sort=False):
-        rows = own.dropna(subset="verified")
-        scale = float(scale_of(*_weighed(rows, len(own))))
+        scale = float(scale_of(_weighed(own.dropna(subset="verified"), len(own)).sum(1)))
         table.loc[own.index, "calibrated"] = own["first"] + scale * (own["estimate"] - own["first"])
     return table
 
 
-def scale_of(first: np.ndarray, estimate: np.ndarray, verified: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """What makes ``first + scale * (estimate - first)`` add up to the truth, as the measured units tell; at least 0.
+def scale_of(sums: np.ndarray) -> np.ndarray:
+    """The factor of the second order with which the verified units' estimates add up to their effects; at least 0.
 
-    The first order is right by its definition, and what the second adds by its shape more than its size: higher orders
-    grow with it. All are ``(..., measured)``, the scale ``(...,)``, NaN where there is no second order. It is a ratio
-    estimate with units weighted by what they stand for (Horvitz & Thompson 1952).
+    The first order is exact for small changes. The second ranks units well, but it leaves out higher orders, which
+    grow with it. The factor is a ratio estimate (Horvitz & Thompson 1952).
+
+    Args:
+        sums: ``(3, ...)`` float64, sums of what :func:`_weighed` returns.
+
+    Returns:
+        ``(...)`` float64, NaN where there is no second order.
     """
-    second, missing = (weights * (estimate - first)).sum(-1), (weights * (verified - first)).sum(-1)
-    told = second > 1e-9 * (weights * np.abs(first)).sum(-1)  # more than rounding
-    return np.divide(missing, second, out=np.full_like(second, np.nan), where=told).clip(0)
+    second, missing, first = sums
+    known = second > 1e-9 * first  # more than rounding
+    return np.divide(missing, second, out=np.full_like(second, np.nan), where=known).clip(0)
 
 
-def _weighed(measured: pd.DataFrame, whole: int) -> tuple[np.ndarray, ...]:
-    """First order, estimate, truth and weights, each ``(measured,)``.
+def _weighed(verified: pd.DataFrame, count: int) -> np.ndarray:
+    """Second order, effect minus first order, and size of the first order, ``(3, verified)``, each times a weight.
 
-    A weight is how many of ``whole`` units one stands for: the largest for themselves, the others for the rest.
+    The weight is the number of units, of ``count``, that a verified unit stands for: the largest for themselves, the
+    random ones for all others.
     """
-    largest = (measured["picked"] == "largest").to_numpy()
-    weights = np.where(largest, 1.0, (whole - largest.sum()) / max(1, (~largest).sum()))
-    return *measured[["first", "estimate", "verified"]].to_numpy().T, weights
+    first, estimate, effect = verified[["first", "estimate", "verified"]].to_numpy(dtype=np.float64).T
+    largest = (verified["picked"] == "largest").to_numpy()
+    weights = np.where(largest, 1.0, (count - largest.sum()) / max(1, (~largest).sum()))
+    return weights * np.stack([estimate - first, effect - first, np.abs(first)])
 
 
 def picked(frame: pd.DataFrame, count: int, seed: int = 0) -> pd.DataFrame:
-    """``count`` of the largest estimates, and as many random others, of each of ``GROUP``, but for whole sites.
+    """The units to verify, in each of ``GROUP``: ``count`` of the largest estimates and as many random others.
 
-    The rows of the table with a column ``picked``: ``largest`` or ``random``.
+    They are rows of the frame, without whole sites, with a column ``picked``: ``largest`` or ``random``.
     """
     found = []
     for group, rows in frame[frame["level"] != "site"].groupby(GROUP, sort=False):
@@ -201,55 +210,33 @@ def picked(frame: pd.DataFrame, count: int, seed: int = 0) -> pd.DataFrame:
     return pd.concat(found)
 
 
-def trust(frame: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
-    """How far the estimates agree with what was measured: a row for each of ``GROUP``.
+def trust(frame: pd.DataFrame, resamples: int = 1000) -> pd.DataFrame:
+    """How well estimates agree with verified effects: one row for each of ``GROUP`` with three verified units or more.
 
-    Its columns are units (measured), pearson, spearman, slope (of the truth on the estimate) and scale (see
-    :func:`scale_of`), each with ``_low`` and ``_high``, the ends of the 95% interval of a bootstrap over the units;
-    recall, the share of the units whose true effect is at least the median of the largest estimates' that are among
-    these, by the random sample's share; and missed, the largest true effect in the random sample, whose estimates are
-    smaller.
+    Columns: units (number of verified ones), pearson, spearman, slope (of the effects on the estimates) and scale (see
+    :func:`scale_of`). ``_low`` and ``_high`` are the ends of their 95% intervals, by a bootstrap over units. For the
+    scale, the largest units are in each sample, as they were not drawn.
     """
     rows = []
     for group, every in frame.groupby(GROUP, sort=False):
         own = every.dropna(subset="verified")
         if len(own) < 3:
             continue
-        weighed = _weighed(own, len(every))
-        _, estimate, true, weights = weighed
-        largest, draw = (own["picked"] == "largest").to_numpy(), np.random.default_rng(0)
-        again = np.tile(np.arange(len(own)), (1 + draws, 1))  # the units themselves, and behind them the samples
-        stratified, others = again.copy(), np.flatnonzero(~largest)  # the largest are there in any sample
-        again[1:] = draw.integers(len(own), size=(draws, len(own)))
-        stratified[1:, others] = others[draw.integers(max(1, len(others)), size=(draws, len(others)))]
-        row: dict[str, Any] = {**dict(zip(GROUP, group, strict=True)), "units": len(own)}
-        for name, measure in (("pearson", _pearson), ("spearman", _spearman), ("slope", _slope), ("scale", scale_of)):
-            given, samples = (weighed, stratified) if name == "scale" else ((estimate, true), again)
-            with np.errstate(all="ignore"):
-                row[name], *sampled = measure(*(values[samples] for values in given))
-            ends = [np.nan] * 2 if np.isnan(row[name]) else np.nanpercentile(sampled, [2.5, 97.5])
-            row[f"{name}_low"], row[f"{name}_high"] = ends
-        row["recall"] = _recall(true, largest, weights)
-        row["missed"] = true[~largest].max() if (~largest).any() else np.nan
-        rows.append(row)
-    return pd.DataFrame(rows)
+        pairs, weighed = own[["estimate", "verified"]].to_numpy().T, _weighed(own, len(every))
+        fixed, others = (weighed[:, own["picked"] == kind] for kind in ("largest", "random"))
+        generator = np.random.default_rng(0)
+        drawn, again = (generator.integers(max(1, n), size=(resamples, n)) for n in (len(own), others.shape[1]))
+        with warnings.catch_warnings(action="ignore"):  # a sample of a single unit has no correlation
+            whole = [*_agreement(*pairs), scale_of(weighed.sum(1))]
+            sampled = [*_agreement(*pairs[:, drawn]), scale_of(fixed.sum(1)[:, None] + others[:, again].sum(2))]
+            low, high = np.where(np.isnan(whole), np.nan, np.nanpercentile(sampled, [2.5, 97.5], axis=1))
+        rows.append([*group, len(own), *np.stack([whole, low, high], 1).ravel()])
+    names = [f"{name}{end}" for name in ("pearson", "spearman", "slope", "scale") for end in ("", "_low", "_high")]
+    return pd.DataFrame(rows, columns=[*GROUP, "units", *names])
 
 
-def _recall(true: np.ndarray, largest: np.ndarray, weights: np.ndarray) -> float:
-    """By what units stand for the share of truly large ones that are among the largest estimates."""
-    large = weights * (true >= np.median(true[largest])) if largest.any() else np.zeros_like(true)
-    return float(large[largest].sum() / large.sum()) if large.any() else float("nan")
-
-
-def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
-    return (x * y).sum(1) / np.sqrt((x * x).sum(1) * (y * y).sum(1))
-
-
-def _spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return _pearson(*(pd.DataFrame(values).rank(axis=1).to_numpy() for values in (x, y)))
-
-
-def _slope(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
-    return (x * y).sum(1) / (x * x).sum(1)
+def _agreement(estimate: np.ndarray, effect: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Pearson's and Spearman's correlation, and the slope of the effect on the estimate, along the last axis."""
+    pearson = stats.pearsonr(estimate, effect, axis=-1).statistic
+    spearman = stats.pearsonr(*(stats.rankdata(values, axis=-1) for values in (estimate, effect)), axis=-1).statistic
+    return pearson, spearman, pearson * effect.std(-1) / estimate.std(-1)

@@ -9,7 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # which run beside one another
 import pytest
 import torch
 
-from lightning_ablate.results import figures, neurons
+from lightning_ablate.results import figures
 from tests import tiny
 
 
@@ -44,8 +44,7 @@ def drawn():
 def _not_drawn(request, monkeypatch):
     """Drawing takes as long as a tiny run, so tests that don't look at a figure get an empty file."""
     if "drawn" not in request.fixturenames:
-        for module in (neurons, figures):
-            monkeypatch.setattr(module, "drawn", lambda picture, form="png": b"")
+        monkeypatch.setattr(figures, "drawn", lambda picture, form="png": b"")
 
 
 @pytest.fixture(scope="session")

@@ -281,7 +281,7 @@ def synthetic(layers, heads, verified=True):
 @pytest.mark.parametrize("verified", [True, False])
 def test_figures_of_any_size(layers, heads, verified, tmp_path):
     figure = plot(synthetic(layers, heads, verified))
-    assert len(figure.axes) == 3 + verified  # a map, its scale, the neurons, and the truth
+    assert len(figure.axes) == 2 + verified  # a map, its scale, and the truth
     figure.savefig(tmp_path / "figure.png")
     ticks = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert ticks[:2] == ["0", "1"] and len(ticks) <= 32
@@ -295,7 +295,9 @@ def test_how_far_to_trust_a_map_is_what_scipy_says():
     assert said["pearson"] == pytest.approx(stats.pearsonr(x, y)[0])
     assert said["spearman"] == pytest.approx(stats.spearmanr(x, y)[0])
     assert said["slope"] == pytest.approx(stats.linregress(x, y).slope)
-    assert said["pearson_low"] <= said["pearson"] <= said["pearson_high"]
+    for name in ("pearson", "spearman", "slope"):
+        assert said[f"{name}_low"] <= said[name] <= said[f"{name}_high"]
+    assert said[["scale", "scale_low", "scale_high"]].isna().all()  # second orders don't add up to anything positive
     text = lines(table)
     assert "estimates against the truth" in text and "within 2 standard errors of 0" in text
     assert wide(table, "head").columns.tolist()[:4] == ["site", "head", "mean_first", "mean_second"]
@@ -322,12 +324,6 @@ def test_second_orders_are_scaled_until_the_measured_units_add_up():
     assert np.mean(sums) == pytest.approx(whole, rel=0.01) and np.std(sums) < 0.1 and np.mean(ends) > 0.85
     site_row = table[table["level"] == "site"]  # of which none was measured
     assert np.isnan(site_row["calibrated"].item())
-
-
-def test_recall_counts_what_the_random_sample_stands_for():
-    true, largest = np.array([5.0, 4, 3, 2, 3.5, 0, 0, 0]), np.array([True] * 4 + [False] * 4)
-    # half of the four largest reach their median of 3.5; a quarter of the random ones does, of 40 others
-    assert attributions._recall(true, largest, np.where(largest, 1.0, 10.0)) == pytest.approx(2 / (2 + 0.25 * 40))
 
 
 def test_what_cannot_be_attributed_is_refused(tmp_path):

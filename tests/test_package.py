@@ -28,6 +28,7 @@ def test_every_name_that_is_exported_is_there_and_all_that_users_name_is_exporte
 def test_the_wheel_takes_every_data_file():
     config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     data = config["tool"]["setuptools"]["package-data"]
-    files = [p.relative_to(PACKAGE) for p in PACKAGE.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc")]
+    rest = [path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc", ".md")]
+    files = [path.relative_to(PACKAGE) for path in rest]
     patterns = [f"demo/{pattern}" for pattern in data["lightning_ablate.demo"]] + data["lightning_ablate"]
     assert len(files) >= 9 and not [f for f in files if not any(fnmatch(str(f), pattern) for pattern in patterns)]

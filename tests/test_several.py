@@ -54,7 +54,7 @@ def test_tables_figures_and_loggers_tell_them_apart(both):
     assert len(named_scores(results)) == 4 * len(results.table)
     assert str(results).count("nothing ablated") == 2 and results._repr_html_().count("nothing ablated") == 2
     names = {path.name for path in folder.glob("*.png")}
-    assert names == {"degradation.png", "comparisons.png", "comparisons_python-texts_2.png", "neurons.png"}
+    assert names == {"degradation.png", "comparisons.png", "comparisons_python-texts_2.png"}
     with pytest.raises(ConfigError, match="no results on 'wiki', expected one of python-texts, python-texts 2"):
         results.on("wiki")
 
@@ -62,7 +62,7 @@ def test_tables_figures_and_loggers_tell_them_apart(both):
 def test_runs_join_by_data(tmp_path, both):
     results, folder = both
     shutil.copytree(folder, tmp_path / "again")
-    joined = load([folder, tmp_path / "again"])
+    joined = load([folder, tmp_path / "again"], ["one", "two"])
     assert [one.data for one in joined] == [["python-texts"], ["python-texts 2"]]
     assert all(len(one.table) == 1 + 2 * 3 * 2 for one in joined)
     assert Results.load(folder).table.equals(results.table)

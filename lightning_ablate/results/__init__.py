@@ -1,4 +1,4 @@
-"""The results of a sweep: a table of its conditions, what each example scored, and what follows from both."""
+"""The results of a sweep: tables of numbers below, figures and texts above them (see README.md)."""
 
 from lightning_ablate.results.join import load
-from lightning_ablate.results.table import Results
+from lightning_ablate.results.results import Results

@@ -1,4 +1,4 @@
-"""``python -m lightning_ablate.results RUN RUN ...``."""
+"""``python -m lightning_ablate.results RUN RUN --names A B``."""
 
 import argparse
 import sys
@@ -19,15 +19,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m lightning_ablate.results", description="Joins the results of several runs."
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, which holds results.csv and run.json")
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="one per run; METHOD becomes METHOD (NAME)")
     parser.add_argument("--out", type=Path, default=Path(), help="folder for joined.csv and joined.png")
     given = parser.parse_args(arguments)
     try:
-        targets = load(given.runs)
+        targets = load(given.runs, given.names)
         given.out.mkdir(parents=True, exist_ok=True)
-        paths = [given.out / name for name in ("joined.csv", "joined.png")]
-        table = pd.concat([results.table for results in targets])
-        write_whole(paths[0], table.to_csv(index=False, lineterminator="\n"))
-        write_whole(paths[1], figures.drawn(lambda: figures.degradation(*targets)))
+        table = given.out / "joined.csv"
+        write_whole(table, pd.concat([one.table for one in targets]).to_csv(index=False, lineterminator="\n"))
+        paths = [table, *figures.write(given.out, {"joined": lambda: figures.degradation(*targets)}, ["png"])]
     except (AblationError, OSError) as error:
         sys.exit(f"error: {error}")
     print("\n\n\n".join(map(str, targets)), *paths, sep="\n\n")

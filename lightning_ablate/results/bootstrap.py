@@ -3,23 +3,26 @@
 import numpy as np
 from scipy.special import ndtr, stdtrit
 
-ENOUGH = 20  # clusters; over fewer, intervals hold the truth less often than they say
+ENOUGH = 20  # clusters; with fewer, the true coverage of a 95% interval is below 95%
 _RESAMPLES, _AT_A_TIME, _LEVEL = 2_000, 100, 0.95
-_COLUMNS = 4_096  # whose ratios are held at a time
+_COLUMNS = 4_096  # scores whose resampled ratios are in memory at a time
 
 
 def intervals(sums: np.ndarray, positions: np.ndarray, clusters: np.ndarray) -> np.ndarray:
-    """The ends of the 95% intervals of scores per position, by the percentile bootstrap (Efron & Tibshirani 1993).
+    """The ends of 95% intervals of scores per position, by the percentile bootstrap (Efron & Tibshirani 1993).
 
-    Clusters are drawn with replacement, the same ones for all scores, as examples of one document are alike; a score is
-    a sum over the examples drawn by the number of their scored positions. Percentiles are those of a t distribution,
-    further out for few clusters (Hesterberg 2015, "What teachers should know about the bootstrap", expanded
-    percentiles). The ends are ``(2, scores)`` float64, NaN where fewer than two clusters count.
+    Clusters are drawn with replacement, the same ones for all scores, because examples of one document are alike. A
+    score is its sum over the drawn examples, divided by their number of scored positions. The percentiles are those of
+    a t distribution, which widens the intervals of few clusters (Hesterberg 2015, "What teachers should know about the
+    bootstrap", expanded percentiles).
 
     Args:
-        sums: ``(scores, examples)`` float64, each score's sum over the scored positions of each example.
-        positions: ``(examples,)``, how many of each example's positions were scored; those with none are left out.
+        sums: ``(scores, examples)`` float64, each score summed over the scored positions of each example.
+        positions: ``(examples,)``, the number of scored positions; examples with none are left out.
         clusters: ``(examples,)``, equal for examples of one cluster.
+
+    Returns:
+        ``(2, scores)`` float64, the low and the high ends; NaN with fewer than two clusters.
     """
     counted, ends = positions > 0, np.full((2, len(sums)), np.nan)
     order = np.argsort(clusters[counted], kind="stable")

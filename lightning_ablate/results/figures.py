@@ -1,260 +1,233 @@
-"""The figures of results: curves by fraction, paired differences, and what each site, layer or head costs."""
+"""The figures of results: curves by ablated share, paired differences, and the effect of each site, layer or head."""
 
 import io
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import cycle
-from typing import TYPE_CHECKING, Any
+from itertools import cycle, product
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
-from lightning_ablate.errors import ConfigError
-from lightning_ablate.results.text import neighbours, title
+from lightning_ablate.results.folder import write_whole
+from lightning_ablate.results.frames import BASELINE
+from lightning_ablate.results.table import Scores
+from lightning_ablate.results.text import neighbours, short, title
 
-if TYPE_CHECKING:
-    from lightning_ablate.results.table import Results
-
-# Okabe & Ito's palette and, behind it, Tol's muted one, told apart by colour-blind readers; markers and dashes tell
-# them apart in grey
+# Colour-blind readers can tell these apart (Okabe & Ito, then Tol's muted palette); markers and dashes help in grey.
 _COLORS = (
     *("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"),
     *("#882255", "#332288", "#117733", "#AA4499", "#DDCC77", "#661100"),
 )
 _STYLES: list[dict[str, Any]] = [
-    {"color": color, "marker": marker, "linestyle": line}
+    {"color": color, "marker": marker, "linestyle": line, "markersize": 3.5, "linewidth": 1.2}
     for color, marker, line in zip(_COLORS, "os^DvPX<>*phd1", cycle(("-", "--", "-.", ":")))
 ]
-_ZERO: dict[str, Any] = {"color": "0.35", "linewidth": 0.9, "linestyle": (0, (5, 2))}
-_CHANCE: dict[str, Any] = _ZERO | {"linestyle": (0, (1, 1.5))}
-_METHODS = 4  # of which every pair has a panel
-_ACROSS = 4  # maps beside one another
-_CHARACTER = 0.065  # inches that one takes at 8 points
+ZERO: dict[str, Any] = {"color": "0.35", "linewidth": 0.9, "linestyle": (0, (5, 2))}
+_CHANCE: dict[str, Any] = ZERO | {"linestyle": (0, (1, 1.5))}
 
 
-def degradation(*results: "Results") -> Figure:
-    """Top-1 accuracy, cross-entropy and one's own metrics by the share ablated: a column a target, a curve a method.
+def degradation(*targets: Scores) -> Figure:
+    """Top-1 accuracy, cross-entropy and the user's own metrics by ablated share: one column per target.
 
-    Bands are the 95% intervals over clusters, where these are known; bars are ± 1 standard deviation over the seeds.
+    Bands are 95% intervals over clusters. Bars are ± 1 standard deviation over the seeds.
     """
-    methods = list(dict.fromkeys(method for one in results for method in one.methods))
-    labels = {method: textwrap.fill(method, 44) for method in methods}
-    columns = len(results) * (2 if max(map(len, methods), default=0) <= 20 else 1)
-    lines = sum(label.count("\n") for label in labels.values()) + -(-(len(methods) + 2) // columns)
-    own = list(dict.fromkeys(metric for one in results for metric in one.own))
-    figure = blank(0.4 + 3.1 * len(results), 4.4 + 2 * len(own) + 0.17 * lines)
-    axes = figure.subplots(2 + len(own), len(results), sharex="col", squeeze=False)
+    methods = list(dict.fromkeys(method for one in targets for method in one.methods))
+    own = list(dict.fromkeys(metric for one in targets for metric in one.own))
+    columns = len(targets) * (2 if max(map(len, methods), default=0) <= 20 else 1)
+    figure = blank(0.4 + 3.1 * len(targets), 4.4 + 2 * len(own) + 0.17 * -(-(len(methods) + 2) // columns))
+    axes = figure.subplots(2 + len(own), len(targets), sharex="col", squeeze=False)
     handles: dict[str, Any] = {}
-    for (top, *others), one in zip(axes.T, results, strict=True):
-        classes, bottom = one.facts.get("classes"), others[-1]
-        for panel, metric in zip((top, *others), ("top1", "cross_entropy", *own), strict=True):
+    for column, one in zip(axes.T, targets, strict=True):
+        classes = one.facts.get("classes")
+        chance = {"top1": 1 / classes, "cross_entropy": math.log(classes)} if classes else {}
+        for panel, metric in zip(column, ("top1", "cross_entropy", *own), strict=True):
             scale = 100 if metric == "top1" else 1
             if metric not in one.metrics:
                 continue
             _curves(panel, one.summary(), methods, metric, scale)
-            panel.axhline(scale * one.baseline[metric], **_ZERO, label="nothing ablated")
-            if classes and metric not in own:
-                chance = 1 / classes if metric == "top1" else math.log(classes)
-                panel.axhline(scale * chance, **_CHANCE, label="chance")
-        bottom.set_xlabel("neurons ablated (%)", fontsize=9)
-        top.set_title(_title(one, 40), fontsize=9)
-        handles |= {name: handle for handle, name in zip(*top.get_legend_handles_labels(), strict=True)}
-    for row, label in zip(axes[:, 0], ("top-1 accuracy (%)", "cross-entropy (nats)", *own), strict=True):
-        row.set_ylabel(label, fontsize=9)
+            panel.axhline(scale * one.baseline[metric], **ZERO, label="nothing ablated")
+            if metric in chance:
+                panel.axhline(scale * chance[metric], **_CHANCE, label="chance")
+        column[-1].set_xlabel("neurons ablated (%)", fontsize=9)
+        column[0].set_title(_title(one, 40), fontsize=9)
+        handles |= {name: handle for handle, name in zip(*column[0].get_legend_handles_labels(), strict=True)}
+    for panel, label in zip(axes[:, 0], ("top-1 accuracy (%)", "cross-entropy (nats)", *own), strict=True):
+        panel.set_ylabel(label, fontsize=9)
     names = [name for name in (*methods, "nothing ablated", "chance") if name in handles]
-    shown = [handles[name] for name in names], [labels.get(name, name) for name in names]
+    shown = [handles[name] for name in names], names
     figure.legend(*shown, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     return figure
 
 
-def differences(results: "Results") -> Figure:
-    """How much more top-1 accuracy one method leaves than another, by the share ablated, with 95% intervals.
+def differences(scores: Scores) -> Figure:
+    """The difference of two methods' top-1 accuracy by ablated share, with 95% intervals: one panel per pair.
 
-    Every pair has a panel; of more than four methods those of neighbours in rank.
-
-    ConfigError if there are no two methods, or conditions are confined to parts.
+    ``scores`` are of two or more methods, which ablated some shares in common.
     """
-    compared = results.compare()
-    if compared.empty or results.parts:
-        raise ConfigError(f"differences by fraction need two methods or more and no single parts: {results!r}")
-    if len(results.methods) > _METHODS:
-        compared = neighbours(results, compared)
+    compared = neighbours(scores, scores.compare())
     pairs = list(dict.fromkeys(zip(compared["method"], compared["other"], strict=True)))
-    columns = min(3, len(pairs))
-    lines = -(-len(pairs) // columns)
     titles = [textwrap.fill(f"{one} − {other}", 32) for one, other in pairs]
     height = 1.7 + 0.13 * max(name.count("\n") for name in titles)
-    figure = blank(1.2 + 2.2 * columns, 1.0 + height * lines)
-    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False).ravel()
-    for panel, pair, name in zip(panels, pairs, titles, strict=False):
+    figure, panels = grid(len(pairs), 3, (2.2, height), (1.2, 1.0), sharex=True, sharey=True)
+    for panel, pair, name in zip(panels, pairs, titles, strict=True):
         own = compared[(compared["method"] == pair[0]) & (compared["other"] == pair[1])]
         x, y, low, high = 100 * own[["ablated", "top1", "top1_low", "top1_high"]].to_numpy().T
         ends, line = np.clip([y - low, high - y], 0, None), "o-" if len(own) > 1 else "o"
         panel.errorbar(x, y, yerr=ends, fmt=line, color="#0072B2", markersize=3, linewidth=1)
-        panel.axhline(0, **_ZERO)
+        panel.axhline(0, **ZERO)
         panel.set_title(name, fontsize=8)
         plain(panel, 7)
-    _share_ticks(panels[0], sorted({0.0, *compared["ablated"]}), 7, most=6)
-    for panel in panels[len(pairs) :]:
-        panel.set_visible(False)
-    figure.suptitle(_title(results, 20 + 30 * columns), fontsize=9)
+    _share_ticks(panels[0], compared["ablated"], most=6)
+    figure.suptitle(_title(scores, int(13 * figure.get_figwidth())), fontsize=9)
     figure.supxlabel("neurons ablated (%)", fontsize=8)
     figure.supylabel("top-1 difference (points)", fontsize=8)
     return figure
 
 
-def importance(results: "Results", metric: str = "cross_entropy") -> Figure:
-    """What each head costs when it alone is ablated, as a map a method; or each site or layer, as a line a method.
+def importance(scores: Scores, metric: str = "cross_entropy") -> Figure:
+    """How ablating one part alone changes the ``metric``: a map of heads per method, or a line of layers or sites.
 
-    It is the change of the ``metric``. Where what examples scored is known, a dot marks a head, and a band around a
-    line shows, what they tell from 0.
+    A dot marks a head whose 95% interval leaves out 0; a band around a line is the interval.
     """
     renamed = {metric: "value", f"{metric}_low": "low", f"{metric}_high": "high"}
-    damage = results.compare(other="none")[["method", "part", "head", *renamed]].rename(columns=renamed)
+    damage = scores.compare(other=BASELINE)[["method", "part", "head", *renamed]].rename(columns=renamed)
+    damage["row"] = damage["part"].map(scores.parts.index)
     label = "added cross-entropy (nats)" if metric == "cross_entropy" else f"change of {metric}"
-    names = short(results.parts)
+    names = short(scores.parts)
+    kind = "layer" if all(name.isdigit() for name in names) else "site"
     if damage["head"].notna().any():
-        return _maps(results, damage, names, label)
-    methods, labels = results.methods, [textwrap.fill(method, 64) for method in results.methods]
-    columns = max(1, min(3, 66 // (6 + max(map(len, labels)))))
-    tilted = len(names) > 8 or max(map(len, names)) > 30 / len(names)
-    below = 0.055 * max(map(len, names)) * tilted + 0.17 * -(-len(methods) // columns)
+        return _maps(scores, damage, names, kind, label)
+    columns = max(1, min(3, 66 // (6 + max(map(len, scores.methods)))))
+    below = 0.055 * max(map(len, names)) + 0.17 * -(-len(scores.methods) // columns)
     figure = blank(max(5.0, 1.0 + 0.2 * len(names)), 3.0 + below)
     axes = figure.subplots()
-    for method, name, style in zip(methods, labels, cycle(_STYLES)):
-        own = damage[damage["method"] == method]
-        x = own["part"].map(results.parts.index).to_numpy()
-        axes.plot(x, own["value"].to_numpy(), label=name, markersize=3.5, linewidth=1.2, **style)
-        axes.fill_between(
-            x, own["low"].to_numpy(), own["high"].to_numpy(), color=style["color"], alpha=0.15, linewidth=0
-        )
-    axes.axhline(0, **_ZERO)
-    axes.set_xticks(range(len(names)), names, rotation=90 if tilted else 0)
-    axes.set_xlabel(_kind(names), fontsize=9)
+    for method, style in zip(scores.methods, cycle(_STYLES)):
+        x, y, low, high = damage.loc[damage["method"] == method, ["row", "value", "low", "high"]].to_numpy().T
+        axes.plot(x, y, label=method, **style)
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    axes.axhline(0, **ZERO)
+    axes.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 3 else 0)
+    axes.set_xlabel(kind, fontsize=9)
     axes.set_ylabel(label, fontsize=9)
     plain(axes, 8)
     figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
-    figure.suptitle(_title(results, 70), fontsize=9)
+    figure.suptitle(_title(scores, 70), fontsize=9)
     return figure
+
+
+def head_map(axes: Axes, heads: pd.DataFrame, names: Sequence[str], largest: float, size: int) -> AxesImage:
+    """Draws a square per head, red where ablating it does damage, with a dot where that is known from 0.
+
+    ``heads`` has the columns row (index of the site in ``names``), head, value and known; ``size`` is in points.
+    """
+    values = np.full((len(names), 1 + int(heads["head"].max())), np.nan)
+    values[heads["row"], heads["head"].astype(int)] = heads["value"]
+    image = axes.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto", interpolation="nearest")
+    known = heads[heads["known"]]
+    axes.plot(known["head"], known["row"], "o", ms=min(2.5, 40 / len(names)), color="white", mec="black", mew=0.4)
+    axes.set_xticks(range(0, values.shape[1], 1 + (values.shape[1] - 1) // 16))
+    step = 1 + (len(names) - 1) // 32
+    axes.set_yticks(range(0, len(names), step), names[::step])
+    axes.tick_params(labelsize=size)
+    return image
 
 
 def drawn(picture: Callable[[], Figure], form: str = "png") -> bytes:
-    """A figure as a file: a ``png`` of 300 dots per inch, a ``pdf`` or an ``svg``, the same bytes each time."""
+    """The content of a figure's file: ``png`` with 300 dots per inch, ``pdf`` or ``svg``; the same bytes each time."""
     buffer = io.BytesIO()
-    unsaid = {"png": "Software", "pdf": "CreationDate", "svg": "Date"}[form]
-    picture().savefig(buffer, format=form, dpi=300, metadata={unsaid: None})
+    dated = {"png": "Software", "pdf": "CreationDate", "svg": "Date"}[form]
+    picture().savefig(buffer, format=form, dpi=300, metadata={dated: None})
     return buffer.getvalue()
 
 
+def write(folder: Path, pictures: Mapping[str, Callable[[], Figure]], forms: Sequence[str]) -> list[Path]:
+    """Draws each picture and writes it into the folder in each form (``png``, ``pdf``, ``svg``); returns the paths."""
+    paths = []
+    for (name, picture), form in product(pictures.items(), forms):
+        paths.append(folder / f"{name}.{form}")
+        write_whole(paths[-1], drawn(picture, form))
+    return paths
+
+
 def blank(width: float, height: float) -> Figure:
-    """An empty figure of so many inches, which needs no display."""
+    """An empty figure, width and height in inches, which needs no display."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    figure._repr_png_ = partial(drawn, lambda: figure)  # type: ignore[attr-defined]  # as notebooks show it
+    figure._repr_png_ = partial(drawn, lambda: figure)  # type: ignore[attr-defined]  # notebooks show it so
     return figure
 
 
-def _title(results: "Results", width: int) -> str:
-    return textwrap.fill(title(results) + (" (partial run)" if results.partial else ""), width)
+def grid(
+    count: int, across: int, panel: tuple[float, float], margin: tuple[float, float], **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` panels, at most ``across`` in a row; panel and margin are width and height in inches."""
+    across = min(across, count)
+    lines = -(-count // across)
+    figure = blank(margin[0] + across * panel[0], margin[1] + lines * panel[1])
+    panels = figure.subplots(lines, across, squeeze=False, **options).ravel()
+    for unused in panels[count:]:
+        unused.remove()
+    return figure, list(panels[:count])
 
 
-def plain(axes: Axes, size: int, grid: bool = True) -> None:
-    """Small ticks, a grid or none, and no frame above and at the right."""
+def plain(axes: Axes, size: int) -> None:
+    """Sets the size of ticks, draws a grid, and removes the frame above and at the right."""
     axes.tick_params(labelsize=size)
-    if grid:
-        axes.grid(alpha=0.25, linewidth=0.5)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _title(scores: Scores, width: int) -> str:
+    return textwrap.fill(title(scores) + (" (partial run)" if scores.partial else ""), width)
 
 
 def _curves(axes: Axes, summary: pd.DataFrame, methods: Sequence[str], metric: str, scale: float) -> None:
-    """A curve a method from the baseline on; or a point a method, side by side, where there is one share only."""
-    shares = sorted(summary["ablated"].unique())
-    alone = len(shares) == 2
-    here = [method for method in methods if method in set(summary["method"])]
+    """Draws a curve per method, from the baseline on."""
+    columns = ["ablated", metric, f"{metric}_low", f"{metric}_high", f"{metric}_sd"]
     for method, style in zip(methods, cycle(_STYLES)):
-        own = summary[summary["method"] == method]
-        if own.empty:
-            continue
+        own = summary.loc[summary["method"].isin([BASELINE, method]), columns]
         if len(own) > 1:
-            own = pd.concat([summary.iloc[:1], own])
-        else:
-            style = style | {"linestyle": "none"}
-        x, y = 100 * own["ablated"].to_numpy(), scale * own[metric].to_numpy()
-        if alone:
-            x = x + min(4, 52 / len(here)) * (here.index(method) - (len(here) - 1) / 2)
-        axes.plot(x, y, label=method, markersize=3.5, linewidth=1.2, **style)
-        sd = scale * own[f"{metric}_sd"].fillna(0.0).to_numpy()
-        axes.errorbar(x, y, yerr=sd, fmt="none", ecolor=style["color"], elinewidth=0.8, capsize=1.5, alpha=0.7)
-        low, high = (scale * own[f"{metric}_{end}"].to_numpy() for end in ("low", "high"))
-        if len(own) > 1:
+            x, y, low, high, sd = own.to_numpy().T * np.array([[100], *[[scale]] * 4])
+            axes.plot(x, y, label=method, **style)
+            axes.errorbar(x, y, yerr=sd, fmt="none", ecolor=style["color"], elinewidth=0.8, capsize=1.5, alpha=0.7)
             axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        else:
-            axes.vlines(x, low, high, color=style["color"], alpha=0.25, linewidth=5)
-    if alone:
-        axes.set_xlim(100 * shares[1] - 30, 100 * shares[1] + 30)
     plain(axes, 8)
-    _share_ticks(axes, shares, 8, most=11)
+    _share_ticks(axes, summary["ablated"], most=11)
 
 
-def _share_ticks(axes: Axes, shares: Sequence[float], size: int, most: int) -> None:
-    """Ticks at the shares themselves, where they are few and far enough apart; only above 0 if there is but one."""
-    shown = shares[1:] if len(shares) == 2 else shares
-    gaps = np.diff(shown) / max(shown[-1], 1e-9)
-    if len(shown) <= most and (gaps > 0.075).all():
-        axes.set_xticks([100 * share for share in shown], [f"{100 * share:.3g}" for share in shown], fontsize=size)
+def _share_ticks(axes: Axes, ablated: pd.Series, most: int) -> None:
+    """Puts ticks at the shares themselves, if they are few and far apart."""
+    shares = np.array(sorted({0.0, *ablated}))
+    if len(shares) <= most and (np.diff(shares) > 0.075 * shares[-1]).all():
+        axes.set_xticks(100 * shares, [f"{round(100 * one, 0 if one > 0.095 else 1):g}" for one in shares])
 
 
-def _maps(results: "Results", damage: pd.DataFrame, names: Sequence[str], label: str) -> Figure:
-    methods, heads = results.methods, 1 + int(damage["head"].max())
-    across = min(_ACROSS, len(methods))
-    lines = -(-len(methods) // across)
-    panel_width = max(1.5, 0.6 + 0.17 * heads)
-    titles = [textwrap.fill(method, int(panel_width / 0.08)) for method in methods]
-    width = across * panel_width + 1.2 + _CHARACTER * max(map(len, names))
-    above = 0.5 + 0.15 * max(name.count("\n") for name in titles)
-    figure = blank(width, 1.2 + lines * (above + max(1.2, 0.17 * len(names))))
-    panels = figure.subplots(lines, across, sharey=True, sharex=True, squeeze=False).ravel()
+def _maps(scores: Scores, damage: pd.DataFrame, names: Sequence[str], kind: str, label: str) -> Figure:
+    """One map of heads per method, with one scale of colours."""
+    methods, damage = scores.methods, damage[damage["head"].notna()]
+    damage = damage.assign(known=(damage["low"] > 0) | (damage["high"] < 0))
+    width = max(1.5, 0.6 + 0.17 * (1 + int(damage["head"].max())))
+    titles = [textwrap.fill(method, int(width / 0.08)) for method in methods]
+    height = 0.5 + 0.15 * max(name.count("\n") for name in titles) + max(1.2, 0.17 * len(names))
+    margin = 1.2 + 0.065 * max(map(len, names)), 1.2
+    figure, panels = grid(len(methods), 4, (width, height), margin, sharex=True, sharey=True)
     largest = damage["value"].abs().max() or 1.0
-    for panel, method, name in zip(panels, methods, titles, strict=False):
-        own = damage[(damage["method"] == method) & damage["head"].notna()]
-        rows, columns = own["part"].map(results.parts.index).to_numpy(), own["head"].astype(int).to_numpy()
-        values = np.full((len(names), heads), np.nan)
-        values[rows, columns] = own["value"].to_numpy()
-        image = panel.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="auto")
-        told = ((own["low"] > 0) | (own["high"] < 0)).to_numpy()
-        panel.plot(columns[told], rows[told], "o", markersize=2.5, color="white", mec="black", mew=0.5)
+    for panel, method, name in zip(panels, methods, titles, strict=True):
+        image = head_map(panel, damage[damage["method"] == method], names, largest, 8)
         panel.set_title(name, fontsize=9)
-        ticks = range(0, heads, 1 + (heads - 1) // 16)
-        panel.set_xticks(ticks, list(map(str, ticks)), fontsize=8)
-        panel.set_yticks(range(len(names)), names, fontsize=8)
-    for panel in panels[len(methods) :]:
-        panel.set_visible(False)
     figure.supxlabel("head", fontsize=9)
-    figure.supylabel(_kind(names), fontsize=9)
-    scale = figure.colorbar(image, ax=list(panels))
+    figure.supylabel(kind, fontsize=9)
+    scale = figure.colorbar(image, ax=panels)
     scale.set_label(label, fontsize=9)
     scale.ax.tick_params(labelsize=8)
-    said = [_title(results, 999)]
-    if damage["low"].notna().any():
-        said.append("dot: the 95% interval leaves out 0")
-    figure.suptitle("\n".join(textwrap.fill(line, int(13 * width)) for line in said), fontsize=9)
+    said = "\ndot: the 95% interval leaves out 0" if damage["low"].notna().any() else ""
+    figure.suptitle(_title(scores, int(13 * figure.get_figwidth())) + said, fontsize=9)
     return figure
-
-
-def _kind(names: Sequence[str]) -> str:
-    return "layer" if all(name.isdigit() for name in names) else "site"
-
-
-def short(parts: Sequence[str]) -> list[str]:
-    """The names without what all of them begin or end with, cut at the dots."""
-    names = [part.split(".") for part in parts]
-    for end in (0, -1):
-        while all(len(name) > 1 for name in names) and len({name[end] for name in names}) == 1:
-            names = [name[1:] if end == 0 else name[:-1] for name in names]
-    return [".".join(name) for name in names]

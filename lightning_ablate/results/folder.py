@@ -1,4 +1,4 @@
-"""The folder of a run: a fresh one, files that are there whole or not at all, and the versions that made them."""
+"""The folder of a run: its name, files that are written whole or not at all, and the versions of packages."""
 
 import os
 import platform
@@ -7,11 +7,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _PACKAGES = "lightning-ablate lightning torch torchmetrics transformers timm datasets numpy pandas pyarrow"
-_KEPT = ("results.csv", "ablation.ckpt", "config.yaml")  # by which a run is known
+_KEPT = ("results.csv", "ablation.ckpt", "config.yaml")  # one of these files shows a run
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file so that it is there whole or not at all."""
+    """Writes a file; after a failure the earlier file is still there, whole."""
     temporary = path.with_name(path.name + ".part")
     try:
         with temporary.open("wb") as file:
@@ -25,7 +25,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def fresh_folder(folder: Path, unless: Callable[[Path], bool] = lambda candidate: False) -> Path:
-    """The folder, or its first ``run-2``, ``run-3`` ... that holds no earlier run's files, or ``unless`` holds."""
+    """The first of ``folder``, its ``run-2``, ``run-3`` ... that holds no run, or for which ``unless`` is true."""
     candidate, number = folder, 1
     while not unless(candidate) and any((candidate / name).exists() for name in _KEPT):
         number += 1
@@ -33,8 +33,13 @@ def fresh_folder(folder: Path, unless: Callable[[Path], bool] = lambda candidate
     return candidate
 
 
+def base_name(name: str) -> str:
+    """The last name of a path; a name on the hub, like ``facebook/opt-125m``, stays whole."""
+    return (Path(name).name or name) if name.startswith(("/", ".", "~")) or os.path.exists(name) else name
+
+
 def versions() -> dict[str, str]:
-    """Those of Python and of the packages that a run's numbers depend on."""
+    """The versions of Python and of the packages that a run's numbers depend on."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES.split():
         try:

@@ -1,4 +1,4 @@
-"""The columns of the tables of results, how these are read, and what is computed from their rows."""
+"""The columns of the tables of results, how a table is read, and which of its rows are compared."""
 
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -11,20 +11,21 @@ import pandas as pd
 from lightning_ablate.errors import DataError, loading
 from lightning_ablate.metrics import METRICS
 
-BASELINE = "none"
+BASELINE = "none"  # the method of the row with nothing ablated
 _SCORES = dict.fromkeys(METRICS, "float64")
 TABLE = {"model": "str", "data": "str", "method": "str", "fraction": "float64", "ablated": "float64", "seed": "Int64"}
 TABLE |= {"part": "str", "head": "Int64", "n": "int64"} | _SCORES
 EXAMPLES = dict.fromkeys(("condition", "example", "cluster", "n"), "int64") | _SCORES
-# rows of the table, (seeds, conditions) int64, and the weights of these conditions' scores
+# Rows of the table, (seeds, conditions) int64, and weights (conditions,) float64: a weighted sum of scores per seed.
 Contrast = tuple[np.ndarray, np.ndarray]
 _Made = Callable[..., pd.DataFrame]
 
 
 def typed(frame: pd.DataFrame, types: Mapping[str, str], name: str) -> pd.DataFrame:
-    """A frame with these columns, of these types, and behind them one's own metrics; DataError if one is missing.
+    """The frame with these columns in this order, each of its type, then the user's own metrics as float64.
 
-    The frame is called by its ``name`` then.
+    Raises:
+        DataError: if a column is missing; the message calls the frame by its ``name``.
     """
     missing = [column for column in types if column not in frame.columns]
     if missing:
@@ -34,13 +35,13 @@ def typed(frame: pd.DataFrame, types: Mapping[str, str], name: str) -> pd.DataFr
 
 
 def read(path: Path, types: Mapping[str, str]) -> pd.DataFrame:
-    """A table that was written to a csv or parquet file, bit for bit; DataError if it can't be read."""
+    """The table in a csv or parquet file, bit for bit as it was written; DataError if the file can't be read."""
     with loading(str(path), DataError):
         if path.suffix == ".parquet":
             return typed(pd.read_parquet(path), types, str(path))
         floats = [name for name in pd.read_csv(path, nrows=0).columns if types.get(name, "float64") == "float64"]
         kinds = {name: kind for name, kind in types.items() if name not in floats}
-        empty = {name: [""] for name in ("seed", "head")}  # a method may be called "none", a model "NA"
+        empty = {name: [""] for name in ("seed", "head")}  # elsewhere "NA" is text: a model may be called so
         read: Any = {"converters": dict.fromkeys(floats, lambda cell: float(cell or "nan")), "na_values": empty}
         return typed(pd.read_csv(path, dtype=kinds, keep_default_na=False, **read), types, str(path))
 
@@ -49,49 +50,47 @@ def rectangular(examples: pd.DataFrame, conditions: int) -> bool:
     """Whether every condition has the same examples in the same order."""
     if len(examples) % conditions:
         return False
-    names = ("condition", "example", "cluster", "n")
-    condition, *same = (examples[name].to_numpy().reshape(conditions, -1) for name in names)
-    return bool((condition.T == np.arange(conditions)).all() and all((one == one[0]).all() for one in same))
+    condition = examples["condition"].to_numpy().reshape(conditions, -1)
+    same = examples[["example", "cluster", "n"]].to_numpy().reshape(*condition.shape, 3)
+    return bool((condition.T == np.arange(conditions)).all() and (same == same[0]).all())
 
 
 class Cell(NamedTuple):
-    """Conditions of a method that differ by their seed alone."""
+    """What the conditions of one method have in common if they differ by their seed alone."""
 
     fraction: float
     ablated: float  # mean over the seeds
     part: str
     head: int | None
 
-    @property
-    def went(self) -> tuple[float, str, int | None]:
-        """What conditions of two methods must share to be compared."""
-        return self.ablated, self.part, self.head
-
 
 def cells(table: pd.DataFrame) -> dict[str, dict[Cell, dict[int | None, int]]]:
-    """By method and cell, the latter in the order of what they ablate, which row of the table each seed has."""
+    """The rows of a table, as method → cell → seed → row; cells are sorted by the share they ablate."""
     found: dict[str, dict[Cell, dict[int | None, int]]] = {method: {} for method in table["method"]}
-    same = table.groupby(["method", "fraction", "part", "head"], dropna=False, sort=False)["ablated"]
-    went = same.transform("mean").round(12)  # seeds that ablate as much have a mean of just that
-    for one in table.assign(ablated=went).sort_values("ablated", kind="stable").itertuples():
+    by_cell = table.groupby(["method", "fraction", "part", "head"], dropna=False, sort=False)["ablated"]
+    shares = by_cell.transform("mean").round(12)  # a mean of equal shares can differ from them in the last bit
+    for one in table.assign(ablated=shares).sort_values("ablated", kind="stable").itertuples():
         cell = Cell(one.fraction, one.ablated, one.part, None if pd.isna(one.head) else int(one.head))
         found[one.method].setdefault(cell, {})[None if pd.isna(one.seed) else int(one.seed)] = one.Index
     return found
 
 
 def area(curve: Mapping[float, Mapping[int | None, int]], to: float) -> Contrast:
-    """A curve's mean height above the baseline, the table's first row, over the shares ablated from 0 to ``to``."""
+    """The mean height of a method's curve above the baseline, for ablated shares from 0 to ``to``.
+
+    ``curve`` maps an ablated share to seed → row; the baseline is row 0. The mean is by the trapezoid rule.
+    """
     seeds = max(curve.values(), key=len)
     points: dict[float, Mapping[int | None, int]] = {0.0: {None: 0}, **curve}
     grid = sorted({share for share in points if share < to} | {to})
-    shares = [np.trapezoid(np.interp(grid, list(points), hat), grid) / to for hat in np.eye(len(points))]
+    weights = [np.trapezoid(np.interp(grid, list(points), hat), grid) / to for hat in np.eye(len(points))]
     rows = [[0, *(at.get(seed, next(iter(at.values()))) for at in points.values())] for seed in seeds]
-    used = np.array([True, *(share > 0 for share in shares)])
-    return np.array(rows)[:, used], np.array([-1.0, *shares])[used]
+    used = np.array([True, *(weight > 0 for weight in weights)])
+    return np.array(rows)[:, used], np.array([-1.0, *weights])[used]
 
 
 def by_data(make: _Made) -> _Made:
-    """Makes a table of every data set, and a column ``data`` where there are several."""
+    """Decorates a method that makes a table: several data sets give one table with a column ``data``."""
 
     @wraps(make)
     def made(self: Any, *args: Any, **options: Any) -> pd.DataFrame:

@@ -1,52 +1,38 @@
-"""The results of a sweep as DataFrames, and the files they are kept in."""
+"""The scores of a sweep, and the tables that follow from them."""
 
-import json
-import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import combinations, product
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
 
-from lightning_ablate.errors import ConfigError, DataError, loading
+from lightning_ablate.errors import ConfigError, DataError
 from lightning_ablate.metrics import METRICS
-from lightning_ablate.results import figures, frames, text
+from lightning_ablate.results import frames
 from lightning_ablate.results.bootstrap import intervals
-from lightning_ablate.results.folder import write_whole
+from lightning_ablate.results.folder import base_name
 from lightning_ablate.results.frames import BASELINE, Cell, Contrast, by_data
-from lightning_ablate.results.text import base_name
 
-COMPARED = ("top1", "cross_entropy")
+_COMPARED = ("top1", "cross_entropy")
 
 
-class Results:
+class Scores:
     """What every condition of a sweep scored, and what follows from it.
 
-    Of several data sets the tables begin with a column ``data``, and :meth:`on` gives the results on one of them. Every
-    interval is of 95%, over clusters of examples, the choices of neurons being those of the run; NaN where the data
-    don't tell examples apart. Curves and areas go by the share that was ablated.
+    With several data sets, tables begin with a column ``data``, and :meth:`on` gives the results on one data set.
+    Intervals are of 95%, by a bootstrap over clusters of examples. They are NaN where the examples aren't known.
 
     Args:
-        table: a row a condition, the baseline (method ``none``) first, one data set behind the other: model, data,
-            method, fraction (share of the units that was asked for, in each site or in the part the condition is
-            confined to), ablated (share of the neurons of all sites that went), seed (missing where it can't matter),
-            part (the one site or layer that was ablated; empty for all), head (missing for all), n (scored positions),
-            top1 and top5 (share of them whose target has the largest logit, or one of the five largest),
-            cross_entropy, and kl, that of the ablated from the clean prediction (nats per scored position). Any other
-            column is a metric of one's own.
-        examples: a row a condition and example, the same examples in the same order for every condition: condition (row
-            of the table), example, cluster (equal for examples that share a document), n (its scored positions), and
-            the sums of the scores over these. None where the data don't tell examples apart; a data set may be left
-            out.
-        facts: what run.json says; ``classes``, their number or the size of the vocabulary, and ``partial``, why the run
-            doesn't cover all its data, are used here.
+        table: one row per condition; of each data set the baseline is the first row. README.md describes its columns.
+            A numeric column that isn't listed there is a metric of the user's own.
+        examples: one row per condition and example, with the same examples in the same order for every condition.
+            None where the data don't tell which example a position belongs to.
+        facts: the contents of run.json.
 
     Raises:
-        DataError: if a column is missing, the baseline isn't first, or the conditions' examples are not the same.
+        DataError: if a column is missing, the baseline isn't first, or conditions have different examples.
     """
 
     def __init__(
@@ -58,14 +44,26 @@ class Results:
         if not len(self.table) or self.baseline["method"] != BASELINE:
             raise DataError(f"the first row of the table must be the baseline, of the method {BASELINE!r}")
         self.data = self.table["data"].unique().tolist()
-        self.own = [name for name in self.table.columns if name not in frames.TABLE]  # metrics of one's own
+        self.own = [name for name in self.table.columns if name not in frames.TABLE]  # the user's own metrics
         self.metrics = [*METRICS, *self.own]
-        self._parts = [self._part(data) for data in self.data] if len(self.data) > 1 else []
-        if self._parts:
+        if len(self.each) > 1:
             return
         if self.examples is not None and not frames.rectangular(self.examples, len(self.table)):
             raise DataError("every condition needs a row for each example, the same ones in the same order")
         self._cells = frames.cells(self.table)
+
+    @cached_property
+    def each(self) -> list[Self]:
+        """The results on each data set."""
+        return [self._of(data) for data in self.data] if len(self.data) > 1 else [self]
+
+    def _of(self, data: str) -> Self:
+        """The results on one of several data sets."""
+        rows, examples = self.table.index[self.table["data"] == data], self.examples
+        if examples is not None:
+            examples = examples[examples["condition"].between(rows[0], rows[-1])]
+            examples = examples.assign(condition=examples["condition"] - rows[0]) if len(examples) else None
+        return type(self)(self.table.loc[rows], examples, self.facts)
 
     @property
     def baseline(self) -> pd.Series:
@@ -73,22 +71,17 @@ class Results:
         return self.table.iloc[0]
 
     @property
-    def each(self) -> list["Results"]:
-        """The results on each data set."""
-        return self._parts or [self]
-
-    @property
     def labels(self) -> list[str]:
         """Short names of the data sets, all different."""
         names = list(map(base_name, self.data))
-        return [f"{name} {place + 1}" if name in names[:place] else name for place, name in enumerate(names)]
+        return [f"{name} {index + 1}" if name in names[:index] else name for index, name in enumerate(names)]
 
-    def on(self, data: str) -> "Results":
-        """The results on one data set, by its name or its label; ConfigError if there is none such."""
-        found = [one for one, label in zip(self.each, self.labels, strict=True) if data in (one.data[0], label)]
-        if not found:
-            raise ConfigError(f"there are no results on {data!r}, expected one of {', '.join(self.data)}")
-        return found[0]
+    def on(self, data: str) -> Self:
+        """The results on one data set, by its name or its label; ConfigError if there is no such data set."""
+        for one, label in zip(self.each, self.labels, strict=True):
+            if data in (one.data[0], label):
+                return one
+        raise ConfigError(f"there are no results on {data!r}, expected one of {', '.join(self.data)}")
 
     @property
     def methods(self) -> list[str]:
@@ -97,21 +90,16 @@ class Results:
 
     @property
     def parts(self) -> list[str]:
-        """The sites or layers that were ablated alone, in the order of the sweep; empty where all of them were."""
+        """The sites or layers that were ablated alone, in the order of the sweep; empty if all were ablated at once."""
         return [part for part in self.table["part"].unique() if part]
 
     @property
-    def figure_name(self) -> str:
-        """``importance`` of conditions confined to parts, or else ``degradation``."""
-        return "importance" if self.parts else "degradation"
-
-    @property
     def counts(self) -> tuple[int, int]:
-        """How many examples were scored, and how many clusters of them; 0 where the data don't tell."""
+        """The number of scored examples and of their clusters; 0 and 0 where examples aren't known."""
         if self.examples is None:
             return 0, 0
-        base = self.examples[(self.examples["condition"] == 0) & (self.examples["n"] > 0)]
-        return len(base), base["cluster"].nunique()
+        scored = self.examples[(self.examples["condition"] == 0) & (self.examples["n"] > 0)]
+        return len(scored), scored["cluster"].nunique()
 
     @property
     def partial(self) -> list[str]:
@@ -120,25 +108,25 @@ class Results:
 
     @by_data
     def summary(self) -> pd.DataFrame:
-        """A row a method and fraction, the baseline first: what it scored.
+        """One row per method and fraction, the baseline first: its scores.
 
-        Its columns are method, fraction, ablated, (part and head where conditions are confined to them,) seeds (their
-        number), n, clusters (over which intervals are), and of each metric m: ``m``, the mean over the seeds; ``m_low``
-        and ``m_high``, the ends of its interval; ``m_sd``, the standard deviation over the seeds, NaN for a single one.
+        Columns: method, fraction, ablated, (part and head if there are parts,) seeds (how many), n, clusters (how many
+        the intervals draw), and for each metric m: ``m``, the mean over the seeds; ``m_low`` and ``m_high``, the ends
+        of its interval; ``m_sd``, the standard deviation over the seeds, NaN for a single seed.
         """
         keys, contrasts = [], []
         for method, own in self._cells.items():
             for cell, seeds in own.items():
-                rows = np.array(list(seeds.values()))[:, None]
                 keys.append((method, *cell))
-                contrasts.append((rows, np.ones(1)))
+                contrasts.append((np.array(list(seeds.values()))[:, None], np.ones(1)))
         return self._frame(["method", *Cell._fields], keys, contrasts, self.metrics)
 
     @by_data
     def kept(self, metric: str, nothing: float) -> pd.DataFrame:
-        """The summary, and ``kept`` of a metric: 1 with nothing ablated, 0 where it is ``nothing``, both as known.
+        """The summary, with ``kept``: a metric rescaled so that the baseline is 1 and the value ``nothing`` is 0.
 
-        With what it is on corrupt inputs, ``results.on("... reversed").baseline[metric]``, as in activation patching.
+        For activation patching, ``nothing`` is the score on corrupt inputs:
+        ``results.on("... reversed").baseline[metric]``.
         """
         if metric not in self.metrics:
             raise ConfigError(f"there is no metric {metric!r} here; those there are: {', '.join(self.metrics)}")
@@ -149,12 +137,17 @@ class Results:
 
     @by_data
     def compare(self, method: str | None = None, other: str | None = None) -> pd.DataFrame:
-        """How much more one method scores than another, on the same examples and as many neurons.
+        """The difference of two methods' scores, ``method`` minus ``other``, with the same units ablated.
 
-        A row a pair and share that both ablated, like :meth:`summary` with the differences. In one run the neurons are
-        the same. Conditions are paired by seed; where a seed can't matter to one method, its only condition is paired
-        with all of the other's. None stands for each method (as the other: each behind the first), ``none`` for the
-        baseline; any other name is a ConfigError.
+        One row per pair and share that both methods ablated; columns as in :meth:`summary`. Conditions are paired by
+        seed. A condition without a seed is paired with each of the other method's conditions.
+
+        Args:
+            method: None for every method.
+            other: ``none`` for the baseline, None for every method (if both are None, each pair once).
+
+        Raises:
+            ConfigError: if there is no such method.
         """
         for name, known in ((method, self.methods), (other, [*self.methods, BASELINE])):
             if name is not None and name not in known:
@@ -165,25 +158,24 @@ class Results:
             pairs = list(combinations(self.methods, 2))
         keys, contrasts = [], []
         for one, two in pairs:
-            others = {cell.went: seeds for cell, seeds in self._cells[two].items()}
+            others = {cell[1:]: seeds for cell, seeds in self._cells[two].items()}  # all but the fraction asked for
             for cell, seeds in self._cells[one].items():
-                against = others.get((0.0, "", None) if two == BASELINE else cell.went)
-                if against:
-                    same = [(row, against[seed]) for seed, row in seeds.items() if seed in against]
-                    rows = np.array(same or list(product(seeds.values(), against.values())))
-                    if not (same or None in seeds or None in against):
-                        continue  # no seed of one is a seed of the other
+                against = others.get((0.0, "", None) if two == BASELINE else cell[1:], {})
+                rows = [(row, against[seed]) for seed, row in seeds.items() if seed in against]
+                if None in seeds or None in against:
+                    rows = rows or list(product(seeds.values(), against.values()))
+                if rows:
                     keys.append((one, two, *cell))
-                    contrasts.append((rows, np.array([1.0, -1.0])))
-        return self._frame(["method", "other", *Cell._fields], keys, contrasts, [*COMPARED, *self.own])
+                    contrasts.append((np.array(rows), np.array([1.0, -1.0])))
+        return self._frame(["method", "other", *Cell._fields], keys, contrasts, [*_COMPARED, *self.own])
 
     @by_data
     def ranking(self) -> pd.DataFrame:
-        """A row a method, the least damage first: its scores above the baseline's, averaged over the shares ablated.
+        """One row per method, the least damage first: its scores minus the baseline's, averaged over ablated shares.
 
-        That is the area between both curves, by trapezoids, from 0 to ``to``, the largest share that all methods
-        reach. The columns of cross_entropy (added) and top1 (below 0: lost) are like those of :meth:`summary`. Of
-        conditions confined to parts, which make no curve, a row a method and part, the most damage first.
+        The average is the area between both curves, by the trapezoid rule, from 0 to ``to``: the largest share that
+        all methods reach. cross_entropy is what was added, top1 what was lost (below 0); columns are as in
+        :meth:`summary`. If there are parts: one row per method and part, the most damage first.
         """
         if self.parts:
             damage = self.compare(other=BASELINE)
@@ -193,90 +185,13 @@ class Results:
         to = min(map(max, curves.values()), default=1.0)
         keys = [(method, to) for method in curves]
         contrasts = [frames.area(curve, to) for curve in curves.values()]
-        ranked = self._frame(["method", "to"], keys, contrasts, [*COMPARED[::-1], *self.own])
+        ranked = self._frame(["method", "to"], keys, contrasts, [*_COMPARED[::-1], *self.own])
         return ranked.sort_values("cross_entropy", kind="stable", ignore_index=True)
-
-    def plot(self, metric: str = "cross_entropy") -> Figure:
-        """The curves of the methods by the share ablated; or, of conditions confined to parts, what each part costs.
-
-        Data sets have their columns of curves; of parts the ``metric`` on the first is shown.
-        """
-        return figures.importance(self.each[0], metric) if self.parts else figures.degradation(*self.each)
-
-    def pictures(self) -> dict[str, Callable[[], Figure]]:
-        """What draws each figure that is saved, by its name without the suffix."""
-        made: dict[str, Callable[[], Figure]] = {self.figure_name: self.plot}
-        for place, one in enumerate(self.each):
-            if self.parts:
-                made[self.suffixed(self.figure_name, place)] = one.plot
-                for metric in self.own:
-                    made[f"{self.suffixed(self.figure_name, place)}_{metric}"] = partial(one.plot, metric)
-            elif one.examples is not None and len(one.methods) > 1:
-                made[self.suffixed("comparisons", place)] = partial(figures.differences, one)
-        return made
-
-    def suffixed(self, name: str, place: int) -> str:
-        """A name for what there is of each data set, here of the one at that place."""
-        return f"{name}_{re.sub(r'[^A-Za-z0-9.-]+', '_', self.labels[place])}" if place else name
-
-    def save(self, folder: Path | str, forms: Sequence[str] = ("png",)) -> list[Path]:
-        """Writes results.csv, run.json, examples.parquet and figures into a folder, each whole or not at all.
-
-        The ``forms`` of the figures are ``png``, ``pdf`` and ``svg``.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        makers: dict[str, Callable[[], str | bytes]] = {
-            "results.csv": lambda: self.table.to_csv(index=False, lineterminator="\n"),
-            "run.json": lambda: json.dumps(self.facts, indent=2, default=str) + "\n",
-        }
-        if self.examples is None:
-            (folder / "examples.parquet").unlink(missing_ok=True)  # another run's
-        else:
-            makers["examples.parquet"] = partial(self.examples.to_parquet, index=False, compression="zstd")
-        for (name, picture), form in product(self.pictures().items(), forms):
-            makers[f"{name}.{form}"] = partial(figures.drawn, picture, form)
-        for name, make in makers.items():  # one by one: what is measured is safe before it is drawn
-            write_whole(folder / name, make())
-        return [folder / name for name in makers]
-
-    @classmethod
-    def load(cls, folder: Path | str) -> "Results":
-        """Those that :meth:`save` wrote, bit for bit; DataError if the folder holds none, or other files."""
-        paths = [Path(folder) / name for name in ("results.csv", "run.json", "examples.parquet")]
-        table = frames.read(paths[0], frames.TABLE)
-        with loading(str(paths[1]), DataError):
-            facts = dict(json.loads(paths[1].read_text(encoding="utf-8")))
-        examples = frames.read(paths[2], frames.EXAMPLES) if paths[2].is_file() else None
-        try:
-            return cls(table, examples, facts)
-        except DataError as error:
-            raise DataError(f"could not load {str(folder)!r}: {error}") from error
-
-    def __str__(self) -> str:
-        """The tables that the terminal shows."""
-        return text.tables(self)
-
-    def __repr__(self) -> str:
-        """One line."""
-        return f"Results({text.title(self)}: {', '.join(self.methods)}; {len(self.table)} conditions)"
-
-    def _repr_html_(self) -> str:
-        return text.html(self)
-
-    def _part(self, data: str) -> "Results":
-        """The results on one of several data sets."""
-        rows = self.table.index[self.table["data"] == data]
-        examples = self.examples
-        if examples is not None:
-            examples = examples[examples["condition"].between(rows[0], rows[-1])]
-            examples = examples.assign(condition=examples["condition"] - rows[0]) if len(examples) else None
-        return Results(self.table.loc[rows], examples, self.facts)
 
     def _frame(
         self, names: list[str], keys: list[tuple[Any, ...]], contrasts: list[Contrast], metrics: Sequence[str]
     ) -> pd.DataFrame:
-        """The keys, and of each metric the contrasts' mean over the seeds, its interval and standard deviation."""
+        """One row per key and contrast: the key, and of each metric the mean over seeds, interval and deviation."""
         frame = pd.DataFrame(keys, columns=names)
         if "head" in names:
             frame = frame.astype({"head": "Int64"}) if self.parts else frame.drop(columns=["part", "head"])

@@ -1,97 +1,88 @@
 """What results say in the terminal and in a notebook."""
 
-import os
-from html import escape
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import pandas as pd
 
 from lightning_ablate.results.bootstrap import ENOUGH
+from lightning_ablate.results.folder import base_name
+from lightning_ablate.results.table import Scores
 
-if TYPE_CHECKING:
-    from lightning_ablate.results.table import Results
-
-_PAIRS, _PARTS = 6, 5  # that the tables show
-
-
-def title(results: "Results") -> str:
-    """``MODEL on DATA``, without the folders they came from."""
-    return f"{base_name(results.baseline['model'])} on {', '.join(map(base_name, results.data))}"
+_METHODS = 4  # with more methods, only neighbours in rank are compared
+_PARTS = 5  # of each method are shown
 
 
-def base_name(name: str) -> str:
-    """A path's last name; hub names stay whole."""
-    return (Path(name).name or name) if name.startswith(("/", ".", "~")) or os.path.exists(name) else name
+def title(scores: Scores) -> str:
+    """``MODEL on DATA``, without the folders of either."""
+    return f"{base_name(scores.baseline['model'])} on {', '.join(map(base_name, scores.data))}"
 
 
-def neighbours(results: "Results", compared: pd.DataFrame) -> pd.DataFrame:
-    """Of comparisons those of methods that are neighbours in rank."""
-    ranks = {method: rank for rank, method in enumerate(results.ranking()["method"])}
+def short(parts: Sequence[str]) -> list[str]:
+    """The dotted names without the first and last words that all of them share."""
+    names = [part.split(".") for part in parts]
+    for end in (0, -1):
+        while all(len(name) > 1 for name in names) and len({name[end] for name in names}) == 1:
+            names = [name[1:] if end == 0 else name[:-1] for name in names]
+    return [".".join(name) for name in names]
+
+
+def neighbours(scores: Scores, compared: pd.DataFrame) -> pd.DataFrame:
+    """The rows of :meth:`Scores.compare`; of many methods only those of neighbours in rank."""
+    if len(scores.methods) <= _METHODS:
+        return compared
+    ranks = {method: rank for rank, method in enumerate(scores.ranking()["method"])}
     return compared[(compared["method"].map(ranks) - compared["other"].map(ranks)).abs() == 1]
 
 
-def tables(results: "Results") -> str:
-    """Of each data set the baseline; the methods' scores, ranks and differences, or the most important parts."""
-    if len(results.data) > 1:
-        return "\n\n\n".join(map(tables, results.each))
-    found = [_head(results)]
-    if results.parts:
-        found.append(_parts(results))
-    elif results.methods:
-        found += [_scores(results), _ranks(results), _differences(results)]
+def tables(scores: Scores) -> str:
+    """For each data set: the baseline, and the methods' scores, ranks and differences, or the most important parts."""
+    if len(scores.data) > 1:
+        return "\n\n\n".join(map(tables, scores.each))
+    found = [_head(scores)]
+    if scores.parts:
+        found.append(_parts(scores))
+    elif scores.methods:
+        found += [_scores(scores), _ranks(scores), _differences(scores)]
     return "\n\n".join(filter(None, found))
 
 
-def html(results: "Results") -> str:
-    """The baselines, and the summary as a table."""
-    lines = "<br>".join(escape(line) for one in results.each for line in _head(one).splitlines())
-    notes = "<br>".join(map(interval, results.each))
-    return f"<p>{lines}</p>\n{results.summary().to_html(index=False)}\n<p>{notes}</p>"
+def interval(scores: Scores) -> str:
+    """What the intervals are, with a warning if there are few clusters."""
+    few = scores.counts[1] < ENOUGH
+    doubt = f"; fewer than {ENOUGH} clusters: its true coverage is below 95%" if few else ""
+    return f"95% interval over {_counted(scores)}{doubt}"
 
 
-def _head(results: "Results") -> str:
-    base = results.baseline
-    where = f" of {_counted(results)}" if results.counts[0] else ""
+def _head(scores: Scores) -> str:
+    base, facts = scores.baseline, scores.facts
+    where = f" of {_counted(scores)}" if scores.counts[0] else ""
     first = (
-        f"{title(results)}: {base['n']:,} scored positions{where}; nothing ablated: "
+        f"{title(scores)}: {base['n']:,} scored positions{where}; nothing ablated: "
         f"top-1 {100 * base['top1']:.2f}%, cross-entropy {base['cross_entropy']:.4f} nats"
-        + "".join(f", {metric} {base[metric]:.4f}" for metric in results.own)
+        + "".join(f", {metric} {base[metric]:.4f}" for metric in scores.own)
     )
-    said = [f"PARTIAL: {reason}" for reason in results.partial]
-    said += [f"NOTE: {note}" for note in results.facts.get("notes") or ()]
-    return "\n".join([first, *said, *_ridges(results)])
+    said = [f"PARTIAL: {reason}" for reason in scores.partial]
+    said += [f"NOTE: {note}" for note in facts.get("notes") or ()]
+    return "\n".join([first, *said, *(facts.get("methods_notes") or ())])
 
 
-def _counted(results: "Results") -> str:
-    examples, clusters = results.counts
+def _counted(scores: Scores) -> str:
+    examples, clusters = scores.counts
     return f"{examples:,} examples in {clusters:,} clusters" if clusters < examples else f"{examples:,} examples"
 
 
-def interval(results: "Results") -> str:
-    """What the intervals are, and whether they can be relied on."""
-    few = results.counts[1] < ENOUGH
-    doubt = f"; fewer than {ENOUGH} clusters: its true coverage is below 95%" if few else ""
-    return f"95% interval over {_counted(results)}{doubt}"
-
-
-def _ridges(results: "Results") -> list[str]:
-    """What methods say of how they were made."""
-    return list(results.facts.get("methods_notes") or ())
-
-
-def _scores(results: "Results") -> str:
-    """Top-1 and cross-entropy at up to three shares, mean ± sd over the seeds."""
-    summary = results.summary().iloc[1:]
+def _scores(scores: Scores) -> str:
+    """The scores at up to three shares, mean ± standard deviation over the seeds."""
+    summary = scores.summary().iloc[1:]
     shared = summary.groupby("ablated")["method"].nunique()
     shown = shared.index[shared == shared.max()].tolist()
     if len(shown) > 3:
         nearest = (min(shown, key=lambda share: abs(share - usual)) for usual in (0.1, 0.5, 0.9))
         shown = list(dict.fromkeys(nearest))
     heads = [("top-1 %", "top1", 100, 2), ("cross-entropy", "cross_entropy", 1, 4)]
-    heads += [(metric, metric, 1, 4) for metric in results.own]
+    heads += [(metric, metric, 1, 4) for metric in scores.own]
     columns = [(head, f"{100 * share:.3g}%") for head, *_ in heads for share in shown]
-    cells = pd.DataFrame("", index=results.methods, columns=pd.MultiIndex.from_tuples(columns, names=["", "ablated"]))
+    cells = pd.DataFrame("", index=scores.methods, columns=pd.MultiIndex.from_tuples(columns, names=["", "ablated"]))
     for _, row in summary[summary["ablated"].isin(shown)].iterrows():
         for head, metric, scale, digits in heads:
             spread = "" if pd.isna(row[f"{metric}_sd"]) else f" ± {scale * row[f'{metric}_sd']:.{digits}f}"
@@ -102,48 +93,47 @@ def _scores(results: "Results") -> str:
     return f"{cells.to_string()}{spread}"
 
 
-def _ranks(results: "Results") -> str:
-    """The methods, the one that costs the least first; nothing where a single share makes no curve."""
-    if results.summary()["ablated"].nunique() <= 2:
+def _ranks(scores: Scores) -> str:
+    """The methods, the least damage first; "" if a single share was ablated."""
+    if scores.summary()["ablated"].nunique() <= 2:
         return ""
-    ranking = results.ranking()
+    ranking = scores.ranking()
     cells = {
         "added cross-entropy": [_with_interval(row, "cross_entropy", 1, 4) for _, row in ranking.iterrows()],
         "lost top-1, points": [_with_interval(row, "top1", -100, 2) for _, row in ranking.iterrows()],
-        **{f"change of {m}": [_with_interval(row, m, 1, 4) for _, row in ranking.iterrows()] for m in results.own},
+        **{f"change of {m}": [_with_interval(row, m, 1, 4) for _, row in ranking.iterrows()] for m in scores.own},
     }
     frame = pd.DataFrame(cells, index=ranking["method"].tolist())
     frame.columns.name = f"mean over 0 to {100 * ranking['to'].iloc[0]:.3g}%"
     return str(frame.to_string())
 
 
-def _differences(results: "Results") -> str:
-    """A line a pair at the share closest to a half; of many pairs, those of neighbours in rank."""
-    compared = results.compare() if results.examples is not None else pd.DataFrame({"ablated": []})
+def _differences(scores: Scores) -> str:
+    """One line per pair of methods at the share closest to a half; with many pairs, only neighbours in rank."""
+    compared = scores.compare() if scores.examples is not None else pd.DataFrame({"ablated": []})
     here = compared[compared["ablated"] == min(compared["ablated"], key=lambda one: abs(one - 0.5), default=None)]
     if here.empty or here["top1_low"].isna().all():
         return ""
-    note = f"[{interval(results)}; the choices of neurons are those of the run]"
-    if len(here) > _PAIRS:
+    note = f"[{interval(scores)}; the choices of neurons are those of the run]"
+    shown, lines = neighbours(scores, here), {}
+    if len(shown) < len(here):
         note = f"{note}; all {len(here)} pairs: Results.compare()"
-        here = neighbours(results, here)
-    lines = {}
-    for _, row in here.iterrows():
+    for _, row in shown.iterrows():
         first = f"{row['method']} − {row['other']} at {100 * row['ablated']:.3g}%: "
-        others = [_with_interval(row, metric, 1, 4, f" {metric}") for metric in results.own]
+        others = [_with_interval(row, metric, 1, 4, f" {metric}") for metric in scores.own]
         told = "   ".join([_with_interval(row, "cross_entropy", 1, 4, " nats"), *others])
         lines[first + _with_interval(row, "top1", 100, 2, " points")] = told
     width = max(map(len, lines))
     return "\n".join([*(f"{first:{width}}   {second}" for first, second in lines.items()), "", note])
 
 
-def _parts(results: "Results") -> str:
+def _parts(scores: Scores) -> str:
     """The most important sites, layers or heads of each method."""
-    damage, found = results.compare(other="none"), list[str]()
-    for metric in ("cross_entropy", *results.own):
-        size = abs if metric in results.own else None
+    damage, found = scores.compare(other="none"), list[str]()
+    for metric in ("cross_entropy", *scores.own):
+        size = abs if metric in scores.own else None
         cells = {}
-        for method in results.methods:
+        for method in scores.methods:
             own = damage[damage["method"] == method].sort_values(metric, key=size, ascending=False, kind="stable")
             for _, row in own.head(_PARTS).iterrows():
                 name = row["part"] if pd.isna(row["head"]) else f"{row['part']} head {row['head']}"

@@ -6,6 +6,8 @@ import pytest
 
 from lightning_ablate.results import Results
 
+HEADS = [(f"h.{layer}.attn.proj", head) for layer in (0, 1) for head in range(3)]
+
 
 def make(methods=("zero", "peak"), fractions=(0.1, 0.5, 0.9, 1.0), seeds=(1, 2, 3), *, places=(), examples=40, **facts):
     """Conditions of methods by fractions and seeds (one at fraction 1), or of places (part, head) alone."""
@@ -31,6 +33,35 @@ def make(methods=("zero", "peak"), fractions=(0.1, 0.5, 0.9, 1.0), seeds=(1, 2, 
         table[metric] = frame[metric].to_numpy().reshape(count, -1).sum(1) / positions.sum()
     table = table.assign(model="a model", data="some, data", n=positions.sum(), ablated=table["fraction"])
     return Results(table, frame, {"classes": 10, "partial": [], **facts})
+
+
+def own(results, method, fraction, metric="cross_entropy"):
+    rows = [row for _, row in results.table.iterrows() if (row["method"], row["fraction"]) == (method, fraction)]
+    return {row["seed"]: row[metric] for row in rows}
+
+
+def plain(points, examples=None, **facts):
+    """Results of (method, fraction, seed, cross-entropy) alone."""
+    table = pd.DataFrame(points, columns=["method", "fraction", "seed", "cross_entropy"])
+    table = table.assign(
+        ablated=table["fraction"], model="m", data="d", part="", head=None, n=5, top1=1 - table["cross_entropy"] / 10
+    )
+    return Results(table.assign(top5=1.0, kl=0.0), examples, {"classes": 10, **facts})
+
+
+def by_example(positions, *sums):
+    """Examples of conditions whose four scores are the same."""
+    count = len(positions)
+    frame = pd.DataFrame({"condition": np.repeat(np.arange(len(sums)), count), "example": [*range(count)] * len(sums)})
+    scores = np.concatenate(sums).astype(float)
+    return frame.assign(
+        cluster=frame["example"],
+        n=np.tile(positions, len(sums)),
+        top1=scores,
+        top5=scores,
+        cross_entropy=scores,
+        kl=scores,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,7 @@ import itertools
 import pytest
 
 from lightning_ablate.results import Results, figures
-
-HEADS = [(f"h.{layer}.attn.proj", head) for layer in (0, 1) for head in range(3)]
+from tests.results.conftest import HEADS
 
 
 def test_degradation_draws_a_curve_a_method_the_baseline_and_chance(made):
@@ -30,12 +29,11 @@ def test_degradation_draws_a_curve_a_method_the_baseline_and_chance(made):
     assert figures.degradation(results, results).get_figwidth() <= 7.0
 
 
-def test_degradation_of_one_fraction_draws_points_at_one_tick(made):
+def test_degradation_of_one_fraction_draws_a_line_from_the_baseline(made):
     top, bottom = figures.degradation(made(fractions=[0.5])).axes
-    assert [label.get_text() for label in bottom.get_xticklabels()] == ["50"]
-    points = [line for line in top.lines if line.get_label() in ("zero", "peak")]
-    assert [line.get_linestyle() for line in points] == ["None", "None"]
-    assert [line.get_xdata().tolist() for line in points] == [[48], [52]]  # side by side
+    assert [label.get_text() for label in bottom.get_xticklabels()] == ["0", "50"]
+    lines = [line for line in top.lines if line.get_label() in ("zero", "peak")]
+    assert [line.get_xdata().tolist() for line in lines] == [[0, 50], [0, 50]]
 
 
 def test_differences_show_every_pair_with_its_interval(made):

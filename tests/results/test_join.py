@@ -6,11 +6,9 @@ import statistics
 import pandas as pd
 import pytest
 
-from lightning_ablate.errors import DataError
+from lightning_ablate.errors import ConfigError, DataError
 from lightning_ablate.results import Results, load
 from lightning_ablate.results.__main__ import main
-
-NEURONS, HEADS = ({"class": "Random", "unit": unit} for unit in ("neuron", "head"))
 
 
 @pytest.fixture
@@ -32,43 +30,34 @@ def same_base(made, methods, fractions=(0.5,), **options):
     return Results(pd.concat([base.table[:1], results.table[1:]]), examples, results.facts)
 
 
-def test_load_joins_runs_of_one_base_name_to_half_and_by_heads(made, runs):
-    folders = [runs("a/version_0", same_base(made, ["zero", "mean"], [0.1, 0.5, 0.9, 1.0], neurons=NEURONS))]
-    folders.append(runs("b/version_0", same_base(made, ["mean"], neurons=NEURONS)))
-    folders.append(runs("c/version_0", same_base(made, ["mean"], [0.5, 1.0], neurons=HEADS)))
-    (joined,) = load([*folders, folders[0]])
-    names = ["zero (unit=neuron)", "mean (unit=neuron, a/version_0)", "mean (unit=neuron, b/version_0)"]
-    assert joined.methods == [*names, "mean (unit=head)"]
-    assert joined.ranking()["to"].tolist() == [0.5] * 4
-    half = joined.table[(joined.table["method"] == names[2])]["cross_entropy"].tolist()
-    rank = joined.ranking().set_index("method").loc[names[2], "cross_entropy"]
+def test_load_joins_runs_and_names_their_methods(made, runs):
+    folders = [runs("a/version_0", same_base(made, ["zero", "mean"], [0.1, 0.5, 0.9, 1.0]))]
+    folders.append(runs("b/version_0", same_base(made, ["mean"])))
+    (joined,) = load(folders, ["a", "b"])
+    assert joined.methods == ["zero (a)", "mean (a)", "mean (b)"] and joined.facts["classes"] == 10
+    assert joined.ranking()["to"].tolist() == [0.5] * 3
+    half = joined.table[(joined.table["method"] == "mean (b)")]["cross_entropy"].tolist()
+    rank = joined.ranking().set_index("method").loc["mean (b)", "cross_entropy"]
     assert rank == pytest.approx((statistics.mean(half) - joined.baseline["cross_entropy"]) / 2)
-    known = joined.compare("mean (unit=head)", names[2])
+    known = joined.compare("mean (b)", "zero (a)")
     assert known["fraction"].tolist() == [0.5] and known["top1_low"].notna().all()
     lines = {line.get_label(): line for line in joined.plot().axes[0].lines}
-    assert lines[names[1]].get_xdata() == pytest.approx([0, 10, 50, 90, 100])
-    assert lines[names[2]].get_linestyle() == "None" and lines[names[2]].get_xdata() == pytest.approx([50])
+    assert lines["mean (a)"].get_xdata() == pytest.approx([0, 10, 50, 90, 100])
+    assert lines["mean (b)"].get_xdata() == pytest.approx([0, 50])
 
 
-def test_load_names_only_what_several_runs_hold(made, runs):
-    folders = [runs("first", same_base(made, ["zero", "mean"])), runs("second", same_base(made, ["mean", "peak"]))]
+def test_load_needs_names_only_for_methods_that_several_runs_hold(made, runs):
+    folders = [runs("first", same_base(made, ["zero"])), runs("second", same_base(made, ["mean", "peak"]))]
     (joined,) = load(folders)
-    assert joined.methods == ["zero", "mean (first)", "mean (second)", "peak"] and joined.facts["classes"] == 10
+    assert joined.methods == ["zero", "mean", "peak"] and joined.partial == []
     second = Results.load(folders[1])
     peak = second.summary()[second.summary()["method"] == "peak"].reset_index(drop=True)
     same = joined.summary()[joined.summary()["method"] == "peak"].reset_index(drop=True)
     pd.testing.assert_frame_equal(same, peak, check_exact=False, rtol=1e-12)
-    assert joined.partial == [] and joined.compare("zero", "peak")["top1_low"].notna().all()
-
-
-def test_load_says_which_sites_differ(made, runs):
-    attention, mlp = ([{"name": f"h.{layer}.{kind}.proj"} for layer in (0, 1)] for kind in ("attn", "mlp"))
-    made_of = {"attention": attention, "mlp": mlp, "all": attention + mlp, "first": attention[:1]}
-    folders = {name: runs(name, same_base(made, ["zero"], sites=own)) for name, own in made_of.items()}
-    named = [load([folders[name] for name in pair])[0].methods for pair in (("attention", "mlp"), ("all", "first"))]
-    assert named[0] == ["zero (attn)", "zero (mlp)"] and named[1] == ["zero (attn+mlp)", "zero (attn)"]
-    (joined,) = load([folders["attention"], folders["first"]])
-    assert joined.methods == ["zero (attention)", "zero (first)"]  # the folders
+    for names, said in ((None, r"have the methods mean, peak: .*--names A B"), (["one"], "1 names for 3 runs")):
+        with pytest.raises(ConfigError, match=said) as raised:
+            load([*folders, folders[1]], names)
+        assert "\n" not in str(raised.value) and len(str(raised.value)) < 300
 
 
 def test_load_drops_examples_that_are_not_the_same(made, runs):
@@ -95,11 +84,13 @@ def test_the_command_draws_several_targets_and_says_in_a_line_what_is_wrong(made
     one, other = made(["zero"], [0.5]), made(["zero"], [0.5])
     other.table["model"] = "another"
     folders = [runs("one", one), runs("two", other)]
-    main([*map(str, folders), "--out", str(tmp_path / "joined")])
+    main([*map(str, folders), "--names", "A", "B", "--out", str(tmp_path / "joined")])
     printed = capsys.readouterr().out
     assert "a model on some, data: " in printed and "another on some, data: " in printed
     assert (tmp_path / "joined" / "joined.png").read_bytes().startswith(b"\x89PNG")
-    assert pd.read_csv(tmp_path / "joined" / "joined.csv")["model"].tolist() == ["a model"] * 4 + ["another"] * 4
+    table = pd.read_csv(tmp_path / "joined" / "joined.csv", keep_default_na=False)
+    assert table["model"].tolist() == ["a model"] * 4 + ["another"] * 4
+    assert table["method"].tolist() == ["none", *["zero (A)"] * 3, "none", *["zero (B)"] * 3]
     shutil.rmtree(folders[1])
     with pytest.raises(SystemExit, match="^error: [^\n]*$"):
         main([str(folders[1])])

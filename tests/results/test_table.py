@@ -10,10 +10,9 @@ from scipy import stats
 
 from lightning_ablate.errors import ConfigError, DataError
 from lightning_ablate.results import Results
-from lightning_ablate.results.bootstrap import ENOUGH
+from tests.results.conftest import HEADS, by_example, own, plain
 
 HEADER = "model,data,method,fraction,ablated,seed,part,head,n,top1,top5,cross_entropy,kl"
-HEADS = [(f"h.{layer}.proj", head) for layer in (0, 1) for head in range(3)]
 EQUAL = [("none", 0.0, None, 1.0), ("zero", 1.0, None, 2.0), ("mean", 1.0, None, 2.0)]
 
 
@@ -21,38 +20,9 @@ def same(one, other):
     pd.testing.assert_frame_equal(one, other, check_exact=True)
 
 
-def own(results, method, fraction, metric="cross_entropy"):
-    rows = [row for _, row in results.table.iterrows() if (row["method"], row["fraction"]) == (method, fraction)]
-    return {row["seed"]: row[metric] for row in rows}
-
-
 def per_example(results, row, metric="cross_entropy"):
     of = results.examples[results.examples["condition"] == row]
     return of[metric].to_numpy(), of["n"].to_numpy()
-
-
-def plain(points, examples=None, **facts):
-    """Results of (method, fraction, seed, cross-entropy) alone."""
-    table = pd.DataFrame(points, columns=["method", "fraction", "seed", "cross_entropy"])
-    table = table.assign(
-        ablated=table["fraction"], model="m", data="d", part="", head=None, n=5, top1=1 - table["cross_entropy"] / 10
-    )
-    return Results(table.assign(top5=1.0, kl=0.0), examples, {"classes": 10, **facts})
-
-
-def by_example(positions, *sums):
-    """Examples of conditions whose four scores are the same."""
-    count = len(positions)
-    frame = pd.DataFrame({"condition": np.repeat(np.arange(len(sums)), count), "example": [*range(count)] * len(sums)})
-    scores = np.concatenate(sums).astype(float)
-    return frame.assign(
-        cluster=frame["example"],
-        n=np.tile(positions, len(sums)),
-        top1=scores,
-        top5=scores,
-        cross_entropy=scores,
-        kl=scores,
-    )
 
 
 def test_save_and_load_keep_every_bit(made, tmp_path):
@@ -169,16 +139,6 @@ def test_seeds_that_ablate_as_much_are_one_share_and_a_method_that_ablates_nothi
     assert results.ranking()["to"].tolist() == [pytest.approx(5 / 12)] * 2
 
 
-def test_few_clusters_are_said_where_the_interval_stands(made):
-    few = made(examples=24)  # some of which have no scored position
-    assert few.counts[1] < 25 and "true coverage" not in str(made())
-    few = Results(few.table, few.examples.assign(cluster=few.examples["example"] % 5))
-    counted = f"{few.counts[0]} examples in 5 clusters"
-    said = f"95% interval over {counted}; fewer than {ENOUGH} clusters: its true coverage is below 95%"
-    assert f"of {counted};" in str(few)
-    assert f"[{said};" in str(few) and said in few._repr_html_()
-
-
 def test_intervals_are_missing_where_examples_are_unknown_or_too_few(made):
     one = plain([("none", 0.0, None, 1.0), ("zero", 1.0, None, 2.0)], by_example([0, 5], [0, 5], [0, 10]))
     for results in (one, Results(made().table)):
@@ -258,44 +218,3 @@ def test_ranking_has_the_interval_of_the_examples_own_areas(made):
     expected, found = area.compare(other="none").iloc[0], results.ranking().iloc[0]
     for end in ("low", "high"):  # a triangle
         assert found[f"cross_entropy_{end}"] == pytest.approx(expected[f"cross_entropy_{end}"] / 2)
-
-
-def test_str_shows_scores_ranks_and_differences(made):
-    results = made(partial=["evaluation was cut to 1 of 9 batches"])
-    first, scores, _, ranks, differences, note = str(results).split("\n\n")
-    base = results.baseline
-    baseline = f"top-1 {100 * base['top1']:.2f}%, cross-entropy {base['cross_entropy']:.4f} nats"
-    counted = f"of {results.counts[0]} examples"
-    said = f"a model on some, data: {base['n']:,} scored positions {counted}; nothing ablated: {baseline}"
-    assert first.splitlines() == [said, "PARTIAL: evaluation was cut to 1 of 9 batches"]
-    values = [100 * value for value in own(results, "zero", 0.9, "top1").values()]
-    assert f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" in scores
-    assert [word for word in scores.split() if word.endswith("%")][-6:] == ["10%", "50%", "90%"] * 2
-    assert ranks.startswith("mean over 0 to 100%") and ranks.count("[") == 4
-    assert differences.startswith("zero − peak at 50%: +") and " points [+" in differences and " nats [-" in differences
-    assert note.startswith("[95% interval over 37 examples; the choices")
-    assert repr(results).count("\n") == 0 and "PARTIAL: " in results._repr_html_() and "<table" in results._repr_html_()
-
-
-def test_str_compares_many_methods_with_their_neighbours_in_rank():
-    names, levels = ["a", "b", "c", "d", "e"], (3, 1, 5, 2, 4)
-    points = [("none", 0.0, None, 0.0), *((name, 0.5, 1, level) for name, level in zip(names, levels, strict=True))]
-    text = str(plain(points, by_example([9] * 20, *[np.full(20, level) for level in (0, *levels)])))
-    pairs = [line.partition(" at 50%")[0] for line in text.splitlines() if " at 50%" in line]
-    assert pairs == ["a − d", "a − e", "b − d", "c − e"] and "all 10 pairs" in text
-
-
-@pytest.mark.parametrize(("name", "shown"), [("/home/me/gpt2", "gpt2"), ("./models/vit", "vit"), ("an/opt", "an/opt")])
-def test_str_shortens_paths_and_keeps_hub_names(made, name, shown):
-    assert str(Results(made().table.assign(model=name))).startswith(f"{shown} on some, data: ")
-
-
-def test_str_of_parts_shows_the_most_important_first(made):
-    results = made(("zero",), places=HEADS)
-    losses = results.table["cross_entropy"].tolist()
-    ranked = sorted(range(6), key=lambda place: -losses[1 + place])[:5]
-    lines = str(results).partition("largest first: added cross-entropy, nats\n")[2].splitlines()
-    for place, line in zip(ranked, lines, strict=True):
-        assert "{} head {} ".format(*HEADS[place]) in line and f" {losses[1 + place] - losses[0]:+.4f} [" in line
-    ranks = results.ranking()[["part", "head", "cross_entropy"]].values.tolist()
-    assert ranks[:5] == [[*HEADS[place], pytest.approx(losses[1 + place] - losses[0])] for place in ranked]
