@@ -40,7 +40,7 @@ class PythonTexts(TextData):
         options |= {"calibration_tokens": calibration_tokens, "evaluation_tokens": evaluation_tokens}
         super().__init__("python-texts", evaluation=evaluation, **options)
 
-    def source(self, purpose: Purpose) -> Any:
+    def rows(self, purpose: Purpose) -> Any:
         """The passages for a purpose."""
         return [{"text": passage} for passage in python_texts(purpose)]
 
@@ -66,7 +66,7 @@ class Digits(ImageData):
         images: Any = {"calibration_images": calibration_images, "evaluation_images": evaluation_images}
         super().__init__("digits", batch_size=batch_size, evaluation=evaluation, **images)
 
-    def source(self, purpose: Purpose) -> Any:
+    def rows(self, purpose: Purpose) -> Any:
         """The images for a purpose."""
         return digits(purpose)
 
