@@ -3,6 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import lightning
@@ -14,6 +15,7 @@ from lightning_ablate.errors import ConfigError, DataError
 Purpose = Literal["calibration", "evaluation"]
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class AblationDataModule(lightning.LightningDataModule, ABC):
     """Calibration and evaluation examples. Subclass it to bring data of another form.
 
@@ -24,17 +26,18 @@ class AblationDataModule(lightning.LightningDataModule, ABC):
         evaluation: other data whose evaluation examples are evaluated as well, each for itself.
     """
 
-    name: str
+    name: str = field(kw_only=False)
+    batch_size: int = 16
+    num_workers: int = 0
+    evaluation: Sequence["AblationDataModule"] = ()
+
     facts: ClassVar[tuple[str, ...]] = ()  # the options that run.json holds
 
-    def __init__(
-        self, name: str, *, batch_size: int = 16, num_workers: int = 0, evaluation: Sequence["AblationDataModule"] = ()
-    ) -> None:
+    def __post_init__(self) -> None:
+        """Refuses batches below 1 example."""
         super().__init__()
-        if batch_size < 1:
-            raise ConfigError(f"batch_size is {batch_size}, expected at least 1 (--data.batch_size)")
-        self.name, self.batch_size, self.num_workers = name, batch_size, num_workers
-        self.evaluation = list(evaluation)
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size is {self.batch_size}, expected at least 1 (--data.batch_size)")
         self.examples: dict[Purpose, Examples] = {}
         self.calibrated: set[str] | None = None  # hashes of the texts or images that calibrate
 
@@ -114,7 +117,7 @@ class AblationDataModule(lightning.LightningDataModule, ABC):
 
     def _loader(self, purpose: Purpose) -> DataLoader[dict[str, Any]]:
         examples, trainer = self._examples(purpose), self.trainer
-        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        rank, world_size = getattr(trainer, "global_rank", 0), getattr(trainer, "world_size", 1)
         sampler = ExactSampler(len(examples), self.batch_size, rank, world_size)
         workers: dict[str, Any] = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
         return DataLoader(examples, batch_size=self.batch_size, sampler=sampler, **workers)

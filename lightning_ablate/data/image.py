@@ -1,6 +1,7 @@
 """Images from any data set that `datasets` reads, preprocessed as the target wants them."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -13,38 +14,28 @@ from lightning_ablate.data.rows import RowData
 from lightning_ablate.errors import ConfigError, DataError, loading
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class ImageData(RowData):
     """Images with a class. Rows that lack an image or a class are passed over.
 
     Args:
-        name: a hub name, a local folder, or files or a glob of parquet, json, jsonl, csv or txt.
         image_column: the column with the images.
         label_column: the column with the class indices or names.
         mode: of Pillow, to which images are converted (``RGB``, ``L``); None keeps their own. Images that don't fit the
             target's channels without loss are refused.
-        calibration_images: budget of images.
-        evaluation_images: budget of images.
-        batch_size: images per forward pass and process.
+        calibration_images: images that calibrate.
+        evaluation_images: images that are evaluated.
     """
+
+    image_column: str = "image"
+    label_column: str = "label"
+    mode: str | None = None
+    calibration_images: int = 512
+    evaluation_images: int = 1_000
+    batch_size: int = 64
 
     unit = "images"
     facts = (*RowData.facts, "mode")
-
-    def __init__(
-        self,
-        name: str,
-        *,
-        image_column: str = "image",
-        label_column: str = "label",
-        mode: str | None = None,
-        calibration_images: int = 512,
-        evaluation_images: int = 1_000,
-        batch_size: int = 64,
-        **options: Any,
-    ) -> None:
-        options["batch_size"] = batch_size
-        super().__init__(name, [image_column, label_column], (calibration_images, evaluation_images), **options)
-        self.image_column, self.label_column, self.mode = image_column, label_column, mode
 
     def load(self, purpose: Purpose) -> Examples:
         """Takes images until the budget is reached; DataError if they end before, or have no class."""

@@ -1,7 +1,8 @@
 """Texts with a class, and pairs of a text to read and a text to predict."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lightning_ablate.data.base import Purpose
@@ -9,24 +10,17 @@ from lightning_ablate.data.examples import Examples
 from lightning_ablate.data.text import TokenData
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class TextRows(TokenData):
     """Rows of texts, each one example.
 
     Args:
-        calibration_examples: budget of examples.
-        evaluation_examples: budget of examples.
+        calibration_examples: examples that calibrate.
+        evaluation_examples: examples that are evaluated.
     """
 
-    def __init__(
-        self,
-        name: str,
-        columns: Sequence[str],
-        *,
-        calibration_examples: int = 256,
-        evaluation_examples: int = 1_000,
-        **options: Any,
-    ) -> None:
-        super().__init__(name, columns, (calibration_examples, evaluation_examples), **options)
+    calibration_examples: int = 256
+    evaluation_examples: int = 1_000
 
     @abstractmethod
     def example(self, row: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
@@ -45,56 +39,39 @@ class TextRows(TokenData):
         return {name: made[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in made}
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class LabelledTexts(TextRows):
     """Texts, or pairs of texts, with a class. Rows that lack a text or a class are passed over.
 
     Args:
-        name: a hub name, a local folder, or files or a glob of parquet, json, jsonl, csv or txt.
         text_column: the column with the text.
         second_text_column: the column with the second text, where a pair is classified.
         label_column: the column with the class indices or names.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        text_column: str = "text",
-        second_text_column: str | None = None,
-        label_column: str = "label",
-        **options: Any,
-    ) -> None:
-        self.texts = [text_column] if second_text_column is None else [text_column, second_text_column]
-        super().__init__(name, [*self.texts, label_column], **options)
-        self.label_column = label_column
+    text_column: str = "text"
+    second_text_column: str | None = None
+    label_column: str = "label"
 
     def example(self, row: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
         """``input_ids`` and ``attention_mask`` of the text or pair, and ``label``."""
-        texts = [self.text(row, column) for column in self.texts]
+        texts = [self.text(row, column) for column in self.columns[:-1]]
         return {**self.tokens(tokenizer, *texts), "label": row[self.label_column]}
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class TextPairs(TextRows):
     """Pairs of a text to read and a text to predict, each of ``max_length`` tokens. Rows that lack one are passed over.
 
     Args:
-        name: a hub name, a local folder, or files or a glob of parquet, json, jsonl, csv or txt.
         source_column: the column with the text to read.
         target_column: the column with the text to predict.
         prefix: stands before each text to read (``summarize: ``), where the target was trained so.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        source_column: str = "source",
-        target_column: str = "target",
-        prefix: str = "",
-        **options: Any,
-    ) -> None:
-        self.source_column, self.target_column, self.prefix = source_column, target_column, prefix
-        super().__init__(name, [source_column, target_column], **options)
+    source_column: str = "source"
+    target_column: str = "target"
+    prefix: str = ""
 
     def example(self, row: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
         """``input_ids`` and ``attention_mask`` of the text to read, and ``labels``, which padding fills with -100."""

@@ -1,6 +1,7 @@
 """Pairs of a clean and a corrupt text, between two answers."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 from lightning_ablate.choices import seed_of
 from lightning_ablate.data.base import Purpose
 from lightning_ablate.data.labelled import TextRows
+from lightning_ablate.data.rows import MadeRows
 from lightning_ablate.errors import DataError
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class PairedTexts(TextRows):
     """Pairs of a clean and a corrupt text with as many tokens, an answer to the clean one, and a foil, each one token.
 
@@ -19,18 +22,21 @@ class PairedTexts(TextRows):
     answer, of the corrupt one the foil. PairedLM says what is scored.
 
     Args:
-        name: a hub name, a local folder, or files or a glob of parquet, json, jsonl, csv or txt.
         reverse: reads the corrupt texts, whose partners are the clean ones (denoising), instead of the clean ones.
         max_length: tokens to which texts are padded; longer ones are refused.
     """
 
+    reverse: bool = False
+    max_length: int = 32
+
+    columns = ("clean", "corrupt", "answer", "foil")
     passes_blanks = False  # a pair that lacks something is a mistake
     facts = (*TextRows.facts, "reverse")
 
-    def __init__(self, name: str, *, reverse: bool = False, max_length: int = 32, **options: Any) -> None:
-        super().__init__(name, ["clean", "corrupt", "answer", "foil"], max_length=max_length, **options)
-        self.reverse = reverse
-        self.name += " reversed" if reverse else ""
+    def __post_init__(self) -> None:
+        """Gives the direction to the name."""
+        super().__post_init__()
+        self.name += " reversed" if self.reverse else ""
 
     def example(self, row: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
         """The tokens of both texts, those of the partner as ``partner_...``, and ``last``, ``answer``, ``foil``."""
@@ -59,7 +65,8 @@ class PairedTexts(TextRows):
         return {**read, **{f"partner_{name}": ids for name, ids in partner.items()}, "last": clean - 1, **words}
 
 
-class IndirectObjects(PairedTexts):
+@dataclass(kw_only=True, eq=False, repr=False)
+class IndirectObjects(MadeRows, PairedTexts):
     """Sentences whose last word is the indirect object (the task of Wang et al. 2023), made up for a tokenizer.
 
     "When Mary and John went to the store, John gave a drink to" is answered by " Mary"; where the second sentence is
@@ -70,13 +77,16 @@ class IndirectObjects(PairedTexts):
         seed: of the draws.
     """
 
-    def __init__(self, *, seed: int = 0, **options: Any) -> None:
-        super().__init__("indirect-objects", shuffle_seed=None, **options)
-        self.seed = seed
+    name: str = field(default="indirect-objects", init=False)
+    seed: int = 0
 
     def rows(self, purpose: Purpose) -> list[dict[str, str]]:
-        """As many sentences as both purposes need, twice, as some may be drawn again."""
-        return list(islice(sentences(self.load_tokenizer(), self.seed), 2 * sum(self.budgets.values())))
+        """Twice as many sentences as both purposes need, as some may be drawn again."""
+        return list(
+            islice(
+                sentences(self.load_tokenizer(), self.seed), 2 * (self.calibration_examples + self.evaluation_examples)
+            )
+        )
 
 
 def sentences(tokenizer: Any, seed: int) -> Iterator[dict[str, str]]:

@@ -2,9 +2,11 @@
 
 import glob
 import re
+from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, get_args
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -22,54 +24,55 @@ _SHUFFLED_AT_ONCE = 10_000  # rows of a stream
 T = TypeVar("T")
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class RowData(AblationDataModule):
     """Examples from the rows of a data set: the calibration examples first, then evaluation examples from other rows.
 
+    A subclass has the options ``calibration_`` and ``evaluation_`` with its ``unit``: how much is used for each. Its
+    options that end in ``_column`` name the columns that an example is made from.
+
     Args:
         name: a hub name, a local folder, or files or a glob of parquet, json, jsonl, csv or txt.
-        columns: those that an example is made from.
-        budgets: how much calibrates, and how much is evaluated.
         subset: which configuration of a hub data set.
         calibration_split: the split that calibrates.
-        evaluation_split: the split that is evaluated; it may be the same one, as nothing is used for both. None takes
+        evaluation_split: the split that is evaluated; it may be the same one, as no row is used for both. None takes
             ``validation`` where there is one.
-        streaming: reads only as far as the budgets need, without downloading the rest.
+        streaming: reads only as far as needed, without downloading the rest.
         shuffle_seed: shuffles with this seed, as many data sets are sorted by class; None keeps the order.
         cluster_column: the column that names what rows belong together (an author, a subject, a video); examples that
             share it are drawn together for intervals. None takes each row for itself.
     """
 
-    unit: ClassVar[str] = "examples"  # that the budgets count, as their options call it
-    facts = ("cluster_column",)
-    label_column: str = ""  # the column, if any, whose classes become those of the target
-    passes_blanks: ClassVar[bool] = True  # leaves out rows that lack a value
+    subset: str | None = None
+    calibration_split: str = "train"
+    evaluation_split: str | None = None
+    streaming: bool = False
+    shuffle_seed: int | None = 0
+    cluster_column: str | None = None
 
-    def __init__(
-        self,
-        name: str,
-        columns: Sequence[str],
-        budgets: tuple[int, int],
-        *,
-        subset: str | None = None,
-        calibration_split: str = "train",
-        evaluation_split: str | None = None,
-        streaming: bool = False,
-        shuffle_seed: int | None = 0,
-        cluster_column: str | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(name, **options)
-        self.splits: dict[Purpose, str | None] = {"calibration": calibration_split, "evaluation": evaluation_split}
-        self.path, self.subset, self.streaming, self.shuffle_seed = name, subset, streaming, shuffle_seed
-        self.columns, self.cluster_column = tuple(columns), cluster_column
-        self.budgets: dict[Purpose, int] = {"calibration": budgets[0], "evaluation": budgets[1]}
+    unit: ClassVar[str] = "examples"
+    passes_blanks: ClassVar[bool] = True  # leaves out rows that lack a value
+    facts: ClassVar[tuple[str, ...]] = ("cluster_column",)
+
+    def __post_init__(self) -> None:
+        """Refuses budgets below 1."""
+        super().__post_init__()
+        self.path, self.given = self.name, None
         self.reached: dict[Purpose, int] = {}
-        self.given: Any = None
-        for purpose, budget in self.budgets.items():
-            if budget < 1:
-                raise ConfigError(
-                    f"{purpose}_{self.unit} is {budget}, expected at least 1 (--data.{purpose}_{self.unit})"
-                )
+        for purpose in get_args(Purpose):
+            if self.budget(purpose) < 1:
+                option = f"{purpose}_{self.unit}"
+                raise ConfigError(f"{option} is {self.budget(purpose)}, expected at least 1 (--data.{option})")
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The columns that an example is made from: those that options name which end in ``_column``."""
+        options = [one.name for one in fields(self) if one.name.endswith("_column") and one.name != "cluster_column"]
+        return [column for name in options if (column := getattr(self, name))]
+
+    def budget(self, purpose: Purpose) -> int:
+        """How much of the data a purpose asks for, in units."""
+        return getattr(self, f"{purpose}_{self.unit}")
 
     @classmethod
     def of(cls, rows: Any, *, name: str = "given", **options: Any) -> Self:
@@ -84,7 +87,7 @@ class RowData(AblationDataModule):
 
     def rows(self, purpose: Purpose) -> Any:
         """The rows for a purpose, in order. Override it to read from elsewhere."""
-        split = self.splits[purpose]
+        split = self.calibration_split if purpose == "calibration" else self.evaluation_split
         if split is None:
             try:
                 return self._opened("validation")
@@ -92,7 +95,7 @@ class RowData(AblationDataModule):
                 if not re.search("Unknown split|Bad split", str(error)):
                     raise
             rank_zero_info(f"{self.name} has no split 'validation': what calibration leaves is evaluated")
-            split = self.splits[purpose] = self.splits["calibration"]
+            split = self.evaluation_split = self.calibration_split
         return self._opened(split)
 
     def content(self, row: Mapping[str, Any]) -> bytes:
@@ -105,26 +108,26 @@ class RowData(AblationDataModule):
         Raises:
             DataError: if a column is missing, or a row can't be read.
         """
-        own = () if self.cluster_column is None else (self.cluster_column,)
+        columns, own = self.columns, self.cluster_column
+        needed = columns if own is None else [*columns, own]
         with loading(self.name, DataError):
             for number, row in enumerate(rows):
-                if missing := [column for column in (*self.columns, *own) if column not in row]:
+                if missing := [column for column in needed if column not in row]:
                     raise DataError(
                         f"{self.name} has no column {missing[0]!r}, it has {', '.join(sorted(row))} (--data)"
                     )
-                if self.passes_blanks and any(_is_blank(row[column]) for column in self.columns):
+                if self.passes_blanks and any(_is_blank(row[column]) for column in columns):
                     continue
-                cluster = None if self.cluster_column is None else row[self.cluster_column]
-                yield row, number if cluster is None else repr(cluster)
+                yield row, number if own is None or row[own] is None else repr(row[own])
 
     def fresh(self, purpose: Purpose, rows: Any) -> Iterator[tuple[Mapping[str, Any], bytes, Hashable]]:
         """The rows that may serve a purpose, each with its content and cluster. Labels become the target's classes."""
-        index = self._class_index(rows, self.label_column) if self.label_column else None
+        labels: Any = getattr(self, "label_column", None)
+        index = None if labels is None else self._class_index(rows, labels)
         for row, cluster in self.filled(rows):
             content = self.content(row)
             if self.may_use(content, purpose):
-                label = {self.label_column: index(row[self.label_column])} if index else {}
-                yield {**row, **label}, content, cluster
+                yield row if index is None else {**row, labels: index(row[labels])}, content, cluster
 
     def taken(self, purpose: Purpose, found: Iterable[T], size: Callable[[T], int] = lambda one: 1) -> list[T]:
         """As many of the found as reach the budget by their sizes; DataError if they end before."""
@@ -132,19 +135,17 @@ class RowData(AblationDataModule):
         for one in found:
             kept.append(one)
             self.reached[purpose] += size(one)
-            if self.reached[purpose] >= self.budgets[purpose]:
+            if self.reached[purpose] >= self.budget(purpose):
                 return kept
         raise DataError(
-            f"{self.name} gives {self.reached[purpose]:,} {purpose} {self.unit}, expected {self.budgets[purpose]:,}; "
+            f"{self.name} gives {self.reached[purpose]:,} {purpose} {self.unit}, expected {self.budget(purpose):,}; "
             f"bring more or lower --data.{purpose}_{self.unit}"
         )
 
     def describe(self) -> dict[str, Any]:
-        """Adds the budgets that were asked and reached."""
-        both = {
-            purpose: {"asked": self.budgets[purpose], "reached": self.reached.get(purpose)} for purpose in self.examples
-        }
-        return super().describe() | {f"{purpose}_{self.unit}": one for purpose, one in both.items()}
+        """Adds how much was asked and reached."""
+        reached = {p: {"asked": self.budget(p), "reached": self.reached.get(p)} for p in self.examples}
+        return super().describe() | {f"{purpose}_{self.unit}": amounts for purpose, amounts in reached.items()}
 
     def _opened(self, split: str) -> Any:
         import datasets
@@ -162,6 +163,22 @@ class RowData(AblationDataModule):
         feature = (getattr(rows, "features", None) or {}).get(column)
         own, known = names_of(getattr(feature, "names", None)), getattr(self.module, "class_names", None)
         return class_index(self.name, column, own, known)
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class MadeRows(RowData):
+    """Rows that ``rows`` makes, without the options that say where to read them."""
+
+    name: str = field(init=False)
+    subset: str | None = field(default=None, init=False)
+    calibration_split: str = field(default="train", init=False)
+    evaluation_split: str | None = field(default=None, init=False)
+    streaming: bool = field(default=False, init=False)
+    shuffle_seed: int | None = field(default=None, init=False)
+
+    @abstractmethod
+    def rows(self, purpose: Purpose) -> Any:
+        """The rows for a purpose, in order."""
 
 
 def open_rows(name: str, *, subset: str | None, split: str, streaming: bool) -> Any:

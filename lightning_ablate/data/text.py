@@ -1,9 +1,10 @@
 """Texts as tokens, and text cut into sequences of one length."""
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -16,6 +17,7 @@ from lightning_ablate.demo import resolve
 from lightning_ablate.errors import ConfigError, DataError, loading
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class TokenData(RowData):
     """Rows that hold texts, which examples hold as tokens.
 
@@ -24,20 +26,10 @@ class TokenData(RowData):
         tokenizer: hub name or folder of another tokenizer than the target's own.
     """
 
-    facts = (*RowData.facts, "max_length")
+    max_length: int = 128
+    tokenizer: str | None = None
 
-    def __init__(
-        self,
-        name: str,
-        columns: Sequence[str],
-        budgets: tuple[int, int],
-        *,
-        max_length: int = 128,
-        tokenizer: str | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(name, columns, budgets, **options)
-        self.max_length, self.tokenizer_name = max_length, tokenizer
+    facts: ClassVar[tuple[str, ...]] = (*RowData.facts, "max_length")
 
     def load_tokenizer(self) -> Any:
         """The tokenizer. Lowers ``max_length`` to the longest that it gives.
@@ -45,13 +37,13 @@ class TokenData(RowData):
         Raises:
             ConfigError: if there is none, or ``max_length`` leaves no room for a text.
         """
-        if self.tokenizer_name is None:
+        if self.tokenizer is None:
             tokenizer = getattr(self.module, "tokenizer", None)
         else:
             from transformers import AutoTokenizer
 
-            with loading(self.tokenizer_name, DataError, "--data.tokenizer"):
-                tokenizer = AutoTokenizer.from_pretrained(resolve(self.tokenizer_name))
+            with loading(self.tokenizer, DataError, "--data.tokenizer"):
+                tokenizer = AutoTokenizer.from_pretrained(resolve(self.tokenizer))
         if tokenizer is None:
             raise ConfigError("text needs a tokenizer: name one (--data.tokenizer), as the target brings none")
         least, most = 1 + sum(map(len, special_frame(tokenizer))), tokenizer.model_max_length
@@ -76,6 +68,7 @@ class TokenData(RowData):
         return Examples(tokens, contents, make, joined(clusters))
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class TextData(TokenData):
     """Text for a language model, cut into sequences of one length.
 
@@ -85,38 +78,26 @@ class TextData(TokenData):
     documents.
 
     Args:
-        name: a hub name, a local folder, or files or a glob of parquet, json, jsonl, csv or txt.
         text_column: the column with the text.
-        calibration_tokens: budget of tokens, padding not counted.
-        evaluation_tokens: budget of tokens, padding not counted.
+        calibration_tokens: tokens that calibrate, padding not counted.
+        evaluation_tokens: tokens that are evaluated, padding not counted.
         max_length: tokens per sequence, special tokens included.
         packing: ``pad`` gives each document its own sequences, padded at the end (the padding is masked); ``pack``
             joins documents with the end token between and cuts the whole into full sequences.
-        evaluation_split: the split that is evaluated; it may be the same one, as no text is used for both.
         shuffle_seed: shuffles the documents with this seed; None keeps their order.
-        batch_size: sequences per forward pass and process.
     """
+
+    text_column: str = "text"
+    calibration_tokens: int = 10_000
+    evaluation_tokens: int = 100_000
+    max_length: int = 1024
+    packing: Literal["pad", "pack"] = "pad"
+    evaluation_split: str | None = "train"
+    shuffle_seed: int | None = None
+    batch_size: int = 8
 
     unit = "tokens"
     facts = (*TokenData.facts, "packing")
-
-    def __init__(
-        self,
-        name: str,
-        *,
-        text_column: str = "text",
-        calibration_tokens: int = 10_000,
-        evaluation_tokens: int = 100_000,
-        max_length: int = 1024,
-        packing: Literal["pad", "pack"] = "pad",
-        evaluation_split: str = "train",
-        shuffle_seed: int | None = None,
-        batch_size: int = 8,
-        **options: Any,
-    ) -> None:
-        options |= {"evaluation_split": evaluation_split, "shuffle_seed": shuffle_seed, "batch_size": batch_size}
-        super().__init__(name, [text_column], (calibration_tokens, evaluation_tokens), max_length=max_length, **options)
-        self.text_column, self.packing = text_column, packing
 
     def load(self, purpose: Purpose) -> Examples:
         """Sequences as ``input_ids`` and ``attention_mask``, each ``(length,)`` int64, until the budget is reached."""

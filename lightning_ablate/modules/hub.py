@@ -3,16 +3,14 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from torch import Tensor, nn
 
 from lightning_ablate.data.labels import names_of
 from lightning_ablate.demo import resolve
-from lightning_ablate.errors import ConfigError, TargetError, few, loading
+from lightning_ablate.errors import TargetError, few, loading
 from lightning_ablate.modules.base import AblationModule
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class HubModule(AblationModule):
@@ -21,7 +19,7 @@ class HubModule(AblationModule):
     Args:
         name: a hub name, a local folder, or ``demo:gpt2``, ``demo:roberta`` and ``demo:vit`` for the embedded targets.
         revision: branch, tag or commit on the hub.
-        dtype: ``auto`` (that of the weights), ``float32``, ``bfloat16`` or ``float16``.
+        dtype: of the weights; ``auto`` keeps theirs.
         attn_implementation: ``eager``, ``sdpa`` or another one that transformers knows; None lets it choose.
         gguf_file: the GGUF file under that name, whose weights are dequantised.
         trust_remote_code: runs the code that comes with a hub model. Off unless you have read that code.
@@ -32,14 +30,12 @@ class HubModule(AblationModule):
         name: str,
         *,
         revision: str | None = None,
-        dtype: str = "auto",
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         attn_implementation: str | None = None,
         gguf_file: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__(name)
-        if dtype not in DTYPES:
-            raise ConfigError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)} (--model.dtype)")
         self._given: list[nn.Module] = []  # in a list, so that it is no submodule before it is the target
         self.revision, self.dtype_name, self.attn_implementation = revision, dtype, attn_implementation
         self.gguf_file, self.trust_remote_code = gguf_file, trust_remote_code

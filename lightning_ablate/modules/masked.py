@@ -19,7 +19,6 @@ class MaskedLM(LanguageModel):
     condition, batch size and process. Calibration reads the same kind of input.
 
     Args:
-        name: a hub name, a local folder, or ``demo:roberta``.
         mlm_probability: share of an example's ordinary tokens that is chosen, above 0 and at most 1; at least one is.
         mask_seed: of the draw.
     """

@@ -46,9 +46,9 @@ class ImageClassifier(HubModule):
         import timm
 
         name = resolve(self.name)
-        source = "local-dir:" if Path(name).is_dir() else "hf-hub:" if name.startswith("timm/") else ""
+        prefix = "local-dir:" if Path(name).is_dir() else "hf-hub:" if name.startswith("timm/") else ""
         with loading(self.name, TargetError, "--model.name"):
-            target = timm.create_model(source + name, pretrained=True)
+            target = timm.create_model(prefix + name, pretrained=True)
             with exact_vectors(target):
                 return target if self.dtype_name == "auto" else target.to(getattr(torch, self.dtype_name))
 
