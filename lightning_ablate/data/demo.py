@@ -78,9 +78,9 @@ def python_texts(role: Role) -> tuple[str, ...]:
 def digits(role: Role) -> Any:
     """scikit-learn's 1,797 handwritten digits, 8x8 grey images, split by index.
 
-    The columns are ``image`` (PIL, mode L) and ``label`` (0 to 9). Grey levels 0 to 16 are stored as the multiples of 15
-    up to 240, which any image library reads back exactly. ``"evaluation"`` is every fourth image (449), never trained
-    on; ``"train"`` and ``"calibration"`` are the other 1,348.
+    The columns are ``image`` (PIL, mode L) and ``label`` (0 to 9). Grey levels 0 to 16 are stored as multiples of 15,
+    which any image library reads back exactly. ``"evaluation"`` is every fourth image (449), never trained on;
+    ``"train"`` and ``"calibration"`` are the other 1,348.
     """
     from datasets import ClassLabel, Dataset, Features, Image
     from sklearn.datasets import load_digits
