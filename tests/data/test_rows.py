@@ -3,9 +3,23 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
+from jsonargparse import ArgumentParser
 
-from lightning_ablate.data import TextData
+from lightning_ablate import (
+    AblationDataModule,
+    Digits,
+    ImageData,
+    IndirectObjects,
+    LabelledTexts,
+    PairedTexts,
+    PythonTexts,
+    TextData,
+    TextPairs,
+)
+from lightning_ablate.data import Examples
+from lightning_ablate.data.rows import MadeRows
 from lightning_ablate.errors import DataError, loading
 from tests import tiny
 from tests.data.texts import data, data_of, rows
@@ -150,3 +164,45 @@ def test_a_reason_is_not_cut_within_a_word():
     with pytest.raises(DataError) as raised, loading("it", DataError):
         raise ValueError("expected one of:\n" + "resample-characters " * 20)
     assert str(raised.value).endswith("resample-characters ...")
+
+
+KINDS = [TextData, LabelledTexts, TextPairs, PairedTexts, IndirectObjects, ImageData, PythonTexts, Digits]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_command_line_shows_what_each_option_is(kind):
+    parser = ArgumentParser()
+    parser.add_class_arguments(kind, "data")
+    shown = {action.dest: action.help for action in parser._actions if action.dest.startswith("data.")}
+    assert {"data.batch_size", "data.cluster_column"} <= set(shown)
+    made = issubclass(kind, MadeRows)
+    assert {"data.streaming", "data.name", "data.shuffle_seed"}.isdisjoint(shown) == made
+    for name, words in shown.items():
+        if not name.endswith((".help", "+")):
+            assert words and not words.startswith("%(") and ":class:" not in words, name
+    if made:
+        with pytest.raises(TypeError, match="streaming"):
+            kind(streaming=True)
+
+
+class Numbers(AblationDataModule):
+    """A data module as a user would write one."""
+
+    def __init__(self, count, **options):
+        super().__init__("numbers", batch_size=2, **options)
+        self.count = count
+
+    def load(self, purpose):
+        kept = [n for n in range(3 if purpose == "calibration" else self.count) if self.may_use(bytes([n]), purpose)]
+        return Examples([{"number": torch.tensor(n)} for n in kept], [bytes([n]) for n in kept])
+
+
+def test_a_data_module_of_ones_own_needs_load_alone():
+    made = Numbers(5, evaluation=[Numbers(4)])
+    made.setup("fit")
+    calibrating, (own, other) = made.train_dataloader(), made.val_dataloader()
+    seen = [[n for batch in loader for n in batch["number"].tolist()] for loader in (calibrating, own, other)]
+    assert seen == [[0, 1, 2], [3, 4], [3]]
+    assert made.describe()["evaluation_of_others"][0]["evaluation"]["examples"] == 1
+    with pytest.raises(DataError, match="numbers has no evaluation examples"):
+        Numbers(3).setup("fit")
