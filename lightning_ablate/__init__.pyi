@@ -1,4 +1,5 @@
 from .ablation import ablated as ablated
+from .attribution import Attribution as Attribution
 from .calibration import Calibration as Calibration
 from .callback import AblationCallback as AblationCallback
 from .choices import Choice as Choice
@@ -21,8 +22,6 @@ from .methods import Ablation as Ablation
 from .methods import AblationMethod as AblationMethod
 from .methods import ConditionalMean as ConditionalMean
 from .methods import ConditionalMeanPerHead as ConditionalMeanPerHead
-from .methods import ConditionalOptimal as ConditionalOptimal
-from .methods import ConditionalSequential as ConditionalSequential
 from .methods import ConditionalTuned as ConditionalTuned
 from .methods import ConstantMethod as ConstantMethod
 from .methods import HalfSampleMode as HalfSampleMode

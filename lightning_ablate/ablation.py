@@ -1,4 +1,4 @@
-"""A target under an ablation, without a Trainer."""
+"""A target under an ablation: the edits of its sites, and `ablated`, which needs no Trainer."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ablate.calibration import Calibration, digest
-from lightning_ablate.errors import ConfigError, SiteError, few
+from lightning_ablate.calibration import Calibration
+from lightning_ablate.errors import ConfigError, SiteError, StatisticsError, few
 from lightning_ablate.methods import Ablation, AblationMethod, Batch, Edit, Source, method_of
+from lightning_ablate.seeds import digest
 from lightning_ablate.sites import Site, check_mask, device_of, given_for, hooked
 from lightning_ablate.sites.dataflow import features
 from lightning_ablate.statistics import SiteStatistics
@@ -58,16 +59,11 @@ def ablated(
     found = {site: torch.as_tensor(given) for site in known if (given := given_for(site, masks)) is not None}
     for site, mask in found.items():
         check_mask(mask, site, "ablated()")
-    every = {s.name: found.get(s, torch.zeros(s.width, dtype=torch.bool)).cpu() for s in calibration.sites}
-    whole = digest(every)
-    batch, edits, device = Batch(torch.zeros(0)), dict[Site, Edit](), device_of(target)
+    batch = Batch(torch.zeros(0))
     if source is not None:
         read = _read(target, found, source)
         batch.sources = defaultdict(lambda: read)  # whatever kind and seed a method asks for
-    for site, mask in found.items():
-        statistics = calibration[site] if site in calibration.statistics else SiteStatistics(site.name, {})
-        ablation = Ablation(site, mask.to(device), statistics, None, batch, whole)
-        edits[site] = Edit(ablation.mask, chosen.prepare(ablation))
+    edits = edits_of(chosen, found, calibration, device_of(target), batch=batch)
     with ExitStack() as stack:
         if chosen.needs_batch:
             begin = partial(_begin, batch, chosen)
@@ -80,6 +76,33 @@ def ablated(
             f"{few(passed_by)} never ran inside, so nothing was ablated there: run the target in the block, and not by "
             "a fused implementation, a traced copy or bare weights that pass its modules by"
         )
+
+
+def edits_of(
+    method: AblationMethod,
+    masks: Mapping[Site, Tensor],
+    calibration: Calibration,
+    device: torch.device,
+    seed: int | None = None,
+    batch: Batch | None = None,
+) -> dict[Site, Edit]:
+    """What a method does at each site. A site whose mask ``(neurons,)`` bool holds no True is left out.
+
+    The ``seed`` is that of what the method draws, ``batch`` what it can know of the examples that run. StatisticsError
+    if a statistic that it needs is missing.
+    """
+    batch, edits = batch or Batch(), dict[Site, Edit]()
+    known = {site.name: masks.get(site, torch.zeros(site.width, dtype=torch.bool)) for site in calibration.sites}
+    whole = digest({name: mask.cpu() for name, mask in known.items()})
+    for site, mask in masks.items():
+        if bool(mask.any()):
+            statistics = calibration[site] if site in calibration.statistics else SiteStatistics(site.name, {})
+            ablation = Ablation(site, mask.to(device), statistics, seed, batch, whole)
+            try:
+                edits[site] = Edit(ablation.mask, method.prepare(ablation))
+            except StatisticsError as error:
+                raise StatisticsError(f"the method {method.name!r} {error}") from error
+    return edits
 
 
 def _read(target: nn.Module, sites: Iterable[Site], source: Mapping[str, Any]) -> dict[Site, Source]:

@@ -2,17 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from lightning_ablate.choices import Choice, Ranked, seed_of
+from lightning_ablate.conditions import listed
 from lightning_ablate.errors import ConfigError
-from lightning_ablate.methods import AblationMethod, LearnedMethod
+from lightning_ablate.methods import AblationMethod, method_of
 from lightning_ablate.metrics import Scored
+from lightning_ablate.seeds import seed_of
 from lightning_ablate.sites import Site
 from lightning_ablate.statistics import FOUND
 
@@ -23,65 +24,48 @@ SUMS = ("first", "second", "estimate", "square", "with_n")  # what is summed ove
 
 
 @dataclass(frozen=True)
-class Attributing:
-    """How units are attributed: under which ``methods``, from how many ``draws``, how many of them are verified.
+class Attribution:
+    """Options of attribution: the estimated effect of ablating every neuron, head and site alone.
 
-    ``examples`` is how many of the calibration data are used, the first ones by their indices, None for all; the
-    ``seed`` is that of what methods draw. Of one's own ``metric``, if it is named, its loss is attributed, to first
-    order, in place of what the cross-entropy gains. ConfigError for fewer than one draw or example.
+    Args:
+        methods: the replacements under which units are attributed, as ``--ablation.methods``; none by default.
+        draws: backward passes for the second order of the estimate.
+        verify: how many of the largest estimates, and how many random others, are measured by ablating them alone, of
+            neurons and of heads.
+        examples: how many calibration examples are used, the first ones by their indices; None takes all.
+        metric: the module's own metric whose loss is attributed, to first order; None takes the cross-entropy.
     """
 
-    methods: tuple[AblationMethod, ...] = ()
+    methods: Sequence[AblationMethod | str] | str = ()
     draws: int = 8
     verify: int = 0
     examples: int | None = None
-    seed: int = 0
     metric: str | None = None
 
     def __post_init__(self) -> None:
-        """Checks the numbers."""
+        """Makes the methods that are named, and checks the numbers; ConfigError."""
+        made = tuple(method_of(method, "--ablation.attribution.methods") for method in listed(self.methods))
+        object.__setattr__(self, "methods", made)
         if self.draws < 1 or self.verify < 0 or (self.examples is not None and self.examples < 1):
             raise ConfigError(
-                f"draws is {self.draws}, verify {self.verify} and attribution_examples {self.examples}; expected "
-                "at least 1, 0 and 1 (--ablation.draws, --ablation.verify, --ablation.attribution_examples)"
+                f"draws is {self.draws}, verify {self.verify} and examples {self.examples}; expected at least 1, 0 and "
+                "1 (--ablation.attribution.draws, ...)"
             )
-        if (self.verify or self.metric is not None) and not self.methods:
-            raise ConfigError(
-                "verify and attribute_metric need attributions: name their methods (--ablation.attribute '[mean]')"
-            )
-        names = [method.name for method in self.methods]
+        if (self.verify or self.metric is not None) and not made:
+            raise ConfigError("attribution names no methods, expected some (--ablation.attribution.methods '[mean]')")
+        names = [method.name for method in made]
         if len(set(names)) < len(names):
-            raise ConfigError(f"attribute names {', '.join(names)}, expected each once (--ablation.attribute)")
-
-    def check(self, choice: Choice, learned: Sequence[str], metrics: Sequence[str] = ()) -> None:
-        """Raises ConfigError for methods that can't be attributed, and a choice by an attribution that isn't made.
-
-        ``learned`` are the names of the methods whose values the run learns, ``metrics`` those of the module's own.
-        """
-        if self.metric not in (None, *metrics):
             raise ConfigError(
-                f"the module has no metric {self.metric!r} (--ablation.attribute_metric), it has "
-                f"{', '.join(metrics) or 'none of its own'}"
+                f"attribution names {', '.join(names)}, expected each once (--ablation.attribution.methods)"
             )
-        names = [method.name for method in self.methods]
-        for method in self.methods:
-            if not method.attributable or (isinstance(method, LearnedMethod) and method.name not in learned):
-                raise ConfigError(
-                    f"{method.name} can't be attributed: expected a method whose values don't depend on what else is "
-                    "ablated, and one that learns in --ablation.methods as well (--ablation.attribute)"
-                )
-        if not (isinstance(choice, Ranked) and choice.by == "attribution"):
-            return
-        if set(names) & set(learned):
-            raise ConfigError("neurons are ranked by an attribution, which waits for what is learned of such neurons")
-        if (choice.under or next(iter(names), None)) not in names:
-            raise ConfigError(
-                f"neurons are ranked by the attribution under {choice.under or 'some method'}, expected it in "
-                f"--ablation.attribute, which names {', '.join(names) or 'none'}"
-            )
+
+    @property
+    def each(self) -> tuple[AblationMethod, ...]:
+        """The methods, as instances."""
+        return cast(tuple[AblationMethod, ...], self.methods)
 
     def used(self, examples: Tensor) -> Tensor:
-        """Which of a batch's examples are used, bool ``(batch,)``; none that only fills it."""
+        """Which of a batch's ``examples`` ``(batch,)`` int64 are used, bool; none that only fills the batch."""
         return (examples >= 0) if self.examples is None else (examples >= 0) & (examples < self.examples)
 
 

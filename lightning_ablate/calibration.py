@@ -196,18 +196,6 @@ def _offloaded(target: nn.Module, name: str) -> Tensor:
         return getattr(module, own).clone()
 
 
-def digest(state: Any) -> str:
-    """SHA-256, in hexadecimal, of tensors on the CPU and plain values, in mappings and lists of them."""
-    if isinstance(state, Mapping):
-        state = [[str(key), digest(value)] for key, value in state.items()]
-    elif isinstance(state, list | tuple):
-        state = [digest(value) for value in state]
-    elif isinstance(state, Tensor):
-        raw = state.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
-        state = [str(state.dtype), list(state.shape), hashlib.sha256(raw).hexdigest()]
-    return hashlib.sha256(repr(state).encode()).hexdigest()
-
-
 def _key(kind: type[ActivationStatistic]) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 

@@ -1,6 +1,5 @@
 """Which neurons go: nested in the fraction, fixed by the seed, and the same on every machine of a run."""
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, get_args
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from lightning_ablate.conditions import Selection
 from lightning_ablate.errors import ConfigError, SiteError, StatisticsError, few
+from lightning_ablate.seeds import seed_of
 from lightning_ablate.sites import Site, given_for, heads_of
 from lightning_ablate.statistics import FOUND, ActivationStatistic, Covariance, Histogram, Moments, SiteStatistics
 
@@ -23,6 +23,7 @@ class Choice(ABC):
     """Chooses which neurons of a site are ablated. Subclass it to choose in another way."""
 
     statistics: tuple[type[ActivationStatistic], ...] = ()  # what calibration must gather for it
+    attribution: str | None = None  # the method whose attribution it ranks by, "" for the first, None for none
 
     @abstractmethod
     def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
@@ -122,7 +123,7 @@ class Ranked(Ordered):
             theirs, or of their heads' attributions.
         first: which end goes first.
         unit: see :class:`Ordered`.
-        under: the method under which units were attributed; None takes the first of ``attribute``.
+        under: the method under which units were attributed; None takes the first one.
 
     Example:
         >>> site, moments = Site("blocks.0.attn.proj", 3), Moments(neurons=3)
@@ -146,6 +147,7 @@ class Ranked(Ordered):
             if given not in known:
                 raise ConfigError(f"{name} is {given!r}, expected one of {', '.join(known)} (--ablation.neurons)")
         self.by, self.first, self.under = by, first, under
+        self.attribution = (under or "") if by == "attribution" else None
         more: type[ActivationStatistic] = Histogram if by == "gap" else Covariance
         self.statistics = (Moments, more) if by in ("gap", "unexplained", "surgeon") else (Moments,)
 
@@ -179,7 +181,7 @@ class Ranked(Ordered):
         if under not in known:
             raise StatisticsError(
                 f"ranking by attribution needs that of {under or 'some method'} at {site.name}, there is "
-                f"{', '.join(known) or 'none'}: run `fit` with it (--ablation.attribute '[mean]')"
+                f"{', '.join(known) or 'none'}: run `fit` with it (--ablation.attribution.methods '[mean]')"
             )
         estimates, heads = known[under][FOUND.index("estimate")], site.heads or 0
         whole = self.unit != "neuron" and heads and heads % self.units(site) == 0
@@ -290,9 +292,3 @@ def choice_of(given: Choice | None) -> Choice:
     if given is not None and not isinstance(given, Choice):
         raise ConfigError(f"neurons is {given!r:.80}, expected a Choice, such as EachHead() (--ablation.neurons)")
     return given or Random()
-
-
-def seed_of(*keys: object) -> int:
-    """A seed of 63 bits that depends on every key, so that nearby seeds and names give unrelated draws."""
-    digest = hashlib.sha256("\0".join(map(str, keys)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1

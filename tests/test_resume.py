@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from lightning_ablate import AblationCallback
-from lightning_ablate.errors import ConfigError, StatisticsError
+from lightning_ablate.calibration import saved_state
+from lightning_ablate.errors import ConfigError, TargetError
 from lightning_ablate.methods import Optimal
-from lightning_ablate.phases import Unfinished, is_unfinished
 from lightning_ablate.results.folder import fresh_folder
+from lightning_ablate.run import Store, is_unfinished
 from lightning_ablate.trainer import from_first
 from tests import tiny
 from tests.command import assert_same_bytes
@@ -84,17 +85,18 @@ def test_a_finished_folder_is_kept_and_saves_are_rare_by_default(tmp_path, whole
     assert_same_bytes(tmp_path / "run", whole[0])
     assert_same_bytes(tmp_path / "run" / "run-2", whole[0])
     run(tmp_path / "other", Dies(None, 1), save_every=60.0)
-    saved = torch.load(tmp_path / "other" / "unfinished" / "progress.pt", weights_only=True)
+    saved = saved_state(tmp_path / "other" / "ablation.ckpt")
     assert saved["epochs"] == 4 and saved["phase"] == {}
 
 
 def test_the_first_process_saves_what_all_go_on_from(tmp_path):
-    first, second = (Unfinished(tmp_path, rank == 0, 0.0) for rank in (0, 1))
+    first, second = (Store(tmp_path, rank == 0, 0.0) for rank in (0, 1))
     assert first.claim({"seeds": (1, 2)}) == {} and first.due
     for one in (first, second):
-        one.save({"epochs": 2, "x": torch.tensor(1 if one is first else 2)})
-    assert sorted(path.name for path in (tmp_path / "unfinished").iterdir()) == ["lock", "progress.pt"]
-    again = Unfinished(tmp_path, True, 60.0)
+        state = {"calibration": {}, "facts": {"seeds": [1, 2]}, "finished": False}
+        one.save({"callbacks": {"mine": state | {"x": torch.tensor(1 if one is first else 2)}}})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ablation.ckpt", "ablation.lock"]
+    again = Store(tmp_path, True, 60.0)
     with pytest.raises(ConfigError, match="a run is going on in"):
         again.claim({"seeds": [1, 2]})
     second.leave()
@@ -102,9 +104,9 @@ def test_the_first_process_saves_what_all_go_on_from(tmp_path):
         again.claim({"seeds": [1, 2]})
     first.leave()
     found = again.claim({"seeds": [1, 2]})
-    assert (found["epochs"], found["x"].item()) == (2, 1) and not again.due
-    again.close()
-    assert not is_unfinished(tmp_path) and not (tmp_path / "unfinished").exists()
+    assert found["x"].item() == 1 and not again.due and is_unfinished(tmp_path)
+    again.close(keep=False)
+    assert not is_unfinished(tmp_path) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("error", [None, ConfigError("in use")])
@@ -128,20 +130,20 @@ def test_what_the_first_process_reads_or_refuses_reaches_all_without_a_shared_di
 
 
 def test_a_run_that_is_going_on_keeps_its_folder_and_one_that_leaves_takes_only_what_it_made(tmp_path):
-    live = Unfinished(tmp_path / "run", True, 0.0)
+    live = Store(tmp_path / "run", True, 0.0)
     live.claim({})
-    other = Unfinished(tmp_path / "run", True, 0.0)
+    other = Store(tmp_path / "run", True, 0.0)
     with pytest.raises(ConfigError, match="a run is going on in .*run; wait for it"):
         other.claim({})
     other.leave()
-    assert (tmp_path / "run" / "unfinished").is_dir()
+    assert (tmp_path / "run" / "ablation.lock").exists()
     child = os.fork()  # as a worker that loads data, which inherits the lock
     if not child:
         time.sleep(60)
     live.leave()
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
-    other = Unfinished(tmp_path / "run", True, 0.0)
+    other = Store(tmp_path / "run", True, 0.0)
     other.claim({})
     assert fresh_folder(tmp_path / "run") == tmp_path / "run"  # where nothing is saved yet there is nothing to keep
     other.leave()
@@ -152,7 +154,7 @@ def test_a_run_that_is_going_on_keeps_its_folder_and_one_that_leaves_takes_only_
 
 def test_a_damaged_save_is_refused_in_a_line(tmp_path):
     run(tmp_path / "run", Dies(1, 2))
-    for save in (tmp_path / "run" / "unfinished").glob("*.pt"):
-        save.write_bytes(save.read_bytes()[:500])
-    with pytest.raises(StatisticsError, match="could not load .*unfinished"):
+    save = tmp_path / "run" / "ablation.ckpt"
+    save.write_bytes(save.read_bytes()[:500])
+    with pytest.raises(TargetError, match="could not load .*ablation.ckpt"):
         run(tmp_path / "run")

@@ -1,7 +1,7 @@
 """What takes an ablated neuron's place."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -85,6 +85,10 @@ class AblationMethod(ABC):
     @abstractmethod
     def prepare(self, ablation: Ablation) -> Replacement:
         """The replacement at one site under one condition, computed once and then applied to every batch."""
+
+    def notes(self, statistics: Iterable[SiteStatistics]) -> list[str]:
+        """Lines that results show of what it was made from, given the statistics of all sites."""
+        return []
 
     def alone(self, ablation: Ablation, sizes: Sequence[int]) -> dict[int, Replacement]:
         """By the size of units of so many neurons side by side: what takes the place of each if it alone is ablated.

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from lightning_ablate.choices import seed_of
 from lightning_ablate.methods.base import Ablation, AblationMethod, Replacement
 from lightning_ablate.methods.draws import hashed, uniform
+from lightning_ablate.seeds import seed_of
 from lightning_ablate.statistics import Moments
 
 

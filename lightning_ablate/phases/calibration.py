@@ -10,10 +10,11 @@ from torch import Tensor
 
 from lightning_ablate.errors import NonFiniteError, StatisticsError
 from lightning_ablate.metrics import checked
-from lightning_ablate.phases.phase import Module, Phase
-from lightning_ablate.phases.resume import Run
+from lightning_ablate.modules import AblationModule
+from lightning_ablate.modules.phase import Phase
+from lightning_ablate.run import Run
 from lightning_ablate.sites import KINDS, Site, check_mixing, find_sites, hooked
-from lightning_ablate.statistics import ActivationStatistic, Covariance, Moments
+from lightning_ablate.statistics import ActivationStatistic, Moments
 
 
 class CalibrationPhase(Phase):
@@ -21,7 +22,7 @@ class CalibrationPhase(Phase):
 
     title = "Calibration"
 
-    def __init__(self, module: Module, run: Run, kinds: Sequence[type[ActivationStatistic]]) -> None:
+    def __init__(self, module: AblationModule, run: Run, kinds: Sequence[type[ActivationStatistic]]) -> None:
         super().__init__(module)
         self.kinds, self.calibration, self.seconds, self._run = kinds, run.calibration, 0.0, run
         self.epochs = 1 + max(kind.epoch() for kind in kinds)
@@ -58,8 +59,7 @@ class CalibrationPhase(Phase):
                 except StatisticsError as error:
                     raise StatisticsError(f"site {site.name}: {error}") from error
                 self.calibration.add(site, statistic)
-                if isinstance(statistic, Covariance):
-                    self._run.check_positions(site, statistic)
+                self._run.note(statistic.note(site))
         self._gathered = {}
 
     def _add(self, site: Site, batch: Any, examples: Tensor, activations: Tensor) -> None:

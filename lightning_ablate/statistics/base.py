@@ -101,6 +101,10 @@ class ActivationStatistic(Metric, ABC):
     def check(self) -> None:
         """Raises StatisticsError if what was gathered can't be right; called once the epoch is complete."""
 
+    def note(self, site: Site) -> str | None:
+        """One line that limits what it is good for, called once the epoch is complete; None for nothing."""
+        return None
+
     def reduce(self) -> None:
         """Lets go of what is needed no longer once the epoch is complete and described."""
         self._cache = None  # the states of this rank alone, which torchmetrics keeps for a return

@@ -53,6 +53,16 @@ class Covariance(ActivationStatistic):
             own = (examples % 2 == half).unsqueeze(1)
             self._add(half, positions(activations, own if valid is None else own & valid))
 
+    def note(self, site: Site) -> str | None:
+        """That a site has more neurons than there were positions to regress them on."""
+        count, width = int(self.count), site.width // self.blocks
+        if count >= width:
+            return None
+        return (
+            f"calibrated on {count:,} positions, fewer than the {width:,} neurons that conditional methods regress: "
+            "they rest on their ridge; calibrate on more data (--data.calibration_...)"
+        )
+
     def compute(self) -> Tensor:
         """See :attr:`covariance`."""
         return self.covariance
@@ -103,11 +113,6 @@ class Covariance(ActivationStatistic):
             self._orders[size] = eliminated(self._precision[0], read, size).cpu()
         return self._orders[size]
 
-    def choose(self, mask: Tensor) -> None:
-        """Chooses the ridge with which just the neurons of a mask ``(neurons,)`` bool are regressed on the others."""
-        self._forget()
-        self.chosen.fill_(self._choose(mask.view(self.blocks, -1)))
-
     def reduce(self) -> None:
         """Chooses the ridge, unless it is chosen, and keeps the examples apart no longer."""
         super().reduce()
@@ -145,7 +150,7 @@ class Covariance(ActivationStatistic):
         with torch.autocast(rows.device.type, enabled=False):
             _add(sums, torch.full_like(mean, rows.shape[1]), mean, deviations.mT @ deviations)
 
-    def _choose(self, masks: Tensor | None = None) -> float:
+    def _choose(self) -> float:
         if len(self.sums) == self.blocks or not bool((self.sums[:, 0, 0] > 0).all()):
             return _UNKNOWN
         ridges = torch.tensor(RIDGES, dtype=torch.float64, device=self.sums.device)
@@ -153,7 +158,7 @@ class Covariance(ActivationStatistic):
         halves = self._halves
         every = torch.arange(halves.shape[3], device=ridges.device) % 2 == 0
         for block in range(self.blocks):
-            for gone in (every, ~every) if masks is None else (masks[block],):
+            for gone in (every, ~every):
                 for one, other in (halves[:, block], halves[:, block].flip(0)):
                     left += _left(one.double(), other.double(), ridges, gone)
         return RIDGES[int(left.argmin())]
