@@ -15,9 +15,9 @@ class Examples(Dataset[dict[str, Any]]):
     """A set of examples, each with its ``index``.
 
     Args:
-        rows: what the examples are made of. It goes to a DataLoader's workers, so it holds no tensors, each of which
-            would take a file.
-        contents: what identifies them in the fingerprint.
+        rows: what the examples are made of. A DataLoader sends them to its workers, where each tensor would need a
+            file, so they hold none.
+        contents: the bytes of each example, for the fingerprint.
         make: makes the dict of tensors of a row; it is pickled for workers.
         clusters: a number an example, equal for examples that share a document; by default each has its own.
     """
@@ -63,9 +63,10 @@ def joined(held: Iterable[Sequence[Hashable]]) -> list[int]:
 
 
 class ExactSampler(DistributedSampler[int]):
-    """Deals the examples to the processes in turn. Fills short processes with :data:`FILLER`, without repeating any.
+    """Deals the examples to the processes in turn, each to one of them.
 
-    Every process gets the same number of batches of the same shape. Lightning keeps it, as it is a DistributedSampler.
+    Processes with fewer examples get ``FILLER`` as well, so that all have as many batches of the same shape. Lightning
+    would replace the sampler if it were no DistributedSampler.
     """
 
     def __init__(self, count: int, batch_size: int, rank: int, world_size: int) -> None:

@@ -16,10 +16,10 @@ from lightning_ablate.seeds import seed_of
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class PairedTexts(TextRows):
-    """Pairs of a clean and a corrupt text with as many tokens, an answer to the clean one, and a foil, each one token.
+    """Pairs of a clean and a corrupt text of equal length, with an answer and a foil of one token each.
 
-    The columns are ``clean``, ``corrupt``, ``answer`` and ``foil``. The next token of the clean text should be the
-    answer, of the corrupt one the foil. PairedLM says what is scored.
+    The columns are ``clean``, ``corrupt``, ``answer`` and ``foil``. The answer should follow the clean text, and the
+    foil the corrupt one. PairedLM says what is scored.
 
     Args:
         reverse: reads the corrupt texts, whose partners are the clean ones (denoising), instead of the clean ones.
@@ -39,7 +39,7 @@ class PairedTexts(TextRows):
         self.name += " reversed" if self.reverse else ""
 
     def example(self, row: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-        """The tokens of both texts, those of the partner as ``partner_...``, and ``last``, ``answer``, ``foil``."""
+        """The tokens of both texts, the second as ``partner_...``, the ``last`` position, ``answer`` and ``foil``."""
 
         def refused(why: str) -> DataError:
             return DataError(f"{self.name}, the row {row['clean']!r:.70}: {why}")

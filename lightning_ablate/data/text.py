@@ -32,7 +32,7 @@ class TokenData(RowData):
     facts: ClassVar[tuple[str, ...]] = (*RowData.facts, "max_length")
 
     def load_tokenizer(self) -> Any:
-        """The tokenizer. Lowers ``max_length`` to the longest that it gives.
+        """The tokenizer. Lowers ``max_length`` to the longest that the tokenizer allows.
 
         Raises:
             ConfigError: if there is none, or ``max_length`` leaves no room for a text.
@@ -63,7 +63,7 @@ class TokenData(RowData):
     def padded(
         self, tokenizer: Any, tokens: Sequence[Mapping[str, Any]], contents: Sequence[bytes], clusters: Iterable[Any]
     ) -> Examples:
-        """Examples of token lists and numbers: each list is filled up to ``(max_length,)`` int64 as it is asked for."""
+        """Examples of lists of tokens, and of numbers. A list is padded to ``(max_length,)`` int64 when it is read."""
         make = partial(_padded, padding_id(tokenizer), self.max_length)
         return Examples(tokens, contents, make, joined(clusters))
 

@@ -68,7 +68,7 @@ class AblationModule(lightning.LightningModule, ABC):
         return None
 
     def valid_at(self, site: Site, batch: Any) -> Tensor | None:
-        """The same for one site, where the sites of a target see different positions."""
+        """The same for one site. Override it where the sites of a target see different positions."""
         return self.valid(batch)
 
     def source(self, kind: str, seed: int, batch: Any) -> Any:
