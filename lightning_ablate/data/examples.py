@@ -29,7 +29,7 @@ class Examples(Dataset[dict[str, Any]]):
         make: Callable[[Any], dict[str, Any]] = dict,
         clusters: Sequence[int] | None = None,
     ) -> None:
-        self.rows, self.contents, self.make = rows, contents, make
+        self.rows, self.contents, self.make = rows, list(contents), make
         self.clusters = list(range(len(contents)) if clusters is None else clusters)
 
     def __len__(self) -> int:
