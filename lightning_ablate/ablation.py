@@ -27,16 +27,16 @@ def ablated(
     calibration: Calibration | None = None,
     source: Mapping[str, Any] | None = None,
 ) -> Iterator[None]:
-    """Ablates a target for whatever runs it inside: forward passes, generation, a training loop of one's own.
+    """Ablates a target inside the block: forward passes, generation, a training loop of one's own.
 
     Args:
         target: the model; it is left as it was, whatever happens.
-        masks: masks ``(neurons,)`` bool by path of a site's projection (``h.3.attn.c_proj``), for every use of it; or
-            by a calibration's name (``path#1``), for one use of a module that runs several times, which wins.
-        method: what takes their place, or its name.
-        calibration: the statistics that the method needs (see :meth:`Calibration.load`), or StatisticsError.
-        source: an input that is resampled from (``resample-partner`` and its like), as keyword arguments of the target:
-            as many examples as run inside, or one for all; an ``attention_mask`` tells its padding.
+        masks: path of a projection (``h.3.attn.c_proj``) → mask ``(neurons,)`` bool, for every use of it. A
+            calibration's name (``path#1``) stands for one use of a module that runs several times.
+        method: what takes the neurons' place, or its name.
+        calibration: the statistics that the method needs, see :meth:`Calibration.load`; StatisticsError without them.
+        source: another input, from which ``resample-partner`` and its like take activations, as keyword arguments of
+            the target: as many examples as run inside, or one for all. Its ``attention_mask`` tells padding.
 
     Raises:
         SiteError: if a path names no projection, or a mask doesn't fit; at the end, if a projection never ran inside,
@@ -106,7 +106,7 @@ def edits_of(
 
 
 def _read(target: nn.Module, sites: Iterable[Site], source: Mapping[str, Any]) -> dict[Site, Source]:
-    """What the sites do on an input."""
+    """The activations of the sites on another input."""
     found: dict[Site, Source] = {}
     mask = source.get("attention_mask", torch.ones(len(next(iter(source.values()))), 1))
 
@@ -119,7 +119,7 @@ def _read(target: nn.Module, sites: Iterable[Site], source: Mapping[str, Any]) -
 
 
 def _begin(batch: Batch, method: AblationMethod, target: nn.Module, inputs: Any, named: Mapping[str, Any]) -> None:
-    """Notes how many examples run, as their order is their number; ConfigError if a cache hides their positions."""
+    """Numbers the examples that run; ConfigError if a cache hides their positions."""
     first = next(one for one in (*inputs, *named.values()) if isinstance(one, Tensor))
     if any(one.get_seq_length() for one in named.values() if hasattr(one, "get_seq_length")):
         raise ConfigError(f"{method.name} goes by positions, which a cache hides in generation; use_cache=False")
@@ -131,4 +131,4 @@ def _begin(batch: Batch, method: AblationMethod, target: nn.Module, inputs: Any,
 
 
 def _end(batch: Batch, *_: Any) -> None:
-    batch.examples = torch.zeros(0)  # what runs outside of the target's own pass can't be told apart
+    batch.examples = torch.zeros(0)  # outside of the target's own pass examples can't be told apart

@@ -70,19 +70,23 @@ class Attribution:
 
 
 def levels_of(site: Site) -> dict[str, int]:
-    """The neurons of one unit of each level that a site has: those of a neuron, a head, the whole site."""
+    """The levels of a site's units, and how many neurons one unit has: a neuron, a head, the whole site."""
     heads = {"head": site.width // site.heads} if site.heads else {}
     return {"neuron": 1, **heads, "site": site.width}
 
 
 def cotangents(scored: Scored, rows: Tensor, examples: Sequence[int], draws: int) -> Any:
-    """Gradients with respect to the logits, ``(n, classes)``: of the cross-entropy, and then ``draws`` random ones.
+    """Gradients with respect to the logits, ``(n, classes)``: of the cross-entropy, then ``draws`` random ones.
 
-    The random ones have mean 0 and the covariance ``diag(p) − p pᵀ`` of the gradients of cross-entropies whose labels
-    are drawn from the target's own predictions p, position by position, so that squares of what comes back from them
-    are unbiased estimates of the Fisher. Made of signs, they are less heavy-tailed than those of drawn labels. Signs
-    depend on the example and the position, not on the batch. ``rows`` ``(n,)`` says where in the batch, whose
-    ``examples`` these are, each position's example is; positions below 0 don't count.
+    A random one is ``√p s − p Σ √p s`` with signs s and the target's predictions p. Its mean is 0 and its covariance
+    ``diag(p) − p pᵀ``, the Fisher information, so squares of what comes back estimate the Fisher without bias. Random
+    signs have lighter tails than random labels. They depend on the example and the position, not on the batch.
+
+    Args:
+        scored: the scored positions.
+        rows: the row in the batch of each position's example, ``(n,)`` int64; positions below 0 don't count.
+        examples: the indices of the batch's examples.
+        draws: how many random ones.
     """
     counts = (rows >= 0).unsqueeze(1)
     probabilities = scored.logits.detach().float().softmax(1)
@@ -104,10 +108,12 @@ def cotangents(scored: Scored, rows: Tensor, examples: Sequence[int], draws: int
 def orders(moved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """First and second orders of each example and unit, and the estimate, each ``(examples, units)`` float64.
 
-    ``moved`` ``(1 + draws, examples, positions, units)`` is the change of what each cotangent stands for, by position.
-    The estimate is the sum of both orders, to which a position whose own second order is ``½ E(g̃·δ)²`` nats adds less
-    by ``1 / (1 + that / BOUND)``: a square goes on growing where the loss levels off, by the normalisations and the
-    softmax behind a site, and a few positions, above all those that begin a text, would outweigh all others.
+    The estimate is the sum of both orders, damped by position: one whose own second order is q nats counts
+    ``1 / (1 + q / BOUND)``. The quadratic overestimates there, as losses level off, and a few positions, above all the
+    first ones of a text, would outweigh all others.
+
+    Args:
+        moved: gradient times change, ``(1 + draws, examples, positions, units)``, for each of the cotangents.
     """
     weight = 1 / (1 + moved[1:].square().mean(0) / (2 * BOUND))
     sums = (one.sum(2, dtype=torch.float64) for one in (moved, moved * weight))
@@ -116,9 +122,11 @@ def orders(moved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def per_position(sums: Tensor, n: Tensor) -> Tensor:
-    """``FOUND`` from the sums over examples ``(SUMS, units)``, ``(FOUND, units)`` float64, nats per scored position.
+    """The columns ``FOUND`` of each unit, ``(FOUND, units)`` float64, nats per scored position.
 
-    ``n`` ``(2,)`` are the sums of the examples' scored positions and of their squares.
+    Args:
+        sums: over the examples, see ``SUMS``, ``(SUMS, units)`` float64.
+        n: the sums over the examples of their scored positions and of the squares of these, ``(2,)`` float64.
     """
     first, second, estimate, square, with_n = sums / n[0]
     if n[1] == n[0].square():  # a single example

@@ -13,7 +13,7 @@ from lightning_ablate import phases
 from lightning_ablate import trainer as trainers
 from lightning_ablate.attribution import Attribution, table_of
 from lightning_ablate.calibration import Calibration, check_target, fingerprint
-from lightning_ablate.choices import Choice, choice_of
+from lightning_ablate.choices import Choice, Random
 from lightning_ablate.conditions import Condition, listed
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.export import chosen, export
@@ -35,25 +35,21 @@ PAPER_FRACTIONS, PAPER_SEEDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0
 class AblationCallback(lightning.Callback):
     """Runs the phases of an evaluation: calibration, attribution and learning in ``fit``, the sweep in validation.
 
-    The number of epochs follows from the methods, so ``max_epochs`` and ``check_val_every_n_epoch`` of the Trainer are
-    set here: one epoch, two where a method needs a histogram, more where methods learn. ``fit`` leaves ablation.ckpt
-    in the run's folder; ``validate`` with it sweeps again.
+    It sets ``max_epochs`` and ``check_val_every_n_epoch`` of the Trainer: one epoch, two where a method needs a
+    histogram, more where methods learn. ``fit`` leaves ablation.ckpt in the run's folder; ``validate`` sweeps with it.
 
     Args:
-        methods: what replaces a neuron: names (``zero``, ``mean``, ``peak``, ``mode``, ``half-sample-mode``,
-            ``median``, ``positional-mean``, ``noise``, ``conditional-mean``, ``conditional-mean-per-head``,
-            ``conditional-tuned``, ``optimal``, ``resample-same-position``, ``resample-any-position``,
-            ``resample-characters``, ``resample-ids``, ``resample-generated``, ``resample-pixels``,
-            ``resample-partner``), instances, or class paths of subclasses of AblationMethod.
+        methods: what replaces a neuron: names such as ``zero``, ``mean`` and ``peak`` (all are in
+            lightning_ablate/methods/README.md), instances, or class paths of subclasses of AblationMethod.
         fractions: shares of each site's units that are asked for, 0 to 1; results say what share of neurons went.
         seeds: of the choice of neurons, and of what a method draws.
         sites: ``attention`` (the default: of every layer), ``self-attention``, ``cross-attention``, ``mlp``, and
             shell-style patterns of module paths (``*.0.attn.c_proj``).
-        neurons: which units go, and in which portions: ``Random`` (the default), ``Ranked``, ``EachHead``,
-            ``EachLayer``, ``Only``, or a class path of a subclass of Choice.
-        attribution: the estimated effect of every neuron, head and site alone, made in ``fit``.
-        dirpath: the folder for the run's files; None takes the logger's. If a run with the same configuration died
-            there, this one goes on from where it was.
+        neurons: which units are ablated together: ``Random`` (the default), ``Ranked``, ``EachHead``, ``EachLayer``,
+            ``Only``, or a class path of a subclass of Choice.
+        attribution: options of the estimated effect of every neuron, head and site alone, which ``fit`` makes.
+        dirpath: the folder for the run's files; None takes the logger's. A run with the same configuration that died
+            there goes on.
         save_every: seconds from one save of an unfinished sweep to the next.
         figures: the forms in which figures are saved: ``png``, ``pdf``, ``svg``.
 
@@ -61,7 +57,7 @@ class AblationCallback(lightning.Callback):
         sweep: the methods, fractions, seeds and choice of units that are compared.
         results: the table of all conditions, once the sweep has ended.
         run: what the run has found and how far it has come; its ``calibration`` holds the statistics.
-        folder: where the run's files go, once it has begun; None in a ``fast_dev_run``.
+        folder: where the run's files are written, once it has begun; None in a ``fast_dev_run``.
     """
 
     def __init__(
@@ -77,7 +73,7 @@ class AblationCallback(lightning.Callback):
         figures: Sequence[Literal["png", "pdf", "svg"]] = ("png",),
     ) -> None:
         made = tuple(method_of(method) for method in listed(methods))
-        self.sweep = Sweep(made, listed(fractions), listed(seeds), choice_of(neurons))
+        self.sweep = Sweep(made, listed(fractions), listed(seeds), Random() if neurons is None else neurons)
         self.sites, self.attribution = listed(sites), attribution or Attribution()
         if not self.sites:
             raise ConfigError("sites is empty, expected at least one (--ablation.sites)")
@@ -153,10 +149,8 @@ class AblationCallback(lightning.Callback):
         """Computes the results on every process, and writes them on the first."""
         phase = cast(phases.SweepPhase, pl_module.phase)
         phase.end_epoch()
-        facts = self._facts | self.run.facts(phase.classes)
+        facts = self._facts | self.run.facts(self.sweep.methods, phase.classes)
         facts["partial"] += trainers.cut_short("evaluation", trainer.num_val_batches, evaluation_loaders(trainer))
-        known = [self.run.calibration[site] for site in self.run.calibration.sites]
-        facts["methods_notes"] = [line for method in self.sweep.methods for line in method.notes(known)]
         scored = dict(zip(trainers.data_names(trainer), phase.each, strict=True))
         data = [getattr(loader, "dataset", None) for loader in evaluation_loaders(trainer)]
         clusters = [getattr(one, "clusters", None) for one in data]

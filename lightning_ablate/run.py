@@ -4,7 +4,7 @@ import errno
 import io
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import nn
 
 from lightning_ablate.calibration import Calibration, check_target, fingerprint, saved_state
 from lightning_ablate.errors import ConfigError, StatisticsError, loading
+from lightning_ablate.methods import AblationMethod
 from lightning_ablate.modules.phase import Phase
 from lightning_ablate.results.folder import write_whole
 
@@ -84,12 +85,14 @@ class Run:
             self.notes.append(said)
             rank_zero_warn(said)
 
-    def facts(self, classes: int) -> dict[str, Any]:
-        """What run.json says of it, and of the number of classes."""
+    def facts(self, methods: Sequence[AblationMethod], classes: int) -> dict[str, Any]:
+        """What run.json says of it, of its methods and of the number of classes."""
+        known = [self.calibration[site] for site in self.calibration.sites]
         sites = [asdict(site) for site in self.calibration.sites]
         seconds = round(time.monotonic() - self.began, 1)
         about = {"held_out": self.held_out, "sites": sites, "partial": list(self.partial)}
         about |= {"notes": list(self.notes), "ridges": self.calibration.ridges}
+        about["methods_notes"] = [line for method in methods for line in method.notes(known)]
         return {**about, "classes": classes, "seconds": seconds}
 
 

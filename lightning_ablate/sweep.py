@@ -30,6 +30,10 @@ class Sweep:
 
     def __post_init__(self) -> None:
         """Checks what was given."""
+        if not isinstance(self.choice, Choice):
+            raise ConfigError(
+                f"neurons is {self.choice!r:.80}, expected a Choice, such as EachHead() (--ablation.neurons)"
+            )
         for name in ("methods", "fractions", "seeds"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty, expected at least one (--ablation.{name})")

@@ -37,7 +37,7 @@ _GIVEN = ("data_source", "dataset", "sampler", "generator")  # what samplers hol
 
 
 def check_trainer(trainer: lightning.Trainer) -> None:
-    """Raises ConfigError for what would cut the calibration, or show hooks pieces of a target."""
+    """Raises ConfigError for options that would cut the calibration, train, or split the target's activations."""
     check_strategy(trainer.strategy)
     if trainer.strategy.root_device.type == "mps":
         raise ConfigError("Apple's MPS has no float64, in which sums are made; expected --trainer.accelerator cpu")
@@ -63,9 +63,9 @@ def set_epochs(trainer: lightning.Trainer, epochs: int | None) -> None:
 
 
 def folder_of(trainer: lightning.Trainer, dirpath: str | Path | None) -> Path | None:
-    """Where a run's files go: ``dirpath`` or the logger's folder, or a fresh one in it; None for a dry run."""
+    """The folder of a run: ``dirpath``, the logger's, or a new one inside; None for a dry run."""
     logs = trainer.log_dir
-    if not trainer.loggers and Path(trainer.default_root_dir) == Path.cwd():  # where nobody asked for files
+    if not trainer.loggers and Path(trainer.default_root_dir) == Path.cwd():  # nobody has named a folder
         logs = "lightning_logs"
     given = None if _is_dry(trainer) else dirpath or logs
     if given is not None and Path(given).is_file():
@@ -78,7 +78,7 @@ def folder_of(trainer: lightning.Trainer, dirpath: str | Path | None) -> Path | 
 
 
 def from_first(trainer: lightning.Trainer, make: Callable[[], T]) -> T:
-    """What the first process makes, or its AblationError, on all of them, as they may not share a disk."""
+    """What the first process makes, or its AblationError, on all processes, which may not share a disk."""
     found: Any = None
     if trainer.is_global_zero:
         try:
@@ -161,7 +161,7 @@ def example_count(trainer: lightning.Trainer, loader: Any) -> int:
 
 
 def warn_if_shared(trainer: lightning.Trainer) -> None:
-    """Warns where examples that calibrate are evaluated as well, which flatters what is fitted to them."""
+    """Warns if examples that calibrate are evaluated as well."""
     own = getattr(trainer.train_dataloader, "dataset", None)
     for name, loader in zip(data_names(trainer), evaluation_loaders(trainer), strict=True):
         if shared := _shared(own, getattr(loader, "dataset", None)):
@@ -172,7 +172,7 @@ def warn_if_shared(trainer: lightning.Trainer) -> None:
 
 
 def _shared(one: Any, other: Any) -> int:
-    """How many examples two data sets share, as far as it is known without reading them."""
+    """How many examples two data sets share, as far as their classes tell."""
     (whole, indices), (same, others) = (
         (data.dataset, data.indices) if isinstance(data, Subset) else (data, None) for data in (one, other)
     )
@@ -193,7 +193,7 @@ def _batch_size(loader: Any) -> int:
 
 
 def cut_short(what: str, seen: Sequence[float], loaders: Sequence[Any]) -> list[str]:
-    """Why a run doesn't cover all of its data: what was cut, of which so many batches were ``seen``."""
+    """Lines on data that weren't read whole: ``seen`` batches of each loader."""
     pairs = zip(seen, map(sized_len, loaders), strict=True)
     return [f"{what} was cut to {count} of {whole} batches" for count, whole in pairs if whole and count < whole]
 
@@ -244,7 +244,7 @@ def run_facts(
 def evaluated(callback: Any, module: AblationModule, like: lightning.Trainer, data: Any = None) -> Any:
     """The results of a callback's sweep of a module, on the device and in the precision of another Trainer.
 
-    ``data`` are a data module or loaders, None those of the Trainer. Nothing is left of it.
+    ``data`` are a data module or loaders; None takes those of the Trainer. No file stays.
     """
     data = data or getattr(like, "datamodule", None) or like.val_dataloaders
     given = {"datamodule" if isinstance(data, lightning.LightningDataModule) else "dataloaders": data}

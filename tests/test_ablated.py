@@ -7,11 +7,12 @@ import pytest
 import torch
 from accelerate import cpu_offload
 
-from lightning_ablate import ConditionalTuned, (
+from lightning_ablate import (
     AblationCallback,
     Calibration,
     CausalLM,
     ConditionalMean,
+    ConditionalTuned,
     Mean,
     Noise,
     Only,

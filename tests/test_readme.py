@@ -1,7 +1,10 @@
-"""Every command and example of the README but the notebook's, as it stands, with stand-ins for hub and long runs."""
+"""Every command and example of every README, with stand-ins for the hub, for GPUs and for long runs."""
 
 import contextlib
+import multiprocessing
+import os
 import re
+import runpy
 import shlex
 import shutil
 import sys
@@ -13,43 +16,115 @@ import pandas as pd
 import pytest
 import timm
 import torch
+import yaml
 from datasets import Dataset
-from torch.utils.data import DataLoader
 
 from lightning_ablate import AblationCallback, LearnedMethod, Results
 from tests import reference, tiny
-from tests.command import ROOT, here, python
+from tests.command import ROOT, free_port
 from tests.test_pairs import words_tokenizer
 
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-SHORT_IMAGES = ["--data.calibration_images=60", "--data.evaluation_images=40", "--data.batch_size=20"]
-SHORT_TEXT = ["--data.calibration_tokens=1000", "--data.evaluation_tokens=1000"]
-FEW = ["--ablation.fractions=[0.5]", "--ablation.seeds=[42]", "--trainer.enable_progress_bar=false"]
-SEVERAL = {"ddp", "sharded"}
+PAGES = [
+    ROOT / "README.md",
+    *sorted({*ROOT.glob("*/README.md"), *ROOT.glob("lightning_ablate/*/README.md")}),
+    ROOT / ".github/CONTRIBUTING.md",
+]
+SHORT_IMAGES = ["--data.calibration_images=60", "--data.evaluation_images=37", "--data.batch_size=20"]  # 37 is odd
+SHORT_TEXT = ["--data.calibration_tokens=600", "--data.evaluation_tokens=400", "--data.max_length=32"]
+PAIRS = "calibration_examples: 20, evaluation_examples: 20, max_length: 24, reverse: true"
+SHORT_PAIRS = ["--data.calibration_examples=20", "--data.evaluation_examples=20"]
+SHORT_PAIRS += [f"--data.evaluation=[{{class_path: IndirectObjects, init_args: {{{PAIRS}}}}}]"]
+STAND_INS = {
+    "facebook/opt-125m": "opt",
+    "[conditional-tuned]": "[{class_path: ConditionalTuned, init_args: {lr: 0.01}}]",  # as it takes two steps only
+    "max_length: 128, evaluation_tokens: 5000": "max_length: 32, evaluation_tokens: 400",
+    "--ablation.attribution.verify 8": "--ablation.attribution.verify 2 --ablation.attribution.draws 1",
+}
+FEW = ["--ablation.fractions=[0.5]", "--ablation.seeds=[42]", "--trainer.accelerator=cpu"]
 PIP = 'pip install -e ".[test]" && '
+# python examples that have a test of their own; the one with a Trainer is in test_notebook.py
+TESTED = ("(AblationModule)", "(CausalLM)", "DataModule)", "(ActivationStatistic)", "(ConstantMethod)", "(Choice)")
+TESTED += ("lm_eval", "Trainer(")
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # runpy runs a module again
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+    """The code blocks of all pages, each distinct one once, with continued lines joined."""
+    pattern = re.compile(rf"^```{language}\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    found = (block for page in PAGES for block in pattern.findall(page.read_text(encoding="utf-8")))
+    return list(dict.fromkeys(found))
 
 
-COMMANDS = [
-    line.strip() for block in blocks("bash") for line in block.replace("\\\n", "").strip().split("\n") if line.strip()
-]
+def example(word):
+    (found,) = [block for block in blocks("python") if word in block]
+    return found
 
 
-def runnable():
-    """Those of the paper's configs are run by tests/test_paper.py."""
-    return [command for command in COMMANDS if "lightning_ablate" in command and "configs/paper_" not in command]
+def lines(language):
+    """The commands in these blocks, each once; comments are none."""
+    joined = "".join(blocks(language)).replace("\\\n", " ").splitlines()
+    return list(dict.fromkeys(" ".join(line.split()) for line in joined if line.strip() and line[0] != "#"))
 
 
-def test_every_command_is_known_here_the_first_installs_and_runs_and_the_second_tests():
-    assert COMMANDS[:2] == [PIP + "python -m lightning_ablate fit", "python -m pytest"]
+COMMANDS = lines("bash")
+RUNNABLE = [c for c in COMMANDS if "lightning_ablate" in c and "configs/paper_" not in c]  # those: test_paper.py
+
+
+def module(name, *arguments):
+    """What ``python -m`` does with these words, in this process."""
+    with mock.patch.object(sys, "argv", [name, *map(str, arguments)]):
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def one_of_two(rank, port, folder, words):
+    """A process of two, as torchrun starts it; what it says goes into a file."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "readme", "MASTER_ADDR": "localhost"}
+    os.environ |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    os.chdir(folder)
+    with (folder / f"rank{rank}.txt").open("w") as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+        module(*words)
+        sys.stdout.flush()
+
+
+def by_two(words, folder):
+    """What the first of two processes says. Both are forks of a server that has imported everything, which is slow."""
+    context, port = multiprocessing.get_context("forkserver"), free_port()
+    context.set_forkserver_preload(["lightning_ablate.cli", "lightning_ablate.results.figures", "tests.test_readme"])
+    ranks = [context.Process(target=one_of_two, args=(rank, port, folder, words)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(300)
+        rank.kill()  # nothing, if it has ended
+    said = (folder / "rank0.txt").read_text(encoding="utf-8")
+    assert [rank.exitcode for rank in ranks] == [0, 0], said[-3000:]
+    return said
+
+
+def test_the_readme_is_short_and_every_command_of_every_page_is_known_here():
+    text = PAGES[0].read_text(encoding="utf-8").splitlines()
+    assert len(text) <= 150 and max(len(line) for line in text if line[:1] != "|") <= 200
+    assert COMMANDS[0] == PIP + "python -m lightning_ablate fit"
     others = {command for command in COMMANDS if "lightning_ablate" not in command}
-    assert others == {"python -m pytest", "tensorboard --logdir lightning_logs"}
-    assert len(runnable()) == 26
+    assert others == {"python -m pytest", "python -m pytest --full"}
     papers = [command.split()[-1] for command in COMMANDS if "configs/paper_" in command]
     assert sorted(papers) == sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("paper_*.yaml"))
+    assert len(RUNNABLE) > 20
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_to_a_file_and_a_heading(page):
+    text = page.read_text(encoding="utf-8")
+    for path, heading in re.findall(r'(?:\]\(|src=")(?!http)([^)#"]*)#?([^)"]*)[)"]', text):
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), path
+        headings = re.findall(r"^#+ (.*)$", found.read_text(encoding="utf-8"), re.MULTILINE) if heading else []
+        slugs = [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings]
+        assert not heading or heading in slugs, f"{path}#{heading}"
 
 
 @pytest.fixture(scope="module")
@@ -61,69 +136,67 @@ def stand_ins(tmp_path_factory):
     (folder / "configs").symlink_to(ROOT / "configs")
     tiny.gpt2().save_pretrained(folder / "gpt2")
     words_tokenizer().save_pretrained(folder / "gpt2")
-    tuned = "{class_path: ConditionalTuned, init_args: {steps: 2, lr: 0.01}}"  # as the export's own process reads it
-    words = "[conditional-sequential, conditional-tuned]"
-    return folder, {"facebook/opt-125m": opt, words: words.replace("conditional-tuned", tuned)}
+    return folder, opt
 
 
-@pytest.mark.parametrize("command", runnable())
-def test_command_runs(command, stand_ins, monkeypatch, capfd):
-    """The first one and those that start processes in a process of their own, the others in this one."""
-    folder, names = stand_ins
+@pytest.fixture(scope="module")
+def alone():
+    """What one process finds with the default command, to be filled by the first test that needs it."""
+    return []
+
+
+@pytest.mark.parametrize("command", RUNNABLE, ids=lambda command: command.split("lightning_ablate", 1)[-1][:80])
+def test_command_runs(command, stand_ins, alone, monkeypatch, capfd):
+    folder, opt = stand_ins
+    monkeypatch.chdir(folder)
     monkeypatch.setattr(LearnedMethod, "steps", property(lambda self: 2, lambda self, steps: None), raising=False)
-    if "lightning_ablate.results" in command:
-        words = [
-            name for word in command.split()[1:] for name in (sorted(folder.glob(word)) if "*" in word else [word])
-        ]
-        done = python(*words, cwd=folder, check=True)
-        assert (folder / "lightning_logs/joined.png").is_file() and done.stdout.count("scored positions") == 3
-        assert not done.stderr
-        return
-    words = [names.get(word, word) for word in shlex.split(command.removeprefix(PIP))]
-    if "export" in command:
+    for there, here in STAND_INS.items():
+        command = command.replace(there, here)
+    python, _, name, *words = shlex.split(command.removeprefix(PIP))
+    assert python == "python"
+    if name != "lightning_ablate":
         shutil.rmtree(folder / "smaller", ignore_errors=True)
-        done = python(*words[1:], cwd=folder)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert timm.create_model(f"local-dir:{folder}/smaller", pretrained=True)
+        given = [path for word in words for path in (sorted(folder.glob(word)) if "*" in word else [word])]
+        module(name, *given)
+        said = capfd.readouterr().out
+        if name == "lightning_ablate.export":
+            assert timm.create_model(f"local-dir:{folder}/smaller", pretrained=True)
+        else:
+            assert "scored positions" in said and (folder / words[words.index("--out") + 1] / "joined.csv").is_file()
         return
-    if "smollm2" in command:
-        words += ["--model.name", names["facebook/opt-125m"], "--data.name", "texts.parquet", "--data.subset=null"]
-    if "--ckpt_path" in words:
-        words[words.index("--ckpt_path") + 1] = str(min(folder.glob("lightning_logs/digits/version_*/ablation.ckpt")))
-    elif "--data.name" in words:
-        words += [*SHORT_TEXT, "--data.max_length=32"]
-    elif "pairs" in command:
-        words += ["--model.name", str(folder / "gpt2")]
-    else:
-        words += SHORT_TEXT if "--config" in words and "vit" not in command else SHORT_IMAGES
-        words += ["--data.evaluation_images=37"] * bool(SEVERAL & set(words))  # which two processes can't share evenly
+    if "configs/smollm2_135m.yaml" in words:
+        words += ["--model.name", opt, "--data.name", "texts.parquet", "--data.subset=null", *SHORT_TEXT]
+    elif "configs/pairs_gpt2.yaml" in words:
+        words += ["--model.name", "gpt2", *SHORT_PAIRS]
+    elif "--data.name" in words or re.search("gpt2|roberta", command):
+        words += SHORT_TEXT
+    elif "validate" not in words:
+        words += SHORT_IMAGES
     if "BitsandbytesPrecision" in words and not (torch.cuda.is_available() and find_spec("bitsandbytes")):
         with pytest.raises(SystemExit, match="(?i)bitsandbytes"):  # as far as it goes without a GPU
-            here(*words[3:])
+            module(name, *words)
         return
-    if command.startswith(PIP) or "--trainer.devices" in words:
-        done = python(*words[1:], *FEW, cwd=folder)
-        assert done.returncode == 0, done.stderr[-3000:]
-        said = done.stdout
-        if SEVERAL & set(words):
-            the_same_by_one_process(words, said, folder, monkeypatch, capfd)
+    words += [*FEW, "--trainer.enable_progress_bar=false"]
+    if "--trainer.devices" in words:
+        said = by_two([name, *words, "--ablation.figures=[]"], folder)
+        the_same_by_one_process(said, alone, capfd)
     else:
-        assert words[:3] == ["python", "-m", "lightning_ablate"]
-        monkeypatch.chdir(folder)
-        here(*words[3:], *FEW, "--trainer.accelerator=cpu")
+        module(name, *words)
         said = capfd.readouterr().out
     assert "results.csv" in said and "scored positions" in said
 
 
-def the_same_by_one_process(words, said, folder, monkeypatch, capfd):
+def the_same_by_one_process(said, alone, capfd):
     """What one process finds, against what several have said."""
-    alone = [word for word in words[3:] if not word.startswith("--trainer.") and word not in {"2", "cpu"} | SEVERAL]
-    monkeypatch.chdir(folder)
-    here(*alone, *FEW, "--trainer.accelerator=cpu")
-    paths = [re.search(r"\S+results\.csv", text)[0] for text in (said, capfd.readouterr().out)]
-    several, one = (Results.load((folder / path).parent).table for path in paths)
-    assert len(one) == 1 + 4 and one["n"][0] == 37
-    pd.testing.assert_frame_equal(one, several, rtol=0, atol=1e-6)
+    if not alone:
+        module("lightning_ablate", "fit", *SHORT_IMAGES, *FEW, "--trainer.enable_progress_bar=false")
+        alone.append(table_of(capfd.readouterr().out))
+    assert len(alone[0]) == 1 + 4 and alone[0]["n"][0] == 37
+    pd.testing.assert_frame_equal(alone[0], table_of(said), rtol=0, atol=1e-6)
+
+
+def table_of(said):
+    return Results.load(os.path.dirname(re.search(r"\S+results\.csv", said)[0])).table
 
 
 def test_tensorboard_finds_the_runs(stand_ins):
@@ -133,35 +206,54 @@ def test_tensorboard_finds_the_runs(stand_ins):
     assert any(name.endswith("curves/peak") for name in runs)
 
 
-def test_the_models_subclass_runs_as_it_stands(tmp_path):
-    (own,) = [block for block in blocks("python") if "AblationModule" in block]
+def test_the_other_python_examples_run_beside_the_runs_that_the_commands_left(stand_ins, monkeypatch):
+    monkeypatch.chdir(stand_ins[0])
+    for block in blocks("python"):
+        if not any(word in block for word in TESTED):
+            exec(block, {})
+
+
+def test_the_sbatch_file_starts_as_many_processes_as_the_trainer_expects(stand_ins, monkeypatch, capfd):
+    (script,) = [block for block in blocks("sh") if "#SBATCH" in block]
+    asked = dict(re.findall(r"#SBATCH --([\w-]+)=(\S+)", script))
+    (command,) = lines("sh")
+    srun, python, _, name, *words = shlex.split(command)
+    assert (srun, python) == ("srun", "python")
+    monkeypatch.chdir(stand_ins[0])
+    with pytest.raises(SystemExit):
+        module(name, *words, "--print_config")
+    trainer = yaml.safe_load(capfd.readouterr().out)["trainer"]
+    assert asked["nodes"] == str(trainer["num_nodes"])
+    assert asked["ntasks-per-node"] == asked["gpus-per-node"] == str(trainer["devices"])
+
+
+def test_the_model_and_the_data_run_as_they_stand(tmp_path):
+    own = example("(AblationModule)")
     body = own[own.index("class ") :].strip().splitlines()
     assert len([line for line in body if line.strip()]) <= 15
     names = {}
-    exec(own, names)
+    exec(own + example("DataModule)"), names)
     patches = {"patch_size": 8, "frequency_stride": 8, "time_stride": 8, "max_length": 32, "num_mel_bins": 16}
     sizes = {**tiny.SMALL, **patches, "intermediate_size": 32, "num_labels": 5}
     target = tiny.made(0, "ASTForAudioClassification", "ASTConfig", **sizes)
     target.save_pretrained(tmp_path / "ast")
-    sounds = torch.randn(12, 32, 16, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(12) % 5
-    rows = [{"input_values": x, "label": labels[i], "index": torch.tensor(i)} for i, x in enumerate(sounds)]
-    loader, calibration = DataLoader(rows, batch_size=4), DataLoader(rows[:8], batch_size=4)
+    sounds = torch.randn(20, 32, 16, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(20) % 5
+    torch.save((sounds, labels), tmp_path / "sounds.pt")
     callback = AblationCallback(["zero", "mean", "peak"], [0.5, 1.0], [1])
-    module = names["AudioClassifier"](str(tmp_path / "ast"))
-    tiny.trainer(tmp_path, callback).fit(module, calibration, loader)
+    model = names["AudioClassifier"](str(tmp_path / "ast"))
+    tiny.trainer(tmp_path, callback).fit(model, datamodule=names["Spectrograms"](tmp_path / "sounds.pt"))
     with torch.no_grad():
-        loss = torch.nn.functional.cross_entropy(target(sounds).logits, labels)
+        loss = torch.nn.functional.cross_entropy(target(sounds[8:]).logits, labels[8:])
     base = callback.results.baseline
     assert base["n"] == 12 and base["cross_entropy"] == pytest.approx(loss.item(), abs=1e-6)
     assert len(callback.run.calibration.sites) == 2 and len(callback.results.table) == 1 + 3 * 2
 
 
-def test_the_own_method_and_choice_run_as_they_stand(tmp_path):
-    (example,) = [block for block in blocks("python") if "ConstantMethod" in block]
+def test_the_statistic_the_method_and_the_choice_run_as_they_stand(tmp_path):
     names = {}
-    exec(example, names)
-    callback = AblationCallback(["zero", names["Largest"]()], seeds=[1], neurons=names["EveryOther"]())
+    exec("".join(map(example, ("(ActivationStatistic)", "(ConstantMethod)", "(Choice)"))), names)
+    callback = AblationCallback(["zero", names["LargestValue"]()], seeds=[1], neurons=names["EveryOther"]())
     tiny.fit(tmp_path, callback=callback)
     batches, model = list(tiny.loader(seed=1)), tiny.gpt2()
     paths = [site.name for site in tiny.sites(model)]
@@ -173,25 +265,25 @@ def test_the_own_method_and_choice_run_as_they_stand(tmp_path):
     assert row["method"] == "largest" and row["n"] == n and row["cross_entropy"] == pytest.approx(loss, abs=2e-6)
 
 
-def test_the_own_metric_runs_as_it_stands(tmp_path, gpt2_folder):
-    (example,) = [block for block in blocks("python") if "metrics =" in block]
-    assert len([line for line in example[example.index("class ") :].splitlines() if line.strip()]) <= 6
+def test_the_metric_runs_as_it_stands(tmp_path, gpt2_folder):
+    own = example("(CausalLM)")
+    assert len([line for line in own[own.index("class ") :].splitlines() if line.strip()]) <= 6
     names = {}
-    exec(example, names)
+    exec(own, names)
     callback = AblationCallback(["zero"], [0.5], [1])
-    module = names["Confident"](gpt2_folder)
-    tiny.fit(tmp_path, module, callback=callback)
+    model = names["Confident"](gpt2_folder)
+    tiny.fit(tmp_path, model, callback=callback)
     batch = next(iter(tiny.loader(6, 6, seed=2)))
     with torch.no_grad():
-        scored = module.evaluate(batch)
+        scored = model.evaluate(batch)
     sure = scored.logits.softmax(1).amax(1)[scored.example >= 0]
     assert callback.results.baseline["confidence"] == pytest.approx(sure.mean().item())
 
 
 def test_the_harness_example_runs_as_it_stands(tmp_path, capsys):
     """With a stand-in for the package; tests/test_harness.py has the real one."""
-    (example,) = [block for block in blocks("python") if "lm_eval" in block]
-    assert len(example.splitlines()) <= 15
+    own = example("lm_eval")
+    assert len(own.splitlines()) <= 15
     model = tiny.gpt2()
     tiny.fit(tmp_path, tiny.Own(model), callback=AblationCallback(["mean"], [0.5], [1], dirpath=tmp_path))
     masks = {"transformer.h.0.attn.c_proj": torch.ones(16, dtype=torch.bool)}
@@ -200,10 +292,10 @@ def test_the_harness_example_runs_as_it_stands(tmp_path, capsys):
         logits = tiny.run(lm["pretrained"])
         return {"samples": {tasks[0]: [{"acc": float(one.argmax() % 2)} for one in logits.flatten(0, 1)]}}
 
-    stand_ins = {name: types.ModuleType(name) for name in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface")}
-    stand_ins["lm_eval"].simple_evaluate = simple_evaluate
-    stand_ins["lm_eval.models.huggingface"].HFLM = dict
-    with contextlib.chdir(tmp_path), mock.patch.dict(sys.modules, stand_ins):
-        exec(example, {"model": model, "tokenizer": None, "masks": masks})
+    fakes = {name: types.ModuleType(name) for name in ("lm_eval", "lm_eval.models", "lm_eval.models.huggingface")}
+    fakes["lm_eval"].simple_evaluate = simple_evaluate
+    fakes["lm_eval.models.huggingface"].HFLM = dict
+    with contextlib.chdir(tmp_path), mock.patch.dict(sys.modules, fakes):
+        exec(own, {"model": model, "tokenizer": None, "masks": masks})
     assert float(capsys.readouterr().out.splitlines()[-1]) != 0
     assert reference.hooks(model) == 0

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
 from lightning_ablate import AblationCallback
 from lightning_ablate.calibration import saved_state
@@ -52,6 +53,17 @@ def test_a_run_that_died_goes_on_from_the_end_of_an_epoch_or_the_last_batch_of_i
     again = 0 if epoch is None or batch == BATCHES - 1 else batch + 1 + 3 * (epoch == 0)
     assert whole[1] <= done <= whole[1] + again
     assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in whole[0].iterdir()}
+
+
+def test_a_run_that_died_in_its_sweep_reads_no_calibration_data(tmp_path, whole, monkeypatch):
+    read, fetch = [], _MapDatasetFetcher.fetch
+    monkeypatch.setattr(_MapDatasetFetcher, "fetch", lambda self, rows: read.append(self.dataset) or fetch(self, rows))
+    run(tmp_path / "run", Dies(None, 1))
+    for folder, epochs in ((tmp_path / "run", 0), (tmp_path / "anew", EPOCHS)):
+        train, before = tiny.loader(seed=1), len(read)
+        tiny.fit(tmp_path, Counting(tiny.gpt2()), train, callback=callback(folder))
+        assert sum(data is train.dataset for data in read[before:]) == epochs * BATCHES
+        assert_same_bytes(folder, whole[0])
 
 
 def test_a_run_may_die_many_times(tmp_path, whole):

@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 import torch
 
-from lightning_ablate import Attribution, (
+from lightning_ablate import (
     AblationCallback,
+    Attribution,
     Calibration,
     ConditionalMean,
     ConstantMethod,

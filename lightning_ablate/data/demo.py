@@ -75,6 +75,7 @@ def python_texts(role: Role) -> tuple[str, ...]:
     return tuple(sorted(own.difference(*later), key=_rank))
 
 
+@cache
 def digits(role: Role) -> Any:
     """scikit-learn's 1,797 handwritten digits, 8x8 grey images, split by index.
 

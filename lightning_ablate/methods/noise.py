@@ -10,7 +10,7 @@ from lightning_ablate.statistics import Moments
 
 
 class Noise(AblationMethod):
-    """An ablated neuron is drawn anew at every position, from a normal with its mean and standard deviation.
+    """An ablated neuron is drawn at every position from a normal distribution with its mean and standard deviation.
 
     A draw depends on the seed, the site, the example, the position and the neuron, so that all fractions share it.
     """

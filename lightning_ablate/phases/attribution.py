@@ -34,10 +34,10 @@ from lightning_ablate.sweep import Sweep
 class AttributionPhase(Phase):
     """Estimates the effect of every neuron, head and site alone, from one forward and ``1 + draws`` backward passes.
 
-    With δ, what ablating the unit adds to the activations, g the gradient of the cross-entropy there and g̃ one of
-    :func:`~lightning_ablate.attribution.cotangents`, the effect on an example is ``Σ g·δ + ½ (Σ g̃·δ)²``, summed over
-    its positions and the unit's neurons before the square, which is averaged over the draws; what a single position
-    adds levels off, see :func:`~lightning_ablate.attribution.orders`.
+    The effect on an example is ``Σ g·δ + ½ mean (Σ g̃·δ)²``, with sums over its positions and the unit's neurons and the
+    mean over draws. δ is what ablating the unit adds to the activations, g the gradient of the cross-entropy, g̃ that of
+    a random one of :func:`~lightning_ablate.attribution.cotangents`. Large positions are damped, see
+    :func:`~lightning_ablate.attribution.orders`.
     """
 
     title = "Attribution"
@@ -53,7 +53,7 @@ class AttributionPhase(Phase):
         self._alone = {method.name: {site: self._prepared(method, site) for site in self.sites} for method in methods}
 
     def step(self, batch: Any, batch_idx: int) -> None:
-        """Adds what the examples of one batch tell."""
+        """Adds the estimates of the examples of one batch."""
         module, found = self.module, dict[Site, Tensor]()
         examples = module.examples_of(batch, batch_idx)
         used = self.options.used(examples)
@@ -84,7 +84,7 @@ class AttributionPhase(Phase):
             self._add(scored, rows, examples.tolist(), found)
 
     def end_epoch(self) -> None:
-        """Merges the processes, and hands the estimates to the calibration; NonFiniteError if they aren't finite."""
+        """Merges the processes and gives the estimates to the calibration; NonFiniteError if they aren't finite."""
         self.n = self.module.summed(self.n)
         if not self.n[0]:
             raise DataError("the examples that are attributed have no scored position; is everything padding?")
@@ -138,7 +138,7 @@ class AttributionPhase(Phase):
 
 
 class VerificationPhase(SweepPhase):
-    """Ablates the units with the largest estimates, and as many random ones, alone: the truth, on the same examples."""
+    """Measures units on the same examples: those with the largest estimates, and as many random ones, each alone."""
 
     title = "Verification"
 
@@ -155,7 +155,7 @@ class VerificationPhase(SweepPhase):
         super().__init__(module, run.calibration, sweep, [BASELINE, *alone], examples=[examples])
 
     def step(self, batch: Any, batch_idx: int) -> None:
-        """Evaluates every condition on one batch of those that were attributed."""
+        """Evaluates every condition on one batch, if it has examples that were attributed."""
         examples = self.module.examples_of(batch, batch_idx)
         if not _passed_over(self.module, self.options, self.options.used(examples)):
             super().step(batch, batch_idx)

@@ -18,7 +18,7 @@ from lightning_ablate.statistics import ActivationStatistic, Moments
 
 
 class CalibrationPhase(Phase):
-    """Reads every site in every forward pass, and adds what it gathered to the run's calibration behind each epoch."""
+    """Reads every site in every forward pass; after each epoch its statistics enter the run's calibration."""
 
     title = "Calibration"
 
@@ -35,7 +35,7 @@ class CalibrationPhase(Phase):
         self._gathered = {s: [kind.of(s, calibration[s]).to(device) for kind in kinds] for s in calibration.sites}
 
     def step(self, batch: Any, batch_idx: int) -> None:
-        """Adds the activations on one batch; on the first the sites are found, SiteError if they can't be told."""
+        """Adds the activations on one batch; finds the sites on the first one, or raises SiteError."""
         with torch.no_grad():
             if not self.calibration.sites:
                 self._find_sites(batch)

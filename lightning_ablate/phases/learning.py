@@ -31,11 +31,11 @@ Begun = dict[tuple[str, Site], tuple[Tensor, Callable[[Tensor], Tensor]]]
 
 
 class Course(NamedTuple):
-    """How the learning of a method's values goes."""
+    """The epochs and steps in which a method learns."""
 
     epochs: int  # over the calibration data
     batches: int  # in an epoch, of each process
-    accumulated: int  # of these in a step
+    accumulated: int  # batches in a step
 
     @classmethod
     def of(cls, method: LearnedMethod, amount: Amount) -> Self:
@@ -46,7 +46,7 @@ class Course(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """The steps of an epoch, those held out among them."""
+        """The steps of an epoch, held-out ones included."""
         return ceil(self.batches / self.accumulated)
 
     @property
@@ -111,7 +111,7 @@ class LearningPhase(MethodPhase):
         return BACKWARD, "", 0.0
 
     def begin(self) -> Begun:
-        """Of each neuron the distance from its mean, in standard deviations, ``(neurons,)``."""
+        """For each site a zero change from the means, in standard deviations, ``(neurons,)``."""
         begun: Begun = {}
         for site in self._calibration.sites:
             moments = self._calibration[site][Moments]
@@ -132,17 +132,17 @@ class LearningPhase(MethodPhase):
         yield summed(functional.cross_entropy(scored.logits.float(), scored.targets, reduction="none"), scored.example)
 
     def value(self, key: tuple[str, Site], moved: bool) -> Tensor:
-        """What is learned by now, or as it began."""
+        """The replacement values by now, or those that learning began with."""
         delta = self.deltas[key]
         return self._moves[key](delta if moved else torch.zeros_like(delta))
 
     def begin_epoch(self, epoch: int) -> None:
-        """Begins to sum what is held out anew."""
+        """Resets the held-out losses."""
         self._epoch = epoch
         self._held_sums.zero_()
 
     def step(self, batch: Any, batch_idx: int) -> None:
-        """Adds the gradient on one batch, and takes a step where one is due; or checks a batch that is held out."""
+        """Adds the gradient on one batch and takes a step if one is due, or evaluates a held-out batch."""
         held_out = self.course.is_held_out(batch_idx)
         if held_out:
             with torch.no_grad():
@@ -164,7 +164,7 @@ class LearningPhase(MethodPhase):
             self.scheduler.step()
 
     def end_epoch(self) -> None:
-        """Merges what was held out; the last epoch's values go to the calibration."""
+        """Merges the held-out losses; after the last epoch the values go to the calibration."""
         (positions, before), (_, after) = self.module.summed(self._held_sums).tolist()
         before, after = before / max(positions, 1), after / max(positions, 1)
         if positions:
@@ -183,7 +183,7 @@ class LearningPhase(MethodPhase):
                 learned[site] = self.value((name, site), moved=True).detach().clone()
 
     def state_dict(self) -> dict[str, Any]:
-        """How far it has come, at the end of an epoch."""
+        """The values and the optimizer, at the end of an epoch."""
         return {
             "deltas": [delta.detach().cpu() for delta in self.deltas.values()],
             "optimizer": self.optimizer.state_dict(),
@@ -228,6 +228,9 @@ class LearningPhase(MethodPhase):
 
 
 def summed(losses: Tensor, example: Tensor) -> Tensor:
-    """How many positions count, and the sum of their losses ``(n,)``: ``(2,)`` float64; see :class:`Scored`."""
+    """The number of positions that count and the sum of their losses, ``(2,)`` float64.
+
+    ``losses`` and ``example`` are ``(n,)``, see :class:`Scored`.
+    """
     counts = example >= 0
     return torch.stack([counts.sum().double(), torch.where(counts, losses, 0.0).sum(dtype=torch.float64)])
