@@ -63,7 +63,7 @@ def export(
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as unfinished:
         part = Path(unfinished, folder.name)
         form.save(model, part)
-        module.save_beside(part)
+        module.save_processor(part)
         sizes = [sum(p.numel() for p in one.parameters()) for one in (module.target, model)]
         words = _card(module.name, condition, sizes, form.options, note, _alone(results, condition))
         (part / "README.md").write_text(words, encoding="utf-8")

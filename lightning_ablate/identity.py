@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-_UNSAID = ("training", "phase", "place", "target")  # of a module: what a run changes, and weights
+_UNSAID = ("training", "phase", "loader_index", "target")  # of a module: what a run changes, and weights
 
 
 def content(*values: Any) -> str:

@@ -180,7 +180,7 @@ def test_a_run_is_exported_with_its_card_whole_or_not_at_all(tmp_path, monkeypat
     with pytest.raises(SiteError, match="no option that gives"):
         callback.export(module, tmp_path / "out", "mean", 0.5)
     with monkeypatch.context() as patched:
-        patched.setattr(CausalLM, "save_beside", lambda self, folder: 1 / 0)
+        patched.setattr(CausalLM, "save_processor", lambda self, folder: 1 / 0)
         with pytest.raises(Exception, match="division by zero"):
             callback.export(module, tmp_path / "out", "conditional-mean", 0.5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "run"]

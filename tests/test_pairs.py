@@ -191,7 +191,7 @@ def test_indirect_objects_are_balanced_and_of_single_tokens(tmp_path):
     data = IndirectObjects(calibration_examples=20, evaluation_examples=200, batch_size=50)
     _, callback = run(tmp_path, data, ["resample-partner"], words_tokenizer())
     assert callback.results.baseline["n"] == 200
-    rows = data.source("evaluation")
+    rows = data.rows("evaluation")
     assert len({row["clean"] for row in rows[:220]}) > 210
     first = 0
     for row in rows[:200]:

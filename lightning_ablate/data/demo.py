@@ -3,70 +3,56 @@
 import hashlib
 import sys
 import sysconfig
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lightning_ablate.data.base import AblationDataModule, Purpose
+from lightning_ablate.data.base import Purpose
 from lightning_ablate.data.image import ImageData
+from lightning_ablate.data.rows import MadeRows
 from lightning_ablate.data.text import TextData
 
 Role = Literal["train", "calibration", "evaluation"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
-# Split out of the standard library by some distributions, generated, or (pydoc_data) counted as topics already.
+# Some distributions lack these or generate them; pydoc_data is counted as topics already.
 _UNEVEN_MODULES = frozenset(
     "__pycache__ distutils encodings ensurepip idlelib lib2to3 pydoc_data site-packages test tkinter turtledemo".split()
 )
 _PASSAGE_CHARACTERS = 1_200
 
 
-class PythonTexts(TextData):
-    """CPython's documentation and sources, held out from training the demo targets; options as of :class:`TextData`."""
+@dataclass(kw_only=True, eq=False, repr=False)
+class PythonTexts(MadeRows, TextData):
+    """CPython's documentation and sources, held out from training the demo targets."""
 
-    def __init__(
-        self,
-        *,
-        max_length: int = 128,
-        packing: Literal["pad", "pack"] = "pad",
-        calibration_tokens: int = 50_000,
-        evaluation_tokens: int = 16_000,
-        tokenizer: str | None = None,
-        batch_size: int = 16,
-        evaluation: Sequence[AblationDataModule] = (),
-    ) -> None:
-        options: Any = {"max_length": max_length, "packing": packing, "tokenizer": tokenizer, "batch_size": batch_size}
-        options |= {"calibration_tokens": calibration_tokens, "evaluation_tokens": evaluation_tokens}
-        super().__init__("python-texts", evaluation=evaluation, **options)
+    name: str = field(default="python-texts", init=False)
+    calibration_tokens: int = 50_000
+    evaluation_tokens: int = 16_000
+    max_length: int = 128
+    batch_size: int = 16
 
-    def source(self, purpose: Purpose) -> Any:
+    def rows(self, purpose: Purpose) -> Any:
         """The passages for a purpose."""
         return [{"text": passage} for passage in python_texts(purpose)]
 
 
-class Digits(ImageData):
+@dataclass(kw_only=True, eq=False, repr=False)
+class Digits(MadeRows, ImageData):
     """scikit-learn's digits: evaluates on images held out from the training of the embedded ViT.
 
     Args:
-        calibration_images: budget, 1,348 at most.
-        evaluation_images: budget, 449 at most.
-        batch_size: images per forward pass and process.
-        evaluation: other data whose evaluation examples are evaluated as well, each for itself.
+        calibration_images: images that calibrate, 1,348 at most.
+        evaluation_images: images that are evaluated, 449 at most.
     """
 
-    def __init__(
-        self,
-        *,
-        calibration_images: int = 1_348,
-        evaluation_images: int = 449,
-        batch_size: int = 225,
-        evaluation: Sequence[AblationDataModule] = (),
-    ) -> None:
-        images: Any = {"calibration_images": calibration_images, "evaluation_images": evaluation_images}
-        super().__init__("digits", batch_size=batch_size, evaluation=evaluation, **images)
+    name: str = field(default="digits", init=False)
+    calibration_images: int = 1_348
+    evaluation_images: int = 449
+    batch_size: int = 225
 
-    def source(self, purpose: Purpose) -> Any:
+    def rows(self, purpose: Purpose) -> Any:
         """The images for a purpose."""
         return digits(purpose)
 
@@ -82,10 +68,10 @@ def python_texts(role: Role) -> tuple[str, ...]:
     """Passages of CPython's documentation topics and standard-library sources, in an order fixed by their hash.
 
     The text is that of the running interpreter, so it differs a little between Python versions; names keep their role.
-    Passages are distinct, of about 1,200 characters, and cut at blank lines. One that also stands in a later role (a
-    licence header, say) is left to that role. Only those of ``"train"`` made the demo targets.
+    Passages are distinct, of about 1,200 characters, and cut at blank lines. A passage of two roles (a licence header,
+    say) belongs to the later one. The demo targets were trained on ``"train"`` alone.
     """
-    own, *later = (_passages(r) for r in ROLES[ROLES.index(role) :])
+    own, *later = (_passages(one) for one in ROLES[ROLES.index(role) :])
     return tuple(sorted(own.difference(*later), key=_rank))
 
 
@@ -93,18 +79,18 @@ def python_texts(role: Role) -> tuple[str, ...]:
 def digits(role: Role) -> Any:
     """scikit-learn's 1,797 handwritten digits, 8x8 grey images, split by index.
 
-    The dataset's columns are ``image`` (PIL, mode L) and ``label`` (0 to 9). Grey levels 0 to 16 are stored as the
-    multiples of 15 up to 240, which any image library reads back exactly. ``"evaluation"`` is every fourth image (449),
-    never trained on; ``"train"`` and ``"calibration"`` are the other 1,348.
+    The columns are ``image`` (PIL, mode L) and ``label`` (0 to 9). Grey levels 0 to 16 are stored as multiples of 15,
+    which any image library reads back exactly. ``"evaluation"`` is every fourth image (449), never trained on;
+    ``"train"`` and ``"calibration"`` are the other 1,348.
     """
     from datasets import ClassLabel, Dataset, Features, Image
     from sklearn.datasets import load_digits
 
-    source = load_digits()
-    chosen = [i for i in range(len(source.target)) if (i % 4 == 3) == (role == "evaluation")]
-    pixels = (source.images[chosen] * 15).astype("uint8")
+    loaded = load_digits()
+    chosen = [i for i in range(len(loaded.target)) if (i % 4 == 3) == (role == "evaluation")]
+    pixels = (loaded.images[chosen] * 15).astype("uint8")
     features = Features({"image": Image(mode="L"), "label": ClassLabel(num_classes=10)})
-    return Dataset.from_dict({"image": list(pixels), "label": source.target[chosen].tolist()}, features=features)
+    return Dataset.from_dict({"image": list(pixels), "label": loaded.target[chosen].tolist()}, features=features)
 
 
 def _passages(role: Role) -> set[str]:

@@ -1,7 +1,6 @@
 """Classes of data, as the indices of the target's classes."""
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -23,16 +22,16 @@ def names_of(names: Iterable[Any] | Mapping[Any, Any] | None) -> list[str] | Non
 def class_index(data: str, column: str, own: list[str] | None, known: list[str] | None) -> Callable[[Any], int]:
     """Maps labels of the data, whose classes are ``own``, to indices of the target's classes ``known``.
 
-    Labels are mapped by name where the target has each of the data's names, up to case. Otherwise they are taken as the
-    target's indices, with a warning where both have names. The map raises DataError for what is no class.
+    Labels are mapped by name, up to case, where the target has each of the data's names. Otherwise they are taken as
+    the target's indices, with a warning where both have names. The map raises DataError for what is no class.
     """
-    counts = Counter(name.casefold() for name in known or ())
-    places = {name.casefold(): place for place, name in enumerate(known or ()) if counts[name.casefold()] == 1}
-    order: dict[int, int | None] = {}
-    if own and known and list(map(str.casefold, own)) != list(map(str.casefold, known)):
-        order = {index: places.get(name.casefold()) for index, name in enumerate(own)}
-        if None in order.values() or len({*order.values()}) < len(order):
-            order = {}
+    names = [name.casefold() for name in known or ()]
+    by_name = {name: index for index, name in enumerate(names) if names.count(name) == 1}
+    order: list[int] = []  # the target's index of each class of the data, where they differ
+    if own and known and [name.casefold() for name in own] != names:
+        order = [by_name.get(name.casefold(), -1) for name in own]
+        if min(order) < 0 or len(set(order)) < len(order):
+            order = []
             rank_zero_warn(
                 f"{data} names its classes {few(own)}, and the target {few(known)}: the names don't agree, so labels "
                 "are taken as the target's class indices"
@@ -40,13 +39,11 @@ def class_index(data: str, column: str, own: list[str] | None, known: list[str] 
 
     def index(label: Any) -> int:
         if isinstance(label, str) and known:
-            place = places.get(label.casefold())
-            if place is None:
-                raise DataError(f"{data} holds {label!r} in {column!r}, expected a class of the target's: {few(known)}")
-            return place
+            if label.casefold() in by_name:
+                return by_name[label.casefold()]
+            raise DataError(f"{data} holds {label!r} in {column!r}, expected a class of the target's: {few(known)}")
         if not (isinstance(label, int) or (isinstance(label, float) and label.is_integer())):
             raise DataError(f"{data} holds {label!r} in {column!r}, expected a class index")
-        place = order.get(int(label))
-        return int(label) if place is None else place
+        return order[int(label)] if 0 <= label < len(order) else int(label)
 
     return index

@@ -1,92 +1,92 @@
 """Pairs of a clean and a corrupt text, between two answers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_ablate.data.base import Purpose
 from lightning_ablate.data.labelled import TextRows
-from lightning_ablate.data.text import tokenizer_of
+from lightning_ablate.data.rows import MadeRows
 from lightning_ablate.errors import DataError
 from lightning_ablate.seeds import seed_of
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class PairedTexts(TextRows):
-    """Pairs of texts with as many tokens, the answer to the clean one, and a foil, each a single token.
+    """Pairs of a clean and a corrupt text of equal length, with an answer and a foil of one token each.
 
-    A source has the columns ``clean``, ``corrupt``, ``answer`` and ``foil``; the next token of the clean text should be
-    the answer, of the corrupt one the foil. See :class:`~lightning_ablate.modules.PairedLM` for what is scored.
+    The columns are ``clean``, ``corrupt``, ``answer`` and ``foil``. The answer should follow the clean text, and the
+    foil the corrupt one. PairedLM says what is scored.
 
     Args:
-        name: a hub name, a local folder, or files or a glob of parquet, json, jsonl, csv or txt.
         reverse: reads the corrupt texts, whose partners are the clean ones (denoising), instead of the clean ones.
         max_length: tokens to which texts are padded; longer ones are refused.
-        options: see :class:`TextRows`.
     """
 
+    reverse: bool = False
+    max_length: int = 32
+
+    columns = ("clean", "corrupt", "answer", "foil")
     passes_blanks = False  # a pair that lacks something is a mistake
+    facts = (*TextRows.facts, "reverse")
 
-    def __init__(self, name: str, *, reverse: bool = False, max_length: int = 32, **options: Any) -> None:
-        super().__init__(name, ["clean", "corrupt", "answer", "foil"], max_length=max_length, **options)
-        self.reverse = reverse
-        self.name += " reversed" if reverse else ""
+    def __post_init__(self) -> None:
+        """Gives the direction to the name."""
+        super().__post_init__()
+        self.name += " reversed" if self.reverse else ""
 
-    def example(self, row: dict[str, Any], tokenizer: Any) -> dict[str, Tensor]:
-        """What a target takes of both texts, each ``(length,)``, and ``last``, ``answer``, ``foil`` ``()``, int64."""
-        read, partner = (self.tokens(tokenizer, self.text(row, name)) for name in ("clean", "corrupt"))
-        lengths = [len(tokenizer(row[name])["input_ids"]) for name in ("clean", "corrupt")]
-        if lengths[0] != lengths[1] or not 0 < lengths[0] <= self.max_length:
-            raise DataError(
-                f"{self.name}, the row {row['clean']!r:.70}: clean has {lengths[0]} tokens and corrupt {lengths[1]}, "
-                f"expected as many, from 1 to {self.max_length} (--data.max_length)"
+    def example(self, row: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+        """The tokens of both texts, the second as ``partner_...``, the ``last`` position, ``answer`` and ``foil``."""
+
+        def refused(why: str) -> DataError:
+            return DataError(f"{self.name}, the row {row['clean']!r:.70}: {why}")
+
+        texts = [self.tokens(tokenizer, self.text(row, name), truncation=False) for name in ("clean", "corrupt")]
+        clean, corrupt = (len(one["input_ids"]) for one in texts)
+        if clean != corrupt or not 0 < clean <= self.max_length:
+            raise refused(
+                f"clean has {clean} tokens and corrupt {corrupt}, expected as many, from 1 to {self.max_length} "
+                "(--data.max_length)"
             )
-        words = {}
+        words: dict[str, int] = {}
         for name in ("answer", "foil"):
             ids = tokenizer(self.text(row, name), add_special_tokens=False)["input_ids"]
             if len(ids) != 1:
-                raise DataError(
-                    f"{self.name}, the row {row['clean']!r:.70}: {name} {row[name]!r} is {len(ids)} tokens, expected 1 "
-                    "(a space in front belongs to most)"
+                raise refused(
+                    f"{name} {row[name]!r} is {len(ids)} tokens, expected 1 (a space in front belongs to most)"
                 )
-            words[name] = torch.tensor(ids[0])
+            words[name] = ids[0]
         if words["answer"] == words["foil"]:
-            raise DataError(f"{self.name}, the row {row['clean']!r:.70}: answer and foil are the same token")
-        read, partner = (partner, read) if self.reverse else (read, partner)
-        last = read["attention_mask"].nonzero().max()
-        return {**read, **{f"partner_{name}": value for name, value in partner.items()}, "last": last, **words}
-
-    def describe(self) -> dict[str, Any]:
-        """Adds the direction."""
-        return super().describe() | {"reverse": self.reverse}
+            raise refused("answer and foil are the same token")
+        read, partner = reversed(texts) if self.reverse else texts
+        return {**read, **{f"partner_{name}": ids for name, ids in partner.items()}, "last": clean - 1, **words}
 
 
-class IndirectObjects(PairedTexts):
+@dataclass(kw_only=True, eq=False, repr=False)
+class IndirectObjects(MadeRows, PairedTexts):
     """Sentences whose last word is the indirect object (the task of Wang et al. 2023), made up for a tokenizer.
 
     "When Mary and John went to the store, John gave a drink to" is answered by " Mary"; where the second sentence is
-    Mary's, by " John". Which name comes first alternates; names and objects are single tokens of the tokenizer, of
-    which it needs at least eight names and three objects, or DataError.
+    Mary's, by " John". Which name comes first alternates. Names and objects are single tokens of the tokenizer, which
+    must have at least eight of our names and three of our objects.
 
     Args:
         seed: of the draws.
-        options: see :class:`PairedTexts`.
     """
 
-    def __init__(self, *, seed: int = 0, **options: Any) -> None:
-        super().__init__("indirect-objects", shuffle_seed=None, **options)
-        self.seed = seed
+    name: str = field(default="indirect-objects", init=False)
+    seed: int = 0
 
-    def source(self, purpose: Purpose) -> list[dict[str, str]]:
-        """As many sentences as both purposes need."""
-        tokenizer = tokenizer_of(self, self.tokenizer_name)
-        count = 2 * sum(self.budgets.values())  # some may be drawn twice
-        return list(islice(sentences(tokenizer, self.seed), count))
-
-    def download(self, purposes: Sequence[Purpose]) -> None:
-        """Nothing."""
+    def rows(self, purpose: Purpose) -> list[dict[str, str]]:
+        """Twice as many sentences as both purposes need, as some may be drawn again."""
+        return list(
+            islice(
+                sentences(self.load_tokenizer(), self.seed), 2 * (self.calibration_examples + self.evaluation_examples)
+            )
+        )
 
 
 def sentences(tokenizer: Any, seed: int) -> Iterator[dict[str, str]]:

@@ -1,89 +1,132 @@
-"""Text from any source that `datasets` can read, cut into sequences of one length."""
+"""Texts as tokens, and text cut into sequences of one length."""
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_ablate.data.base import Purpose, SourceData
+from lightning_ablate.data.base import Purpose
 from lightning_ablate.data.examples import Examples, joined
-from lightning_ablate.data.source import rows
+from lightning_ablate.data.rows import RowData
 from lightning_ablate.demo import resolve
 from lightning_ablate.errors import ConfigError, DataError, loading
 
 
-class TextData(SourceData):
-    """Text for a language model: the calibration sequences first, then the evaluation sequences from other documents.
-
-    Documents longer than ``max_length`` give several sequences. The last sequence is used whole, so a budget is reached
-    or passed by less than one sequence. Sequences of one document are one cluster, and those of documents that a packed
-    sequence joins.
-
-    Where the source holds a single document, its passages count as documents: 2 to 100, cut at blank lines.
+@dataclass(kw_only=True, eq=False, repr=False)
+class TokenData(RowData):
+    """Rows that hold texts, which examples hold as tokens.
 
     Args:
-        name: a hub name, a local folder, or files or a glob of parquet, json, jsonl, csv or txt.
+        max_length: tokens of an example, special tokens included.
+        tokenizer: hub name or folder of another tokenizer than the target's own.
+    """
+
+    max_length: int = 128
+    tokenizer: str | None = None
+
+    facts: ClassVar[tuple[str, ...]] = (*RowData.facts, "max_length")
+
+    def load_tokenizer(self) -> Any:
+        """The tokenizer. Lowers ``max_length`` to the longest that the tokenizer allows.
+
+        Raises:
+            ConfigError: if there is none, or ``max_length`` leaves no room for a text.
+        """
+        if self.tokenizer is None:
+            tokenizer = getattr(self.module, "tokenizer", None)
+        else:
+            from transformers import AutoTokenizer
+
+            with loading(self.tokenizer, DataError, "--data.tokenizer"):
+                tokenizer = AutoTokenizer.from_pretrained(resolve(self.tokenizer))
+        if tokenizer is None:
+            raise ConfigError("text needs a tokenizer: name one (--data.tokenizer), as the target brings none")
+        least, most = 1 + sum(map(len, special_frame(tokenizer))), tokenizer.model_max_length
+        if self.max_length > most:
+            rank_zero_info(f"max_length is {most} instead of {self.max_length}: the target's longest, by its tokenizer")
+            self.max_length = most
+        if self.max_length <= least:
+            raise ConfigError(f"max_length is {self.max_length}, expected above {least} (--data.max_length)")
+        return tokenizer
+
+    def text(self, row: Mapping[str, Any], column: str) -> str:
+        """The text in a column, or DataError."""
+        if not isinstance(row[column], str):
+            raise DataError(f"{self.name} holds {row[column]!r} in {column!r}, expected text")
+        return row[column]
+
+    def padded(
+        self, tokenizer: Any, tokens: Sequence[Mapping[str, Any]], contents: Sequence[bytes], clusters: Iterable[Any]
+    ) -> Examples:
+        """Examples of lists of tokens, and of numbers. A list is padded to ``(max_length,)`` int64 when it is read."""
+        make = partial(_padded, padding_id(tokenizer), self.max_length)
+        return Examples(tokens, contents, make, joined(clusters))
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class TextData(TokenData):
+    """Text for a language model, cut into sequences of one length.
+
+    Documents longer than ``max_length`` give several sequences. The last sequence is used whole, so a budget is reached
+    or passed by less than one sequence. Sequences of one document are one cluster, and so are the documents that a
+    packed sequence joins. A data set of a single document is cut at blank lines into 2 to 100 passages, which count as
+    documents.
+
+    Args:
         text_column: the column with the text.
-        calibration_tokens: budget of tokens, padding not counted.
-        evaluation_tokens: budget of tokens, padding not counted.
+        calibration_tokens: tokens that calibrate, padding not counted.
+        evaluation_tokens: tokens that are evaluated, padding not counted.
         max_length: tokens per sequence, special tokens included.
         packing: ``pad`` gives each document its own sequences, padded at the end (the padding is masked); ``pack``
             joins documents with the end token between and cuts the whole into full sequences.
-        tokenizer: hub name or folder of another tokenizer than the target's own.
-        evaluation_split: the split that is evaluated; it may be the same one, as no text is used for both.
         shuffle_seed: shuffles the documents with this seed; None keeps their order.
-        batch_size: sequences per forward pass and process.
-        options: see :class:`SourceData`.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        text_column: str = "text",
-        calibration_tokens: int = 10_000,
-        evaluation_tokens: int = 100_000,
-        max_length: int = 1024,
-        packing: Literal["pad", "pack"] = "pad",
-        tokenizer: str | None = None,
-        evaluation_split: str = "train",
-        shuffle_seed: int | None = None,
-        batch_size: int = 8,
-        **options: Any,
-    ) -> None:
-        options |= {"evaluation_split": evaluation_split, "shuffle_seed": shuffle_seed, "batch_size": batch_size}
-        super().__init__(name, "tokens", (calibration_tokens, evaluation_tokens), **options)
-        self.text_column, self.tokenizer_name = text_column, tokenizer
-        self.max_length, self.packing = max_length, packing
+    text_column: str = "text"
+    calibration_tokens: int = 10_000
+    evaluation_tokens: int = 100_000
+    max_length: int = 1024
+    packing: Literal["pad", "pack"] = "pad"
+    evaluation_split: str | None = "train"
+    shuffle_seed: int | None = None
+    batch_size: int = 8
+
+    unit = "tokens"
+    facts = (*TokenData.facts, "packing")
 
     def load(self, purpose: Purpose) -> Examples:
-        """``input_ids`` and ``attention_mask``, each ``(length,)`` int64, of sequences until the budget is reached."""
-        tokenizer = tokenizer_of(self, self.tokenizer_name)
-        found = self.taken(purpose, ((one, len(one[0])) for one in self._cut(tokenizer, purpose)))
-        sequences = [sequence for sequence, _ in found]
-        contents = [torch.tensor(one, dtype=torch.int32).numpy().tobytes() for one in sequences]
-        make = partial(_example, padding_id(tokenizer), self.max_length)
-        return Examples(sequences, contents, make, joined(documents for _, documents in found))
+        """Sequences as ``input_ids`` and ``attention_mask``, each ``(length,)`` int64, until the budget is reached."""
+        tokenizer = self.load_tokenizer()
+        found = self.taken(purpose, self._sequences(tokenizer, purpose), lambda one: len(one[0]))
+        contents = [torch.tensor(ids, dtype=torch.int32).numpy().tobytes() for ids, _ in found]
+        tokens = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids, _ in found]
+        return self.padded(tokenizer, tokens, contents, (documents for _, documents in found))
 
-    def describe(self) -> dict[str, Any]:
-        """Adds how the text was cut."""
-        return super().describe() | {"max_length": self.max_length, "packing": self.packing}
+    def filled(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], Hashable]]:
+        """The documents, each with its cluster; of a single document its passages."""
+        documents = super().filled(rows)
+        first = list(islice(documents, 2))
+        if len(first) != 1:
+            return chain(first, documents)
+        rank_zero_info(f"{self.name} is a single document: its passages count as documents")
+        cut = enumerate(passages(self.text(first[0][0], self.text_column)))
+        return (({self.text_column: passage}, number) for number, passage in cut if passage.strip())
 
-    def _cut(self, tokenizer: Any, purpose: Purpose) -> Iterator[tuple[list[int], list[Hashable]]]:
-        """Sequences of the documents that are free for the purpose, and which documents each holds."""
+    def _sequences(self, tokenizer: Any, purpose: Purpose) -> Iterator[tuple[list[int], list[Hashable]]]:
+        """Sequences of the documents that may serve the purpose, and the clusters of the documents in each."""
         before, after = special_frame(tokenizer)
         room = self.max_length - len(before) - len(after)
         pack = self.packing == "pack"
         separator = [tokenizer.eos_token_id] if pack and tokenizer.eos_token_id is not None else []
         ids: list[int] = []
-        documents: list[Hashable] = []
-        for text, document in self._documents(purpose):
-            if not self.may_use(text.encode(errors="surrogatepass"), purpose):
-                continue
+        documents: list[Hashable] = []  # those that `ids` are of
+        for row, _, document in self.fresh(purpose, self.rows(purpose)):
+            text = self.text(row, self.text_column)
             ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator
             documents.append(document)
             whole = len(ids) - len(ids) % room if pack else len(ids)
@@ -95,66 +138,30 @@ class TextData(SourceData):
             if whole or not ids:
                 documents = [document] if ids else []
 
-    def _documents(self, purpose: Purpose) -> Iterator[tuple[str, Hashable]]:
-        """The texts that are not blank, and what each belongs to: itself, or the value of the cluster column."""
-        found = rows(self.source(purpose), self.name, self.text_column, *self.cluster_columns)
-        filled = ((number, row) for number, row in enumerate(found) if row[self.text_column] is not None)
-        texts = ((self.text(row, self.text_column), self.cluster(row, number)) for number, row in filled)
-        documents = ((text, document) for text, document in texts if text.strip())
-        first = list(islice(documents, 2))
-        if len(first) == 1:
-            rank_zero_info(f"{self.name} is a single document: its passages count as documents")
-            return ((one, number) for number, one in enumerate(passages(first[0][0])) if one.strip())
-        return chain(first, documents)
-
 
 def passages(text: str) -> list[str]:
     """A text cut into 2 to 100 passages of about 1,000 characters or more, at blank lines, or else lines or spaces."""
     count = min(100, max(2, len(text) // 1_000))
     half = max(1, len(text) // count // 2)
     cuts = {0, len(text)}
-    for place in (len(text) * number // count for number in range(1, count)):
+    for middle in (len(text) * number // count for number in range(1, count)):
         for mark in ("\n\n", "\n", " "):
-            ends = [text.rfind(mark, place - half, place), text.find(mark, place, place + half)]
+            ends = [text.rfind(mark, middle - half, middle), text.find(mark, middle, middle + half)]
             if near := [end + len(mark) for end in ends if end >= 0]:
-                cuts.add(min((abs(end - place), end) for end in near)[1])
+                cuts.add(min((abs(end - middle), end) for end in near)[1])
                 break
     return [text[start:end] for start, end in pairwise(sorted(cuts))]
-
-
-def tokenizer_of(data: Any, name: str | None) -> Any:
-    """The tokenizer of that name, or else the target's own; lowers the data's ``max_length`` to what it gives.
-
-    Raises:
-        ConfigError: if there is none, or ``max_length`` leaves no room for a text.
-    """
-    if name is not None:
-        from transformers import AutoTokenizer
-
-        with loading(name, DataError, "--data.tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(resolve(name))
-    else:
-        tokenizer = getattr(getattr(data.trainer, "lightning_module", None), "tokenizer", None)
-    if tokenizer is None:
-        raise ConfigError("text needs a tokenizer: name one (--data.tokenizer), as the target brings none")
-    least, most = 1 + sum(map(len, special_frame(tokenizer))), tokenizer.model_max_length
-    if data.max_length > most:
-        rank_zero_info(f"max_length is {most} instead of {data.max_length}: the target's longest, by its tokenizer")
-        data.max_length = most
-    if data.max_length <= least:
-        raise ConfigError(f"max_length is {data.max_length}, expected above {least} (--data.max_length)")
-    return tokenizer
 
 
 def special_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The special tokens that a tokenizer puts before and after a text, by its own rule.
 
     Raises:
-        DataError: if this isn't what the tokenizer does to a text.
+        DataError: if the tokenizer doesn't keep to this rule.
     """
     if hasattr(tokenizer, "build_inputs_with_special_tokens"):  # one in Python
         framed = tokenizer.build_inputs_with_special_tokens([-1])  # an id that no tokenizer has
-        is_text = [one == -1 for one in framed]
+        texts = [number for number, one in enumerate(framed) if one == -1]
     else:
         from tokenizers import Tokenizer
         from tokenizers.models import WordLevel
@@ -162,28 +169,26 @@ def special_frame(tokenizer: Any) -> tuple[list[int], list[int]]:
         rule = Tokenizer(WordLevel({"text": 0}, unk_token="text"))
         rule.post_processor = getattr(getattr(tokenizer, "backend_tokenizer", None), "post_processor", None)
         encoding = rule.encode("text")
-        framed, is_text = encoding.ids, [special == 0 for special in encoding.special_tokens_mask]
-    place = is_text.index(True) if sum(is_text) == 1 else len(framed)
-    before, after = framed[:place], framed[place + 1 :]
-    plain = tokenizer("", add_special_tokens=False)["input_ids"]  # a text that any tokenizer knows
-    if sum(is_text) != 1 or tokenizer("")["input_ids"] != [*before, *plain, *after]:
-        raise DataError(
-            f"{type(tokenizer).__name__} doesn't put its special tokens around a text by the rule that it gives: its "
-            "sequences can't be cut; bring another (--data.tokenizer)"
-        )
-    return before, after
-
-
-def _example(filler: int, length: int, ids: list[int]) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask`` of a sequence, each ``(length,)`` int64."""
-    return {"input_ids": padded(ids, filler, length), "attention_mask": padded([1] * len(ids), 0, length)}
-
-
-def padded(ids: list[int], filler: int, length: int) -> Tensor:
-    """The numbers, filled up to ``(length,)`` int64."""
-    return torch.tensor(ids + [filler] * (length - len(ids)))
+        framed, texts = encoding.ids, [number for number, one in enumerate(encoding.special_tokens_mask) if one == 0]
+    if len(texts) == 1:
+        before, after = framed[: texts[0]], framed[texts[0] + 1 :]
+        plain = tokenizer("", add_special_tokens=False)["input_ids"]  # a text that any tokenizer knows
+        if tokenizer("")["input_ids"] == [*before, *plain, *after]:
+            return before, after
+    raise DataError(
+        f"{type(tokenizer).__name__} doesn't put its special tokens around a text by the rule that it gives: its "
+        "sequences can't be cut; bring another (--data.tokenizer)"
+    )
 
 
 def padding_id(tokenizer: Any) -> int:
     """The padding token, or another one where there is none: padded positions are masked anyway."""
     return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+
+
+def _padded(padding: int, length: int, tokens: Mapping[str, Any]) -> dict[str, Tensor]:
+    fillers = {"input_ids": padding, "partner_input_ids": padding, "labels": -100}
+    return {
+        name: torch.tensor(one + [fillers.get(name, 0)] * (length - len(one)) if isinstance(one, list) else one)
+        for name, one in tokens.items()
+    }

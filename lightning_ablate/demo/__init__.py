@@ -9,7 +9,7 @@ _PREFIX = "demo:"
 
 
 def resolve(name: str) -> str:
-    """The folder of an embedded target (``demo:vit``), TargetError if it isn't there; any other name as it is."""
+    """The folder of an embedded target (``demo:vit``), or TargetError; any other name as it is, with ``~`` expanded."""
     if not name.startswith(_PREFIX):
         return str(Path(name).expanduser()) if name.startswith("~") else name
     folder = _FOLDER / name.removeprefix(_PREFIX)

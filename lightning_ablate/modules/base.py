@@ -4,10 +4,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import lightning
 import torch
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
@@ -22,19 +23,19 @@ from lightning_ablate.sites import Site
 class AblationModule(lightning.LightningModule, ABC):
     """Wraps a target and says how it is evaluated. Subclass it to study another kind of model.
 
-    ``build_target`` and ``evaluate`` are all a subclass must give. The ``target`` is frozen and stays in eval mode.
-    The ``phase``, which :class:`~lightning_ablate.AblationCallback` provides, says what a run does with its batches.
+    A subclass must give ``build_target`` and ``evaluate``. The ``target`` is frozen and stays in eval mode.
 
-    Metrics of one's own are named in ``metrics``, and ``evaluate`` gives them as ``extra`` of what it scored.
+    Metrics of one's own are named in ``metrics``, and ``evaluate`` returns their values as Scored's ``extra``.
 
     Args:
         name: what results call the target.
     """
 
     metrics: Sequence[str] = ()
+    facts: ClassVar[tuple[str, ...]] = ()  # the options that run.json holds
     target: nn.Module
-    phase: Phase | None = None
-    place: int = 0  # of the validation loader whose batches are run
+    phase: Phase | None = None  # what the run does now; AblationCallback sets it
+    loader_index: int = 0  # of the validation loader whose batches are run
 
     def __init__(self, name: str | None = None) -> None:
         super().__init__()
@@ -53,29 +54,29 @@ class AblationModule(lightning.LightningModule, ABC):
         """Runs ``self.target`` once on a batch of the data loader, which is on the device.
 
         Returns:
-            The logits ``(n, classes)``, targets ``(n,)`` and example indices ``(n,)`` of the scored positions; a
+            The logits ``(n, classes)``, targets ``(n,)`` and example indices ``(n,)`` of the scored positions. A
             position with an example index below 0 doesn't count.
         """
 
     def valid(self, batch: Any) -> Tensor | None:
         """Which positions enter the statistics: bool, broadcastable to ``(batch, seq)``; None for all of them.
 
-        By default those of the examples that don't only fill a batch, where the batch says so by an ``index`` below 0.
+        By default all positions of the examples whose ``index`` in the batch, if it has one, is not below 0.
         """
         if isinstance(batch, Mapping) and "index" in batch:
             return (batch["index"] >= 0).unsqueeze(1)
         return None
 
     def valid_at(self, site: Site, batch: Any) -> Tensor | None:
-        """The same for one site, where a target's sites don't all see the same positions."""
+        """The same for one site. Override it where the sites of a target see different positions."""
         return self.valid(batch)
 
     def source(self, kind: str, seed: int, batch: Any) -> Any:
-        """Another input to resample from, in the form of ``batch`` and on its device; the seed is of all that is drawn.
+        """Another input, whose activations take the place of ablated neurons, in the form of ``batch`` on its device.
 
-        The kind ``example`` works for all data that are read by index: another example of the same data in the
-        place of each. Override it for other kinds (``characters``, ``ids``, ``generated``, ``pixels``, or what a method
-        of one's own names), which are one input of a batch size of 1, as long as those of the batch.
+        The kind ``example`` draws another example of the same data for each of the batch. Override it for other kinds
+        (``characters``, ``ids``, ``generated``, ``pixels``, or what a method of one's own names). They are an input of
+        batch size 1, as long as those of the batch. All that is drawn depends on the seed.
 
         Raises:
             ConfigError: if this module has no such input, or the data can't be read by index.
@@ -98,15 +99,15 @@ class AblationModule(lightning.LightningModule, ABC):
         drawn = others_of(batch["index"].cpu(), seed, len(data)).tolist()
         examples = loader.collate_fn([cast(Any, data)[index] for index in drawn])
         if torch.as_tensor(examples["index"]).tolist() != drawn:
-            raise ConfigError("resampling from other examples needs an `index` that is the example's place in the data")
+            raise ConfigError("resampling from other examples needs the `index` by which the data give an example")
         examples = self.on_before_batch_transfer(self.trainer.precision_plugin.convert_input(examples), 0)
         return self.trainer.strategy.batch_to_device(examples, self.device)
 
     def first(self, batch: Any, count: int) -> Any:
-        """The first ``count`` examples of a batch as a batch, again from the start where it has fewer.
+        """The first ``count`` examples of a batch as a batch, which repeats them where there are fewer.
 
-        By default every tensor with a row an example is cut, and every list of a mapping. Batches of other forms need
-        it overridden. Return None to skip calibration's check that sites are batch first.
+        By default it cuts every tensor with a row an example, and such lists of a mapping. Override it for batches of
+        other forms, or return None to skip calibration's check that sites are batch first.
         """
         size = len(self.examples_of(batch, 0))
         rows = torch.arange(count, device=self.device) % size
@@ -116,28 +117,29 @@ class AblationModule(lightning.LightningModule, ABC):
         return apply_to_collection(batch, Tensor, lambda t: t[rows] if t.ndim and len(t) == size else t)
 
     def probes(self, batch: Any) -> tuple[Any, Any] | None:
-        """Two inputs of a batch's first example that differ in one token or pixel: do the sites hold all mixing?
+        """Two inputs that differ in one token or pixel: calibration checks with them that the sites hold all mixing.
 
-        None, the default, leaves this check out; a module that gives probes gives :meth:`hidden` as well.
+        The default, None, leaves this check out. A module that gives probes gives :meth:`hidden` as well.
         """
         return None
 
     def hidden(self, batch: Any) -> Sequence[Tensor]:
         """The target's last hidden states (or per-position logits) on a batch, each ``(batch, ..., features)``."""
-        raise NotImplementedError(f"{type(self).__name__} gives probes, but not what becomes of them: add `hidden`")
+        raise NotImplementedError(f"{type(self).__name__} gives probes, and lacks `hidden`, which they need: add it")
 
     def describe(self) -> dict[str, Any]:
-        """What run.json says about the target."""
+        """The facts about the target that run.json holds."""
         parameters = list(self.target.parameters())
         return {
             "class": f"{type(self).__module__}.{type(self).__qualname__}",
             "name": self.name,
             "parameters": sum(p.numel() for p in parameters),
             "dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
+            **{name: getattr(self, name) for name in self.facts},
         }
 
-    def save_beside(self, folder: Path) -> None:
-        """Writes what belongs to the target into the folder of a smaller one: a tokenizer, an image processor."""
+    def save_processor(self, folder: Path) -> None:
+        """Writes the target's tokenizer or image processor into the folder of a smaller target."""
 
     def configure_model(self) -> None:
         """Builds the target and freezes it; on sharded processes each takes its share."""
@@ -150,7 +152,7 @@ class AblationModule(lightning.LightningModule, ABC):
             self.target = target.requires_grad_(False).eval()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """One whose steps change nothing: by them Lightning counts, and knows that there is something to save."""
+        """An optimizer whose steps change nothing. Lightning counts them, and saves nothing without one."""
         return torch.optim.SGD([self.anchor], lr=0.0)
 
     def train(self, mode: bool = True) -> "AblationModule":
@@ -161,7 +163,7 @@ class AblationModule(lightning.LightningModule, ABC):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> "AblationModule":
-        """As any module's, but leaves an offloaded target to accelerate, and keeps vectors exact."""
+        """Casts and moves as any module does, but leaves an offloaded target to accelerate, and keeps vectors exact."""
         target = self._modules.get("target")
         if target is not None and any(parameter.is_meta for parameter in target.parameters()):
             return self
@@ -171,14 +173,14 @@ class AblationModule(lightning.LightningModule, ABC):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Hands the batch to the phase."""
-        self.place = 0
+        self.loader_index = 0
         self._phase.step(batch, batch_idx)
         self.manual_backward(0.0 * self.anchor.sum())
         cast(Any, self.optimizers()).step()
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Hands the batch to the phase, which sees of which loader it is."""
-        self.place = dataloader_idx
+        """Hands the batch to the phase, which may ask for the ``loader_index``."""
+        self.loader_index = dataloader_idx
         self._phase.step(batch, batch_idx)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -202,7 +204,7 @@ class AblationModule(lightning.LightningModule, ABC):
         return self.trainer.strategy.reduce(tensor.clone(), reduce_op="sum")
 
     def log_at(self, step: int, **values: float) -> None:
-        """Hands figures to every logger, whatever Lightning's own count of steps."""
+        """Hands values to every logger at a step of our own count."""
         for logger in self.loggers:
             logger.log_metrics(values, step=step)
 
@@ -210,7 +212,7 @@ class AblationModule(lightning.LightningModule, ABC):
     def _loader(self) -> Any:
         """The loader whose batches are run."""
         trainer = self.trainer
-        return trainer.train_dataloader if trainer.training else evaluation_loaders(trainer)[self.place]
+        return trainer.train_dataloader if trainer.training else evaluation_loaders(trainer)[self.loader_index]
 
     @property
     def _phase(self) -> Phase:
@@ -221,10 +223,10 @@ class AblationModule(lightning.LightningModule, ABC):
 
 @contextmanager
 def exact_vectors(target: nn.Module) -> Iterator[None]:
-    """Lets no cast to a lower precision inside round RoPE's frequencies: vectors that no state dict holds.
+    """Keeps RoPE's frequencies exact while the target is cast to a lower precision within the context.
 
-    ``--trainer.precision bf16-true`` and ``.to(torch.bfloat16)`` cast all buffers, where transformers, loading in
-    bfloat16, keeps these. A position times a rounded frequency is off by whole turns.
+    ``--trainer.precision bf16-true`` and ``.to(torch.bfloat16)`` cast all buffers; transformers, loading in bfloat16,
+    keeps these, as a position times a rounded frequency is off by whole turns. They are vectors outside the state dict.
     """
     known = [m for m in target.modules() if type(m).__module__.startswith(("transformers", "timm"))]
     vectors = [(m, name, m._buffers[name]) for m in known for name in m._non_persistent_buffers_set]
@@ -237,7 +239,4 @@ def exact_vectors(target: nn.Module) -> Iterator[None]:
 
 def evaluation_loaders(trainer: lightning.Trainer) -> list[Any]:
     """The validation loaders, in the order in which they are run."""
-    loaders: Any = trainer.val_dataloaders
-    if isinstance(loaders, Mapping):
-        return list(loaders.values())
-    return list(loaders) if isinstance(loaders, list | tuple) else [] if loaders is None else [loaders]
+    return CombinedLoader(trainer.val_dataloaders or [], "sequential").flattened

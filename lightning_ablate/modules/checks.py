@@ -1,5 +1,6 @@
 """Checks a text against a language model, and the model against the class it was given as."""
 
+from bisect import bisect
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -43,7 +44,7 @@ def check_length(run: Callable[[Mapping[str, Tensor]], object], batch: Mapping[s
 
     def failure(count: int) -> Exception | None:
         try:
-            with nullcontext() if device.type == "cpu" else _Lookups():
+            with torch.no_grad(), nullcontext() if device.type == "cpu" else _Lookups():
                 run({name: tensor[:, :count] if tensor.ndim == 2 else tensor for name, tensor in batch.items()})
         except torch.OutOfMemoryError:
             raise
@@ -52,26 +53,22 @@ def check_length(run: Callable[[Mapping[str, Tensor]], object], batch: Mapping[s
         return None
 
     length = max(tensor.shape[1] for tensor in batch.values() if tensor.ndim == 2)
-    with torch.no_grad():
-        if (cause := failure(length)) is None:
-            return
-        least, most = 0, length - 1
-        while least < most:
-            middle = (least + most + 1) // 2
-            least, most = (middle, most) if failure(middle) is None else (least, middle - 1)
-    if not least:
+    if (cause := failure(length)) is None:
+        return
+    most = bisect(range(1, length), False, key=lambda count: failure(count) is not None)
+    if not most:
         raise cause
     raise DataError(
-        f"the sequences have {length} tokens, expected at most {least}, which the target has positions for; lower "
+        f"the sequences have {length} tokens, expected at most {most}, which the target has positions for; lower "
         "--data.max_length"
     ) from cause
 
 
 def effect_of_later(run: Callable[[Tensor], Tensor], ids: Tensor, last: int, other: int) -> float:
-    """How far predictions before place ``last`` of ``ids`` ``(1, seq)`` depend on the token there.
+    """How far predictions before the position ``last`` of ``ids`` ``(1, seq)`` depend on the token there.
 
-    ``run`` maps ids to logits ``(1, seq, vocabulary)``; ``other`` is another token for that place. The largest change
-    is in units of what rounding may do: it is 0 where nothing depends on the token, and above 1 where more does.
+    ``run`` maps ids to logits ``(1, seq, vocabulary)``; ``other`` is another token for that position. The largest
+    change is divided by what rounding may do: 0 means that nothing depends on the token, above 1 that something does.
     """
     changed = ids.clone()
     changed[0, last] = other

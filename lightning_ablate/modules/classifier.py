@@ -1,4 +1,4 @@
-"""Text classifiers from the Hugging Face hub, or from a local folder of the same form."""
+"""Text classifiers that transformers loads."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from lightning_ablate.modules.language import LanguageModel, TextBatch
 class SequenceClassifier(LanguageModel):
     """A text classifier; every example is one scored position. There is no generated text.
 
-    Batches hold ``label`` ``(batch,)`` int64 beside what :class:`LanguageModel` names.
+    Batches hold ``label`` ``(batch,)`` int64 and the inputs of any language model.
     """
 
     auto_class = "AutoModelForSequenceClassification"
@@ -36,7 +36,7 @@ class SequenceClassifier(LanguageModel):
 
     @contextmanager
     def _padded(self) -> Iterator[None]:
-        """Tells the target what the data are padded with, as by it decoders find an example's last token."""
+        """Tells the target the token that pads the data, by which decoders find an example's last token."""
         config = cast(Any, self.target).config
         own, config.pad_token_id = config.pad_token_id, padding_id(self.tokenizer)
         try:

@@ -1,4 +1,4 @@
-"""Language models from the Hugging Face hub, or from a local folder of the same form."""
+"""Language models that transformers loads."""
 
 import string
 from collections.abc import Mapping, Sequence
@@ -23,12 +23,14 @@ _CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " "
 
 
 class LanguageModel(HubModule):
-    """A transformers language model and its tokenizer, see :class:`HubModule`.
+    """A transformers language model and its tokenizer.
 
     Batches are mappings of ``input_ids`` and ``attention_mask`` ``(batch, seq)`` int64 and ``index`` ``(batch,)``
-    int64, the example's place in the data, below 0 for examples that only fill a rank's last batch; ``position_ids``
-    and ``token_type_ids`` of the same shape are handed on. ``auto_class`` names the class of transformers that loads
-    the target; ``causal`` says whether a prediction may depend on earlier tokens only, None for either.
+    int64, which is below 0 for examples that only fill a process's last batch. ``position_ids`` and ``token_type_ids``
+    of the same shape are handed on.
+
+    ``auto_class`` names the class of transformers that loads the target. ``causal`` says whether a prediction may
+    depend on earlier tokens only, None for either.
     """
 
     auto_class: ClassVar[str]
@@ -41,9 +43,9 @@ class LanguageModel(HubModule):
     @cached_property
     def tokenizer(self) -> Any:
         """The target's tokenizer."""
-        return self.beside("AutoTokenizer")
+        return self.pretrained("AutoTokenizer")
 
-    def save_beside(self, folder: Path) -> None:
+    def save_processor(self, folder: Path) -> None:
         """Writes the tokenizer."""
         self.tokenizer.save_pretrained(folder)
 
@@ -56,25 +58,28 @@ class LanguageModel(HubModule):
         return self.target(**self.inputs(batch)).logits
 
     def inputs(self, batch: TextBatch) -> dict[str, Any]:
-        """What of a batch the target takes; it need not fill a cache."""
+        """The target's arguments for a batch. It needn't fill a cache."""
         uncached = {"use_cache": False} if "use_cache" in self._parameters_of_forward else {}
         return {name: batch[name] for name in _INPUTS if name in batch} | uncached
 
     def source(self, kind: str, seed: int, batch: TextBatch) -> TextBatch:
         """One sequence of random characters, token ids, or generated text; the rest is that of the first example."""
         generated = getattr(self, "_generated", None)
-        makers = {"characters": self._characters, "ids": self._random_ids, "generated": generated}
-        maker = makers.get(kind)
-        if maker is None:
+        make = {"characters": self._characters, "ids": self._random_ids, "generated": generated}.get(kind)
+        if make is None:
             return super().source(kind, seed, batch)
         like = batch["input_ids"]
-        key = (kind, seed, like.shape[1])
-        if key not in self._source_ids:
-            self._source_ids[key] = maker(seed_of(seed, kind), like.shape[1]).cpu()
-        ids = self._source_ids[key].to(like.device).unsqueeze(0)
+        key = kind, seed, like.shape[1]
+        if key not in self._drawn:
+            self._drawn[key] = make(seed_of(seed, kind), like.shape[1]).cpu()
+        ids = self._drawn[key].to(like.device).unsqueeze(0)
         first = {name: tensor[:1] for name, tensor in batch.items() if name not in _INPUTS}
-        made = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "index": ids.new_zeros(1), "labels": ids}
-        return first | made
+        return first | {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "index": ids.new_zeros(1),
+            "labels": ids,
+        }
 
     def probes(self, batch: TextBatch) -> tuple[TextBatch, TextBatch]:
         """The first example, and the same with another first token."""
@@ -94,32 +99,33 @@ class LanguageModel(HubModule):
     def on_train_batch_start(self, batch: TextBatch, batch_idx: int) -> None:
         """At the first batch, refuses sequences that are too long, and a target that isn't of this kind."""
         if batch_idx == 0:
-            self._try_out(batch)
+            row = int(self.valid(batch).sum(1).argmax())
+            one = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+            check_length(self.logits, one)
+            if self.causal is not None:
+                self._check_kind(one, self.valid(one)[0])
 
     def on_validation_batch_start(self, batch: TextBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """See :meth:`on_train_batch_start`."""
         self.on_train_batch_start(batch, batch_idx)
 
-    def _try_out(self, batch: TextBatch) -> None:
-        row = int(self.valid(batch).sum(1).argmax())
-        one = {name: tensor[row : row + 1] for name, tensor in batch.items()}
-        check_length(self.logits, one)
-        if self.causal is None:
-            return
-        real, ids = self.valid(one)[0].nonzero(), one["input_ids"]
+    def _check_kind(self, one: TextBatch, valid: Tensor) -> None:
+        """Raises TargetError if predictions for one example see later tokens, or none of them, unlike this class's."""
+        real, ids = valid.nonzero(), one["input_ids"]
         last = int(real.max()) if len(real) else 0  # every process of a sharded target runs it as often
-        others = ids[0][self.valid(one)[0] & (ids[0] != ids[0, last])]  # there, as any id may be special
+        others = ids[0][valid & (ids[0] != ids[0, last])]  # tokens of the text, as any other may be special
         other = int(others[0]) if len(others) else (int(ids[0, last]) + 1) % vocabulary_of(self.target)
         effect = effect_of_later(lambda changed: self.logits({**one, "input_ids": changed}), ids, last, other)
+        # a quantised module's scale depends on its whole input
         quantised = any(type(module).__module__.startswith("torch.ao.") for module in self.target.modules())
-        wrong = effect > 1 if self.causal else effect == 0
-        if len(real) > 1 and wrong and not quantised:  # whose scale is that of the whole input
+        if len(real) > 1 and not quantised and (effect > 1 if self.causal else effect == 0):
             seen, kind = ("the tokens they predict", "MaskedLM") if self.causal else ("no later token", "CausalLM")
             own = type(self).__name__
             raise TargetError(f"predictions of {self.name} see {seen}, unlike a {own}'s; expected --model {kind}")
 
     @cached_property
-    def _source_ids(self) -> dict[tuple[str, int, int], Tensor]:
+    def _drawn(self) -> dict[tuple[str, int, int], Tensor]:
+        """The token ids that were drawn as a source, by its kind, seed and length."""
         return {}
 
     @cached_property
@@ -133,9 +139,9 @@ class LanguageModel(HubModule):
         return list(signature(self.target.forward).parameters)
 
     def _with_another(self, ids: Tensor) -> Tensor:
-        """The ids ``(1, seq)`` with an ordinary token in the first place that wasn't there."""
-        changed, here = ids.clone(), self._ordinary.to(ids.device)
-        changed[:, 0] = here[here != ids[0, 0]][0]
+        """The ids ``(1, seq)`` with another, ordinary token at the first position."""
+        changed, ordinary = ids.clone(), self._ordinary.to(ids.device)
+        changed[:, 0] = ordinary[ordinary != ids[0, 0]][0]
         return changed
 
     def _framed(self, ids: list[int], length: int) -> Tensor:
@@ -158,7 +164,7 @@ class LanguageModel(HubModule):
 
 
 class CausalLM(LanguageModel):
-    """A language model that predicts the next token; scored where neither a token nor the next one is padding."""
+    """A language model that predicts the next token, scored where neither a token nor the next one is padding."""
 
     auto_class = "AutoModelForCausalLM"
     causal = True
@@ -169,7 +175,7 @@ class CausalLM(LanguageModel):
         if bool(real[:, 0].all()) or "position_ids" in batch or "position_ids" not in self._parameters_of_forward:
             return batch
         if any(hasattr(module, "create_position_ids_from_input_ids") for module in self.target.modules()):
-            return batch  # which counts them from the first token by itself
+            return batch  # such a target counts them from the first token by itself
         return {**batch, "position_ids": (real.cumsum(1) - 1).clamp_min(0)}
 
     def evaluate(self, batch: TextBatch) -> Scored:
@@ -193,9 +199,9 @@ class CausalLM(LanguageModel):
 
 
 class PairedLM(CausalLM):
-    """A causal model that decides between an answer and a foil, on :class:`~lightning_ablate.data.PairedTexts`.
+    """A causal model that decides between an answer and a foil, on the data of PairedTexts.
 
-    The last token of each text is scored, by what comes next: top-1 and the others by the answer among all tokens;
+    The last position of each text is scored. Top-1 and the others are about the answer among all tokens;
     ``logit_difference`` is the answer's logit less the foil's, ``preferred`` the share of texts where it is above 0.
     """
 
@@ -204,9 +210,7 @@ class PairedLM(CausalLM):
     def evaluate(self, batch: TextBatch) -> Scored:
         """One scored position an example."""
         if "last" not in batch:
-            raise DataError(
-                "PairedLM reads pairs of texts, and these are none; expected --data PairedTexts or another of its kind"
-            )
+            raise DataError("PairedLM reads pairs of texts, and these are none; expected --data PairedTexts or alike")
         rows = torch.arange(len(batch["last"]), device=batch["last"].device)
         logits = self.logits(batch)[rows, batch["last"]]
         difference = (logits[rows, batch["answer"]] - logits[rows, batch["foil"]]).float()

@@ -1,4 +1,4 @@
-"""Encoder-decoder language models from the Hugging Face hub, or from a local folder of the same form."""
+"""Encoder-decoder language models that transformers loads."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -16,21 +16,21 @@ from lightning_ablate.sites import Site
 class Seq2SeqLM(LanguageModel):
     """An encoder-decoder that reads one text and predicts another; scored at every token of the second.
 
-    Batches hold ``labels`` ``(batch, target_seq)`` int64, -100 at padding, beside what :class:`LanguageModel` names.
+    Batches hold ``labels`` ``(batch, target_seq)`` int64, -100 at padding, and the inputs of any language model.
     """
 
     auto_class = "AutoModelForSeq2SeqLM"
 
     def inputs(self, batch: TextBatch) -> dict[str, Tensor]:
-        """What of a batch the target takes, with what its decoder reads; its logits are at the labels' positions."""
+        """The target's arguments for a batch, its decoder's among them; its logits are at the labels' positions."""
         target: Any = self.target
         if not hasattr(target, "prepare_decoder_input_ids_from_labels"):
-            return {**super().inputs(batch), "labels": batch["labels"]}  # from these it makes them itself
+            return {**super().inputs(batch), "labels": batch["labels"]}  # the target makes its decoder's inputs of them
         decoded = target.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
         return {**super().inputs(batch), "decoder_input_ids": decoded}
 
     def evaluate(self, batch: TextBatch) -> Scored:
-        """Every position of the second text, marked as not scored where it is padding or comes behind it."""
+        """Every position of the second text, marked as not scored where it or the one before is padding."""
         scored = self._decoded(batch)
         scored[:, 1:] &= batch["labels"][:, :-1] >= 0  # a decoder reads the label before
         example = torch.where(scored, batch["index"].unsqueeze(1), -1)

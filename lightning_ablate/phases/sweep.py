@@ -74,7 +74,7 @@ class SweepPhase(Phase):
     @property
     def metrics(self) -> SweepMetrics:
         """Those of the data set whose batches are run."""
-        return self.each[self.module.place]
+        return self.each[self.module.loader_index]
 
     @property
     def batches(self) -> int:
@@ -83,7 +83,7 @@ class SweepPhase(Phase):
 
     def step(self, batch: Any, batch_idx: int) -> None:
         """Evaluates every condition on one batch; DataError or NonFiniteError if what ``evaluate`` gives is wrong."""
-        if batch_idx < self.done[self.module.place]:  # of an earlier run
+        if batch_idx < self.done[self.module.loader_index]:  # of an earlier run
             return
         clean = None
         with torch.no_grad():
@@ -102,7 +102,7 @@ class SweepPhase(Phase):
                     self.metrics.update(index, Scored(*scored), clean)
                 del scored  # or the next pass would hold the logits of two conditions
         self._check_finite()
-        self.done[self.module.place] = batch_idx + 1
+        self.done[self.module.loader_index] = batch_idx + 1
 
     def end_epoch(self) -> None:
         """Merges the processes; DataError if nothing was scored, or one example by several of them."""

@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from lightning_ablate import AblationCallback, CausalLM, MaskedLM, Seq2SeqLM, SequenceClassifier
 from lightning_ablate.data import LabelledTexts, TextPairs
-from lightning_ablate.errors import AblationError, ConfigError, DataError, TargetError
+from lightning_ablate.errors import AblationError, ConfigError, TargetError
 from lightning_ablate.statistics import Moments
 from tests import reference, tiny
 
@@ -155,14 +155,6 @@ def test_pairs_tell_a_bert_which_text_is_which(folder, tmp_path):
     assert base["cross_entropy"] == pytest.approx(loss / 21, abs=1e-5)
 
 
-def test_a_missing_text_is_refused(tmp_path):
-    for column in ("source", "target"):
-        row = {"source": "the cat", "target": "the dog"} | {column: None}
-        data = TextPairs("pairs", max_length=8)
-        with pytest.raises(DataError, match=f"pairs holds None in '{column}', expected text"):
-            data.example(row, tiny.tokenizer())
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -178,43 +170,6 @@ def test_rows_that_cannot_be_examples_are_refused(folder, tmp_path, options, mes
 
 
 KNOWN = ["CONTRADICTION", "NEUTRAL", "ENTAILMENT"]
-
-
-def labels(own, column, known=KNOWN, **options):
-    """The class indices that examples get for a column of labels, of data with these classes and a target's."""
-    features = Features(text=Value("string"), label=ClassLabel(names=own)) if own else None
-    rows = [{"text": f"text {number}", "label": label} for number, label in enumerate(column)]
-    data = LabelledTexts.of(
-        Dataset.from_list(rows, features=features),
-        **{"calibration_examples": 1, "evaluation_examples": len(rows) - 1, "shuffle_seed": None, "max_length": 32},
-        **options,
-    )
-    module = type("Module", (), {"tokenizer": tiny.tokenizer(), "class_names": known})()
-    data.trainer = type("Trainer", (), {"lightning_module": module})()
-    data.setup("fit")
-    examples = data.examples["calibration"][0], *(data.examples["evaluation"][i] for i in range(len(rows) - 1))
-    return [int(one["label"]) for one in examples]
-
-
-def test_labels_are_mapped_by_the_names_of_the_classes():
-    assert labels(["entailment", "neutral", "contradiction"], [0, 1, 2]) == [2, 1, 0]
-    assert labels(["Entailment", "Contradiction"], [0, 1]) == [2, 0]  # some of the target's
-    assert labels(None, ["neutral", "Contradiction", "ENTAILMENT"]) == [1, 0, 2]
-    for own, known in ((["0", "1", "2"], KNOWN), (["a", "b", "c"], None), (None, KNOWN), (None, None)):
-        assert labels(own, [2, 1, 0], known) == [2, 1, 0]  # where either has no names
-    for own in (["entailment", "neutral", "hypothesis"], ["neutral", "Neutral", "entailment"]):
-        with pytest.warns(UserWarning, match="given names its classes .*, and the target CONTRADICTION, NEUTRAL"):
-            assert labels(own, [2, 1, 0]) == [2, 1, 0]
-    with pytest.warns(UserWarning, match="the names don't agree"):
-        assert labels(["yes", "no"], [1, 0], ["Yes", "yes", "no"]) == [1, 0]  # which "yes"?
-    assert labels(None, [True, False, True]) == [1, 0, 1]
-    assert labels(None, [1.0, 0.0, 2.0]) == [1, 0, 2]
-    for column, message in ((["neutral", "maybe"], "'maybe' in 'label', expected a class of the target's: CONTRA"),):
-        with pytest.raises(DataError, match=message):
-            labels(None, column)
-    for column in (["neutral", "maybe"], [0.5, 1.0]):
-        with pytest.raises(DataError, match="expected a class index"):
-            labels(None, column, None)
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
@@ -236,18 +191,6 @@ def test_a_targets_class_names_are_known_before_and_after_its_weights(folder, tm
     save_file({name: weight for name, weight in weights.items() if "out_proj" not in name}, file)
     with pytest.raises(TargetError, match=r"lacks weights of .*: classifier\..*out_proj.bias, .*out_proj.weight; "):
         tiny.built(SequenceClassifier(str(tmp_path / "adapter")))
-
-
-def test_blank_texts_and_missing_labels_are_passed_over():
-    rows = [{"text": text, "label": label} for text, label in (("a", 0), (None, 1), ("", 1), (" ", 1), ("b", None))]
-    options = {"calibration_examples": 1, "evaluation_examples": 1, "max_length": 8, "shuffle_seed": None}
-    data = LabelledTexts.of([*rows, {"text": "c", "label": 1}], **options)
-    data.trainer = type("Trainer", (), {"lightning_module": type("M", (), {"tokenizer": tiny.tokenizer()})})
-    data.setup("fit")
-    assert [data.examples[purpose].contents for purpose in ("calibration", "evaluation")] == [
-        [b"a\x000"],
-        [b"c\x001"],
-    ]
 
 
 @pytest.mark.parametrize("name", ["Bart", "T5"])

@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lightning_ablate import ImageClassifier
-from lightning_ablate.errors import DataError, TargetError
+from lightning_ablate.errors import TargetError
 from tests import reference, tiny
 
 
@@ -140,5 +140,5 @@ def test_a_transformers_target_of_one_channel_takes_grey_images(tmp_path):
     levels = torch.from_numpy(np.array(picture("L"))).float()[None]
     for image in (picture("L"), picture("L").convert("RGB")):
         torch.testing.assert_close(module.transform(image), (levels / 255 - 0.5) / 0.25)
-    with pytest.raises(DataError, match=r"mode RGB can't be given to a target of 1 channels .* \(--data.mode L\)"):
+    with pytest.raises(ValueError, match=r"mode RGB can't be given to a target of 1 channels .* \(--data.mode L\)"):
         module.transform(picture())
