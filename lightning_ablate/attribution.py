@@ -13,7 +13,7 @@ from lightning_ablate.choices import Choice, Ranked, seed_of
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.methods import AblationMethod, LearnedMethod
 from lightning_ablate.metrics import Scored
-from lightning_ablate.sites import Site
+from lightning_ablate.sites import Site, exact_device
 from lightning_ablate.statistics import FOUND
 
 BOUND = 25.0  # nats of an example at which what one position does to it levels off
@@ -125,6 +125,7 @@ def orders(moved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     by ``1 / (1 + that / BOUND)``: a square goes on growing where the loss levels off, by the normalisations and the
     softmax behind a site, and a few positions, above all those that begin a text, would outweigh all others.
     """
+    moved = moved.to(exact_device(moved.device))
     weight = 1 / (1 + moved[1:].square().mean(0) / (2 * BOUND))
     sums = (one.sum(2, dtype=torch.float64) for one in (moved, moved * weight))
     (first, second), bounded = ((one[0], 0.5 * one[1:].square().mean(0)) for one in sums)

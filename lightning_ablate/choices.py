@@ -170,7 +170,7 @@ class Ranked(Ordered):
         else:
             values = getattr(moments, self.by.removeprefix("weighted-")).abs()
         weighted = self.by == "unexplained" or self.by.startswith("weighted")
-        return values * statistics.weight.float().norm(dim=1).to(values) if weighted else values
+        return values * statistics.weight.float().norm(dim=1).to(values.device).to(values.dtype) if weighted else values
 
     def _attributed(self, site: Site, statistics: SiteStatistics) -> Tensor:
         """The estimates of heads, where units are made of such, or of neurons; StatisticsError if there are none."""

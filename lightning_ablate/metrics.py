@@ -8,6 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_ablate.errors import DataError
+from lightning_ablate.sites import exact_device
 
 # float32 logits scored at a time: what a core's cache holds, or enough to keep a GPU busy
 _CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}
@@ -87,7 +88,7 @@ class Clean(NamedTuple):
         for own, chunk in zip(_chunks(probabilities), _chunks(logits), strict=True):
             torch.sub(chunk.float(), chunk.amax(1, keepdim=True), out=own)
             total = _log_total(own)
-            own.div_(total.exp().float().unsqueeze(1))
+            own.div_(total.exp().float().to(own.device).unsqueeze(1))
         rules_out = bool((probabilities == 0).any()) and bool((logits == -torch.inf).any())
         parts = [_scores(*chunk, rules_out=rules_out) for chunk in _chunks(logits, targets, probabilities)]
         return cls(probabilities, torch.cat([surprise for _, _, surprise in parts]), rules_out)
@@ -128,15 +129,19 @@ def _scores(logits: Tensor, targets: Tensor, clean: Tensor, *, rules_out: bool) 
     told = below.masked_fill(clean == 0, 0.0) if rules_out else below
     pieces = zip(torch.split(clean, _PIECE, 1), torch.split(told, _PIECE, 1), strict=True)
     # no matrix product, which autocast and TF32 would make less precise
-    expected = torch.stack([(one * other).sum(1) for one, other in pieces]).sum(0, dtype=torch.float64)
+    expected = _moved(torch.stack([(one * other).sum(1) for one, other in pieces])).sum(0, dtype=torch.float64)
     total = _log_total(below)
-    return rank, total + (largest.double() - right.double()).squeeze(1), total - expected
+    return rank, total + (_moved(largest).double() - _moved(right).double()).squeeze(1), total - expected
 
 
 def _log_total(below: Tensor) -> Tensor:
     """The logarithm of the sum of exponentials, ``(n,)`` float64; ``below`` 0 ``(n, classes)`` is written over."""
     sums = [piece.sum(1) for piece in torch.split(below.exp_(), _PIECE, 1)]
-    return torch.stack(sums).sum(0, dtype=torch.float64).log()
+    return _moved(torch.stack(sums)).sum(0, dtype=torch.float64).log()
+
+
+def _moved(values: Tensor) -> Tensor:
+    return values.to(exact_device(values.device))
 
 
 class SweepMetrics(Metric):
@@ -159,10 +164,11 @@ class SweepMetrics(Metric):
 
     def update(self, condition: int, scored: Scored, clean: Clean) -> None:
         """Adds what the condition of that index, 0 being the baseline, scored on one batch."""
-        counts = scored.example >= 0
-        place = torch.where(counts & (scored.example < self.examples), scored.example, self.examples)
+        example = scored.example.to(self.n.device)
+        counts = example >= 0
+        place = torch.where(counts & (example < self.examples), example, self.examples)
         columns = [*scores(scored.logits, scored.targets, clean), *scored.extra.values()]
-        each = torch.stack([column.double() for column in columns])
+        each = torch.stack([column.to(self.n.device).double() for column in columns])
         self.sums[condition].index_add_(1, place, torch.where(counts, each, 0.0))
         if condition == 0:  # all conditions score the same positions
             self.n.index_add_(0, place, counts.long())

@@ -32,8 +32,6 @@ OPTIONS = ("methods", "fractions", "seeds", "sites", "neurons", "attributing")  
 def check_trainer(trainer: lightning.Trainer) -> None:
     """Raises ConfigError for what would cut the calibration, or show hooks pieces of a target."""
     check_strategy(trainer.strategy)
-    if trainer.strategy.root_device.type == "mps":
-        raise ConfigError("Apple's MPS has no float64, in which sums are made; expected --trainer.accelerator cpu")
     trainer.num_sanity_val_steps = 0
     if trainer.max_steps != -1 and not _is_dry(trainer):
         raise ConfigError(

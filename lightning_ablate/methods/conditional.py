@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.methods.base import Ablation, AblationMethod, Affine, Replacement, constant
+from lightning_ablate.sites import exact_device
 from lightning_ablate.statistics import ActivationStatistic, Covariance, HeadCovariance, Moments, SiteStatistics, solved
 
 
@@ -68,11 +69,11 @@ class ConditionalMean(AblationMethod):
 
     def prepare(self, ablation: Ablation) -> Replacement:
         """Factorises the covariance of the kept neurons once."""
-        mask, statistics = ablation.mask, ablation.statistics
+        mask, statistics = ablation.mask.to(exact_device(ablation.mask.device)), ablation.statistics
         ablated, kept = mask.nonzero().squeeze(1), (~mask).nonzero().squeeze(1)
         unexplained = torch.ones(mask.shape, dtype=torch.float64, device=mask.device)
         if not len(kept):
-            return constant(self.intercept(ablation, unexplained).float())
+            return constant(self.intercept(ablation, unexplained).float().to(ablation.mask.device))
         slopes, explained, ridge = [], [], self.ridge or statistics[self.covariance].ridge
         mean, blocks = self.moments(statistics)
         for block, own in zip(blocks, mask.view(len(blocks), -1), strict=True):
@@ -83,15 +84,16 @@ class ConditionalMean(AblationMethod):
         unexplained[ablated] -= torch.cat(explained)
         offset = self.intercept(ablation, unexplained).float()
         slope = torch.block_diag(*slopes).float()  # type: ignore[no-untyped-call]
-        return Affine(offset, slope, mean.to(mask.device)[kept].float(), kept, ablated)
+        made = offset, slope, mean.to(mask.device)[kept].float(), kept, ablated
+        return Affine(*(values.to(ablation.mask.device) for values in made))
 
     def alone(self, ablation: Ablation, sizes: Sequence[int]) -> dict[int, Replacement]:
         """From the precision matrix P: less ``(P_uu)⁻¹ (P (x − μ))_u``, what the others don't tell of the unit u."""
-        (means, blocks), device = self.moments(ablation.statistics), ablation.mask.device
+        (means, blocks), device = self.moments(ablation.statistics), exact_device(ablation.mask.device)
         covariance = torch.block_diag(*blocks.to(device).double())  # type: ignore[no-untyped-call]
         ridge = self.ridge or ablation.statistics[self.covariance].ridge
         precision = solved(covariance, torch.eye(len(covariance), device=device).double(), ridge)
-        mean, found = means.to(device).float(), dict[int, Replacement]()
+        mean, found = means.float().to(ablation.mask.device), dict[int, Replacement]()
         for size in sizes:
             if size == len(precision):
                 found[size] = constant(mean)
@@ -99,7 +101,7 @@ class ConditionalMean(AblationMethod):
             columns = precision.view(len(precision), -1, size).transpose(0, 1)  # of each unit
             own = torch.stack([column[u * size : (u + 1) * size] for u, column in enumerate(columns)])
             unexplained = torch.linalg.solve(own, columns, left=False).transpose(0, 1).reshape(precision.shape)
-            found[size] = partial(_explained, mean, unexplained.float())
+            found[size] = partial(_explained, mean, unexplained.float().to(mean.device))
         return found
 
 

@@ -151,7 +151,7 @@ class ConditionalTuned(LearnedMethod, ConditionalSequential):
         Each row of it is in standard deviations of the ablated neurons for one of the kept, the last that of an
         intercept at their means, divided by the number of rows, so that a step of all together is as long for any.
         """
-        mean, sd = moments.mean.float(), moments.sd.float()
+        mean, sd = (values.float().to(mask.device) for values in (moments.mean, moments.sd))
         delta = delta / len(delta) * sd[mask]
         slope = torch.where(sd > 0, 1 / sd, 0.0)[~mask, None] * delta[:-1]
         intercept = delta[-1] - (mean[~mask, None] * slope).sum(0)  # a product that autocast leaves as it is

@@ -17,7 +17,7 @@ from lightning_ablate.errors import ConfigError, NonFiniteError
 from lightning_ablate.methods import Ablation, Edit, LearnedMethod
 from lightning_ablate.phases.phase import Module, Phase
 from lightning_ablate.phases.resume import Run
-from lightning_ablate.sites import Site, hooked
+from lightning_ablate.sites import Site, exact_device, hooked
 from lightning_ablate.statistics import Moments
 from lightning_ablate.statistics.base import by_example
 
@@ -79,15 +79,16 @@ class LearningPhase(Phase):
         self.taken, self._epoch = 0, 0  # steps of the optimizer so far
         for delta in self.deltas.values():  # which a process that ablates nothing at a site has as well
             delta.grad = torch.zeros_like(delta)
-        self._sums = torch.zeros(2, dtype=torch.float64, device=module.device)  # positions, and their loss
-        self._held_sums = torch.zeros(2, 2, dtype=torch.float64, device=module.device)  # as it began, and by now
+        exact = exact_device(module.device)
+        self._sums = torch.zeros(2, dtype=torch.float64, device=exact)  # positions, and their loss
+        self._held_sums = torch.zeros(2, 2, dtype=torch.float64, device=exact)  # as it began, and by now
 
     def begin(self) -> Begun:
         """Of each neuron the distance from its mean, in standard deviations, ``(neurons,)``."""
         begun: Begun = {}
         for site in self._calibration.sites:
             moments = self._calibration[site][Moments]
-            mean, sd = moments.mean.float(), moments.sd.float()
+            mean, sd = (values.float().to(self.module.device) for values in (moments.mean, moments.sd))
             begun[self.method.name, site] = torch.zeros_like(mean), partial(torch.addcmul, mean, sd)
         return begun
 
@@ -178,8 +179,9 @@ class LearningPhase(Phase):
         mean = loss / max(positions, 1)
         for delta in self.deltas.values():
             gradient = cast(Tensor, delta.grad)
-            gradient.copy_(self.module.summed(gradient.double()) * self.passes / max(positions, 1))
-            finite.append(gradient.isfinite().all())
+            total = self.module.summed(gradient.to(sums.device).double())
+            gradient.copy_((total * self.passes / max(positions, 1)).float())
+            finite.append(gradient.isfinite().all().to(sums.device))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
         self._sums.zero_()
@@ -201,5 +203,5 @@ class LearningPhase(Phase):
 
 def summed(losses: Tensor, example: Tensor) -> Tensor:
     """How many positions count, and the sum of their losses ``(n,)``: ``(2,)`` float64; see :class:`Scored`."""
-    counts = example >= 0
+    losses, counts = losses.to(exact := exact_device(losses.device)), (example >= 0).to(exact)
     return torch.stack([counts.sum().double(), torch.where(counts, losses, 0.0).sum(dtype=torch.float64)])

@@ -16,7 +16,7 @@ from lightning_ablate.errors import DataError, NonFiniteError, StatisticsError
 from lightning_ablate.methods import Ablation, AblationMethod, Batch, ConstantMethod, Edit, Replacement, Source
 from lightning_ablate.metrics import METRICS, Clean, Scored, SweepMetrics, checked
 from lightning_ablate.phases.phase import Module, Phase
-from lightning_ablate.sites import Site, check_mask, hooked
+from lightning_ablate.sites import Site, check_mask, exact_device, hooked
 from lightning_ablate.statistics.base import by_example
 
 _ROOM = 2**30  # bytes
@@ -46,7 +46,9 @@ class SweepPhase(Phase):
         self.conditions, self.classes = tuple(conditions), 0
         self.ablated: dict[Condition, float] = {}  # the share of all sites' neurons that each condition ablates
         self.done = [0] * len(examples)  # batches of each data set
-        self.each = [SweepMetrics(len(self.conditions), n, module.metrics).to(module.device) for n in examples]
+        self.each = [
+            SweepMetrics(len(self.conditions), n, module.metrics).to(exact_device(module.device)) for n in examples
+        ]
         self.announce: Callable[[Condition], None] = lambda condition: None
         self._calibration, self._choice = calibration, choice or Random()
         self._methods = {method.name: method for method in methods}
@@ -129,7 +131,7 @@ class SweepPhase(Phase):
         for metrics, saved in zip(self.each, state["metrics"], strict=True):
             if self.module.global_rank == 0:
                 metrics.load_state_dict(dict(saved))
-                metrics.to(self.module.device)
+                metrics.to(exact_device(self.module.device))
 
     def edits_of(self, condition: Condition) -> dict[Site, Edit]:
         """What a condition does to each site; those it leaves alone are left out."""
@@ -163,7 +165,7 @@ class SweepPhase(Phase):
                 f"example {int(example.max())} is beyond the {self.metrics.examples} of the evaluation data: Scored's "
                 "`example`, or a batch's `index`, must be its place in them, from 0"
             )
-        here = example[example >= 0]
+        here = example[example >= 0].to(self.metrics.n.device)
         if known is not None and bool((again := known[0][here] > 0).any()):
             raise DataError(
                 f"example {int(here[again][0])} comes in two batches: Scored's `example` must be its place in the "

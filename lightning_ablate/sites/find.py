@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_ablate.errors import SiteError, few
 from lightning_ablate.sites.dataflow import Trace, features, trace
-from lightning_ablate.sites.site import Site, hooked
+from lightning_ablate.sites.site import Site, exact_device, hooked
 
 KINDS = {
     "attention": ("self-attention", "cross-attention"),
@@ -73,9 +73,8 @@ def check_mixing(target: nn.Module, sites: Sequence[Site], hidden: Callable[[int
     tolerance = torch.finfo(states[0][0].dtype).eps ** 0.5
     for before, after in zip(*states, strict=True):
         limit = torch.finfo(before.dtype).max / 2  # masked features, at -inf or the least number, say nothing
-        before, after = (
-            torch.where(state.abs() < limit, state, 0).double().flatten(0, -2) for state in (before, after)
-        )
+        before, after = (state.to(exact_device(state.device)).flatten(0, -2) for state in (before, after))
+        before, after = (torch.where(state.abs() < limit, state, 0).double() for state in (before, after))
         change = (after - before).abs().amax(1)
         if len(change) < 2:
             raise SiteError(

@@ -17,6 +17,7 @@ from torch.utils import checkpoint
 from lightning_ablate.errors import SiteError
 from lightning_ablate.sites.unfused import unfused
 
+WITHOUT_FLOAT64 = {"mps"}  # types of devices
 Hook = Callable[[Tensor], Tensor | None]
 """Gets a site's activations ``(batch, ..., neurons)``; what it returns, unless None, is used instead."""
 T = TypeVar("T")
@@ -81,6 +82,14 @@ def device_of(target: nn.Module) -> torch.device:
     """The device of a target's first parameter; the CPU where it is on ``meta``, as of a target that is offloaded."""
     device = next(target.parameters()).device
     return torch.device("cpu") if device.type == "meta" else device
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """Where sums in float64 are kept: the device itself, or the CPU if the device has no float64, as Apple's MPS.
+
+    Values are moved to the exact device before they become float64, and become float32 before they are moved back.
+    """
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
 
 
 def weights_of(target: nn.Module, site: Site) -> tuple[Tensor, Tensor | None, bool] | None:

@@ -99,7 +99,7 @@ class Covariance(ActivationStatistic):
         if self.blocks > 1:
             raise StatisticsError("an order of all neurons needs the covariances of them all, not those within heads")
         if size not in self._orders:
-            read = weight.to(self.sums.device, torch.float64, copy=True)
+            read = weight.to(self.sums.device).to(torch.float64, copy=True)
             self._orders[size] = eliminated(self._precision[0], read, size).cpu()
         return self._orders[size]
 
