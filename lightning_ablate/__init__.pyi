@@ -21,8 +21,6 @@ from .methods import Ablation as Ablation
 from .methods import AblationMethod as AblationMethod
 from .methods import ConditionalMean as ConditionalMean
 from .methods import ConditionalMeanPerHead as ConditionalMeanPerHead
-from .methods import ConditionalOptimal as ConditionalOptimal
-from .methods import ConditionalSequential as ConditionalSequential
 from .methods import ConditionalTuned as ConditionalTuned
 from .methods import ConstantMethod as ConstantMethod
 from .methods import HalfSampleMode as HalfSampleMode

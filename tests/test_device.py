@@ -5,16 +5,19 @@ forget a device, so it lives in a process of its own.
 """
 
 import json
+from collections import Counter
 
 import pytest
 import torch
 from lightning.pytorch.accelerators import AcceleratorRegistry, CPUAccelerator
+from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from lightning_ablate import AblationCallback, Calibration, Optimal, Ranked, ablated
+from lightning_ablate import AblationCallback, Calibration, ConditionalTuned, Optimal, Ranked, ablated
 from lightning_ablate.sites import exact_device, site
 from tests import tiny
 from tests.command import FEW, here
@@ -22,6 +25,7 @@ from tests.command import FEW, here
 NAME = "singles"
 METHODS = ["zero", "mean", "peak", "positional-mean", "noise", "conditional-mean", "conditional-mean-per-head"]
 METHODS += ["resample-same-position"]
+ran = Counter()  # operations on the device
 PATHS = ["transformer.h.0.attn.c_proj", "transformer.h.1.attn.c_proj"]
 
 
@@ -64,6 +68,7 @@ def run(operation, *args, **kwargs):
     known = {id(tensor.inner): tensor for tensor in given if isinstance(tensor, OnDevice)}
     args, kwargs = tree_map_only(OnDevice, lambda tensor: tensor.inner, (args, kwargs))
     made = operation(*args, **kwargs)
+    ran[name] += 1
     if to.type == "cpu" or (name == "copy_" and id(args[0]) not in known):
         return made
     return tree_map_only(Tensor, lambda tensor: known[id(tensor)] if id(tensor) in known else OnDevice(tensor), made)
@@ -78,23 +83,31 @@ class Making(TorchDispatchMode):
         return run(operation, *args, **kwargs) if asked == NAME or OnDevice in types else operation(*args, **kwargs)
 
 
+class Tensors(TorchFunctionMode):
+    """Does the same for ``torch.tensor``, which no dispatch mode sees."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        device = kwargs.pop("device", None) if function is torch.tensor else None
+        made = function(*args, **kwargs)
+        return made if device is None else made.to(device)
+
+
 class SinglesAccelerator(CPUAccelerator):
     def setup_device(self, device):
         pass
 
-    @staticmethod
-    def get_parallel_devices(devices):
-        return [torch.device(NAME, 0)] * devices
-
-    @staticmethod
-    def name():
-        return NAME
 
 
 def register():
     """Makes the device known to this process."""
     _setup_privateuseone_for_python_backend(NAME)
     AcceleratorRegistry.register(NAME, SinglesAccelerator)
+    StrategyRegistry.register(NAME, SingleDeviceStrategy, device=torch.device(NAME, 0))
+
+
+def on(device):
+    return {"accelerator": device, "strategy": NAME if device == NAME else "auto"}
 
 
 def refused():
@@ -117,29 +130,27 @@ def refused():
 def first_command(folder, device):
     """The README's first command, on fewer images."""
     limits = ["--trainer.limit_train_batches=40", "--trainer.limit_val_batches=20"]
-    more = ["--trainer.enable_progress_bar=false", f"--trainer.accelerator={device}"]
+    more = ["--trainer.enable_progress_bar=false", *(f"--trainer.{name}={value}" for name, value in on(device).items())]
     here("fit", *FEW, *limits, *more, f"--ablation.dirpath={folder / 'first'}")
-    about = json.loads((folder / "first" / "run.json").read_text())
-    assert about["accelerator"] == ("CPUAccelerator" if device == "cpu" else "SinglesAccelerator")
     return (folder / "first" / "results.csv").read_text()
 
 
 class There(tiny.Own):
     def evaluate(self, batch):
         scored = super().evaluate(batch)
-        assert isinstance(scored.logits, OnDevice) == (self.device.type == NAME)
+        assert isinstance(scored.logits, OnDevice) == (type(self.trainer.accelerator) is SinglesAccelerator)
         return scored
 
 
 def fitted(folder, device, callback):
     """Calibration, learning, attribution and the sweep of a tiny language model."""
     model = tiny.gpt2(attn_implementation="eager")
-    return tiny.fit(folder, There(model), callback=callback, accelerator=device)
+    return tiny.fit(folder, There(model), callback=callback, **on(device))
 
 
 def everything(folder, device):
     """Every phase, and what its checkpoint gives for a target on the device outside of a run."""
-    methods = [*METHODS, Optimal(steps=3)]
+    methods = [*METHODS, Optimal(steps=3), ConditionalTuned(1e-2, steps=2, examples=4)]
     made = AblationCallback(methods, [0.5, 1.0], [1], attribute=METHODS[:6], verify=2)
     made.dirpath = folder / "all"
     module, _ = fitted(folder, device, made)
@@ -165,12 +176,15 @@ CASES = {"first_command": first_command, "everything": everything, "ranked": ran
 
 def on_device(_, folder):
     register()
-    with Making():
+    with Tensors(), Making():
         found = {"refused": refused()}
         with pytest.raises(TypeError, match=f"{NAME} has no float64"):  # as long as it isn't known
             fitted(folder / "unknown", NAME, AblationCallback(["mean"], [0.5]))
         site.WITHOUT_FLOAT64.add(NAME)
-        found |= {name: case(folder / name, NAME) for name, case in CASES.items()}
+        for name, case in CASES.items():
+            ran.clear()
+            found[name] = case(folder / name, NAME)
+            assert ran["addmm"] > 100  # or the target ran elsewhere
     (folder / "found.json").write_text(json.dumps(found))
 
 

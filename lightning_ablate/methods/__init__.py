@@ -8,9 +8,9 @@ from textwrap import shorten
 
 from lightning_ablate.errors import ConfigError, loading
 from lightning_ablate.methods.base import Ablation, AblationMethod, Affine, Batch, Edit, Replacement, Source, constant
-from lightning_ablate.methods.conditional import ConditionalMean, ConditionalMeanPerHead, ConditionalSequential
+from lightning_ablate.methods.conditional import ConditionalMean, ConditionalMeanPerHead
 from lightning_ablate.methods.constants import ConstantMethod, HalfSampleMode, Mean, Median, Mode, Peak, Zero
-from lightning_ablate.methods.learned import ConditionalOptimal, ConditionalTuned, LearnedMethod, Optimal
+from lightning_ablate.methods.learned import ConditionalTuned, LearnedMethod, Optimal
 from lightning_ablate.methods.noise import Noise
 from lightning_ablate.methods.positional import PositionalMean
 from lightning_ablate.methods.resample import (

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -52,13 +52,6 @@ class ConditionalMean(AblationMethod):
             raise ConfigError(f"ridge is {ridge}, expected a share of the variance above 0, or null to choose it")
         self.ridge, self.centred, self.name = ridge, centred, name or self.name
 
-    def intercept(self, ablation: Ablation, unexplained: Tensor) -> Tensor:
-        """What the ablated neurons are expected to be when the kept ones are at their means, ``(..., neurons)``.
-
-        ``unexplained`` ``(..., neurons)`` float64 is the share of each one's variance that the kept ones don't explain.
-        """
-        return self.moments(ablation.statistics)[0].to(unexplained)
-
     def moments(self, statistics: SiteStatistics) -> tuple[Tensor, Tensor]:
         """The means ``(neurons,)`` and covariances ``(blocks, width, width)``, or 0 and the mean products."""
         mean, covariance = statistics[Moments].mean, statistics[self.covariance].covariance
@@ -67,24 +60,20 @@ class ConditionalMean(AblationMethod):
         rows = mean.to(covariance).view(len(covariance), -1, 1)
         return torch.zeros_like(mean), covariance + rows * rows.mT
 
-    def prepare(self, ablation: Ablation) -> Replacement:
+    def prepare(self, ablation: Ablation) -> Affine:
         """Factorises the covariance of the kept neurons once."""
         mask, statistics = ablation.mask.to(exact_device(ablation.mask.device)), ablation.statistics
         ablated, kept = mask.nonzero().squeeze(1), (~mask).nonzero().squeeze(1)
-        unexplained = torch.ones(mask.shape, dtype=torch.float64, device=mask.device)
-        if not len(kept):
-            return constant(self.intercept(ablation, unexplained).float().to(ablation.mask.device))
-        slopes, explained, ridge = [], [], self.ridge or statistics[self.covariance].ridge
         mean, blocks = self.moments(statistics)
+        offset = mean.to(mask.device).float()
+        if not len(kept):
+            return Affine(offset.to(ablation.mask.device))
+        slopes, ridge = [], self.ridge or statistics[self.covariance].ridge
         for block, own in zip(blocks, mask.view(len(blocks), -1), strict=True):
             covariance = block.to(mask.device).double()
-            across = covariance[~own][:, own]
-            slopes.append(solved(covariance[~own][:, ~own], across, ridge))
-            explained.append(share(across * slopes[-1], covariance.diagonal()[own]))
-        unexplained[ablated] -= torch.cat(explained)
-        offset = self.intercept(ablation, unexplained).float()
+            slopes.append(solved(covariance[~own][:, ~own], covariance[~own][:, own], ridge))
         slope = torch.block_diag(*slopes).float()  # type: ignore[no-untyped-call]
-        made = offset, slope, mean.to(mask.device)[kept].float(), kept, ablated
+        made = offset, slope, offset[kept], kept, ablated
         return Affine(*(values.to(ablation.mask.device) for values in made))
 
     def alone(self, ablation: Ablation, sizes: Sequence[int]) -> dict[int, Replacement]:
@@ -117,72 +106,6 @@ class ConditionalMeanPerHead(ConditionalMean):
     covariance = HeadCovariance
 
 
-class ConditionalSequential(ConditionalMean):
-    """The same regression, fitted where it acts: for each condition, with everything before a site already ablated.
-
-    What is kept has drifted there, and with it what it lets one expect of the ablated neurons; where nothing is kept it
-    is the mean of the intact target, if means play a part. ``fit`` makes it for the conditions of its sweep, a forward
-    pass of the calibration data each, and the checkpoint holds kept × ablated float32 numbers a site for each of them;
-    others need another ``fit``.
-
-    Args:
-        intact: whether the values that are regressed are those of the intact target, so that drift is made good as
-            well, as layerwise reconstruction does when it prunes (SlimGPT, Ling et al. 2024; GRAIL, arXiv 2602.23795),
-            instead of those that the neurons would have there. It takes a second forward pass.
-        options: those of :class:`ConditionalMean`.
-    """
-
-    name = "conditional-sequential"
-    statistics: ClassVar[tuple[type[ActivationStatistic], ...]] = ()
-    fitted_from = ConditionalMean.statistics  # which calibration need not gather
-    attributable = False  # a unit alone has nothing before it
-
-    def __init__(self, ridge: float | None = None, intact: bool = False, **options: Any) -> None:
-        super().__init__(ridge, **options)
-        self.intact = intact
-
-    def prepare(self, ablation: Ablation) -> Replacement:
-        """Takes what was fitted for the condition."""
-        packed = ablation.statistics.learned(self.key(ablation.masks)).to(ablation.mask.device)
-        return self.unpacked(packed, ablation.mask)
-
-    def key(self, masks: str) -> str:
-        """The name under which a calibration holds what was fitted for the masks of this digest."""
-        return f"{self.name} {self.ridge} {self.centred} {self.intact} {masks}"
-
-    def same(self, masks: str) -> str:
-        """The name under which the same regression may be there already, fitted for another method."""
-        return self.key(masks)
-
-    def regressed(self, ablation: Ablation, mean: Tensor) -> Affine:
-        """The regression, from statistics of what the ablated neurons should be, and of the kept ones as they are.
-
-        ``mean`` ``(neurons,)`` is that of the intact target, which is taken where nothing is kept.
-        """
-        made = cast(Affine, super().prepare(ablation))
-        return Affine(mean.to(made.offset)) if self.centred and made.slope is None else made
-
-    @staticmethod
-    def packed(affine: Affine, mask: Tensor) -> Tensor:
-        """A regression as one tensor ``(kept + 1, ablated)`` float32, the intercept last."""
-        offset = affine.offset[mask]
-        if affine.slope is None:
-            return offset.unsqueeze(0)
-        return torch.cat([affine.slope, (offset - affine.center @ affine.slope).unsqueeze(0)])
-
-    @staticmethod
-    def unpacked(packed: Tensor, mask: Tensor) -> Affine:
-        """The regression again."""
-        offset = packed.new_zeros(len(mask)).masked_scatter(mask, packed[-1])
-        kept, ablated = (~mask).nonzero().squeeze(1), mask.nonzero().squeeze(1)
-        return Affine(offset, packed[:-1], packed.new_zeros(len(kept)), kept, ablated) if len(kept) else Affine(offset)
-
-
 def _explained(mean: Tensor, unexplained: Tensor, activations: Tensor) -> Tensor:
     dtype = activations.dtype
     return activations - (activations - mean.to(dtype)) @ unexplained.to(dtype)
-
-
-def share(products: Tensor, variance: Tensor) -> Tensor:
-    """The share of a variance ``(..., ablated)`` that products ``(..., kept, ablated)`` sum up to, 0 to 1."""
-    return (products.sum(-2) / variance.clamp_min(torch.finfo(variance.dtype).tiny)).clamp(0, 1)

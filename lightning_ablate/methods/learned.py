@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ablate.errors import ConfigError
-from lightning_ablate.methods.base import Ablation, AblationMethod, Replacement
-from lightning_ablate.methods.conditional import ConditionalMean, ConditionalSequential, share
+from lightning_ablate.methods.base import Ablation, AblationMethod, Affine
+from lightning_ablate.methods.conditional import ConditionalMean
 from lightning_ablate.methods.constants import ConstantMethod
 from lightning_ablate.sites import Site
-from lightning_ablate.statistics import ActivationStatistic, Covariance, Moments, SiteStatistics, solved
+from lightning_ablate.statistics import ActivationStatistic, Moments, SiteStatistics
 
 
 class LearnedMethod(AblationMethod):
@@ -55,78 +55,26 @@ class Optimal(LearnedMethod, ConstantMethod):
         return statistics.learned(self.name)
 
 
-class ConditionalOptimal(LearnedMethod, ConditionalMean):
-    """The conditional mean with a learned intercept.
+class ConditionalTuned(LearnedMethod, ConditionalMean):
+    """The conditional mean, tuned for each condition until the logits come near those of the intact target.
 
-    What is kept has itself drifted when other sites are ablated as well, which the intercept can make good:
-    ``x̂_a = μ_a + δ_a r_a + Σ_ak Σ_kk⁻¹ (x_k − μ_k)``. δ is learned, and r, the standard deviation of the neuron that
-    the kept ones don't explain, as a share of its own, lets it fade where these tell enough.
+    Slopes and intercepts of all sites begin at :class:`ConditionalMean` and move together, down the gradient of the KL
+    divergence of the ablated target from the intact one on the calibration data (distillation, Hinton et al. 2015), so
+    nothing is learned of the text that the target doesn't know. A step costs three forward passes a condition and one
+    of the intact target. All conditions are tuned side by side: each holds five times kept × ablated float32 numbers a
+    site on the device. The checkpoint holds kept × ablated numbers a site for each; other conditions need another fit.
 
-    Its options are the ``ridge`` of :class:`ConditionalMean` and those of :class:`LearnedMethod`.
-    """
-
-    name = "conditional-optimal"
-    attributable = False  # the intercept is learned where much is ablated
-    statistics = ConditionalMean.statistics
-
-    def __init__(
-        self,
-        ridge: float | None = None,
-        steps: int = 100,
-        lr: float = 0.05,
-        examples: int = 32,
-        name: str | None = None,
-    ) -> None:
-        ConditionalMean.__init__(self, ridge)
-        LearnedMethod.__init__(self, steps, lr, examples, name)
-
-    def intercept(self, ablation: Ablation, unexplained: Tensor) -> Tensor:
-        """The mean, and so much of what was learned as the kept neurons leave of the standard deviation."""
-        mean = ablation.statistics[Moments].mean.to(unexplained)
-        learned = ablation.statistics.learned(self.name).to(unexplained)
-        return mean + unexplained.sqrt() * (learned - mean)
-
-    def prepare(self, ablation: Ablation) -> Replacement:
-        """As :class:`ConditionalMean`; while values are learned for other neurons in every example.
-
-        Then all neurons take part in each regression, and those that aren't kept add nothing.
-        """
-        if ablation.mask.ndim == 1:
-            return super().prepare(ablation)
-        mask, statistics = ablation.mask, ablation.statistics
-        gathered = statistics[Covariance]
-        covariance = gathered.covariance.to(mask.device).double()
-        among = torch.where(~mask.mT & ~mask, covariance, torch.eye(mask.shape[2], device=mask.device).double())
-        across = torch.where(~mask.mT & mask, covariance, 0.0)
-        slope = solved(among, across, self.ridge or gathered.ridge)
-        explained = share(across * slope, covariance.diagonal(dim1=-2, dim2=-1)).unsqueeze(1)
-        offset, center = self.intercept(ablation, 1 - explained).float(), statistics[Moments].mean.to(mask.device)
-
-        def replace(activations: Tensor) -> Tensor:
-            dtype = activations.dtype
-            return (activations - center.to(dtype)) @ slope.to(dtype) + offset.to(dtype)
-
-        return replace
-
-
-class ConditionalTuned(LearnedMethod, ConditionalSequential):
-    """What :class:`ConditionalSequential` fits, tuned for each condition until the logits come near the intact ones.
-
-    Slopes and intercepts of all sites move together, down the gradient of the KL divergence of the ablated target from
-    the intact one on the calibration data (distillation, Hinton et al. 2015), so that nothing is learned of the text
-    that the target doesn't know. A step costs three forward passes a condition, and one of the intact target, and all
-    conditions are tuned side by side: each holds five times kept × ablated float32 numbers a site on the device.
-
-    Its options are those of :class:`ConditionalSequential` and of :class:`LearnedMethod`; ``lr`` is in standard
-    deviations of the ablated neuron, for the intercept and the slopes of all kept neurons together.
+    Its options are those of :class:`ConditionalMean` and of :class:`LearnedMethod`; ``lr`` is in standard deviations of
+    the ablated neuron, for the intercept and the slopes of all kept neurons together.
     """
 
     name = "conditional-tuned"
+    statistics = ConditionalMean.statistics
+    attributable = False  # values are tuned for whole conditions, not for units alone
 
     def __init__(
         self,
         ridge: float | None = None,
-        intact: bool = False,
         steps: int = 50,
         lr: float = 0.3,
         examples: int = 8,
@@ -134,25 +82,42 @@ class ConditionalTuned(LearnedMethod, ConditionalSequential):
         *,
         centred: bool = True,
     ) -> None:
-        ConditionalSequential.__init__(self, ridge, intact, centred=centred)
+        ConditionalMean.__init__(self, ridge, centred=centred)
         LearnedMethod.__init__(self, steps, lr, examples, name)
 
+    def prepare(self, ablation: Ablation) -> Affine:
+        """Takes what was tuned for the condition."""
+        packed = ablation.statistics.learned(self.key(ablation.masks)).to(ablation.mask.device)
+        return self.unpacked(packed, ablation.mask)
+
     def key(self, masks: str) -> str:
-        """See :meth:`ConditionalSequential.key`."""
-        return f"{super().key(masks)} {self.steps} {self.lr} {self.examples}"
+        """The name under which a calibration holds what was tuned for the masks of this digest."""
+        return f"{self.name} {self.ridge} {self.centred} {self.steps} {self.lr} {self.examples} {masks}"
 
-    def same(self, masks: str) -> str:
-        """That of a :class:`ConditionalSequential` with these options. Override it if the regression is another one."""
-        return ConditionalSequential(self.ridge, self.intact, centred=self.centred).key(masks)
+    def start(self, ablation: Ablation) -> Tensor:
+        """The conditional mean as one tensor ``(kept + 1, ablated)`` float32, the intercept last."""
+        affine = super().prepare(ablation)
+        offset = affine.offset[ablation.mask]
+        if affine.slope is None:
+            return offset.unsqueeze(0)
+        return torch.cat([affine.slope, (offset - affine.center @ affine.slope).unsqueeze(0)])
 
-    def moved(self, fitted: Tensor, mask: Tensor, moments: Moments, delta: Tensor) -> Tensor:
-        """A regression as it is fitted, ``(kept + 1, ablated)`` float32, changed by ``delta`` of this shape.
+    def moved(self, start: Tensor, mask: Tensor, moments: Moments, delta: Tensor) -> Tensor:
+        """A regression ``(kept + 1, ablated)`` float32, changed by a ``delta`` of this shape.
 
-        Each row of it is in standard deviations of the ablated neurons for one of the kept, the last that of an
-        intercept at their means, divided by the number of rows, so that a step of all together is as long for any.
+        Each row of delta is in standard deviations of the ablated neurons for one of a kept neuron; the last is that of
+        an intercept at the means. Deltas are divided by their number of rows, so the step size doesn't depend on how
+        many neurons are kept.
         """
         mean, sd = (values.float().to(mask.device) for values in (moments.mean, moments.sd))
         delta = delta / len(delta) * sd[mask]
         slope = torch.where(sd > 0, 1 / sd, 0.0)[~mask, None] * delta[:-1]
         intercept = delta[-1] - (mean[~mask, None] * slope).sum(0)  # a product that autocast leaves as it is
-        return fitted + torch.cat([slope, intercept.unsqueeze(0) * self.centred])
+        return start + torch.cat([slope, intercept.unsqueeze(0) * self.centred])
+
+    @staticmethod
+    def unpacked(packed: Tensor, mask: Tensor) -> Affine:
+        """A regression from :meth:`start` or :meth:`moved`, at ``mask`` ``(neurons,)`` bool."""
+        offset = packed.new_zeros(len(mask)).masked_scatter(mask, packed[-1])
+        kept, ablated = (~mask).nonzero().squeeze(1), mask.nonzero().squeeze(1)
+        return Affine(offset, packed[:-1], packed.new_zeros(len(kept)), kept, ablated) if len(kept) else Affine(offset)

@@ -11,10 +11,9 @@ from lightning_ablate.attribution import Attributing
 from lightning_ablate.choices import Choice
 from lightning_ablate.conditions import Condition
 from lightning_ablate.errors import ConfigError
-from lightning_ablate.methods import AblationMethod, ConditionalSequential, ConditionalTuned, LearnedMethod
+from lightning_ablate.methods import AblationMethod, ConditionalTuned, LearnedMethod
 from lightning_ablate.phases.attribution import AttributionPhase, VerificationPhase
 from lightning_ablate.phases.calibration import CalibrationPhase
-from lightning_ablate.phases.fitting import FittingPhase
 from lightning_ablate.phases.learning import Course, LearningPhase
 from lightning_ablate.phases.phase import Phase
 from lightning_ablate.phases.tuning import TuningPhase
@@ -58,12 +57,7 @@ def schedule(
     learned = [method for method in methods if isinstance(method, LearnedMethod)]
     waits = bool({method.name for method in learned} & {method.name for method in attributing.methods})
     found += [] if waits else _attributing(attributing, examples)
-    fits = set[str]()
     for method in methods:
-        if isinstance(method, ConditionalSequential):
-            fit = partial(FittingPhase, method=method, choice=choice, conditions=conditions)
-            found.append(Epoch(0, fit, 0.0, 0.0 if method.same("") in fits else 1.0 + method.intact, method.name))
-            fits.add(method.key(""))
         if not isinstance(method, LearnedMethod):
             continue
         if batches == float("inf"):

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_ablate.choices import Choice
 from lightning_ablate.conditions import Condition
 from lightning_ablate.errors import ConfigError
-from lightning_ablate.methods import ConditionalTuned, Edit
+from lightning_ablate.methods import Ablation, ConditionalTuned, Edit
 from lightning_ablate.phases.learning import Begun, Course, LearningPhase, summed
 from lightning_ablate.phases.phase import Module
 from lightning_ablate.phases.resume import Run
@@ -54,9 +54,9 @@ class TuningPhase(LearningPhase):
         begun: Begun = {}
         for key, masks in self._masks.items():
             for site, mask in masks.items():
-                fitted = self._calibration.learned[key][site]
-                move = partial(self.method.moved, fitted, mask, self._calibration[site][Moments])
-                begun[key, site] = torch.zeros_like(fitted), move
+                statistics = self._calibration[site]
+                start = self.method.start(Ablation(site, mask, statistics, None))
+                begun[key, site] = torch.zeros_like(start), partial(self.method.moved, start, mask, statistics[Moments])
         return begun
 
     def losses(self, batch: Any, batch_idx: int, when: str, moved: bool) -> Iterator[Tensor]:
