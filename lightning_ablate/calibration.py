@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_ablate.errors import StatisticsError, TargetError, loading
-from lightning_ablate.sites import Site, device_of, exact_device, is_asked, is_covered, weights_of
+from lightning_ablate.sites import Site, exact_device, is_asked, is_covered, weights_of
+from lightning_ablate.sites.site import device_of
 from lightning_ablate.statistics import ActivationStatistic, Covariance, SiteStatistics
 
 

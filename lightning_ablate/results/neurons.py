@@ -34,8 +34,8 @@ class Neurons:
     Args:
         table: one row a neuron: its ``site`` (the name) and ``neuron`` (its place there); ``mean``, ``sd``,
             ``skewness``, ``excess_kurtosis``, ``minimum``, ``maximum``; and, where a histogram was gathered, ``zeros``
-            (share of exact zeros), ``peak`` (the paper's), ``mode``, ``median``, ``half_sample_mode``, ``modes`` (the
-            number of them), ``abs_mean_minus_peak`` and ``abs_peak``.
+            (share of exact zeros), ``peak`` (the paper's), ``mode``, ``median``, ``half_sample_mode``,
+            ``abs_mean_minus_peak`` and ``abs_peak``.
         histograms: by row of the table, counts ``(bins,)`` between minimum and maximum of the most atypical neurons.
         about: names of the model and of the data.
     """
@@ -143,7 +143,6 @@ def _described(site: str, statistics: SiteStatistics) -> pd.DataFrame:
     if Histogram in statistics:
         columns["zeros"] = statistics[Histogram].zeros.double() / moments.count
         columns |= statistics[Histogram].places._asdict()
-        columns["modes"] = columns["modes"].long()
         columns["abs_mean_minus_peak"] = (moments.mean - columns["peak"]).abs()
         columns["abs_peak"] = columns["peak"].abs()
     found = {name: column.cpu().numpy() for name, column in columns.items()}

@@ -29,7 +29,7 @@ def test_the_table_is_numpys_on_raw_activations(tmp_path):
     paths = [f"transformer.h.{n}.attn.c_proj" for n in range(2)]
     raw = list(reference.raw_activations(tiny.gpt2(), tiny.loader(seed=1), paths).values())
     values, peak = torch.cat(raw, 1).double().numpy(), torch.cat([reference.peaks(x) for x in raw]).numpy()
-    assert found["site"].tolist() == [paths[0]] * 16 + [paths[1]] * 16 and found["modes"].min() >= 1
+    assert found["site"].tolist() == [paths[0]] * 16 + [paths[1]] * 16
     assert found["neuron"].tolist() == [*range(16), *range(16)]
     expected = [values.mean(0), values.std(0), stats.skew(values), stats.kurtosis(values), values.min(0), values.max(0)]
     expected += [(values == 0).mean(0), peak, np.abs(peak), np.abs(values.mean(0) - peak)]
@@ -48,7 +48,7 @@ def test_after_one_epoch_there_are_no_columns_that_need_a_histogram_and_files_co
     activations = {"a": torch.randn(99, 5), "b": torch.randn(99, 3)}
     one, two = neurons_of(activations, [Moments]), neurons_of(activations)
     assert list(one.table) == ["site", "neuron", "mean", "sd", "skewness", "excess_kurtosis", "minimum", "maximum"]
-    more = ["zeros", "peak", "mode", "median", "half_sample_mode", "modes", "abs_mean_minus_peak", "abs_peak"]
+    more = ["zeros", "peak", "mode", "median", "half_sample_mode", "abs_mean_minus_peak", "abs_peak"]
     assert list(two.table) == [*one.table, *more] and two.table[list(one.table)].equals(one.table)
     two.to_tensorboard(writer := Mock())
     told = [(call.args[0], len(call.args[1]), call.args[2]) for call in writer.add_histogram.call_args_list]
