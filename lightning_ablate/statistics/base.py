@@ -13,6 +13,7 @@ from lightning_ablate.sites import Site
 
 FOUND = ("first", "second", "estimate", "se")  # what an attribution finds of each unit
 S = TypeVar("S", bound="ActivationStatistic")
+_MISSING = "which `fit` has not found: run `fit` with this method, or name a checkpoint of such a run with --ckpt_path"
 
 
 class SiteStatistics:
@@ -33,19 +34,13 @@ class SiteStatistics:
         """The statistic of that class; StatisticsError if it was not gathered."""
         found = self._statistics.get(kind)
         if not isinstance(found, kind):
-            raise StatisticsError(
-                f"needs the statistic {kind.__name__} of the site {self.site}, which was not gathered: "
-                "run `fit` with this method, or name a checkpoint of such a run with --ckpt_path"
-            )
+            raise StatisticsError(f"needs the statistic {kind.__name__} of the site {self.site}, {_MISSING}")
         return found
 
     def learned(self, method: str) -> Tensor:
         """The values that a method learned, float32, see :class:`Calibration`; StatisticsError if there are none."""
         if method not in self._learned:
-            raise StatisticsError(
-                f"needs the values it learns for the site {self.site}, and there are none: run `fit` with this method, "
-                "or name a checkpoint of such a run with --ckpt_path"
-            )
+            raise StatisticsError(f"needs the values it learns for the site {self.site}, {_MISSING}")
         return self._learned[method]
 
     @property
