@@ -1,4 +1,5 @@
 from .ablation import ablated as ablated
+from .attribution import Attribution as Attribution
 from .calibration import Calibration as Calibration
 from .callback import AblationCallback as AblationCallback
 from .choices import Choice as Choice

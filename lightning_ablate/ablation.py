@@ -1,4 +1,4 @@
-"""A target under an ablation, without a Trainer."""
+"""A target under an ablation: the edits of its sites, and `ablated`, which needs no Trainer."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ablate.calibration import Calibration, digest
-from lightning_ablate.errors import ConfigError, SiteError, few
+from lightning_ablate.calibration import Calibration
+from lightning_ablate.errors import ConfigError, SiteError, StatisticsError, few
 from lightning_ablate.methods import Ablation, AblationMethod, Batch, Edit, Source, method_of
+from lightning_ablate.seeds import digest
 from lightning_ablate.sites import Site, check_mask, given_for, hooked
 from lightning_ablate.sites.site import device_of, features
 from lightning_ablate.statistics import SiteStatistics
@@ -26,16 +27,16 @@ def ablated(
     calibration: Calibration | None = None,
     source: Mapping[str, Any] | None = None,
 ) -> Iterator[None]:
-    """Ablates a target for whatever runs it inside: forward passes, generation, a training loop of one's own.
+    """Ablates a target inside the block: forward passes, generation, a training loop of one's own.
 
     Args:
         target: the model; it is left as it was, whatever happens.
-        masks: masks ``(neurons,)`` bool by path of a site's projection (``h.3.attn.c_proj``), for every use of it; or
-            by a calibration's name (``path#1``), for one use of a module that runs several times, which wins.
-        method: what takes their place, or its name.
-        calibration: the statistics that the method needs (see :meth:`Calibration.load`), or StatisticsError.
-        source: an input that is resampled from (``resample-partner`` and its like), as keyword arguments of the target:
-            as many examples as run inside, or one for all; an ``attention_mask`` tells its padding.
+        masks: path of a projection (``h.3.attn.c_proj``) → mask ``(neurons,)`` bool, for every use of it. A
+            calibration's name (``path#1``) stands for one use of a module that runs several times.
+        method: what takes the neurons' place, or its name.
+        calibration: the statistics that the method needs, see :meth:`Calibration.load`; StatisticsError without them.
+        source: another input, from which ``resample-partner`` and its like take activations, as keyword arguments of
+            the target: as many examples as run inside, or one for all. Its ``attention_mask`` tells padding.
 
     Raises:
         SiteError: if a path names no projection, or a mask doesn't fit; at the end, if a projection never ran inside,
@@ -58,16 +59,11 @@ def ablated(
     found = {site: torch.as_tensor(given) for site in known if (given := given_for(site, masks)) is not None}
     for site, mask in found.items():
         check_mask(mask, site, "ablated()")
-    every = {s.name: found.get(s, torch.zeros(s.width, dtype=torch.bool)).cpu() for s in calibration.sites}
-    whole = digest(every)
-    batch, edits, device = Batch(torch.zeros(0)), dict[Site, Edit](), device_of(target)
+    batch = Batch(torch.zeros(0))
     if source is not None:
         read = _read(target, found, source)
         batch.sources = defaultdict(lambda: read)  # whatever kind and seed a method asks for
-    for site, mask in found.items():
-        statistics = calibration[site] if site in calibration.statistics else SiteStatistics(site.name, {})
-        ablation = Ablation(site, mask.to(device), statistics, None, batch, whole)
-        edits[site] = Edit(ablation.mask, chosen.prepare(ablation))
+    edits = edits_of(chosen, found, calibration, device_of(target), batch=batch)
     with ExitStack() as stack:
         if chosen.needs_batch:
             begin = partial(_begin, batch, chosen)
@@ -82,8 +78,35 @@ def ablated(
         )
 
 
+def edits_of(
+    method: AblationMethod,
+    masks: Mapping[Site, Tensor],
+    calibration: Calibration,
+    device: torch.device,
+    seed: int | None = None,
+    batch: Batch | None = None,
+) -> dict[Site, Edit]:
+    """What a method does at each site. A site whose mask ``(neurons,)`` bool holds no True is left out.
+
+    The ``seed`` is that of what the method draws, ``batch`` what it can know of the examples that run. StatisticsError
+    if a statistic that it needs is missing.
+    """
+    batch, edits = batch or Batch(), dict[Site, Edit]()
+    known = {site.name: masks.get(site, torch.zeros(site.width, dtype=torch.bool)) for site in calibration.sites}
+    whole = digest({name: mask.cpu() for name, mask in known.items()})
+    for site, mask in masks.items():
+        if bool(mask.any()):
+            statistics = calibration[site] if site in calibration.statistics else SiteStatistics(site.name, {})
+            ablation = Ablation(site, mask.to(device), statistics, seed, batch, whole)
+            try:
+                edits[site] = Edit(ablation.mask, method.prepare(ablation))
+            except StatisticsError as error:
+                raise StatisticsError(f"the method {method.name!r} {error}") from error
+    return edits
+
+
 def _read(target: nn.Module, sites: Iterable[Site], source: Mapping[str, Any]) -> dict[Site, Source]:
-    """What the sites do on an input."""
+    """The activations of the sites on another input."""
     found: dict[Site, Source] = {}
     mask = source.get("attention_mask", torch.ones(len(next(iter(source.values()))), 1))
 
@@ -96,7 +119,7 @@ def _read(target: nn.Module, sites: Iterable[Site], source: Mapping[str, Any]) -
 
 
 def _begin(batch: Batch, method: AblationMethod, target: nn.Module, inputs: Any, named: Mapping[str, Any]) -> None:
-    """Notes how many examples run, as their order is their number; ConfigError if a cache hides their positions."""
+    """Numbers the examples that run; ConfigError if a cache hides their positions."""
     first = next(one for one in (*inputs, *named.values()) if isinstance(one, Tensor))
     if any(one.get_seq_length() for one in named.values() if hasattr(one, "get_seq_length")):
         raise ConfigError(f"{method.name} goes by positions, which a cache hides in generation; use_cache=False")
@@ -108,4 +131,4 @@ def _begin(batch: Batch, method: AblationMethod, target: nn.Module, inputs: Any,
 
 
 def _end(batch: Batch, *_: Any) -> None:
-    batch.examples = torch.zeros(0)  # what runs outside of the target's own pass can't be told apart
+    batch.examples = torch.zeros(0)  # outside of the target's own pass examples can't be told apart

@@ -2,17 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from lightning_ablate.choices import Choice, Ranked, seed_of
+from lightning_ablate.conditions import listed
 from lightning_ablate.errors import ConfigError
-from lightning_ablate.methods import AblationMethod, LearnedMethod
+from lightning_ablate.methods import AblationMethod, method_of
 from lightning_ablate.metrics import Scored
+from lightning_ablate.seeds import seed_of
 from lightning_ablate.sites import Site, exact_device
 from lightning_ablate.statistics import FOUND
 
@@ -23,82 +24,69 @@ SUMS = ("first", "second", "estimate", "square", "with_n")  # what is summed ove
 
 
 @dataclass(frozen=True)
-class Attributing:
-    """How units are attributed: under which ``methods``, from how many ``draws``, how many of them are verified.
+class Attribution:
+    """Options of attribution: the estimated effect of ablating every neuron, head and site alone.
 
-    ``examples`` is how many of the calibration data are used, the first ones by their indices, None for all; the
-    ``seed`` is that of what methods draw. Of one's own ``metric``, if it is named, its loss is attributed, to first
-    order, in place of what the cross-entropy gains. ConfigError for fewer than one draw or example.
+    Args:
+        methods: the replacements under which units are attributed, as ``--ablation.methods``; none by default.
+        draws: backward passes for the second order of the estimate.
+        verify: how many of the largest estimates, and how many random others, are measured by ablating them alone, of
+            neurons and of heads.
+        examples: how many calibration examples are used, the first ones by their indices; None takes all.
+        metric: the module's own metric whose loss is attributed, to first order; None takes the cross-entropy.
     """
 
-    methods: tuple[AblationMethod, ...] = ()
+    methods: Sequence[AblationMethod | str] | str = ()
     draws: int = 8
     verify: int = 0
     examples: int | None = None
-    seed: int = 0
     metric: str | None = None
 
     def __post_init__(self) -> None:
-        """Checks the numbers."""
+        """Makes the methods that are named, and checks the numbers; ConfigError."""
+        made = tuple(method_of(method, "--ablation.attribution.methods") for method in listed(self.methods))
+        object.__setattr__(self, "methods", made)
         if self.draws < 1 or self.verify < 0 or (self.examples is not None and self.examples < 1):
             raise ConfigError(
-                f"draws is {self.draws}, verify {self.verify} and attribution_examples {self.examples}; expected "
-                "at least 1, 0 and 1 (--ablation.draws, --ablation.verify, --ablation.attribution_examples)"
+                f"draws is {self.draws}, verify {self.verify} and examples {self.examples}; expected at least 1, 0 and "
+                "1 (--ablation.attribution.draws, ...)"
             )
-        if (self.verify or self.metric is not None) and not self.methods:
-            raise ConfigError(
-                "verify and attribute_metric need attributions: name their methods (--ablation.attribute '[mean]')"
-            )
-        names = [method.name for method in self.methods]
+        if (self.verify or self.metric is not None) and not made:
+            raise ConfigError("attribution names no methods, expected some (--ablation.attribution.methods '[mean]')")
+        names = [method.name for method in made]
         if len(set(names)) < len(names):
-            raise ConfigError(f"attribute names {', '.join(names)}, expected each once (--ablation.attribute)")
-
-    def check(self, choice: Choice, learned: Sequence[str], metrics: Sequence[str] = ()) -> None:
-        """Raises ConfigError for methods that can't be attributed, and a choice by an attribution that isn't made.
-
-        ``learned`` are the names of the methods whose values the run learns, ``metrics`` those of the module's own.
-        """
-        if self.metric not in (None, *metrics):
             raise ConfigError(
-                f"the module has no metric {self.metric!r} (--ablation.attribute_metric), it has "
-                f"{', '.join(metrics) or 'none of its own'}"
+                f"attribution names {', '.join(names)}, expected each once (--ablation.attribution.methods)"
             )
-        names = [method.name for method in self.methods]
-        for method in self.methods:
-            if not method.attributable or (isinstance(method, LearnedMethod) and method.name not in learned):
-                raise ConfigError(
-                    f"{method.name} can't be attributed: expected a method whose values don't depend on what else is "
-                    "ablated, and one that learns in --ablation.methods as well (--ablation.attribute)"
-                )
-        if not (isinstance(choice, Ranked) and choice.by == "attribution"):
-            return
-        if set(names) & set(learned):
-            raise ConfigError("neurons are ranked by an attribution, which waits for what is learned of such neurons")
-        if (choice.under or next(iter(names), None)) not in names:
-            raise ConfigError(
-                f"neurons are ranked by the attribution under {choice.under or 'some method'}, expected it in "
-                f"--ablation.attribute, which names {', '.join(names) or 'none'}"
-            )
+
+    @property
+    def each(self) -> tuple[AblationMethod, ...]:
+        """The methods, as instances."""
+        return cast(tuple[AblationMethod, ...], self.methods)
 
     def used(self, examples: Tensor) -> Tensor:
-        """Which of a batch's examples are used, bool ``(batch,)``; none that only fills it."""
+        """Which of a batch's ``examples`` ``(batch,)`` int64 are used, bool; none that only fills the batch."""
         return (examples >= 0) if self.examples is None else (examples >= 0) & (examples < self.examples)
 
 
 def levels_of(site: Site) -> dict[str, int]:
-    """The neurons of one unit of each level that a site has: those of a neuron, a head, the whole site."""
+    """The levels of a site's units, and how many neurons one unit has: a neuron, a head, the whole site."""
     heads = {"head": site.width // site.heads} if site.heads else {}
     return {"neuron": 1, **heads, "site": site.width}
 
 
 def cotangents(scored: Scored, rows: Tensor, examples: Sequence[int], draws: int) -> Any:
-    """Gradients with respect to the logits, ``(n, classes)``: of the cross-entropy, and then ``draws`` random ones.
+    """Gradients with respect to the logits, ``(n, classes)``: of the cross-entropy, then ``draws`` random ones.
 
-    The random ones have mean 0 and the covariance ``diag(p) − p pᵀ`` of the gradients of cross-entropies whose labels
-    are drawn from the target's own predictions p, position by position, so that squares of what comes back from them
-    are unbiased estimates of the Fisher. Made of signs, they are less heavy-tailed than those of drawn labels. Signs
-    depend on the example and the position, not on the batch. ``rows`` ``(n,)`` says where in the batch, whose
-    ``examples`` these are, each position's example is; positions below 0 don't count.
+    A random one is ``√p s − p Σ √p s`` with signs s and the target's predictions p. Its mean is 0 and its covariance
+    ``diag(p) − p pᵀ``, the Fisher information, so squares of what comes back estimate the Fisher without bias. Random
+    signs have lighter tails than random labels. They depend on the example and the position, not on the batch.
+
+    Args:
+        scored: the scored positions.
+        rows: the row in the batch of each position's example, ``(n,)`` int64; positions below 0 don't count.
+        examples: the indices of the batch's examples.
+        draws: how many random ones.
     """
     counts = (rows >= 0).unsqueeze(1)
     probabilities = scored.logits.detach().float().softmax(1)
@@ -120,10 +108,12 @@ def cotangents(scored: Scored, rows: Tensor, examples: Sequence[int], draws: int
 def orders(moved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """First and second orders of each example and unit, and the estimate, each ``(examples, units)`` float64.
 
-    ``moved`` ``(1 + draws, examples, positions, units)`` is the change of what each cotangent stands for, by position.
-    The estimate is the sum of both orders, to which a position whose own second order is ``½ E(g̃·δ)²`` nats adds less
-    by ``1 / (1 + that / BOUND)``: a square goes on growing where the loss levels off, by the normalisations and the
-    softmax behind a site, and a few positions, above all those that begin a text, would outweigh all others.
+    The estimate is the sum of both orders, damped by position: one whose own second order is q nats counts
+    ``1 / (1 + q / BOUND)``. The quadratic overestimates there, as losses level off, and a few positions, above all the
+    first ones of a text, would outweigh all others.
+
+    Args:
+        moved: gradient times change, ``(1 + draws, examples, positions, units)``, for each of the cotangents.
     """
     moved = moved.to(exact_device(moved.device))
     weight = 1 / (1 + moved[1:].square().mean(0) / (2 * BOUND))
@@ -133,9 +123,11 @@ def orders(moved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def per_position(sums: Tensor, n: Tensor) -> Tensor:
-    """``FOUND`` from the sums over examples ``(SUMS, units)``, ``(FOUND, units)`` float64, nats per scored position.
+    """The columns ``FOUND`` of each unit, ``(FOUND, units)`` float64, nats per scored position.
 
-    ``n`` ``(2,)`` are the sums of the examples' scored positions and of their squares.
+    Args:
+        sums: over the examples, see ``SUMS``, ``(SUMS, units)`` float64.
+        n: the sums over the examples of their scored positions and of the squares of these, ``(2,)`` float64.
     """
     first, second, estimate, square, with_n = sums / n[0]
     if n[1] == n[0].square():  # a single example

@@ -1,4 +1,4 @@
-"""What is known of a target's sites: statistics that were gathered, and values that were learned."""
+"""What a run knows of a target's sites: statistics, learned values, and what units are worth."""
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,13 +19,18 @@ from lightning_ablate.statistics import ActivationStatistic, Covariance, SiteSta
 
 
 class Calibration:
-    """The statistics of a target's sites, and the values learned for them, as methods and choices ask for them.
+    """The statistics of a target's sites, as methods and choices ask for them.
 
-    Only what is complete enters it: statistics of whole epochs, merged over all processes. ``which`` are kinds of
-    ``sites``, and patterns of their paths (see :func:`~lightning_ablate.sites.find_sites`); ``statistics`` are by site
-    and class; ``learned`` holds, by a method's name and site, the values it learned, float32: ``(neurons,)``, or those
-    of a condition, by its :meth:`~lightning_ablate.methods.ConditionalSequential.key`, ``(kept + 1, ablated)``;
-    ``attributed`` what each unit is worth, see :func:`~lightning_ablate.attribution.table_of`.
+    Only complete statistics enter it: those of whole epochs, merged over all processes.
+
+    Attributes:
+        which: kinds of sites, and patterns of their paths, see :func:`~lightning_ablate.sites.find_sites`.
+        sites: the sites that were found.
+        statistics: site → class → statistic.
+        learned: name of a method → site → the values it learned, ``(neurons,)`` float32. A method that learns for each
+            condition has a name for each, see :meth:`~lightning_ablate.methods.ConditionalTuned.key`.
+        attributed: name of a method → site → what each unit is worth, see
+            :func:`~lightning_ablate.attribution.table_of`.
     """
 
     def __init__(self, which: Sequence[str] = ("attention",), sites: Sequence[Site] = ()) -> None:
@@ -35,30 +40,30 @@ class Calibration:
         self.locate(sites)
 
     def __getitem__(self, site: Site) -> SiteStatistics:
-        """The statistics of one site, and what was learned for it."""
+        """The statistics of a site, and the values learned for it."""
         return self.with_learned(site, {name: values[site] for name, values in self.learned.items()})
 
     def with_learned(self, site: Site, learned: Mapping[str, Tensor]) -> SiteStatistics:
-        """The statistics of one site, and other values as those learned for it."""
+        """The statistics of a site, with these values in place of the learned ones."""
         attributed = {name: values[site] for name, values in self.attributed.items()}
         weights = self._weights.get(site)
         weight = None if weights is None else weights[0].detach() if weights[2] else weights[0].detach().T
         return SiteStatistics(site.name, self.statistics[site], learned, attributed, weight)
 
     def locate(self, sites: Iterable[Site], target: nn.Module | None = None) -> None:
-        """Takes the sites, once they are found in a target."""
+        """Takes the sites that were found in a target, and their projections' weights."""
         self.sites = tuple(sites)
-        # weights are the same however often they are used
+        # a projection that runs several times has one weight
         self._weights = {} if target is None else {s: weights_of(target, replace(s, uses=1)) for s in self.sites}
         self.statistics: dict[Site, dict[type[ActivationStatistic], ActivationStatistic]] = {s: {} for s in self.sites}
 
     def add(self, site: Site, statistic: ActivationStatistic) -> None:
-        """Takes a statistic that is complete."""
+        """Takes a complete statistic."""
         self.statistics[site][type(statistic)] = statistic
 
     @property
     def ridges(self) -> dict[str, dict[str, float]]:
-        """The ridge chosen at each site, by its name, for each class of covariances."""
+        """Class of covariances → name of a site → the ridge chosen there."""
         found: dict[str, dict[str, float]] = {}
         for site, statistics in self.statistics.items():
             for kind, statistic in statistics.items():
@@ -67,13 +72,13 @@ class Calibration:
         return found
 
     def reduce(self) -> None:
-        """Lets go of what was gathered and is needed no longer, once the neurons are described."""
+        """Frees what statistics no longer need, once the neurons are described."""
         for statistics in self.statistics.values():
             for statistic in statistics.values():
                 statistic.reduce()
 
     def state_dict(self) -> dict[str, Any]:
-        """What was asked for; and of each site, as tensors on the CPU, the statistics and what was learned."""
+        """The kinds of sites, and for each site its statistics and learned values, as tensors on the CPU."""
         sites = [
             {
                 "site": asdict(site),
@@ -96,10 +101,16 @@ class Calibration:
         kinds: Iterable[type[ActivationStatistic]] | None = None,
         which: Sequence[str] | None = None,
     ) -> Self:
-        """Takes sites and statistics from a :meth:`state_dict` of the same target; what it lacks stays missing.
+        """Takes sites and statistics from a :meth:`state_dict` of the same target.
 
-        Of ``kinds`` of statistics, and the sites for ``which``, None takes all that are there; StatisticsError if it
-        lacks a site, or is of another version of this package.
+        Args:
+            state: the state.
+            target: the target, which says which paths a pattern covers.
+            kinds: the statistics to take, if they are there; None takes all.
+            which: the sites to take; None takes all.
+
+        Raises:
+            StatisticsError: if the state lacks a site, or another version of this package made it.
         """
         if "sites" not in state:
             raise StatisticsError("the checkpoint is of an older version of this package; run `fit` again")
@@ -141,7 +152,7 @@ class Calibration:
 
 
 def saved_state(path: Path | str) -> dict[str, Any]:
-    """What the callback of a run has left in a checkpoint, or nothing; nothing in the file is run."""
+    """What the callback of a run has left in a checkpoint, empty if nothing; no code in the file is run."""
     with loading(str(path), TargetError):
         saved: dict[str, dict[str, Any]] = torch.load(path, map_location="cpu", weights_only=True)["callbacks"]
         return next((state for state in saved.values() if "calibration" in state), {})
@@ -162,10 +173,10 @@ def check_target(state: Mapping[str, Any], target: str) -> None:
 
 
 def fingerprint(target: nn.Module) -> str:
-    """SHA-256, in hexadecimal, of what makes a target: its modules' classes and whole numbers, and its state dict.
+    """SHA-256, in hexadecimal, of a target: its modules' classes and whole numbers, and its state dict.
 
-    The whole numbers are there because the same weights with another number of heads are another target; those of
-    modules with caches (buffers that no state dict holds), such as RoPE's longest text, change as the target runs.
+    Whole numbers count, as the same weights with another number of heads are another target. Those of modules with
+    buffers that no state dict holds don't: such caches, RoPE's longest text for example, change as the target runs.
     Every process of a sharded target must call it.
     """
     digest = hashlib.sha256()
@@ -189,24 +200,12 @@ def fingerprint(target: nn.Module) -> str:
 
 
 def _offloaded(target: nn.Module, name: str) -> Tensor:
-    """A tensor of a target that accelerate keeps elsewhere while it doesn't run."""
+    """A tensor that accelerate has moved off the device while the target doesn't run."""
     from accelerate.utils import align_module_device
 
     path, _, own = name.rpartition(".")
     with align_module_device(module := target.get_submodule(path), "cpu"):
         return getattr(module, own).clone()
-
-
-def digest(state: Any) -> str:
-    """SHA-256, in hexadecimal, of tensors on the CPU and plain values, in mappings and lists of them."""
-    if isinstance(state, Mapping):
-        state = [[str(key), digest(value)] for key, value in state.items()]
-    elif isinstance(state, list | tuple):
-        state = [digest(value) for value in state]
-    elif isinstance(state, Tensor):
-        raw = state.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
-        state = [str(state.dtype), list(state.shape), hashlib.sha256(raw).hexdigest()]
-    return hashlib.sha256(repr(state).encode()).hexdigest()
 
 
 def _key(kind: type[ActivationStatistic]) -> str:
@@ -218,7 +217,7 @@ def _all(kind: type[ActivationStatistic]) -> list[type[ActivationStatistic]]:
 
 
 def _check_shapes(site: Site, statistic: ActivationStatistic, saved: Mapping[str, Tensor]) -> None:
-    """Refuses what another version of the package saved; how long the first dimension is, may follow from the data."""
+    """Refuses states of another version of the package; only a first dimension may differ, as it follows from data."""
     for name, own in statistic.state_dict(keep_vars=True).items():
         if name in saved and (saved[name].ndim != own.ndim or saved[name].shape[1:] != own.shape[1:]):
             raise StatisticsError(

@@ -1,6 +1,5 @@
-"""Which neurons go: nested in the fraction, fixed by the seed, and the same on every machine of a run."""
+"""Which units are ablated: masks nested in the fraction, fixed by the seed, the same in every process."""
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal, get_args
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from lightning_ablate.conditions import Selection
 from lightning_ablate.errors import ConfigError, SiteError, StatisticsError, few
+from lightning_ablate.seeds import seed_of
 from lightning_ablate.sites import Site, given_for, heads_of
 from lightning_ablate.statistics import FOUND, ActivationStatistic, Covariance, Histogram, Moments, SiteStatistics
 
@@ -20,20 +20,26 @@ Quantity = Literal[
 
 
 class Choice(ABC):
-    """Chooses which neurons of a site are ablated. Subclass it to choose in another way."""
+    """Chooses which neurons of a site are ablated. Subclass it to choose in another way.
 
-    statistics: tuple[type[ActivationStatistic], ...] = ()  # what calibration must gather for it
+    Attributes:
+        statistics: what calibration must gather for it.
+        attribution: the method by whose attribution it ranks units, empty for the first one; None if it doesn't.
+    """
+
+    statistics: tuple[type[ActivationStatistic], ...] = ()
+    attribution: str | None = None
 
     @abstractmethod
     def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
-        """What is ablated in turn, each distinct selection once and none empty; fractions ascend from 0 to 1."""
+        """Every distinct selection once, none of them empty; the fractions given ascend from 0 to 1."""
 
     @abstractmethod
     def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:
         """The neurons of a site that one of :meth:`selections` ablates: ``(neurons,)`` bool on the CPU."""
 
     def draw(self, sites: Sequence[Site], seed: int) -> Selection:
-        """What some condition could ablate, its fraction uniform from 0 to 1; values are learned under such draws."""
+        """A random selection, with a fraction uniform from 0 to 1; learning draws one for each example."""
         generator, found = torch.Generator().manual_seed(seed), list[Selection]()
         while not found:  # a small fraction can come to no unit
             found = self.selections(sites, [1 - torch.rand((), generator=generator).item()], [seed])
@@ -44,8 +50,8 @@ class Ordered(Choice):
     """Takes the units of a site in an order: a fraction f takes the first ``round(f * units)``.
 
     Args:
-        unit: ``neuron``; ``head`` for all neurons of an attention head together; or how many neurons side by side, as
-            those of the query heads that share a key and value head (their number times the width of a head).
+        unit: ``neuron``; ``head``, all neurons of an attention head together; or a number of neurons side by side. For
+            the query heads that share a key and value head, that is their number times the width of a head.
     """
 
     seeded: ClassVar[bool] = True  # whether the order depends on the seed
@@ -68,10 +74,10 @@ class Ordered(Choice):
         return site.width // self.unit
 
     def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
-        """Every fraction with every seed; at a fraction of 1 the seed can't matter.
+        """Every fraction with every seed; one seed at a fraction of 1, where all units are ablated.
 
-        Of fractions that come to the same number of units in every site the first one, 1 of those that come to all of
-        them, and none that comes to no unit.
+        Fractions that take the same number of units of every site count once, as the first of them. One that takes all
+        units is 1, and one that takes none is left out.
         """
         taken: dict[object, float] = {}
         whole = tuple(self.units(site) for site in sites)
@@ -107,22 +113,20 @@ class Random(Ordered):
 
 
 class Ranked(Ordered):
-    """The order of what the calibration measured of each unit, the same for every seed.
+    """The order of a quantity that calibration measured of each unit, the same for every seed.
 
     Args:
-        by: ``sd``, the standard deviation; ``rms``, the root of the mean square; or how far a neuron's distribution
-            is from one that is symmetric around its most frequent value: ``skewness`` or ``kurtosis`` (the excess)
-            without their sign, or ``gap``, the distance of mean and mode in standard deviations. Times the norm of the
-            projection's column that reads the neuron: ``weighted-sd`` (the score of FLAP, An et al. 2024),
-            ``weighted-rms`` (Wanda's, Sun et al. 2024, by neuron), and ``unexplained``, the standard deviation of what
-            all other neurons of the site don't explain of it. ``surgeon`` takes this up one unit after the other, each
-            time of those that are left and with weights that make its loss good (the optimal brain surgeon, Hassibi &
-            Stork 1993), see :func:`~lightning_ablate.statistics.covariance.eliminated`. Or ``attribution``, the
-            estimated effect of ablating the unit alone. Of several neurons, but for ``surgeon``, it is the mean of
-            theirs, or of their heads' attributions.
-        first: which end goes first.
-        unit: see :class:`Ordered`.
-        under: the method under which units were attributed; None takes the first of ``attribute``.
+        by: the quantity. ``sd``: the standard deviation. ``rms``: the root of the mean square. ``skewness`` and
+            ``kurtosis`` (the excess): without their sign. ``gap``: from mean to mode in standard deviations.
+            ``weighted-sd`` (FLAP, An et al. 2024) and ``weighted-rms`` (Wanda, Sun et al. 2024): times the norm of the
+            projection's column that reads the neuron. ``unexplained``: the standard deviation of what all other neurons
+            of the site don't explain of it, times that norm. ``surgeon``: units are taken one by one, each time the
+            one whose loss the others can best make good (optimal brain surgeon, Hassibi & Stork 1993).
+            ``attribution``: the estimated effect of ablating the unit alone. Except for ``surgeon``, a unit has the
+            mean of its neurons, or of its heads' attributions.
+        first: which end is ablated first.
+        unit: ``neuron``, ``head`` or a number of neurons side by side.
+        under: the method under which units were attributed; None takes the first one.
 
     Example:
         >>> site, moments = Site("blocks.0.attn.proj", 3), Moments(neurons=3)
@@ -142,15 +146,17 @@ class Ranked(Ordered):
         under: str | None = None,
     ) -> None:
         super().__init__(unit)
-        for name, given, known in (("by", by, get_args(Quantity)), ("first", first, ("lowest", "highest"))):
-            if given not in known:
-                raise ConfigError(f"{name} is {given!r}, expected one of {', '.join(known)} (--ablation.neurons)")
+        for name, given, known in (("by", by, Quantity), ("first", first, Literal["lowest", "highest"])):
+            if given not in get_args(known):
+                names = ", ".join(get_args(known))
+                raise ConfigError(f"{name} is {given!r}, expected one of {names} (--ablation.neurons)")
         self.by, self.first, self.under = by, first, under
+        self.attribution = (under or "") if by == "attribution" else None
         more: type[ActivationStatistic] = Histogram if by == "gap" else Covariance
         self.statistics = (Moments, more) if by in ("gap", "unexplained", "surgeon") else (Moments,)
 
     def order(self, site: Site, seed: int, statistics: SiteStatistics | None = None) -> Tensor:
-        """From the lowest, or the highest, on; of equal units the first in the site goes first."""
+        """From the lowest value, or the highest; equal units in the order of the site."""
         if statistics is None:
             raise ConfigError(f"ranking by {self.by} needs the statistics of the site, and got none")
         if self.by == "surgeon":
@@ -169,17 +175,18 @@ class Ranked(Ordered):
             values = statistics[Covariance].unexplained.sqrt()
         else:
             values = getattr(moments, self.by.removeprefix("weighted-")).abs()
-        weighted = self.by == "unexplained" or self.by.startswith("weighted")
-        return values * statistics.weight.float().norm(dim=1).to(values.device).to(values.dtype) if weighted else values
+        if self.by in ("unexplained", "weighted-sd", "weighted-rms"):
+            return values * statistics.weight.float().norm(dim=1).to(values.device).to(values.dtype)
+        return values
 
     def _attributed(self, site: Site, statistics: SiteStatistics) -> Tensor:
-        """The estimates of heads, where units are made of such, or of neurons; StatisticsError if there are none."""
+        """The estimates of heads, if units are made of heads, or of neurons; StatisticsError if there are none."""
         known = statistics.attributed
         under = self.under or next(iter(known), "")
         if under not in known:
             raise StatisticsError(
                 f"ranking by attribution needs that of {under or 'some method'} at {site.name}, there is "
-                f"{', '.join(known) or 'none'}: run `fit` with it (--ablation.attribute '[mean]')"
+                f"{', '.join(known) or 'none'}: run `fit` with it (--ablation.attribution.methods '[mean]')"
             )
         estimates, heads = known[under][FOUND.index("estimate")], site.heads or 0
         whole = self.unit != "neuron" and heads and heads % self.units(site) == 0
@@ -187,14 +194,7 @@ class Ranked(Ordered):
 
 
 class EachHead(Choice):
-    """Every attention head alone, one after the other: a map of their importance. Fractions play no part.
-
-    Example:
-        >>> site = Site("blocks.0.attn.proj", 4, heads=2)
-        >>> selections = EachHead().selections([site], [], [])
-        >>> [EachHead().mask(selection, site).tolist() for selection in selections]
-        [[True, True, False, False], [False, False, True, True]]
-    """
+    """Every attention head alone, one after the other: a map of their importance. Fractions don't matter."""
 
     def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
         """One for every head of every site."""
@@ -206,17 +206,10 @@ class EachHead(Choice):
 
 
 class EachLayer(Choice):
-    """All chosen sites of every layer, one layer after the other. Fractions play no part.
-
-    Example:
-        >>> sites = [Site("h.0.attn.proj", 2, layer="h.0"), Site("h.1.attn.proj", 2, layer="h.1")]
-        >>> first = EachLayer().selections(sites, [], [])[0]
-        >>> [EachLayer().mask(first, site).tolist() for site in sites]
-        [[True, True], [False, False]]
-    """
+    """Every layer alone, with all of its sites, one after the other. Fractions don't matter."""
 
     def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
-        """One for every layer; a site outside of any layer is one of its own."""
+        """One for every layer; a site outside of all layers counts as one."""
         return [Selection(1.0, None, part) for part in dict.fromkeys(site.layer or site.name for site in sites)]
 
     def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:
@@ -225,12 +218,12 @@ class EachLayer(Choice):
 
 
 class Only(Choice):
-    """Exactly the given heads and neurons, together (ConfigError if there are none). Fractions and seeds play no part.
+    """Exactly the given heads and neurons, all together. Fractions and seeds don't matter.
 
     Args:
-        heads: by name of a site, or by path of a module for all its uses, which of its heads go.
-        neurons: likewise, which of its neurons go.
-        label: what results call them, in the column ``part``; by default their sites and numbers.
+        heads: which heads, by the name of their site; the path of a module stands for all its uses.
+        neurons: which neurons, likewise.
+        label: what the column ``part`` of results calls them; by default their sites and numbers.
 
     Example:
         >>> site = Site("h.0.attn.proj", 4, heads=2)
@@ -280,19 +273,4 @@ class Only(Choice):
         listed = [f"{name} {kind}{'s' * (len(n) > 1)} {', '.join(map(str, n))}" for kind, name, n in self._given()]
         if len("; ".join(listed)) <= 80:
             return "; ".join(listed)
-        counts = {"heads": sum(map(len, self.heads.values())), "neurons": sum(map(len, self.neurons.values()))}
-        counted = " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
-        return f"{counted} of {len({*self.heads, *self.neurons})} sites"
-
-
-def choice_of(given: Choice | None) -> Choice:
-    """A choice as it is given, or the default; ConfigError if it isn't one."""
-    if given is not None and not isinstance(given, Choice):
-        raise ConfigError(f"neurons is {given!r:.80}, expected a Choice, such as EachHead() (--ablation.neurons)")
-    return given or Random()
-
-
-def seed_of(*keys: object) -> int:
-    """A seed of 63 bits that depends on every key, so that nearby seeds and names give unrelated draws."""
-    digest = hashlib.sha256("\0".join(map(str, keys)).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+        return f"{sum(len(n) for *_, n in self._given())} heads or neurons of {len({*self.heads, *self.neurons})} sites"

@@ -30,10 +30,9 @@ from lightning_ablate.data import (
 )
 from lightning_ablate.errors import AblationError, ConfigError, TargetError, loading
 from lightning_ablate.modules import AblationModule
-from lightning_ablate.phases import Run, is_unfinished
 from lightning_ablate.progress import SweepProgressBar
 from lightning_ablate.results import Results
-from lightning_ablate.trainer import CHECKPOINT
+from lightning_ablate.run import CHECKPOINT, Run, is_unfinished
 from lightning_ablate.trust import HELP, check_trusted
 
 # jsonargparse lists every type it tried; what went wrong is said in between

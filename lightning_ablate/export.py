@@ -6,27 +6,26 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from lightning_ablate.ablation import edits_of
 from lightning_ablate.calibration import Calibration
-from lightning_ablate.choices import Choice
-from lightning_ablate.conditions import BASELINE, Condition
+from lightning_ablate.conditions import Condition
 from lightning_ablate.errors import ConfigError, few
 from lightning_ablate.methods import AblationMethod, ConditionalMean, ConditionalMeanPerHead, Edit
-from lightning_ablate.phases import SweepPhase
-from lightning_ablate.phases.phase import Module
+from lightning_ablate.modules import AblationModule
 from lightning_ablate.results import Results
 from lightning_ablate.results.folder import versions
 from lightning_ablate.results.text import interval
 from lightning_ablate.sites import Site
 from lightning_ablate.smaller import BiasError, shrunk
+from lightning_ablate.sweep import Sweep
 
 _METRICS = {"top1": "top-1 accuracy", "cross_entropy": "cross-entropy, nats", "kl": "KL divergence from intact, nats"}
 
 
 def export(
-    module: Module,
+    module: AblationModule,
     calibration: Calibration,
-    choice: Choice,
-    method: AblationMethod,
+    sweep: Sweep,
     condition: Condition,
     folder: Path | str,
     results: Results,
@@ -42,13 +41,13 @@ def export(
         ConfigError: if the folder is there already.
         SiteError: if the architecture can't be narrower by just these neurons, see :func:`shrunk`.
     """
-    folder, note = Path(folder), ""
+    folder, note, method = Path(folder), "", sweep.method(condition.method)
     if folder.exists():
         raise ConfigError(f"{str(folder)!r} is there already, expected the name of a new folder")
     module.configure_model()
 
     def edits(method: AblationMethod) -> dict[Site, Edit]:
-        return SweepPhase(module, calibration, [method], [BASELINE], choice).edits_of(condition)
+        return edits_of(method, sweep.masks(condition, calibration), calibration, module.device, condition.seed)
 
     try:
         form, model = shrunk(module.target, edits(method))

@@ -7,7 +7,8 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from tqdm import tqdm
 
 from lightning_ablate.conditions import Condition
-from lightning_ablate.phases import Phase, SweepPhase
+from lightning_ablate.modules.phase import Phase
+from lightning_ablate.phases import SweepPhase
 
 
 def say(trainer: Trainer, text: str) -> None:

@@ -20,7 +20,10 @@ from lightning_ablate.results import Results, attributions
 from lightning_ablate.results.folder import versions
 from lightning_ablate.results.frames import BASELINE
 from lightning_ablate.results.neurons import Neurons
-from lightning_ablate.trainer import CHECKPOINT, OPTIONS, data_name
+from lightning_ablate.run import CHECKPOINT
+from lightning_ablate.trainer import data_name
+
+_OPTIONS = ("methods", "fractions", "seeds", "sites", "neurons", "attribution")  # that loggers get
 
 
 def tabulated(
@@ -123,7 +126,7 @@ def report_results(
                 paths.append(_curves(results, folder))
             notes = ["", f"TensorBoard: tensorboard --logdir {logger.root_dir}"]
         else:
-            logger.log_hyperparams({name: results.facts[name] for name in OPTIONS})
+            logger.log_hyperparams({name: results.facts[name] for name in _OPTIONS})
         pictures = [str(path) for path in paths if path.suffix == ".png"]
         if pictures and hasattr(logger, "log_image"):  # Weights & Biases, and what is like it
             logger.log_image(results.figure_name, pictures)

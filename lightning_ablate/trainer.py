@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 import lightning
 from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch import callbacks
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import IterableDataset, Subset
 from torch.utils.data.distributed import DistributedSampler
@@ -19,18 +20,24 @@ from lightning_ablate.errors import AblationError, ConfigError
 from lightning_ablate.identity import content, described, options_of
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.base import evaluation_loaders
-from lightning_ablate.phases import is_unfinished
+from lightning_ablate.phases import Amount
 from lightning_ablate.results.folder import fresh_folder
+from lightning_ablate.run import is_unfinished
 from lightning_ablate.sharding import check_strategy
 
 T = TypeVar("T")
+_TRAIN = (
+    callbacks.WeightAveraging,
+    callbacks.ModelPruning,
+    callbacks.BaseFinetuning,
+    callbacks.LearningRateFinder,
+    callbacks.GradientAccumulationScheduler,
+)
 _GIVEN = ("data_source", "dataset", "sampler", "generator")  # what samplers hold beside their own order
-CHECKPOINT = "ablation.ckpt"
-OPTIONS = ("methods", "fractions", "seeds", "sites", "neurons", "attributing")  # of the callback, which tell runs apart
 
 
 def check_trainer(trainer: lightning.Trainer) -> None:
-    """Raises ConfigError for what would cut the calibration, or show hooks pieces of a target."""
+    """Raises ConfigError for options that would cut the calibration, train, or split the target's activations."""
     check_strategy(trainer.strategy)
     trainer.num_sanity_val_steps = 0
     if trainer.max_steps != -1 and not _is_dry(trainer):
@@ -41,32 +48,35 @@ def check_trainer(trainer: lightning.Trainer) -> None:
         raise ConfigError(
             f"--trainer.val_check_interval is {trainer.val_check_interval!r}, expected 1.0: calibration comes first"
         )
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(other, _TRAIN):
+            raise ConfigError(f"{type(other).__name__} trains, expected none that does (--trainer.callbacks)")
 
 
-def run_epochs(trainer: lightning.Trainer, epochs: int | None) -> None:
-    """Lets the Trainer run so many epochs, and validate in the last of them; None while that isn't known."""
+def set_epochs(trainer: lightning.Trainer, epochs: int | None) -> None:
+    """Sets how many epochs the Trainer runs; it validates in the last of them. None while that isn't known."""
     trainer.fit_loop.epoch_loop.max_steps = -1
     last = None if epochs is None else trainer.current_epoch + epochs
     trainer.fit_loop.max_epochs, trainer.check_val_every_n_epoch = last or -1, last or 1
 
 
 def folder_of(trainer: lightning.Trainer, dirpath: str | Path | None) -> Path | None:
-    """Where a run's files go: ``dirpath`` or the logger's folder, or a fresh one in it; None for a dry run."""
+    """The folder of a run: ``dirpath``, the logger's, or a new one inside; None for a dry run."""
     logs = trainer.log_dir
-    if not trainer.loggers and Path(trainer.default_root_dir) == Path.cwd():  # where nobody asked for files
+    if not trainer.loggers and Path(trainer.default_root_dir) == Path.cwd():  # nobody has named a folder
         logs = "lightning_logs"
     given = None if _is_dry(trainer) else dirpath or logs
     if given is not None and Path(given).is_file():
         raise ConfigError(f"{str(given)!r} is a file, expected a folder for the run's files (--ablation.dirpath)")
-    folder = None
-    if given is not None and trainer.is_global_zero:
-        # what died is gone on with where the folder was named
-        folder = fresh_folder(Path(given), unless=is_unfinished if dirpath else lambda folder: False)
-    return trainer.strategy.broadcast(folder)
+    if given is None:
+        return None
+    # a run that died goes on where its folder is named
+    unless = is_unfinished if dirpath else lambda folder: False
+    return from_first(trainer, lambda: fresh_folder(Path(given), unless))
 
 
 def from_first(trainer: lightning.Trainer, make: Callable[[], T]) -> T:
-    """What the first process makes, or its AblationError, on all of them, as they may not share a disk."""
+    """What the first process makes, or its AblationError, on all processes, which may not share a disk."""
     found: Any = None
     if trainer.is_global_zero:
         try:
@@ -79,10 +89,10 @@ def from_first(trainer: lightning.Trainer, make: Callable[[], T]) -> T:
     return found
 
 
-def calibration_size(trainer: lightning.Trainer) -> dict[str, Any]:
-    """What :func:`~lightning_ablate.phases.schedule` wants to know of the calibration data, once they are there.
+def calibration_amount(trainer: lightning.Trainer) -> Amount:
+    """How much calibration data there is.
 
-    ConfigError if they give some example to two processes, or the Trainer goes on from a checkpoint.
+    ConfigError if some example goes to two processes, or ``fit`` was given a checkpoint.
     """
     if trainer.ckpt_path:
         raise ConfigError(
@@ -91,8 +101,35 @@ def calibration_size(trainer: lightning.Trainer) -> dict[str, Any]:
         )
     batch_size = _batch_size(trainer.train_dataloader) * trainer.world_size
     examples = example_count(trainer, trainer.train_dataloader)
-    steps = 1 if _is_dry(trainer) else None
-    return {"batches": trainer.num_training_batches, "batch_size": batch_size, "steps": steps, "examples": examples}
+    return Amount(trainer.num_training_batches, batch_size, examples, _is_dry(trainer))
+
+
+def validate_at_once(trainer: lightning.Trainer) -> None:
+    """Runs the validation of ``fit`` without an epoch before it, and ends ``fit``; for ``on_train_epoch_start``.
+
+    No batch of the training data is read.
+
+    Raises:
+        StopIteration: always; Lightning's loop over epochs ends by it.
+    """
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+    raise StopIteration
+
+
+def checkpoint_of(trainer: lightning.Trainer) -> dict[str, Any]:
+    """What Lightning takes as a checkpoint: the states of all callbacks, no weights; made without other processes."""
+    states = {one.state_key: one.state_dict() for one in trainer.callbacks}  # type: ignore[attr-defined]
+    return {
+        "pytorch-lightning_version": lightning.__version__,
+        "epoch": trainer.current_epoch,
+        "global_step": trainer.global_step,
+        "state_dict": {},
+        "optimizer_states": [],
+        "lr_schedulers": [],
+        "callbacks": {key: state for key, state in states.items() if state},
+    }
 
 
 def check_counts_once(trainer: lightning.Trainer, loader: Any) -> None:
@@ -122,7 +159,7 @@ def example_count(trainer: lightning.Trainer, loader: Any) -> int:
 
 
 def warn_if_shared(trainer: lightning.Trainer) -> None:
-    """Warns where examples that calibrate are evaluated as well, which flatters what is fitted to them."""
+    """Warns if examples that calibrate are evaluated as well."""
     own = getattr(trainer.train_dataloader, "dataset", None)
     for name, loader in zip(data_names(trainer), evaluation_loaders(trainer), strict=True):
         if shared := _shared(own, getattr(loader, "dataset", None)):
@@ -133,7 +170,7 @@ def warn_if_shared(trainer: lightning.Trainer) -> None:
 
 
 def _shared(one: Any, other: Any) -> int:
-    """How many examples two data sets share, as far as it is known without reading them."""
+    """How many examples two data sets share, as far as their classes tell."""
     (whole, indices), (same, others) = (
         (data.dataset, data.indices) if isinstance(data, Subset) else (data, None) for data in (one, other)
     )
@@ -154,7 +191,7 @@ def _batch_size(loader: Any) -> int:
 
 
 def cut_short(what: str, seen: Sequence[float], loaders: Sequence[Any]) -> list[str]:
-    """Why a run doesn't cover all of its data: what was cut, of which so many batches were ``seen``."""
+    """Lines on data that weren't read whole: ``seen`` batches of each loader."""
     pairs = zip(seen, map(sized_len, loaders), strict=True)
     return [f"{what} was cut to {count} of {whole} batches" for count, whole in pairs if whole and count < whole]
 
@@ -178,8 +215,13 @@ def data_names(trainer: lightning.Trainer) -> list[str]:
     return [f"{name} {place + 1}" if name in names[:place] else name for place, name in enumerate(names)]
 
 
-def run_facts(trainer: lightning.Trainer, module: AblationModule, callback: Any, target: str) -> dict[str, Any]:
-    """What run.json says of a run; and what a run must have in common with an earlier one to go on with it."""
+def run_facts(
+    trainer: lightning.Trainer, module: AblationModule, target: str, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What run.json says of a run, and what two processes must have in common to go on with one run.
+
+    ``target`` is the fingerprint of the target, ``options`` are those of the callback that tell runs apart.
+    """
     describe = getattr(getattr(trainer, "datamodule", None), "describe", lambda: {"name": data_name(trainer)})
     loaders = [one for one in (trainer.train_dataloader, *evaluation_loaders(trainer)) if one is not None]
     own = not type(module).__module__.startswith("lightning_ablate.")
@@ -189,7 +231,7 @@ def run_facts(trainer: lightning.Trainer, module: AblationModule, callback: Any,
         "target": {**module.describe(), **code, "sha256": target},
         "data": describe(),
         "loaders": list(map(_loader_facts, loaders)),
-        **{name: described(getattr(callback, name)) for name in OPTIONS},
+        **{name: described(value) for name, value in options.items()},
         "precision": str(trainer.precision),
         "accelerator": type(trainer.accelerator).__name__,
         "processes": trainer.world_size,
@@ -200,7 +242,7 @@ def run_facts(trainer: lightning.Trainer, module: AblationModule, callback: Any,
 def evaluated(callback: Any, module: AblationModule, like: lightning.Trainer, data: Any = None) -> Any:
     """The results of a callback's sweep of a module, on the device and in the precision of another Trainer.
 
-    ``data`` are a data module or loaders, None those of the Trainer. Nothing is left of it.
+    ``data`` are a data module or loaders; None takes those of the Trainer. No file stays.
     """
     data = data or getattr(like, "datamodule", None) or like.val_dataloaders
     given = {"datamodule" if isinstance(data, lightning.LightningDataModule) else "dataloaders": data}

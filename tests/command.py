@@ -65,7 +65,7 @@ def assert_same_bytes(one, other, names=("results.csv", "examples.parquet")):
     """That two runs ended, with the same files."""
     for name in names:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
-    assert not (one / "unfinished").exists() and not (other / "unfinished").exists()
+    assert not (one / "ablation.lock").exists() and not (other / "ablation.lock").exists()
 
 
 def assert_same(one, other, learned=1e-6):

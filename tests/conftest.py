@@ -22,11 +22,17 @@ def _seeded():
     torch.manual_seed(0)
 
 
+def pytest_collection_modifyitems(config, items):
+    """Leaves long tests out, unless ``--full`` asks for them; each has a short form beside it."""
+    if not config.getoption("--full"):
+        long = [item for item in items if "full" in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
+
+
 @pytest.fixture(scope="session")
-def full(request):
+def full():
     """For tests that take too long for every day."""
-    if not request.config.getoption("--full"):
-        pytest.skip("runs with --full")
 
 
 @pytest.fixture

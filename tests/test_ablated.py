@@ -12,6 +12,7 @@ from lightning_ablate import (
     Calibration,
     CausalLM,
     ConditionalMean,
+    ConditionalTuned,
     Mean,
     Noise,
     Only,
@@ -251,16 +252,16 @@ def test_methods_by_position_run_in_whole_passes_and_not_on_a_cache(method):
 
 
 def test_what_was_fitted_for_a_condition_is_found_by_its_masks(tmp_path):
-    module, made = tiny.fit(tmp_path, callback=AblationCallback(["conditional-sequential"], [0.5], [1]))
+    module, made = tiny.fit(tmp_path, callback=AblationCallback([ConditionalTuned(steps=1)], [0.5], [1]))
     batch, sites = tiny.tokens(6, seed=2), made.run.calibration.sites
     masks = {site.name: Random().mask(Selection(0.5, 1), site) for site in sites}
-    with torch.no_grad(), ablated(module.target, masks, "conditional-sequential", made.run.calibration):
+    with torch.no_grad(), ablated(module.target, masks, ConditionalTuned(steps=1), made.run.calibration):
         logits, targets, example, _ = module.evaluate(batch)
     found = torch.nn.functional.cross_entropy(logits[example >= 0].double(), targets[example >= 0])
     assert float(found) == pytest.approx(made.results.table["cross_entropy"].iloc[1], abs=1e-6)
     with pytest.raises(StatisticsError, match="needs the values it learns"):
         with ablated(
-            module.target, {sites[0].name: masks[sites[0].name]}, "conditional-sequential", made.run.calibration
+            module.target, {sites[0].name: masks[sites[0].name]}, ConditionalTuned(steps=1), made.run.calibration
         ):
             pass
 

@@ -1,5 +1,7 @@
 """Every row of whole runs on tiny targets, against plain hooks and plain arithmetic."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,8 @@ from lightning_ablate import AblationCallback, CausalLM, EachHead, EachLayer, Im
 from lightning_ablate.conditions import Selection
 from lightning_ablate.errors import NonFiniteError
 from lightning_ablate.methods import AblationMethod, ConditionalMean, constant
+from lightning_ablate.phases import Epoch, MethodPhase
+from lightning_ablate.sites import hooked
 from lightning_ablate.statistics import ActivationStatistic
 from tests import tiny
 from tests.reference import conditional_mean, evaluation, peaks, put, raw_activations
@@ -61,6 +65,44 @@ class ToLargest(AblationMethod):
 
     def prepare(self, ablation):
         return constant(ablation.statistics[LargestOfTheTests].largest)
+
+
+class Midway(AblationMethod):
+    """Halfway between the smallest and the largest activation of an epoch of its own, which its phase finds."""
+
+    name = "midway-of-the-tests"
+
+    def prepare(self, ablation):
+        return constant(ablation.statistics.learned(self.name))
+
+
+class MidwayPhase(MethodPhase):
+    serves, title = Midway, "Midway"
+
+    def __init__(self, module, run, method):
+        super().__init__(module)
+        self.run, self.seen = run, {site: [] for site in run.calibration.sites}
+
+    @classmethod
+    def scheduled(cls, method, sweep, amount):
+        return [Epoch(0, partial(cls, method=method), 1.0)]
+
+    def step(self, batch, batch_idx):
+        keep = {s: lambda x, s=s: self.seen[s].append(x[batch["attention_mask"].bool()]) for s in self.seen}
+        with torch.no_grad(), hooked(self.module.target, keep):
+            self.module.evaluate(batch)
+
+    def end_epoch(self):
+        found = {site: torch.cat(rows) for site, rows in self.seen.items()}
+        self.run.calibration.learned[Midway.name] = {s: (x.amin(0) + x.amax(0)) / 2 for s, x in found.items()}
+
+
+def test_a_method_with_a_phase_of_its_own_in_one_file(tmp_path, capsys):
+    table = swept(tmp_path, Midway(), "mean")
+    values = {path: (x.amin(0) + x.amax(0)) / 2 for path, x in raw().items()}
+    assert_constants(table[table["method"] == Midway.name], values)
+    # of 3 batches: calibration and the epoch of its own; the sweep of 5 conditions
+    assert "plan: 5 conditions, 21 forward passes" in capsys.readouterr().out
 
 
 def test_a_constant_of_each_kind_and_a_method_and_a_statistic_of_ones_own(tmp_path):

@@ -10,11 +10,11 @@ from scipy import stats
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_ablate import AblationCallback, AblationModule, Optimal, Ranked, Scored, Site
+from lightning_ablate import AblationCallback, AblationModule, Attribution, Optimal, Ranked, Scored, Site
 from lightning_ablate import attribution as attributions
 from lightning_ablate.attribution import cotangents, orders, table_of, trust
 from lightning_ablate.errors import ConfigError, DataError, StatisticsError
-from lightning_ablate.methods import Ablation, ConditionalMean, ConditionalMeanPerHead, ConditionalOptimal, others_of
+from lightning_ablate.methods import Ablation, ConditionalMean, ConditionalMeanPerHead, ConditionalTuned, others_of
 from lightning_ablate.phases import attribution as phase
 from lightning_ablate.results.attributions import lines, plot, wide
 from lightning_ablate.statistics import FOUND, Moments
@@ -45,7 +45,9 @@ def rows(count, seed=0):
 
 
 def attributed(folder, module, train, methods=("zero", "mean"), val=None, **options):
-    callback = AblationCallback(["zero"], [1.0], [1], attribute=methods, dirpath=folder / "run", **options)
+    given = {name: options.pop(name) for name in ("draws", "verify", "examples") if name in options}
+    attribution = Attribution(methods, **given)
+    callback = AblationCallback(["zero"], [1.0], [1], attribution=attribution, dirpath=folder / "run", **options)
     tiny.fit(folder, module, train, train if val is None else val, callback)
     return callback
 
@@ -67,7 +69,7 @@ def exact(monkeypatch):
 def test_of_a_linear_target_with_a_squared_error_it_is_the_truth(tmp_path, exact):
     loader = DataLoader(rows(20), batch_size=5)
     options = {"sites": ["*1"], "draws": 5, "verify": 8}
-    table = attributed(tmp_path, Linear(), loader, ["zero", "mean", "conditional-mean"], **options).attribution
+    table = attributed(tmp_path, Linear(), loader, ["zero", "mean", "conditional-mean"], **options).attributions
     neurons = table[table["level"] == "neuron"]
     assert len(neurons) == 3 * 8 and neurons["verified"].notna().all()
     total = neurons["first"] + neurons["second"]
@@ -120,7 +122,7 @@ def test_what_is_verified_is_what_plain_hooks_find_on_the_same_examples(gpt2):
     paths = [site.name for site in gpt2.run.calibration.sites]
     raw = reference.raw_activations(model, batches, paths)
     clean, *_ = reference.evaluation(model, batches, {})
-    checked = gpt2.attribution.dropna(subset="verified")
+    checked = gpt2.attributions.dropna(subset="verified")
     groups = checked.groupby(["method", "level", "kind"]).size()
     assert groups.tolist() == [8, 10, 10] * len(METHODS)  # all heads, and neurons of both kinds of site
     for row in checked[checked["method"].isin(["zero", "mean"])].itertuples():
@@ -133,7 +135,7 @@ def test_what_is_verified_is_what_plain_hooks_find_on_the_same_examples(gpt2):
 
 
 def test_units_add_up(gpt2):
-    table = gpt2.attribution
+    table = gpt2.attributions
     assert set(table["method"]) == set(METHODS) and table["estimate"].notna().all() and (table["se"] >= 0).all()
     for method in ("zero", "mean", "positional-mean", "noise"):
         own = table[table["method"] == method]
@@ -147,7 +149,11 @@ def test_units_add_up(gpt2):
 
 def test_of_a_trained_target_estimates_agree_with_the_truth(tmp_path):
     options = ["--data.max_length=64", "--data.calibration_tokens=1000", "--data.evaluation_tokens=100"]
-    options += ["--ablation.methods=mean", "--ablation.attribute=[zero,mean]", "--ablation.verify=16"]
+    options += [
+        "--ablation.methods=mean",
+        "--ablation.attribution.methods=[zero,mean]",
+        "--ablation.attribution.verify=16",
+    ]
     options.append("--ablation.sites=[attention,mlp]")
     found(tmp_path / "run", "fit", "--config", CONFIGS / "demo_gpt2.yaml", *FEW, *options)
     for name, pearson in (("neurons", 0.95), ("heads", 0.8)):
@@ -179,8 +185,10 @@ def test_padding_held_back_positions_and_other_batches_change_nothing(tmp_path):
         longer.append({**row, "input_ids": ids, "attention_mask": real})
     longer.append({**longer[0], "index": torch.tensor(-1)})  # which only fills a batch
     given = {"methods": ["zero", "mean", "conditional-mean"], "val": tiny.loader(seed=2)}
-    one = attributed(tmp_path / "one", tiny.Own(tiny.gpt2()), DataLoader(plain, batch_size=6), **given).attribution
-    other = attributed(tmp_path / "other", tiny.Own(tiny.gpt2()), DataLoader(longer, batch_size=2), **given).attribution
+    one = attributed(tmp_path / "one", tiny.Own(tiny.gpt2()), DataLoader(plain, batch_size=6), **given).attributions
+    other = attributed(
+        tmp_path / "other", tiny.Own(tiny.gpt2()), DataLoader(longer, batch_size=2), **given
+    ).attributions
     for column in ("first", "second", "estimate", "se"):
         np.testing.assert_allclose(one[column], other[column], rtol=1e-3, atol=2e-6)
 
@@ -189,7 +197,7 @@ def test_resampling_is_attributed_with_what_another_example_does(tmp_path):
     """A site at a time: at fraction 1 the first order is the gradient, by hand, times what the donors do."""
     train, model, method = tiny.loader(seed=1, batch_size=6), tiny.gpt2(), "resample-same-position"
     made = attributed(tmp_path, tiny.Own(tiny.gpt2()), train, [method], val=tiny.loader(seed=2))
-    table = made.attribution.set_index(["site", "level"])["first"]
+    table = made.attributions.set_index(["site", "level"])["first"]
     batch, paths = next(iter(train)), [site.name for site in made.run.calibration.sites]
     donors = others_of(batch["index"], 1, 6)
     kept = {}
@@ -206,7 +214,8 @@ def test_resampling_is_attributed_with_what_another_example_does(tmp_path):
 
 def arguments(*more):
     methods = ["zero", "conditional-mean", "resample-any-position", "noise"]
-    given = [f"--ablation.attribute={json.dumps(methods)}", "--ablation.verify=3", "--ablation.draws=2", *more]
+    given = [f"--ablation.attribution.methods={json.dumps(methods)}"]
+    given += ["--ablation.attribution.verify=3", "--ablation.attribution.draws=2", *more]
     return ["fit", *FEW, "--data.calibration_images=43", "--data.evaluation_images=37", *given]
 
 
@@ -238,7 +247,7 @@ def test_a_run_that_died_goes_on(tmp_path, whole, epoch):
 
 
 def test_it_ranks_units_also_from_a_checkpoint(tmp_path, gpt2):
-    table, checkpoint = gpt2.attribution, gpt2.folder / "ablation.ckpt"
+    table, checkpoint = gpt2.attributions, gpt2.folder / "ablation.ckpt"
     for unit, under, first in (("neuron", "mean", "lowest"), ("head", "zero", "highest")):
         choice = Ranked("attribution", first=first, unit=unit, under=under)
         again = AblationCallback(["zero"], [0.5], [1], neurons=choice, sites=["attention"])
@@ -322,15 +331,18 @@ def test_recall_counts_what_the_random_sample_stands_for():
 
 
 def test_what_cannot_be_attributed_is_refused(tmp_path):
-    methods = [ConditionalOptimal(steps=1, examples=2)]
-    callback = AblationCallback(methods, [1.0], [1], attribute=methods)
-    with pytest.raises(ConfigError, match="conditional-optimal can.t be attributed"):
+    methods = [ConditionalTuned(steps=1, examples=2)]
+    callback = AblationCallback(methods, [1.0], [1], attribution=Attribution(methods))
+    with pytest.raises(ConfigError, match="conditional-tuned can.t be attributed"):
         tiny.fit(tmp_path, callback=callback)
 
     for under, given in ((None, ()), ("mean", ["zero"])):
         choice = Ranked("attribution", under=under)
-        with pytest.raises(ConfigError, match="expected it in --ablation.attribute"):
-            tiny.fit(tmp_path, callback=AblationCallback(["zero"], [0.5], [1], neurons=choice, attribute=given))
+        with pytest.raises(ConfigError, match="expected it in --ablation.attribution.methods"):
+            tiny.fit(
+                tmp_path,
+                callback=AblationCallback(["zero"], [0.5], [1], neurons=choice, attribution=Attribution(given)),
+            )
 
     class Graphless(tiny.Own):
         def evaluate(self, batch):
@@ -338,25 +350,29 @@ def test_what_cannot_be_attributed_is_refused(tmp_path):
                 return super().evaluate(batch)
 
     with pytest.raises(ConfigError, match="needs gradients of the logits"):
-        tiny.fit(tmp_path, Graphless(tiny.gpt2()), callback=AblationCallback(["zero"], [1.0], [1], attribute=["zero"]))
+        tiny.fit(
+            tmp_path,
+            Graphless(tiny.gpt2()),
+            callback=AblationCallback(["zero"], [1.0], [1], attribution=Attribution(["zero"])),
+        )
 
 
 def test_a_share_of_the_examples_is_attributed(tmp_path):
     given = {"val": tiny.loader(seed=2), "methods": ["zero"], "verify": 2}
     train = tiny.loader(seed=1)
-    part = attributed(tmp_path / "part", tiny.Own(tiny.gpt2()), train, attribution_examples=3, **given)
+    part = attributed(tmp_path / "part", tiny.Own(tiny.gpt2()), train, examples=3, **given)
     head = DataLoader(train.dataset[:3], batch_size=2)
     whole = attributed(tmp_path / "whole", tiny.Own(tiny.gpt2()), head, **given)
-    pd.testing.assert_frame_equal(part.attribution, whole.attribution, atol=1e-7)
+    pd.testing.assert_frame_equal(part.attributions, whole.attributions, atol=1e-7)
 
 
 @pytest.mark.filterwarnings("ignore:.* calibrate and are evaluated as well")
 def test_the_same_examples_are_attributed_and_verified_whatever_their_order(tmp_path):
     rows = tiny.loader(7, seed=1).dataset
-    given = {"val": tiny.loader(seed=2), "methods": ["mean"], "verify": 2, "attribution_examples": 3}
-    plain = attributed(tmp_path / "plain", tiny.Own(tiny.gpt2()), DataLoader(rows, batch_size=3), **given).attribution
+    given = {"val": tiny.loader(seed=2), "methods": ["mean"], "verify": 2, "examples": 3}
+    plain = attributed(tmp_path / "plain", tiny.Own(tiny.gpt2()), DataLoader(rows, batch_size=3), **given).attributions
     mixed = DataLoader(rows, batch_size=3, shuffle=True, generator=torch.Generator().manual_seed(0))
-    other = attributed(tmp_path / "mixed", tiny.Own(tiny.gpt2()), mixed, **given).attribution
+    other = attributed(tmp_path / "mixed", tiny.Own(tiny.gpt2()), mixed, **given).attributions
     for column in ("estimate", "verified"):
         np.testing.assert_allclose(plain[column], other[column], rtol=2e-3, atol=2e-6)
 
@@ -372,7 +388,7 @@ def test_examples_that_are_not_those_of_the_batch_are_told(tmp_path):
         def valid(self, batch):
             return batch["attention_mask"].bool()
 
-    callback = AblationCallback(["zero"], [1.0], [1], attribute=["zero"])
+    callback = AblationCallback(["zero"], [1.0], [1], attribution=Attribution(["zero"]))
     with pytest.raises(DataError, match="`evaluate` scored example 5, the batch holds 0, 1"):
         tiny.fit(tmp_path, Named(tiny.gpt2()), DataLoader(rows[::-1], batch_size=2), DataLoader(rows), callback)
 
@@ -381,6 +397,8 @@ def test_examples_that_are_not_those_of_the_batch_are_told(tmp_path):
 def test_what_is_learned_waits_for_the_ranks_or_is_attributed_itself(tmp_path):
     learned = Optimal(steps=1, examples=2)
     for number, (attribute, neurons) in enumerate(((["zero"], Ranked("attribution")), ([learned], None))):
-        callback = AblationCallback([learned], [0.5], [1], neurons=neurons, attribute=attribute, verify=1)
+        callback = AblationCallback(
+            [learned], [0.5], [1], neurons=neurons, attribution=Attribution(attribute, verify=1)
+        )
         tiny.fit(tmp_path / str(number), callback=callback)
-        assert callback.attribution["verified"].notna().sum() >= 2 and len(callback.results.table) == 2
+        assert callback.attributions["verified"].notna().sum() >= 2 and len(callback.results.table) == 2

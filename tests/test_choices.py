@@ -8,9 +8,9 @@ import torch
 from scipy import stats
 
 from lightning_ablate import EachHead, EachLayer, Only, Random, Ranked, Site
-from lightning_ablate.choices import seed_of
 from lightning_ablate.conditions import Condition, Selection
 from lightning_ablate.errors import ConfigError, SiteError, StatisticsError
+from lightning_ablate.seeds import seed_of
 from lightning_ablate.statistics import Covariance, HeadCovariance, Histogram, Moments, SiteStatistics, covariance
 from tests import tiny
 from tests.command import python

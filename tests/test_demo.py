@@ -65,11 +65,10 @@ def test_shipped_config_runs(config, tmp_path, pytestconfig):
 @pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("replacements_*.yaml")))
 def test_replacements_past_the_paper_hurt_less(config, tmp_path, full):
     results = found(tmp_path / "run", "fit", "--config", CONFIGS / config, "--ablation.fractions=[0.1,0.5,0.9]")
-    assert len(results.methods) == 12 and len(results.table) == 1 + 12 * 9
+    assert len(results.methods) == 11 and len(results.table) == 1 + 11 * 9
     damage = results.compare(other="none").pivot(index="fraction", columns="method", values="cross_entropy")
     print(config, damage.round(4).to_string(), sep="\n")
     for fraction, here in damage.iterrows():
-        assert here["conditional-optimal"] <= min(here["conditional-mean"], here["optimal"]) + 0.005
         assert here["conditional-mean"] <= 0.45 * here["mean"] or "gpt2" not in config or fraction != 0.5
         assert here["optimal"] < here[["zero", "mean", "peak"]].min() or fraction < 0.5
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from lightning_ablate import AblationCallback, Calibration, ConditionalTuned, Optimal, Ranked, ablated
+from lightning_ablate import AblationCallback, Attribution, Calibration, ConditionalTuned, Optimal, Ranked, ablated
 from lightning_ablate.sites import exact_device, site
 from tests import tiny
 from tests.command import FEW, here
@@ -152,11 +152,11 @@ def fitted(folder, device, callback):
 def everything(folder, device):
     """Every phase, and what its checkpoint gives for a target on the device outside of a run."""
     methods = [*METHODS, Optimal(steps=3), ConditionalTuned(1e-2, steps=2, examples=4)]
-    made = AblationCallback(methods, [0.5, 1.0], [1], attribute=METHODS[:6], verify=2)
+    made = AblationCallback(methods, [0.5, 1.0], [1], attribution=Attribution(METHODS[:6], verify=2))
     made.dirpath = folder / "all"
     module, _ = fitted(folder, device, made)
     learned = [values.tolist() for values in made.run.calibration.learned["optimal"].values()]
-    found = [made.results.table.to_csv(), made.attribution.to_csv(), learned]
+    found = [made.results.table.to_csv(), made.attributions.to_csv(), learned]
     target = module.target.to(device)
     known, ids = Calibration.load(folder / "all" / "ablation.ckpt", target), tiny.tokens()["input_ids"].to(device)
     for method in ("peak", "positional-mean", "conditional-mean", "optimal"):

@@ -157,7 +157,7 @@ HOSTILE = {
         "{class_path: ImageClassifier, init_args: {name: model, library: transformers, trust_remote_code: yes}}",
     ),
     "a function": put(CALLBACKS, [named("LambdaCallback", on_validation_start="evil.Writes")]),
-    "the rest of a package": put("data.class_path", "lightning_ablate.phases.resume.shutil.rmtree"),
+    "the rest of a package": put("data.class_path", "lightning_ablate.run.json.dumps"),
     "a callback of Lightning's": put(CALLBACKS, [named("ModelCheckpoint", dirpath="../elsewhere")]),
     "a profiler": put("trainer.profiler", named("SimpleProfiler", dirpath="../elsewhere", filename="x")),
     "a logger elsewhere": put(LOGGER, named("CSVLogger", save_dir="../elsewhere")),

@@ -33,7 +33,7 @@ def start(folder, *options):
 
 def finish(process, folder):
     assert process.wait() == 0, (folder / "said").read_text()
-    assert not (folder / "run" / "unfinished").exists()
+    assert not (folder / "run" / "ablation.lock").exists()
     return [(folder / "run" / name).read_bytes() for name in ("results.csv", "examples.parquet")]
 
 
@@ -42,7 +42,7 @@ def whole(tmp_path_factory):
     """The results of a run that lives, and its seconds before and behind the first save."""
     folder = tmp_path_factory.mktemp("whole")
     process, began = start(folder), time.monotonic()
-    while not (folder / "run" / "unfinished").exists():
+    while not (folder / "run" / "ablation.lock").exists():
         assert process.poll() is None, (folder / "said").read_text()
         time.sleep(0.02)
     saved = time.monotonic()

@@ -1,6 +1,5 @@
-"""What the package ships, and in which direction it imports."""
+"""What the package ships; `lint-imports` checks in which direction it imports."""
 
-import ast
 import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
@@ -9,46 +8,6 @@ import lightning_ablate as package
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lightning_ablate"
-# each imports only what is in front of it
-RANKS = (
-    "errors identity tokens, trust sites demo, statistics, conditions, choices, methods metrics, "
-    "attribution calibration smaller sharding, ablation results data, phases, modules, progress trainer, "
-    "report export, callback, cli"
-)
-# plain torch and torchmetrics: usable and testable without a Trainer
-PLAIN = "statistics sites choices conditions methods metrics calibration ablation smaller phases results".split()
-
-
-def imports(tree):
-    """What is imported when it runs, so not for the types' sake alone; by module and name."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.ImportFrom):
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif not (isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'")):
-            yield from imports(node)
-
-
-def imported():
-    found = {}
-    for path in PACKAGE.rglob("*.py"):
-        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        found.setdefault(part, set()).update(imports(ast.parse(path.read_text(encoding="utf-8"))))
-    return found
-
-
-def test_imports_go_one_way_and_the_mathematics_knows_no_lightning():
-    rank = {part: number for number, parts in enumerate(RANKS.split(", ")) for part in parts.split()}
-    found = imported()
-    for part in found.keys() - {"__init__", "__main__"}:
-        for name in found[part]:
-            if name.startswith("lightning_ablate.") and name.split(".")[1] != part:
-                assert rank[name.split(".")[1]] < rank[part], f"{part} imports {name}"
-    for part in PLAIN:
-        assert not {name for name in found[part] if name.split(".")[0] in ("lightning", "pytorch_lightning")}, part
-    known = {name for name in found["modules"] if ".phases." in name}
-    assert known <= {"lightning_ablate.phases.Phase", "lightning_ablate.phases.phase.Phase"}
 
 
 def subclasses(kind):

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import default_collate
 from transformers import PreTrainedTokenizerFast
 
-from lightning_ablate import AblationCallback, EachHead, IndirectObjects, PairedLM, PairedTexts
+from lightning_ablate import AblationCallback, Attribution, EachHead, IndirectObjects, PairedLM, PairedTexts
 from lightning_ablate.data.pairs import _FRAMES, _NAMES, _OBJECTS, _PLACES
 from lightning_ablate.errors import ConfigError, DataError
 from tests import reference, tiny
@@ -106,13 +106,13 @@ def test_files_are_read_in_both_directions(tmp_path):
 
 def test_the_loss_of_the_metric_is_attributed_to_first_order_and_verified(tmp_path):
     data = paired()
-    options = {"attribute": ["zero", "resample-partner"], "attribute_metric": "logit_difference", "verify": 3}
+    options = {"attribution": Attribution(["zero", "resample-partner"], metric="logit_difference", verify=3)}
     module, callback = run(tmp_path, data, **options)
     batch = default_collate(list(data._examples("calibration")))
     partner = {**batch, **{n: batch[f"partner_{n}"] for n in ("input_ids", "attention_mask")}}
-    heads = callback.attribution[lambda t: t["level"] == "head"]
-    assert callback.attribution.attrs["of"] == "loss of logit_difference"
-    assert (callback.attribution["second"] == 0).all()
+    heads = callback.attributions[lambda t: t["level"] == "head"]
+    assert callback.attributions.attrs["of"] == "loss of logit_difference"
+    assert (callback.attributions["second"] == 0).all()
     for site in callback.run.calibration.sites:
         kept = {}
 
@@ -136,9 +136,8 @@ def test_the_loss_of_the_metric_is_attributed_to_first_order_and_verified(tmp_pa
     truth = plain(module, batch, None, 0, one["site"])[0] - plain(module, batch, zeros, one["unit"], one["site"])[0]
     assert one["verified"] == pytest.approx(truth.mean().item(), abs=1e-5)
     for options, words in (
-        ({"attribute": ["zero"], "attribute_metric": "x"}, r"no metric 'x' .*it has logit_difference, preferred"),
-        ({"attribute": ["zero"], "attribute_metric": "preferred"}, "needs gradients of the preferred"),
-        ({"attribute_metric": "preferred"}, "verify and attribute_metric need attributions"),
+        ({"attribution": Attribution(["zero"], metric="x")}, r"no metric 'x' .*it has logit_difference, preferred"),
+        ({"attribution": Attribution(["zero"], metric="preferred")}, "needs gradients of the preferred"),
     ):
         with pytest.raises(ConfigError, match=words):
             run(tmp_path, paired(), **options)

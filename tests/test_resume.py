@@ -8,12 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
 from lightning_ablate import AblationCallback
-from lightning_ablate.errors import ConfigError, StatisticsError
+from lightning_ablate.calibration import saved_state
+from lightning_ablate.errors import ConfigError, TargetError
 from lightning_ablate.methods import Optimal
-from lightning_ablate.phases import Unfinished, is_unfinished
 from lightning_ablate.results.folder import fresh_folder
+from lightning_ablate.run import Store, is_unfinished
 from lightning_ablate.trainer import from_first
 from tests import tiny
 from tests.command import assert_same_bytes
@@ -53,6 +55,17 @@ def test_a_run_that_died_goes_on_from_the_end_of_an_epoch_or_the_last_batch_of_i
     assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in whole[0].iterdir()}
 
 
+def test_a_run_that_died_in_its_sweep_reads_no_calibration_data(tmp_path, whole, monkeypatch):
+    read, fetch = [], _MapDatasetFetcher.fetch
+    monkeypatch.setattr(_MapDatasetFetcher, "fetch", lambda self, rows: read.append(self.dataset) or fetch(self, rows))
+    run(tmp_path / "run", Dies(None, 1))
+    for folder, epochs in ((tmp_path / "run", 0), (tmp_path / "anew", EPOCHS)):
+        train, before = tiny.loader(seed=1), len(read)
+        tiny.fit(tmp_path, Counting(tiny.gpt2()), train, callback=callback(folder))
+        assert sum(data is train.dataset for data in read[before:]) == epochs * BATCHES
+        assert_same_bytes(folder, whole[0])
+
+
 def test_a_run_may_die_many_times(tmp_path, whole):
     for epoch, batch in [(0, 1), (0, 2), (0, 0), (1, 1), (0, 2), (0, 0), (None, 0), (None, 0), (None, 1)]:
         run(tmp_path / "run", Dies(epoch, batch))
@@ -84,17 +97,18 @@ def test_a_finished_folder_is_kept_and_saves_are_rare_by_default(tmp_path, whole
     assert_same_bytes(tmp_path / "run", whole[0])
     assert_same_bytes(tmp_path / "run" / "run-2", whole[0])
     run(tmp_path / "other", Dies(None, 1), save_every=60.0)
-    saved = torch.load(tmp_path / "other" / "unfinished" / "progress.pt", weights_only=True)
+    saved = saved_state(tmp_path / "other" / "ablation.ckpt")
     assert saved["epochs"] == 4 and saved["phase"] == {}
 
 
 def test_the_first_process_saves_what_all_go_on_from(tmp_path):
-    first, second = (Unfinished(tmp_path, rank == 0, 0.0) for rank in (0, 1))
+    first, second = (Store(tmp_path, rank == 0, 0.0) for rank in (0, 1))
     assert first.claim({"seeds": (1, 2)}) == {} and first.due
     for one in (first, second):
-        one.save({"epochs": 2, "x": torch.tensor(1 if one is first else 2)})
-    assert sorted(path.name for path in (tmp_path / "unfinished").iterdir()) == ["lock", "progress.pt"]
-    again = Unfinished(tmp_path, True, 60.0)
+        state = {"calibration": {}, "facts": {"seeds": [1, 2]}, "finished": False}
+        one.save({"callbacks": {"mine": state | {"x": torch.tensor(1 if one is first else 2)}}})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ablation.ckpt", "ablation.lock"]
+    again = Store(tmp_path, True, 60.0)
     with pytest.raises(ConfigError, match="a run is going on in"):
         again.claim({"seeds": [1, 2]})
     second.leave()
@@ -102,9 +116,9 @@ def test_the_first_process_saves_what_all_go_on_from(tmp_path):
         again.claim({"seeds": [1, 2]})
     first.leave()
     found = again.claim({"seeds": [1, 2]})
-    assert (found["epochs"], found["x"].item()) == (2, 1) and not again.due
-    again.close()
-    assert not is_unfinished(tmp_path) and not (tmp_path / "unfinished").exists()
+    assert found["x"].item() == 1 and not again.due and is_unfinished(tmp_path)
+    again.close(keep=False)
+    assert not is_unfinished(tmp_path) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("error", [None, ConfigError("in use")])
@@ -128,20 +142,20 @@ def test_what_the_first_process_reads_or_refuses_reaches_all_without_a_shared_di
 
 
 def test_a_run_that_is_going_on_keeps_its_folder_and_one_that_leaves_takes_only_what_it_made(tmp_path):
-    live = Unfinished(tmp_path / "run", True, 0.0)
+    live = Store(tmp_path / "run", True, 0.0)
     live.claim({})
-    other = Unfinished(tmp_path / "run", True, 0.0)
+    other = Store(tmp_path / "run", True, 0.0)
     with pytest.raises(ConfigError, match="a run is going on in .*run; wait for it"):
         other.claim({})
     other.leave()
-    assert (tmp_path / "run" / "unfinished").is_dir()
+    assert (tmp_path / "run" / "ablation.lock").exists()
     child = os.fork()  # as a worker that loads data, which inherits the lock
     if not child:
         time.sleep(60)
     live.leave()
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
-    other = Unfinished(tmp_path / "run", True, 0.0)
+    other = Store(tmp_path / "run", True, 0.0)
     other.claim({})
     assert fresh_folder(tmp_path / "run") == tmp_path / "run"  # where nothing is saved yet there is nothing to keep
     other.leave()
@@ -152,7 +166,7 @@ def test_a_run_that_is_going_on_keeps_its_folder_and_one_that_leaves_takes_only_
 
 def test_a_damaged_save_is_refused_in_a_line(tmp_path):
     run(tmp_path / "run", Dies(1, 2))
-    for save in (tmp_path / "run" / "unfinished").glob("*.pt"):
-        save.write_bytes(save.read_bytes()[:500])
-    with pytest.raises(StatisticsError, match="could not load .*unfinished"):
+    save = tmp_path / "run" / "ablation.ckpt"
+    save.write_bytes(save.read_bytes()[:500])
+    with pytest.raises(TargetError, match="could not load .*ablation.ckpt"):
         run(tmp_path / "run")

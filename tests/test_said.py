@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from lightning_ablate import AblationCallback, Covariance, Optimal, Random, Results, Selection
+from lightning_ablate import AblationCallback, ConditionalTuned, Covariance, Optimal, Random, Results
 from lightning_ablate.errors import StatisticsError
 from lightning_ablate.statistics import solved
 from tests import reference, tiny
@@ -27,7 +27,7 @@ def test_the_table_says_what_share_of_neurons_went_beside_what_was_asked(tmp_pat
 
 def test_fewer_positions_than_neurons_are_noted_for_conditional_methods(tmp_path):
     few = tiny.loader(examples=1, batch_size=1, seed=1)  # 14 positions for 16 neurons
-    for method, noted in (("conditional-mean", True), ("conditional-sequential", True), ("mean", False)):
+    for method, noted in (("conditional-mean", True), ("mean", False)):
         folder = tmp_path / method
         callback = AblationCallback(method, [0.5], [1], dirpath=folder)
         if noted:
@@ -50,22 +50,21 @@ def test_a_raised_ridge_is_said():
         solved(torch.tensor([[1.0, 1e3], [1e3, 1.0]], dtype=torch.float64), across, 1e-8)
 
 
-def test_the_ridges_of_fits_are_recorded(tmp_path):
-    module, made = tiny.fit(
-        tmp_path, callback=AblationCallback(["conditional-sequential"], [0.5], [1], dirpath=tmp_path)
-    )
-    (name, found), *others = made.results.facts["ridges"].items()
-    sites = made.run.calibration.sites
-    assert name == "conditional-sequential 50% seed 1" and not others and list(found) == [site.name for site in sites]
-    statistic = Covariance(sites[0].width)  # nothing is ablated before the first site
+def test_the_chosen_ridges_are_recorded_and_said(tmp_path):
+    callback = AblationCallback(["conditional-mean", ConditionalTuned(steps=1)], [0.5], [1], dirpath=tmp_path)
+    module, made = tiny.fit(tmp_path, callback=callback)
+    ((name, found),) = made.results.facts["ridges"].items()
+    site = made.run.calibration.sites[0]
+    statistic = Covariance(site.width)
     with torch.no_grad():
         for batch in tiny.loader(seed=1):
             keep = lambda x, batch=batch: statistic.update(x, batch["attention_mask"].bool(), batch["index"])  # noqa: E731
-            with reference.plain_hooks(module.target, {sites[0].path: keep}):
+            with reference.plain_hooks(module.target, {site.path: keep}):
                 module.logits(batch)
-    statistic.choose(Random().mask(Selection(0.5, 1), sites[0]))
-    assert found[sites[0].name] == statistic.ridge
+    assert name == "Covariance" and found[site.name] == statistic.ridge
     assert json.loads((tmp_path / "run.json").read_text())["ridges"] == made.results.facts["ridges"]
+    for method in ("conditional-mean", "conditional-tuned"):
+        assert f"{method}: ridge, chosen at each site on held-out calibration examples: " in str(made.results)
 
 
 @pytest.mark.parametrize(

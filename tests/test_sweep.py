@@ -7,22 +7,31 @@ import torch
 from torch.nn import functional
 
 from lightning_ablate import AblationMethod, Mean, Peak, Random, ResampleIds, Zero
-from lightning_ablate.conditions import BASELINE, Condition, distinct_conditions
+from lightning_ablate.conditions import BASELINE, Condition
 from lightning_ablate.errors import NonFiniteError, SiteError, StatisticsError
 from lightning_ablate.methods import Affine
 from lightning_ablate.phases import SweepPhase
+from lightning_ablate.sweep import Sweep
 from tests import reference, tiny
 
 SEEDS = [42, 123, 456]
 
 
 def conditions_of(methods, fractions, seeds):
-    return distinct_conditions(methods, Random().selections([], sorted(fractions), seeds), seeds)
+    return Sweep(methods, fractions, seeds, Random()).conditions([])
 
 
-def sweep_of(model, methods=(Zero(), Mean(), Peak()), fractions=(0.5, 1.0), seeds=(1, 2), module=None, examples=0):
-    calibration, conditions = tiny.calibrated(model, *methods), conditions_of(methods, fractions, seeds)
-    return SweepPhase(module or tiny.Ran(model), calibration, methods, conditions, examples=[examples])
+def sweep_of(
+    model,
+    methods=(Zero(), Mean(), Peak()),
+    fractions=(0.5, 1.0),
+    seeds=(1, 2),
+    module=None,
+    examples=0,
+    calibrated=None,
+):
+    calibration, sweep = tiny.calibrated(model, *(calibrated or methods)), Sweep(methods, fractions, seeds, Random())
+    return SweepPhase(module or tiny.Ran(model), calibration, sweep, sweep.conditions([]), [examples])
 
 
 def test_every_distinct_condition_comes_once():
@@ -71,26 +80,26 @@ def test_a_step_runs_every_condition_and_source_once_and_compares_with_the_clean
     torch.testing.assert_close(sums[1, 3], (kl * batch["attention_mask"][:, 1:]).sum(1), rtol=1e-5, atol=1e-6)
 
 
-def test_constants_are_computed_once_a_site_and_what_there_is_no_memory_for_is_made_anew():
+def test_replacements_are_made_once_and_those_without_memory_for_every_batch():
     class Huge(Affine):
         nbytes = 2**31
 
-    class Once(Mean):
-        name, values = "once", Mock(return_value=torch.zeros(16))
+    class Once(AblationMethod):
+        name, prepare = "once", Mock(return_value=Affine(torch.zeros(16)))
 
     class Anew(AblationMethod):
         name, prepare = "anew", Mock(return_value=Huge(torch.zeros(16)))
 
     sweep = sweep_of(tiny.gpt2(), (Once(), Anew()), [0.5], [1, 2, 3, 4])
-    assert (Once.values.call_count, Anew.prepare.call_count) == (2, 2 * 4)
+    assert (Once.prepare.call_count, Anew.prepare.call_count) == (2 * 4, 2 * 4)
     sweep.step(None, 0)
-    assert (Once.values.call_count, Anew.prepare.call_count) == (2, 2 * 8)
+    assert (Once.prepare.call_count, Anew.prepare.call_count) == (2 * 4, 2 * 8)
 
 
 def test_missing_statistics_a_site_that_runs_twice_or_never_and_logits_that_are_not_finite_are_refused():
     model = tiny.gpt2()
     with pytest.raises(StatisticsError, match="the method 'peak' needs the statistic Histogram of the site"):
-        SweepPhase(tiny.Ran(model), tiny.calibrated(model), [Peak()], conditions_of([Peak()], [0.5], [1]))
+        sweep_of(model, [Peak()], calibrated=[Mean()])
     sweep = sweep_of(model)
     with pytest.raises(SiteError, match="h.0.attn.c_proj ran 0 times"), sweep.applied(sweep.conditions[1]):
         pass

@@ -10,7 +10,11 @@ termios = pytest.importorskip("termios", reason="needs pseudo-terminals, as POSI
 BAR = re.compile(r"[\w -]+(, epoch \d/\d)?: +\d+%\|[^|]*\| \d+/\d+ \[\d\d:\d\d<.*")
 RUN = ["fit", "--data.calibration_images=60", "--data.evaluation_images=40", "--data.batch_size=20"]
 RUN += ["--ablation.methods=[zero,peak]", "--ablation.fractions=[0.5]", "--ablation.seeds=[1]"]
-RUN += ["--ablation.sites=blocks.0.attn.proj", "--ablation.attribute=[zero]", "--ablation.verify=2"]
+RUN += [
+    "--ablation.sites=blocks.0.attn.proj",
+    "--ablation.attribution.methods=[zero]",
+    "--ablation.attribution.verify=2",
+]
 IN_A_TERMINAL = """
 import fcntl, os, pty, struct, sys, termios
 process, terminal = pty.fork()

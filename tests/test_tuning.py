@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from lightning_ablate import AblationCallback, ConditionalSequential, ConditionalTuned
+from lightning_ablate import AblationCallback, ConditionalMean, ConditionalTuned
 from lightning_ablate.errors import ConfigError, StatisticsError
-from lightning_ablate.phases.fitting import FittingPhase
-from lightning_ablate.phases.sweep import digest_of, masks_of
+from lightning_ablate.seeds import digest
 from tests import reference, tiny
 
 PATHS = [f"transformer.h.{n}.attn.c_proj" for n in range(2)]
@@ -30,9 +29,18 @@ def fit(folder, *methods, fractions=(0.5, 1.0), train=None, **options):
 
 def weights_of(made, condition, method):
     """The masks of a condition, and what a method put in place, of each site."""
-    masks = masks_of(condition, made.neurons, made.run.calibration)
-    found = made.run.calibration.learned[method.key(digest_of(masks))]
+    masks = made.sweep.masks(condition, made.run.calibration)
+    found = made.run.calibration.learned[method.key(digest({site.name: mask for site, mask in masks.items()}))]
     return list(masks.values()), [weights.double() for weights in found.values()]
+
+
+def regression(mask, x, centred):
+    """The conditional mean by hand, ``(kept + 1, ablated)``, from activations ``(positions, neurons)``."""
+    mean = x.mean(0) if centred else torch.zeros(x.shape[1]).double()
+    products = (x - mean).T @ (x - mean) / len(x)
+    within = products[~mask][:, ~mask] + torch.diag(1e-2 * products.diagonal()[~mask])
+    slope = torch.linalg.solve(within, products[~mask][:, mask])
+    return torch.cat([slope, (mean[mask] - mean[~mask] @ slope).unsqueeze(0)])
 
 
 def replaced(mask, weights):
@@ -48,9 +56,8 @@ def replaced(mask, weights):
 @pytest.mark.parametrize("centred", [True, False])
 def test_a_step_is_that_of_the_gradient_of_the_mean_divergence(tmp_path, centred):
     """By hand: eight examples in float64, with neurons replaced by plain hooks, for each condition by itself."""
-    sequential = ConditionalSequential(1e-2, centred=centred)
     descent = Descent(1e-2, steps=1, lr=50.0, examples=8, centred=centred)
-    made = fit(tmp_path, sequential, descent, limit_train_batches=4)
+    made = fit(tmp_path, descent, limit_train_batches=4)
     batch = {name: value[:8] for name, value in tiny.tokens(12, seed=1).items()}
     raw = [x.double() for x in reference.raw_activations(tiny.gpt2(), [batch], PATHS).values()]
     model, ids, real = tiny.gpt2().double(), batch["input_ids"], batch["attention_mask"]
@@ -68,7 +75,8 @@ def test_a_step_is_that_of_the_gradient_of_the_mean_divergence(tmp_path, centred
     conditions = [condition for condition in made._conditions() if condition.method == "descent"]
     assert [condition.fraction for condition in conditions] == [0.5, 1.0]
     for condition in conditions:
-        (masks, fitted), (_, tuned) = (weights_of(made, condition, method) for method in (sequential, descent))
+        masks, tuned = weights_of(made, condition, descent)
+        fitted = [regression(mask, x, centred) for mask, x in zip(masks, raw, strict=True)]
         deltas = [torch.zeros_like(one, requires_grad=True) for one in fitted]
         places = list(zip(fitted, masks, raw, deltas, strict=True))
         changes = [replaced(mask, moved(start, mask, x, delta)) for start, mask, x, delta in places]
@@ -86,10 +94,10 @@ def test_it_comes_nearer_to_the_intact_target_and_leaves_it_to_the_bit(tmp_path)
     module, again = tiny.Own(tiny.gpt2()), tiny.gpt2().state_dict()
     tuned = ConditionalTuned(1e-2, steps=60, lr=0.2, examples=4)
     data = {"train": tiny.loader(12, 4, seed=1), "val": tiny.loader(12, 4, seed=1)}  # the same examples
-    made = fit(tmp_path, ConditionalSequential(1e-2), tuned, module=module, **data)
+    made = fit(tmp_path, ConditionalMean(1e-2), tuned, module=module, **data)
     kl = made.results.table.set_index(["method", "fraction"])["kl"]
     for fraction in (0.5, 1.0):
-        assert kl["conditional-tuned", fraction] < 0.9 * kl["conditional-sequential", fraction]
+        assert kl["conditional-tuned", fraction] < 0.9 * kl["conditional-mean", fraction]
     before, after = made.run.held_out["conditional-tuned"]
     assert 0 < after < before
     assert all(torch.equal(value, again[name]) for name, value in module.target.state_dict().items())
@@ -100,7 +108,7 @@ def test_it_comes_nearer_to_the_intact_target_and_leaves_it_to_the_bit(tmp_path)
 def test_a_killed_run_and_validate_need_no_new_fit_but_other_options_do(tmp_path):
     method = ConditionalTuned(**FEW)
     whole = fit(tmp_path, method, dirpath=tmp_path / "whole")
-    for epoch, batch in ((1, 1), (2, 3), (3, 0)):  # of the fit, and of tuning
+    for epoch, batch in ((1, 1), (1, 3), (2, 0)):
         folder = tmp_path / f"died{epoch}"
         with pytest.raises(tiny.Death):
             fit(tmp_path, method, dirpath=folder, more=[tiny.Dies(epoch, batch)])
@@ -116,24 +124,10 @@ def test_a_killed_run_and_validate_need_no_new_fit_but_other_options_do(tmp_path
 
 
 def test_the_plan_says_how_many_passes_tuning_takes(tmp_path, capsys):
-    others = ConditionalSequential(1e-2, intact=True, name="intact"), ConditionalSequential(1e-2)
-    fit(tmp_path, *others, ConditionalTuned(**FEW))
-    # of 6 batches: calibration; 2 fits of 2 passes; 2 fits, which serve both; 2 epochs of tuning, of 2 steps each
-    calibrating, swept = 6 * (1 + 2 * 2 + 2 + 2 * (1 + 2 * 3)), 3 * 7
-    assert f"plan: 7 conditions, {calibrating + swept} forward passes, about " in capsys.readouterr().out
-
-
-def test_a_fit_that_is_there_serves_tuning_as_well(tmp_path, monkeypatch):
-    alone = fit(tmp_path / "alone", ConditionalTuned(**FEW))
-    fitted = []
-    monkeypatch.setattr(FittingPhase, "_fitted", lambda *given, of=FittingPhase._fitted: fitted.append(1) or of(*given))
-    both = fit(tmp_path / "both", ConditionalSequential(1e-2), ConditionalTuned(**FEW))
-    assert len(fitted) == 2  # of two conditions each
-    own = ["fraction", "cross_entropy", "kl"]
-    tables = [made.results.table.query("method == 'conditional-tuned'")[own].values.tolist() for made in (alone, both)]
-    assert tables[0] == tables[1]
-    sequential = both.results.table.query("method == 'conditional-sequential'")[own].values.tolist()
-    assert sequential != tables[1]
+    fit(tmp_path, ConditionalTuned(**FEW))
+    # of 6 batches: calibration, and 2 epochs of tuning, of 2 steps each
+    calibrating, swept = 6 * (1 + 2 * (1 + 2 * 3)), 3 * 3
+    assert f"plan: 3 conditions, {calibrating + swept} forward passes, about " in capsys.readouterr().out
 
 
 def test_where_nothing_is_ablated_there_is_nothing_to_tune(tmp_path):

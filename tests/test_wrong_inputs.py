@@ -9,6 +9,7 @@ import torch
 
 from lightning_ablate import (
     AblationCallback,
+    Attribution,
     Calibration,
     ConditionalMean,
     ConstantMethod,
@@ -142,7 +143,7 @@ def test_a_wrong_command_ends_in_one_line(command, named, monkeypatch, tmp_path,
     assert said.startswith("error: ") and named in said and "\n" not in said and len(said) < 300
     assert "Traceback" not in printed
     for folder in (path.parent for path in tmp_path.rglob("config.yaml")):  # only beside what was found
-        assert (folder / "ablation.ckpt").exists() or (folder / "unfinished").exists()
+        assert (folder / "ablation.ckpt").exists()
 
 
 class Wrong(tiny.Own):
@@ -187,11 +188,11 @@ CALLS = {  # what is called, and what its message names
         (lambda folder: AblationCallback(seeds=["a"]), "--ablation.seeds"),
         (lambda folder: AblationCallback(seeds=[]), "seeds is empty"),
         (lambda folder: AblationCallback(neurons="EachHead"), "neurons is 'EachHead', expected a Choice"),
-        (lambda folder: AblationCallback(verify=3), "verify and attribute_metric need attributions"),
-        (lambda folder: AblationCallback(attribute=["meen"]), "--ablation.attribute has no 'meen'; alike: mean"),
-        (lambda folder: AblationCallback(attribute=["mean", "mean"]), "attribute names mean, mean, expected each once"),
-        (lambda folder: AblationCallback(attribute=["zero"], draws=0), "draws is 0"),
-        (lambda folder: AblationCallback(attribute=["zero"], attribution_examples=0), "attribution_examples 0"),
+        (lambda folder: Attribution(verify=3), "attribution names no methods"),
+        (lambda folder: Attribution(["meen"]), "--ablation.attribution.methods has no 'meen'; alike: mean"),
+        (lambda folder: Attribution(["mean", "mean"]), "attribution names mean, mean, expected each once"),
+        (lambda folder: Attribution(["zero"], draws=0), "draws is 0"),
+        (lambda folder: Attribution(["zero"], examples=0), "examples 0"),
         (lambda folder: ConditionalMean(0), "ridge is 0, expected"),
         (lambda folder: Optimal(steps=0), "steps is 0"),
         (lambda folder: Only(), "Only names no heads"),

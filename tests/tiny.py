@@ -7,7 +7,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_ablate import AblationCallback, AblationModule, Calibration, CausalLM, Scored
-from lightning_ablate.phases import CalibrationPhase, Run
+from lightning_ablate.phases import CalibrationPhase
+from lightning_ablate.run import Run
 from lightning_ablate.sites import find_sites
 from lightning_ablate.statistics import Moments, SiteStatistics, with_needs
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ablate.choices import seed_of
 from lightning_ablate.data.base import Purpose
 from lightning_ablate.data.labelled import TextRows
 from lightning_ablate.data.text import tokenizer_of
 from lightning_ablate.errors import DataError
+from lightning_ablate.seeds import seed_of
 
 
 class PairedTexts(TextRows):

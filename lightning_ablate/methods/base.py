@@ -1,7 +1,7 @@
 """What takes an ablated neuron's place."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -18,9 +18,9 @@ Replacement = Callable[[Tensor], Tensor]
 
 
 class Source(NamedTuple):
-    """What a site does on another input: ``activations`` ``(examples, positions, neurons)``, floating.
+    """The activations of a site on another input, ``(examples, positions, neurons)`` floating.
 
-    A single example serves all of a batch. ``valid`` ``(examples, positions)`` bool is False at padding.
+    A single example serves a whole batch. ``valid`` ``(examples, positions)`` bool is False at padding.
     """
 
     activations: Tensor
@@ -31,8 +31,9 @@ class Source(NamedTuple):
 class Batch:
     """What a method can know of the batch at hand. It changes with every batch, so look it up when replacing.
 
-    ``examples`` ``(batch,)`` int64 are the indices of its examples, below 0 for those that only fill it; ``sources`` is
-    what each site does on the inputs that are resampled from, by (kind, seed).
+    Attributes:
+        examples: the indices of its examples, ``(batch,)`` int64, below 0 for those that only fill it.
+        sources: (kind, seed) of another input → site → its activations there.
     """
 
     examples: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
@@ -43,10 +44,14 @@ class Batch:
 class Ablation:
     """One condition at one site, as a method sees it.
 
-    ``mask`` is ``(neurons,)`` bool, True for the ablated neurons, on the target's device; while values are learned
-    ``(examples, 1, neurons)``, and activations are ``(examples, positions, neurons)``. ``statistics`` are those the
-    method needs; ``seed`` is the condition's, None where it can't matter, and ``masks`` a digest of the masks of all
-    sites.
+    Attributes:
+        site: the site.
+        mask: ``(neurons,)`` bool, True for the ablated neurons, on the target's device. While a method learns,
+            ``(examples, 1, neurons)``, for activations ``(examples, positions, neurons)``.
+        statistics: those of the site.
+        seed: of the condition; None where it can't matter.
+        batch: the batch at hand.
+        masks: a digest of the masks of all sites.
     """
 
     site: Site
@@ -70,9 +75,9 @@ class AblationMethod(ABC):
         name: what results and the command line call it.
         statistics: what calibration must gather for it.
         seeded: whether the seed matters beyond the choice of neurons.
-        source: the kind of input it resamples from, if it does (see :meth:`AblationModule.source`).
-        attributable: whether :meth:`alone` says what takes the place of a unit that is ablated alone.
-        needs_batch: whether the replacement depends on which examples and positions are run, not on activations alone.
+        source: the kind of input that it resamples from, see :meth:`AblationModule.source`; None for no resampling.
+        attributable: whether :meth:`alone` gives the replacement of a unit that is ablated alone.
+        needs_batch: whether the replacement depends on the examples and positions, not on the activations alone.
     """
 
     name: str
@@ -84,22 +89,26 @@ class AblationMethod(ABC):
 
     @abstractmethod
     def prepare(self, ablation: Ablation) -> Replacement:
-        """The replacement at one site under one condition, computed once and then applied to every batch."""
+        """The replacement at one site under one condition; it is then applied to every batch."""
+
+    def notes(self, statistics: Iterable[SiteStatistics]) -> list[str]:
+        """Lines that results show of what it was made from, given the statistics of all sites."""
+        return []
 
     def alone(self, ablation: Ablation, sizes: Sequence[int]) -> dict[int, Replacement]:
-        """By the size of units of so many neurons side by side: what takes the place of each if it alone is ablated.
+        """Size of a unit, in neurons → the replacement of every such unit, if it is ablated alone.
 
-        By default that of all neurons of ``ablation``, as what takes the place of one seldom depends on which others
-        are ablated. Override it where it does.
+        By default the replacement for all neurons of ``ablation``. Override it where the replacement of a neuron
+        depends on which others are ablated.
         """
         return dict.fromkeys(sizes, self.prepare(ablation))
 
 
 @dataclass(frozen=True, eq=False)
 class Edit:
-    """What is done to the activations of a site: the masked neurons are replaced, the others stay.
+    """Replaces the masked neurons of a site and keeps the others: the only code that combines both.
 
-    This is the one place where both are combined. ``mask`` is ``(neurons,)`` bool, or broadcastable to the activations.
+    ``mask`` is ``(neurons,)`` bool, or broadcastable to the activations.
     """
 
     mask: Tensor
@@ -111,17 +120,22 @@ class Edit:
 
     @property
     def nbytes(self) -> int:
-        """The bytes its own tensors take, as far as that is known."""
+        """The bytes of its tensors; 0 for a replacement that doesn't tell."""
         return self.replacement.nbytes if isinstance(self.replacement, Affine) else 0
 
 
 @dataclass(frozen=True, eq=False)
 class Affine:
-    """A replacement that is affine in the neurons that are kept: ``x̂_a = offset_a + (x_k − center) slope``.
+    """A replacement that is affine in the kept neurons: ``x̂_a = offset_a + (x_k − center) slope``.
 
-    Such a replacement can be folded into the projection that reads the site, so that it costs nothing. ``offset`` is
-    ``(neurons,)``, ``slope`` ``(kept, ablated)`` and ``center`` ``(kept,)``, all floating and taken to the dtype and
-    device of the activations; ``kept`` and ``ablated`` are int64 indices. Without a slope the last three don't matter.
+    It can be folded into the projection that reads the site. Tensors are cast to the dtype and device of activations.
+
+    Attributes:
+        offset: ``(neurons,)`` floating.
+        slope: ``(kept, ablated)`` floating; None for a constant, whose other attributes don't matter.
+        center: ``(kept,)`` floating.
+        kept: the indices of the kept neurons, int64.
+        ablated: the indices of the ablated neurons, int64.
     """
 
     offset: Tensor
@@ -141,10 +155,12 @@ class Affine:
         return torch.zeros_like(activations).index_copy_(-1, ablated, expected)
 
     def fold(self, weight: Tensor, bias: Tensor | None, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias of a projection that makes of a site's activations what it makes of the ablated ones.
+        """New weight and bias, with which a projection does the ablation by itself.
 
-        ``weight`` ``(outputs, neurons)``, floating, and ``bias`` ``(outputs,)``, None for none, are left as they are;
-        ``mask`` is ``(neurons,)`` bool, True for the ablated ones.
+        Args:
+            weight: of the projection, ``(outputs, neurons)`` floating; it is not changed.
+            bias: ``(outputs,)`` floating, or None.
+            mask: ``(neurons,)`` bool, True for the ablated neurons.
         """
         wide = torch.promote_types(weight.dtype, torch.float32)
         ablated, folded = weight[:, mask].to(wide), weight.masked_fill(mask, 0)

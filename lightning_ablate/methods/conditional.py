@@ -1,7 +1,8 @@
 """Conditional-mean ablation."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
+from statistics import median
 from typing import ClassVar
 
 import torch
@@ -14,22 +15,21 @@ from lightning_ablate.statistics import ActivationStatistic, Covariance, HeadCov
 
 
 class ConditionalMean(AblationMethod):
-    """An ablated neuron is what the neurons of its site that are kept let one expect of it, to first order.
+    """An ablated neuron is its linear prediction from the neurons of its site that are kept.
 
-    ``x̂_a = μ_a + Σ_ak (Σ_kk + λ diag Σ_kk)⁻¹ (x_k − μ_k)`` is the best linear prediction from the calibration data;
-    what is lost is what only the ablated neurons carried. It is the compensation of the optimal brain surgeon (Hassibi
-    & Stork 1993) as a replacement. With nothing kept, or where neurons don't vary together, it is the mean.
+    ``x̂_a = μ_a + Σ_ak (Σ_kk + λ diag Σ_kk)⁻¹ (x_k − μ_k)``, with means μ and covariances Σ of calibration data. Only
+    what the kept neurons can't predict is lost. It is the compensation of the optimal brain surgeon (Hassibi & Stork
+    1993) as a replacement. If nothing is kept, or neurons don't vary together, it is the mean.
 
-    Each condition holds ablated × kept float32 numbers a site on the device, at most n²: a quarter of the 67 MB that
-    4,096 neurons would take, at 50%.
+    Each condition holds ablated × kept float32 numbers a site on the device: at 50% of 4,096 neurons 17 MB.
 
     Args:
-        ridge: λ, a share of each kept neuron's own variance, so that the scale of a neuron plays no part. None takes
-            the one that did best at the site on calibration examples that were held out, see :attr:`Covariance.ridge`:
-            without it few of them (a thousand positions) can do more harm than the mean.
-        name: what results call it, where the method is there with several options.
-        centred: whether means play a part; False regresses the values themselves, without an intercept, as a projection
-            needs it that has no bias to take one (see ``lightning_ablate.export``).
+        ridge: λ, a share of each kept neuron's own variance. None chooses it at each site on held-out calibration
+            examples, see :attr:`Covariance.ridge`. Without a ridge, few positions (a thousand) can do more harm than
+            the mean.
+        name: what results call it, to tell several options of one method apart.
+        centred: whether the regression has an intercept. False suits a projection without a bias, see
+            ``lightning_ablate.export``.
 
     Example:
         >>> from lightning_ablate.sites import Site
@@ -76,8 +76,16 @@ class ConditionalMean(AblationMethod):
         made = offset, slope, offset[kept], kept, ablated
         return Affine(*(values.to(ablation.mask.device) for values in made))
 
+    def notes(self, statistics: Iterable[SiteStatistics]) -> list[str]:
+        """The ridges that were chosen."""
+        chosen = [one[self.covariance].ridge for one in statistics if self.covariance in one]
+        if self.ridge is not None or not chosen:
+            return []
+        span = f"{min(chosen):g} to {max(chosen):g}, median {median(chosen):g}"
+        return [f"{self.name}: ridge, chosen at each site on held-out calibration examples: {span}"]
+
     def alone(self, ablation: Ablation, sizes: Sequence[int]) -> dict[int, Replacement]:
-        """From the precision matrix P: less ``(P_uu)⁻¹ (P (x − μ))_u``, what the others don't tell of the unit u."""
+        """Each unit u less ``(P_uu)⁻¹ (P (x − μ))_u``, what the others don't tell of it; P is the precision matrix."""
         (means, blocks), device = self.moments(ablation.statistics), exact_device(ablation.mask.device)
         covariance = torch.block_diag(*blocks.to(device).double())  # type: ignore[no-untyped-call]
         ridge = self.ridge or ablation.statistics[self.covariance].ridge
@@ -95,10 +103,10 @@ class ConditionalMean(AblationMethod):
 
 
 class ConditionalMeanPerHead(ConditionalMean):
-    """The same, but of the neurons kept only those of the same attention head tell.
+    """The conditional mean from kept neurons of the same attention head alone.
 
-    For targets whose whole covariances are too large: those of 32 sites with 32 heads of 128 neurons take 67 MB, where
-    the whole ones take 2.1 GB. Heads carry one another's information, so much of the gain is lost.
+    It is for targets whose covariances are too large: 32 sites of 32 heads with 128 neurons take 67 MB in place of 2.1
+    GB. Heads carry one another's information, so much of the gain is lost.
     """
 
     name = "conditional-mean-per-head"

@@ -12,7 +12,7 @@ from lightning_ablate.statistics import Histogram, Moments, SiteStatistics
 
 
 class ConstantMethod(AblationMethod):
-    """A method that puts one value in each neuron's place, whatever the condition; a sweep computes it once a site."""
+    """A method that puts one value in each neuron's place, whatever else is ablated."""
 
     @abstractmethod
     def values(self, site: Site, statistics: SiteStatistics) -> Tensor:
@@ -80,7 +80,7 @@ class Peak(ConstantMethod):
     statistics = (Histogram,)
 
     def values(self, site: Site, statistics: SiteStatistics) -> Tensor:
-        """Where the values are centred."""
+        """The centre of each neuron's distribution."""
         return getattr(statistics[Histogram].places, self.place)
 
 

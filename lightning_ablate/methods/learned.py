@@ -15,18 +15,17 @@ from lightning_ablate.statistics import ActivationStatistic, Moments, SiteStatis
 
 
 class LearnedMethod(AblationMethod):
-    """A method with values that ``fit`` learns by gradient descent, by default one a neuron, on the cross-entropy.
+    """A method with one value a neuron that ``fit`` learns by gradient descent on the cross-entropy.
 
-    The target stays as it is. In the epochs behind the calibration the ablated target reads the calibration data, with
-    neurons chosen anew for every example at a random fraction, so that one fit serves every fraction and seed. Values
-    begin at the mean and move in units of each neuron's standard deviation. The method finds them by
-    ``statistics.learned(self.name)``, as a leaf of what it computes. (:class:`ConditionalTuned` learns others.)
+    The target stays as it is. After calibration the ablated target reads the calibration data. Every example ablates
+    other neurons, at a random fraction, so one fit serves all fractions and seeds. Values begin at the mean and move
+    in units of each neuron's standard deviation. ``statistics.learned(self.name)`` gives them to the method.
 
     Args:
-        steps: of the optimizer, at least; the last epoch is completed.
-        lr: of Adam (Kingma & Ba 2015) at the start, in standard deviations; it falls to 0 along a cosine.
-        examples: of all processes together in one step, as near as whole batches allow, which are accumulated for it.
-        name: what results call it, where one method is there with several options.
+        steps: the least number of steps; the last epoch is completed.
+        lr: the learning rate of Adam (Kingma & Ba 2015), in standard deviations; it falls to 0 along a cosine.
+        examples: calibration examples in one step, of all processes together, as near as whole batches allow.
+        name: what results call it, to tell several options of one method apart.
     """
 
     statistics: ClassVar[tuple[type[ActivationStatistic], ...]] = (Moments,)
@@ -38,14 +37,14 @@ class LearnedMethod(AblationMethod):
         self.name = name or self.name
 
     def optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """What takes the steps. Override it to learn in another way."""
+        """The optimizer. Override it to learn in another way."""
         return torch.optim.Adam(parameters, lr=self.lr)
 
 
 class Optimal(LearnedMethod, ConstantMethod):
     """An ablated neuron is the constant with which the target does best (Li & Janson 2024, arXiv 2409.09951).
 
-    They are learned for all neurons together, see :class:`LearnedMethod`.
+    Constants are learned for all neurons together, see :class:`LearnedMethod`.
     """
 
     name = "optimal"

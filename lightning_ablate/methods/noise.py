@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from lightning_ablate.choices import seed_of
 from lightning_ablate.methods.base import Ablation, AblationMethod, Replacement
 from lightning_ablate.methods.draws import hashed, uniform
+from lightning_ablate.seeds import seed_of
 from lightning_ablate.statistics import Moments
 
 
 class Noise(AblationMethod):
-    """An ablated neuron is drawn anew at every position, from a normal with its mean and standard deviation.
+    """An ablated neuron is drawn at every position from a normal distribution with its mean and standard deviation.
 
     A draw depends on the seed, the site, the example, the position and the neuron, so that all fractions share it.
     """

@@ -19,13 +19,13 @@ class PositionalMean(AblationMethod):
     needs_batch = True
 
     def prepare(self, ablation: Ablation) -> Replacement:
-        """Looks up as many positions as there are when replacing."""
+        """Looks up the means of as many positions as a batch has."""
         found, device = ablation.statistics[MeanByPosition], ablation.mask.device
         overall = ablation.statistics[Moments].mean.float().to(device)
 
         def replace(activations: Tensor) -> Tensor:
             rows = ablation.by_example(activations)
-            # not made before, as every condition would hold a table of its own
+            # made here, or every condition would hold a table of its own
             means = torch.where((found.count > 0).unsqueeze(1).to(device), found.mean.float().to(device), overall)
             beyond = overall.expand(max(0, rows.shape[1] - len(means)), -1)
             values = torch.cat([means[: rows.shape[1]], beyond]).to(activations.dtype)

@@ -12,9 +12,9 @@ from lightning_ablate.methods.draws import below, hashed
 class Resample(AblationMethod):
     """An ablated neuron does what it does on another input, position by position.
 
-    The target's module makes that input from the condition's seed, of the kind named (see
-    :meth:`AblationModule.source`): one for the whole batch, or one in the place of each example. It is run once for all
-    conditions with nothing ablated, and its activations are kept for that long.
+    The module makes that input from the condition's seed, of the kind that ``source`` names (see
+    :meth:`AblationModule.source`): one for the whole batch, or one for each example. The intact target runs it once a
+    batch, for all conditions.
     """
 
     seeded = True
@@ -22,22 +22,26 @@ class Resample(AblationMethod):
     source: ClassVar[str]
 
     def places(self, seed: int, examples: Tensor, own: Tensor, length: Tensor) -> Tensor:
-        """Which of the source's positions each of a batch's ``own`` ``(positions,)`` int64 takes, without padding.
+        """The position of the source that each position of the batch takes, counted without padding.
 
-        By default the same ones; a shorter source begins again at its end, so that no position is left over.
-        ``examples`` ``(batch, 1)`` int64 are the indices of the batch's examples; ``length`` ``(batch, 1)`` int64 says
-        how many positions the source has, ``(1, 1)`` where one serves the whole batch.
+        By default the same one; a shorter source is repeated.
+
+        Args:
+            seed: of the condition.
+            examples: the indices of the batch's examples, ``(batch, 1)`` int64.
+            own: the positions of the batch, ``(positions,)`` int64.
+            length: how many positions the source has, ``(batch, 1)`` int64; ``(1, 1)`` if one serves the whole batch.
         """
         return own % length
 
     def prepare(self, ablation: Ablation) -> Replacement:
-        """Looks the source's activations up when replacing."""
+        """Looks up the source's activations for each batch."""
         seed = ablation.seed or 0
 
         def replace(activations: Tensor) -> Tensor:
             source, valid = ablation.batch.sources[self.source, seed][ablation.site]
             batch, positions = ablation.by_example(activations).shape[:2]
-            real = valid.argsort(dim=1, descending=True, stable=True)  # those that aren't padding, in their order
+            real = valid.argsort(dim=1, descending=True, stable=True)  # positions without padding, in their order
             own = torch.arange(positions, device=activations.device)
             examples = ablation.batch.examples.to(activations.device).unsqueeze(1)
             place = self.places(seed, examples, own, valid.sum(1, keepdim=True).clamp_min(1))
@@ -93,7 +97,7 @@ class ResampleAnyPosition(ResampleSamePosition):
     name = "resample-any-position"
 
     def places(self, seed: int, examples: Tensor, own: Tensor, length: Tensor) -> Tensor:
-        """Those drawn."""
+        """Positions drawn for each example and position."""
         return below(hashed(seed, examples, own), length)
 
 
@@ -109,5 +113,5 @@ class ResamplePartner(Resample):
 
 
 def others_of(examples: Tensor, seed: int, count: int) -> Tensor:
-    """Another of ``count`` examples in the place of each ``(batch,)`` int64, all others being equally likely."""
+    """For each of ``examples`` ``(batch,)`` int64 another one of ``count``, all others being equally likely."""
     return (examples.clamp_min(0) + 1 + below(hashed(seed, examples), torch.tensor(count - 1))) % count

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_ablate.errors import ConfigError, DataError
 from lightning_ablate.methods import others_of
 from lightning_ablate.metrics import Scored
-from lightning_ablate.phases import Phase
+from lightning_ablate.modules.phase import Phase
 from lightning_ablate.sharding import sharded
 from lightning_ablate.sites import Site
 

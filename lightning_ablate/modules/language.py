@@ -10,12 +10,12 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_ablate.choices import seed_of
 from lightning_ablate.data.text import padding_id, special_frame
 from lightning_ablate.errors import DataError, TargetError
 from lightning_ablate.metrics import Scored
 from lightning_ablate.modules.checks import check_length, check_vocabulary, effect_of_later, vocabulary_of
 from lightning_ablate.modules.hub import HubModule
+from lightning_ablate.seeds import seed_of
 
 TextBatch = Mapping[str, Tensor]
 _INPUTS = "input_ids", "attention_mask", "token_type_ids", "position_ids"

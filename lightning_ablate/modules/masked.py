@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ablate.choices import seed_of
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.metrics import Scored
 from lightning_ablate.modules.language import LanguageModel, TextBatch
+from lightning_ablate.seeds import seed_of
 
 
 class MaskedLM(LanguageModel):

@@ -7,9 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_ablate.choices import seed_of
 from lightning_ablate.metrics import Scored
 from lightning_ablate.modules.language import LanguageModel, TextBatch
+from lightning_ablate.seeds import seed_of
 from lightning_ablate.sites import Site
 
 

@@ -9,13 +9,13 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_ablate.choices import seed_of
 from lightning_ablate.data.labels import names_of
 from lightning_ablate.demo import resolve
 from lightning_ablate.errors import DataError, TargetError, loading
 from lightning_ablate.metrics import Scored
 from lightning_ablate.modules.base import exact_vectors
 from lightning_ablate.modules.hub import HubModule, last_states
+from lightning_ablate.seeds import seed_of
 
 ImageBatch = Mapping[str, Tensor]
 

@@ -1,8 +1,8 @@
-"""What a run does with its batches: it calibrates, learns, and sweeps; one Phase a file."""
+"""What a run does with its batches: it calibrates, attributes, learns, and sweeps; one phase a file."""
 
+from lightning_ablate.phases import learning, tuning
 from lightning_ablate.phases.attribution import AttributionPhase, VerificationPhase
 from lightning_ablate.phases.calibration import CalibrationPhase
-from lightning_ablate.phases.phase import Done, Phase
-from lightning_ablate.phases.resume import Run, Unfinished, is_unfinished
-from lightning_ablate.phases.schedule import Epoch, plan, schedule
+from lightning_ablate.phases.method import Amount, Epoch, MethodPhase
+from lightning_ablate.phases.schedule import check_attribution, plan, schedule
 from lightning_ablate.phases.sweep import SweepPhase

@@ -1,5 +1,6 @@
 """Attribution: estimates what every unit is worth, and measures some of them."""
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from lightning_ablate.attribution import (
     SUMS,
-    Attributing,
+    Attribution,
     cotangents,
     levels_of,
     orders,
@@ -16,30 +17,34 @@ from lightning_ablate.attribution import (
     picked,
     table_of,
 )
-from lightning_ablate.conditions import BASELINE, Condition
+from lightning_ablate.choices import Choice
+from lightning_ablate.conditions import BASELINE, Condition, Selection
 from lightning_ablate.errors import ConfigError, DataError, NonFiniteError, few
 from lightning_ablate.methods import Ablation, AblationMethod, Batch, Replacement
-from lightning_ablate.phases.phase import Module, Phase
-from lightning_ablate.phases.resume import Run
+from lightning_ablate.modules import AblationModule
+from lightning_ablate.modules.phase import Phase
 from lightning_ablate.phases.sweep import SweepPhase, read_source
+from lightning_ablate.run import Run
 from lightning_ablate.sites import Site, exact_device, hooked
+from lightning_ablate.statistics import SiteStatistics
 from lightning_ablate.statistics.base import by_example
+from lightning_ablate.sweep import Sweep
 
 
 class AttributionPhase(Phase):
     """Estimates the effect of every neuron, head and site alone, from one forward and ``1 + draws`` backward passes.
 
-    With δ, what ablating the unit adds to the activations, g the gradient of the cross-entropy there and g̃ one of
-    :func:`~lightning_ablate.attribution.cotangents`, the effect on an example is ``Σ g·δ + ½ (Σ g̃·δ)²``, summed over
-    its positions and the unit's neurons before the square, which is averaged over the draws; what a single position
-    adds levels off, see :func:`~lightning_ablate.attribution.orders`.
+    The effect on an example is ``Σ g·δ + ½ mean (Σ g̃·δ)²``, with sums over its positions and the unit's neurons and the
+    mean over draws. δ is what ablating the unit adds to the activations, g the gradient of the cross-entropy, g̃ that of
+    a random one of :func:`~lightning_ablate.attribution.cotangents`. Large positions are damped, see
+    :func:`~lightning_ablate.attribution.orders`.
     """
 
     title = "Attribution"
 
-    def __init__(self, module: Module, run: Run, options: Attributing) -> None:
+    def __init__(self, module: AblationModule, run: Run, options: Attribution, seed: int) -> None:
         super().__init__(module)
-        self.options, self.sites, methods = options, run.calibration.sites, options.methods
+        self.options, self.seed, self.sites, methods = options, seed, run.calibration.sites, options.each
         self._run, self._batch = run, Batch()
         self.n = torch.zeros(2, dtype=torch.float64, device=exact_device(module.device))
         self.sums = {
@@ -48,15 +53,15 @@ class AttributionPhase(Phase):
         self._alone = {method.name: {site: self._prepared(method, site) for site in self.sites} for method in methods}
 
     def step(self, batch: Any, batch_idx: int) -> None:
-        """Adds what the examples of one batch tell."""
+        """Adds the estimates of the examples of one batch."""
         module, found = self.module, dict[Site, Tensor]()
         examples = module.examples_of(batch, batch_idx)
         used = self.options.used(examples)
         if _passed_over(module, self.options, used):
             return
-        self._batch.examples, seed = examples, self.options.seed
+        self._batch.examples, seed = examples, self.seed
         with torch.no_grad():
-            for kind in dict.fromkeys(method.source for method in self.options.methods if method.source is not None):
+            for kind in dict.fromkeys(method.source for method in self.options.each if method.source is not None):
                 self._batch.sources[kind, seed] = read_source(module, self.sites, kind, seed, batch)
         with torch.enable_grad(), hooked(module.target, {s: partial(_kept, found, s) for s in self.sites}, once=True):
             scored = module.evaluate(batch)
@@ -79,7 +84,7 @@ class AttributionPhase(Phase):
             self._add(scored, rows, examples.tolist(), found)
 
     def end_epoch(self) -> None:
-        """Merges the processes, and hands the estimates to the calibration; NonFiniteError if they aren't finite."""
+        """Merges the processes and gives the estimates to the calibration; NonFiniteError if they aren't finite."""
         self.n = self.module.summed(self.n)
         if not self.n[0]:
             raise DataError("the examples that are attributed have no scored position; is everything padding?")
@@ -124,7 +129,7 @@ class AttributionPhase(Phase):
 
     def _prepared(self, method: AblationMethod, site: Site) -> dict[int, Replacement]:
         mask = torch.ones(site.width, dtype=torch.bool, device=self.module.device)
-        ablation = Ablation(site, mask, self._run.calibration[site], self.options.seed, self._batch)
+        ablation = Ablation(site, mask, self._run.calibration[site], self.seed, self._batch)
         return method.alone(ablation, list(levels_of(site).values()))
 
     def _nothing(self, site: Site) -> Tensor:
@@ -133,20 +138,24 @@ class AttributionPhase(Phase):
 
 
 class VerificationPhase(SweepPhase):
-    """Ablates the units with the largest estimates, and as many random ones, alone: the truth, on the same examples."""
+    """Measures units on the same examples: those with the largest estimates, and as many random ones, each alone."""
 
     title = "Verification"
 
-    def __init__(self, module: Module, run: Run, options: Attributing, examples: int) -> None:
-        self.rows, methods = picked(table_of(run.calibration.attributed), options.verify), options.methods
-        seeds = {method.name: options.seed if method.seeded else None for method in methods}
-        units = list(self.rows.itertuples())
-        alone = [Condition(1.0, seeds[u.method], f"{u.site} {u.level} {u.unit}", method=u.method) for u in units]
-        self.options, self._run, self._units = options, run, dict(zip(alone, units, strict=True))
-        super().__init__(module, run.calibration, methods, [BASELINE, *alone], examples=[examples])
+    def __init__(self, module: AblationModule, run: Run, options: Attribution, seed: int, examples: int) -> None:
+        self.rows = picked(table_of(run.calibration.attributed), options.verify)
+        seeds = {method.name: seed if method.seeded else None for method in options.each}
+        units = {f"{u.site} {u.level} {u.unit}": (u.site, u.level, u.unit) for u in self.rows.itertuples()}
+        alone = [
+            Condition(1.0, seeds[u.method], f"{u.site} {u.level} {u.unit}", method=u.method)
+            for u in self.rows.itertuples()
+        ]
+        self.options, self._run = options, run
+        sweep = Sweep(options.each, (1.0,), (seed,), _Units(units))
+        super().__init__(module, run.calibration, sweep, [BASELINE, *alone], examples=[examples])
 
     def step(self, batch: Any, batch_idx: int) -> None:
-        """Evaluates every condition on one batch of those that were attributed."""
+        """Evaluates every condition on one batch, if it has examples that were attributed."""
         examples = self.module.examples_of(batch, batch_idx)
         if not _passed_over(self.module, self.options, self.options.used(examples)):
             super().step(batch, batch_idx)
@@ -164,19 +173,30 @@ class VerificationPhase(SweepPhase):
             spread = (own - base - effect * n).square().sum().sqrt() / n.sum()
             self._run.measured.append([*key, effect.item(), spread.item() if len(n) > 1 else float("nan")])
 
-    def masks_of(self, condition: Condition) -> dict[Site, Tensor]:
-        """The neurons of the one unit."""
-        unit = self._units[condition]
-        site = next(site for site in self._run.calibration.sites if site.name == unit.site)
-        mask = torch.zeros(site.width, dtype=torch.bool)
-        mask.view(-1, levels_of(site)[unit.level])[unit.unit] = True
-        return {site: mask}
-
     def _check_examples(self, example: Tensor) -> None:
         """Calibration data may number their examples as they like."""
 
 
-def _passed_over(module: Module, options: Attributing, used: Tensor) -> bool:
+class _Units(Choice):
+    """Single units, each alone: by the name of a selection's part its site, level and place there."""
+
+    def __init__(self, units: Mapping[str, tuple[str, str, int]]) -> None:
+        self._units = units
+
+    def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
+        """One for each."""
+        return [Selection(1.0, None, part) for part in self._units]
+
+    def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:
+        """The neurons of the one unit."""
+        name, level, unit = self._units[selection.part]
+        mask = torch.zeros(site.width, dtype=torch.bool)
+        if site.name == name:
+            mask.view(-1, levels_of(site)[level])[unit] = True
+        return mask
+
+
+def _passed_over(module: AblationModule, options: Attribution, used: Tensor) -> bool:
     """Whether no process uses any example of its batch; asked of all, as the passes of a sharded target need all."""
     return options.examples is not None and not bool(module.summed(used.any().float()))
 

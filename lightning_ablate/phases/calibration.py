@@ -10,18 +10,19 @@ from torch import Tensor
 
 from lightning_ablate.errors import NonFiniteError, StatisticsError
 from lightning_ablate.metrics import checked
-from lightning_ablate.phases.phase import Module, Phase
-from lightning_ablate.phases.resume import Run
+from lightning_ablate.modules import AblationModule
+from lightning_ablate.modules.phase import Phase
+from lightning_ablate.run import Run
 from lightning_ablate.sites import KINDS, Site, check_mixing, exact_device, find_sites, hooked
-from lightning_ablate.statistics import ActivationStatistic, Covariance, Moments
+from lightning_ablate.statistics import ActivationStatistic, Moments
 
 
 class CalibrationPhase(Phase):
-    """Reads every site in every forward pass, and adds what it gathered to the run's calibration behind each epoch."""
+    """Reads every site in every forward pass; after each epoch its statistics enter the run's calibration."""
 
     title = "Calibration"
 
-    def __init__(self, module: Module, run: Run, kinds: Sequence[type[ActivationStatistic]]) -> None:
+    def __init__(self, module: AblationModule, run: Run, kinds: Sequence[type[ActivationStatistic]]) -> None:
         super().__init__(module)
         self.kinds, self.calibration, self.seconds, self._run = kinds, run.calibration, 0.0, run
         self.epochs = 1 + max(kind.epoch() for kind in kinds)
@@ -34,7 +35,7 @@ class CalibrationPhase(Phase):
         self._gathered = {s: [kind.of(s, calibration[s]).to(device) for kind in kinds] for s in calibration.sites}
 
     def step(self, batch: Any, batch_idx: int) -> None:
-        """Adds the activations on one batch; on the first the sites are found, SiteError if they can't be told."""
+        """Adds the activations on one batch; finds the sites on the first one, or raises SiteError."""
         with torch.no_grad():
             if not self.calibration.sites:
                 self._find_sites(batch)
@@ -58,8 +59,7 @@ class CalibrationPhase(Phase):
                 except StatisticsError as error:
                     raise StatisticsError(f"site {site.name}: {error}") from error
                 self.calibration.add(site, statistic)
-                if isinstance(statistic, Covariance):
-                    self._run.check_positions(site, statistic)
+                self._run.note(statistic.note(site))
         self._gathered = {}
 
     def _add(self, site: Site, batch: Any, examples: Tensor, activations: Tensor) -> None:

@@ -1,47 +1,52 @@
 """Learning: finds the values of a method by gradient descent, while the target stays as it is."""
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from math import ceil
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from lightning_ablate.choices import Choice, seed_of
 from lightning_ablate.conditions import Selection
 from lightning_ablate.errors import ConfigError, NonFiniteError
 from lightning_ablate.methods import Ablation, Edit, LearnedMethod
-from lightning_ablate.phases.phase import Module, Phase
-from lightning_ablate.phases.resume import Run
+from lightning_ablate.modules import AblationModule
+from lightning_ablate.phases.method import Amount, Epoch, MethodPhase
+from lightning_ablate.run import Run
+from lightning_ablate.seeds import seed_of
 from lightning_ablate.sites import Site, exact_device, hooked
 from lightning_ablate.statistics import Moments
 from lightning_ablate.statistics.base import by_example
+from lightning_ablate.sweep import Sweep
 
 _HELD_OUT = 10  # one step of so many is held out
+BACKWARD = 3.0  # what a pass back and forth costs, in forward passes
 Begun = dict[tuple[str, Site], tuple[Tensor, Callable[[Tensor], Tensor]]]
-"""By its name and site what is learned, float32, all zeros, and what makes values of it as it moves."""
+"""(name, site) → (zero delta, float32, function from delta to replacement values)."""
 
 
 class Course(NamedTuple):
-    """How the learning of a method's values goes."""
+    """The epochs and steps in which a method learns."""
 
     epochs: int  # over the calibration data
     batches: int  # in an epoch, of each process
-    accumulated: int  # of these in a step
+    accumulated: int  # batches in a step
 
     @classmethod
-    def of(cls, *, steps: int, examples: int, batch_size: int, batches: int) -> Self:
-        """The fewest epochs that give so many steps; ``batch_size`` is that of all processes, ``batches`` of each."""
-        one = cls(1, batches, min(batches, max(1, round(examples / batch_size))))
-        return one._replace(epochs=ceil(steps / one.taken))
+    def of(cls, method: LearnedMethod, amount: Amount) -> Self:
+        """The fewest epochs that give the steps of a method."""
+        batches = int(amount.batches)
+        one = cls(1, batches, min(batches, max(1, round(method.examples / amount.batch_size))))
+        return one._replace(epochs=ceil((1 if amount.dry else method.steps) / one.taken))
 
     @property
     def steps(self) -> int:
-        """The steps of an epoch, those held out among them."""
+        """The steps of an epoch, held-out ones included."""
         return ceil(self.batches / self.accumulated)
 
     @property
@@ -55,20 +60,21 @@ class Course(NamedTuple):
         return batch // self.accumulated % each == each - 1
 
 
-class LearningPhase(Phase):
-    """Learns the values of one method at all sites.
+class LearningPhase(MethodPhase):
+    """Learns the values of one method at all sites by gradient descent, while the target stays as it is.
 
-    Gradients are taken of the sum over the scored positions, and divided by their number over all processes when a step
-    is due; so a step is the same, but for rounding, however its examples are dealt to batches and processes. What is
-    learned is float32 whatever the precision of the target; the run's calibration gets it at the end.
+    Gradients are those of the sum over scored positions, divided by their number over all processes when a step is
+    due. So a step is the same, but for rounding, however its examples are dealt to batches and processes. What is
+    learned is float32 in any precision of the target; the calibration gets it at the end.
     """
 
+    serves: ClassVar[type[LearnedMethod]] = LearnedMethod  # type: ignore[type-abstract]
     doing, loss = "Learning", "cross-entropy"
-    passes = 1  # of the ablated target over each batch, which learn apart
+    passes = 1  # of the ablated target over each batch, each with values of its own
 
-    def __init__(self, module: Module, run: Run, method: LearnedMethod, choice: Choice, course: Course) -> None:
+    def __init__(self, module: AblationModule, run: Run, method: LearnedMethod, sweep: Sweep, course: Course) -> None:
         super().__init__(module)
-        self.method, self.course, self._run, self._choice = method, course, run, choice
+        self.method, self.course, self.sweep, self._run = method, course, sweep, run
         self._calibration = run.calibration
         self.title, self.epochs = f"{self.doing} {method.name}", course.epochs
         begun = self.begin()
@@ -77,14 +83,36 @@ class LearningPhase(Phase):
         self.optimizer = method.optimizer(self.deltas.values())
         self.scheduler = CosineAnnealingLR(self.optimizer, T_max=course.epochs * course.steps)
         self.taken, self._epoch = 0, 0  # steps of the optimizer so far
-        for delta in self.deltas.values():  # which a process that ablates nothing at a site has as well
+        for delta in self.deltas.values():  # also in a process that ablates nothing at a site
             delta.grad = torch.zeros_like(delta)
         exact = exact_device(module.device)
         self._sums = torch.zeros(2, dtype=torch.float64, device=exact)  # positions, and their loss
         self._held_sums = torch.zeros(2, 2, dtype=torch.float64, device=exact)  # as it began, and by now
 
+    @classmethod
+    def scheduled(cls, method: LearnedMethod, sweep: Sweep, amount: Amount) -> list[Epoch]:
+        """As many epochs as give the method's steps; ConfigError for data without a length."""
+        if amount.batches == float("inf"):
+            raise ConfigError(
+                f"{method.name} learns in steps over the calibration data, which tell no length; give the loader one, "
+                "or set --trainer.limit_train_batches"
+            )
+        course = Course.of(method, amount)
+        taken, note = min(course.accumulated * amount.batch_size, amount.examples or sys.maxsize), ""
+        if taken != method.examples:
+            few = taken == amount.examples
+            why = "there are no more" if few else "a step is made of whole batches of all processes"
+            note = f"; {method.name} takes steps of {taken} examples, not {method.examples}: {why}"
+        make = partial(cls, method=method, sweep=sweep, course=course)
+        return [Epoch(number, make, *cls.cost(method), note) for number in range(course.epochs)]
+
+    @classmethod
+    def cost(cls, method: LearnedMethod) -> tuple[float, str, float]:
+        """What a batch costs in forward passes, see :class:`Epoch`: beside conditions, their method, and each."""
+        return BACKWARD, "", 0.0
+
     def begin(self) -> Begun:
-        """Of each neuron the distance from its mean, in standard deviations, ``(neurons,)``."""
+        """For each site a zero change from the means, in standard deviations, ``(neurons,)``."""
         begun: Begun = {}
         for site in self._calibration.sites:
             moments = self._calibration[site][Moments]
@@ -93,29 +121,29 @@ class LearningPhase(Phase):
         return begun
 
     def losses(self, batch: Any, batch_idx: int, when: str, moved: bool) -> Iterator[Tensor]:
-        """The scored positions of a batch and the sum of their loss, ``(2,)`` float64, pass by pass.
+        """For each ablated pass: the number of scored positions and the sum of their losses, ``(2,)`` float64.
 
-        With ``moved`` it is that of what is learned by now, else as it began.
+        ``when`` seeds the choice of neurons; without ``moved`` the values are those that learning began with.
         """
         sites, examples = self._calibration.sites, self.module.examples_of(batch, batch_idx).tolist()
-        drawn = [self._choice.draw(sites, seed_of("learning", when, index)) for index in examples]
+        drawn = [self.sweep.choice.draw(sites, seed_of("learning", when, index)) for index in examples]
         values = {site: self.value((self.method.name, site), moved) for site in sites}
         with hooked(self.module.target, {s: partial(self._ablate, s, values[s], drawn) for s in sites}, once=True):
             scored = self.module.evaluate(batch)
         yield summed(functional.cross_entropy(scored.logits.float(), scored.targets, reduction="none"), scored.example)
 
     def value(self, key: tuple[str, Site], moved: bool) -> Tensor:
-        """What is learned by now, or as it began."""
+        """The replacement values by now, or those that learning began with."""
         delta = self.deltas[key]
         return self._moves[key](delta if moved else torch.zeros_like(delta))
 
     def begin_epoch(self, epoch: int) -> None:
-        """Begins to sum what is held out anew."""
+        """Resets the held-out losses."""
         self._epoch = epoch
         self._held_sums.zero_()
 
     def step(self, batch: Any, batch_idx: int) -> None:
-        """Adds the gradient on one batch, and takes a step where one is due; or checks a batch that is held out."""
+        """Adds the gradient on one batch and takes a step if one is due, or evaluates a held-out batch."""
         held_out = self.course.is_held_out(batch_idx)
         if held_out:
             with torch.no_grad():
@@ -137,7 +165,7 @@ class LearningPhase(Phase):
             self.scheduler.step()
 
     def end_epoch(self) -> None:
-        """Merges what was held out; the last epoch's values go to the calibration."""
+        """Merges the held-out losses; after the last epoch the values go to the calibration."""
         (positions, before), (_, after) = self.module.summed(self._held_sums).tolist()
         before, after = before / max(positions, 1), after / max(positions, 1)
         if positions:
@@ -156,7 +184,7 @@ class LearningPhase(Phase):
                 learned[site] = self.value((name, site), moved=True).detach().clone()
 
     def state_dict(self) -> dict[str, Any]:
-        """How far it has come, at the end of an epoch."""
+        """The values and the optimizer, at the end of an epoch."""
         return {
             "deltas": [delta.detach().cpu() for delta in self.deltas.values()],
             "optimizer": self.optimizer.state_dict(),
@@ -195,13 +223,16 @@ class LearningPhase(Phase):
 
     def _ablate(self, site: Site, values: Tensor, drawn: list[Selection], activations: Tensor) -> Tensor:
         statistics = self._calibration.with_learned(site, {self.method.name: values})
-        mask = torch.stack([self._choice.mask(one, site, statistics) for one in drawn]).to(activations.device)
+        mask = torch.stack([self.sweep.choice.mask(one, site, statistics) for one in drawn]).to(activations.device)
         rows, _ = by_example(activations, torch.ones(len(mask), 1, dtype=torch.bool))
         mask = mask.unsqueeze(1)
         return Edit(mask, self.method.prepare(Ablation(site, mask, statistics, None)))(rows).reshape(activations.shape)
 
 
 def summed(losses: Tensor, example: Tensor) -> Tensor:
-    """How many positions count, and the sum of their losses ``(n,)``: ``(2,)`` float64; see :class:`Scored`."""
+    """The number of positions that count and the sum of their losses, ``(2,)`` float64.
+
+    ``losses`` and ``example`` are ``(n,)``, see :class:`Scored`.
+    """
     losses, counts = losses.to(exact := exact_device(losses.device)), (example >= 0).to(exact)
     return torch.stack([counts.sum().double(), torch.where(counts, losses, 0.0).sum(dtype=torch.float64)])

@@ -1,111 +1,99 @@
 """The order of the epochs of a run, and what it all amounts to."""
 
-import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
-from typing import NamedTuple
 
-from lightning_ablate.attribution import Attributing
-from lightning_ablate.choices import Choice
+from lightning_ablate.attribution import Attribution
 from lightning_ablate.conditions import Condition
 from lightning_ablate.errors import ConfigError
-from lightning_ablate.methods import AblationMethod, ConditionalTuned, LearnedMethod
 from lightning_ablate.phases.attribution import AttributionPhase, VerificationPhase
 from lightning_ablate.phases.calibration import CalibrationPhase
-from lightning_ablate.phases.learning import Course, LearningPhase
-from lightning_ablate.phases.phase import Phase
-from lightning_ablate.phases.tuning import TuningPhase
+from lightning_ablate.phases.method import Amount, Epoch, phase_of
 from lightning_ablate.statistics import ActivationStatistic
-
-_BACKWARD = 3.0  # what a pass back and forth costs, in forward passes
-
-
-class Epoch(NamedTuple):
-    """An epoch over the calibration data."""
-
-    number: int  # of its phase, from 0
-    make: Callable[..., Phase]  # of a module and a run
-    cost: float  # of a batch, in forward passes
-    each: float = 0.0  # and of every condition of this method
-    method: str = ""
-    note: str = ""  # what the plan must say of it
+from lightning_ablate.sweep import Sweep
 
 
 def schedule(
-    kinds: Sequence[type[ActivationStatistic]],
-    methods: Sequence[AblationMethod],
-    choice: Choice,
-    attributing: Attributing,
-    conditions: Callable[[], Sequence[Condition]],
-    *,
-    batches: float,
-    batch_size: int,
-    examples: int,
-    steps: int | None,
+    kinds: Sequence[type[ActivationStatistic]], sweep: Sweep, attribution: Attribution, amount: Amount
 ) -> list[Epoch]:
-    """The epochs that gather these kinds of statistics, and behind them those that attribute, learn, and fit.
+    """The epochs of ``fit``: those that gather these kinds of statistics, attribute, and prepare methods.
 
-    Attribution comes first, as what is learned may be of neurons that it ranks, unless it is of what is learned.
-    ``batches`` are those of an epoch and process, of ``examples`` in all, ``batch_size`` that of all processes
-    together; of ``steps`` None takes each method's own; ``conditions`` gives those of the sweep, once the sites are
-    known. ConfigError if there is something to learn from data without a length.
+    Attribution comes before the phases of methods, which may need its ranking of units; after them where it is of a
+    method that they prepare.
     """
+    prepared = {method: phase for method in sweep.methods if (phase := phase_of(method)) is not None}
     calibrate = partial(CalibrationPhase, kinds=kinds)
-    found = [Epoch(number, calibrate, 1.0) for number in range(1 + max(kind.epoch() for kind in kinds))]
-    learned = [method for method in methods if isinstance(method, LearnedMethod)]
-    waits = bool({method.name for method in learned} & {method.name for method in attributing.methods})
-    found += [] if waits else _attributing(attributing, examples)
-    for method in methods:
-        if not isinstance(method, LearnedMethod):
-            continue
-        if batches == float("inf"):
+    calibrating = [Epoch(number, calibrate, 1.0) for number in range(1 + max(kind.epoch() for kind in kinds))]
+    preparing = [epoch for method, phase in prepared.items() for epoch in phase.scheduled(method, sweep, amount)]
+    attributing = _attributing(attribution, sweep.seeds[0], amount) if attribution.methods else []
+    waits = {method.name for method in prepared} & {method.name for method in attribution.each}
+    return calibrating + (preparing + attributing if waits else attributing + preparing)
+
+
+def check_attribution(options: Attribution, sweep: Sweep, metrics: Sequence[str] = ()) -> None:
+    """Raises ConfigError for methods that can't be attributed, and for a choice whose attribution isn't made.
+
+    ``metrics`` are those of the module's own.
+    """
+    if options.metric not in (None, *metrics):
+        raise ConfigError(
+            f"the module has no metric {options.metric!r} (--ablation.attribution.metric), it has "
+            f"{', '.join(metrics) or 'none of its own'}"
+        )
+    names = [method.name for method in options.each]
+    prepared = {method.name for method in sweep.methods if phase_of(method) is not None}
+    for method in options.each:
+        if not method.attributable or (phase_of(method) is not None and method.name not in prepared):
             raise ConfigError(
-                f"{method.name} learns in steps over the calibration data, which tell no length; give the loader one, "
-                "or set --trainer.limit_train_batches"
+                f"{method.name} can't be attributed: expected a method whose values don't depend on what else is "
+                "ablated, and one that learns in --ablation.methods as well (--ablation.attribution.methods)"
             )
-        sizes = {"examples": method.examples, "batch_size": batch_size, "batches": int(batches)}
-        course = Course.of(steps=steps or method.steps, **sizes)
-        taken, note = min(course.accumulated * batch_size, examples or sys.maxsize), ""
-        if taken != method.examples:
-            why = "there are no more" if taken == examples else "a step is made of whole batches of all processes"
-            note = f"; {method.name} takes steps of {taken} examples, not {method.examples}: {why}"
-        for number in range(course.epochs):
-            if isinstance(method, ConditionalTuned):
-                tune = partial(TuningPhase, method=method, choice=choice, course=course, conditions=conditions)
-                found.append(Epoch(number, tune, 1.0, _BACKWARD, method.name, note))
-            else:
-                learn = partial(LearningPhase, method=method, choice=choice, course=course)
-                found.append(Epoch(number, learn, _BACKWARD, note=note))
-    return found + (_attributing(attributing, examples) if waits else [])
+    if (under := sweep.choice.attribution) is None:
+        return
+    if set(names) & prepared:
+        raise ConfigError("neurons are ranked by an attribution, which waits for what is learned of such neurons")
+    if (under or next(iter(names), None)) not in names:
+        raise ConfigError(
+            f"neurons are ranked by the attribution under {under or 'some method'}, expected it in "
+            f"--ablation.attribution.methods, which names {', '.join(names) or 'none'}"
+        )
 
 
-def _attributing(options: Attributing, examples: int) -> list[Epoch]:
-    """The epochs that attribute, and then verify, with ``examples`` calibration examples; none without methods."""
-    found = [Epoch(0, partial(AttributionPhase, options=options), 1.0 + 2.0 * (1 + options.draws))]
+def _attributing(options: Attribution, seed: int, amount: Amount) -> list[Epoch]:
+    attribute = partial(AttributionPhase, options=options, seed=seed)
+    found = [Epoch(0, attribute, 1.0 + 2.0 * (1 + options.draws))]
     if options.verify:
-        cost = 1.0 + 4.0 * options.verify * len(options.methods)
-        found.append(Epoch(0, partial(VerificationPhase, options=options, examples=examples), cost))
-    return found if options.methods else []
+        verify = partial(VerificationPhase, options=options, seed=seed, examples=amount.examples)
+        found.append(Epoch(0, verify, 1.0 + 4.0 * options.verify * len(options.each)))
+    return found
 
 
 def plan(
     epochs: Sequence[Epoch],
+    sweep: Sweep,
     conditions: Sequence[Condition],
-    methods: Sequence[AblationMethod],
-    phase: CalibrationPhase,
+    seconds: float,
     batches: tuple[float, float],
 ) -> str:
-    """One line on what a run amounts to, with ``batches`` in an epoch of ``fit`` and in the sweep, of each process."""
-    sources = {method.name: method.source for method in methods}
+    """One line on what a run amounts to.
+
+    Args:
+        epochs: those of ``fit``.
+        sweep: what is compared.
+        conditions: those of the sweep.
+        seconds: of a forward pass over a batch.
+        batches: of an epoch of ``fit`` and of the sweep, of each process.
+    """
+    sources = {method.name: method.source for method in sweep.methods}
     resampled = {(sources[c.method], c.seed) for c in conditions[1:] if sources[c.method] is not None}
     counts = Counter(condition.method for condition in conditions)
-    calibrating = sum(epoch.cost + epoch.each * counts[epoch.method] for epoch in epochs)
+    calibrating = sum(epoch.cost + epoch.per_condition * counts[epoch.method] for epoch in epochs)
     passes = batches[0] * calibrating + batches[1] * (len(conditions) + len(resampled))
     about = f"plan: {len(conditions):,} conditions"
     notes = "".join(dict.fromkeys(epoch.note for epoch in epochs))
     if passes == float("inf"):
-        return f"{about}, {phase.seconds:.2g} s a forward pass; the data tell no length{notes}"
-    lasts = timedelta(seconds=round(passes * phase.seconds))
+        return f"{about}, {seconds:.2g} s a forward pass; the data tell no length{notes}"
+    lasts = timedelta(seconds=round(passes * seconds))
     return f"{about}, {passes:,.0f} forward passes, about {lasts} (h:mm:ss){notes}"

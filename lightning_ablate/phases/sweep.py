@@ -9,59 +9,65 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from lightning_ablate.calibration import Calibration, digest
-from lightning_ablate.choices import Choice, Random
-from lightning_ablate.conditions import BASELINE, Condition, Selection
-from lightning_ablate.errors import DataError, NonFiniteError, StatisticsError
-from lightning_ablate.methods import Ablation, AblationMethod, Batch, ConstantMethod, Edit, Replacement, Source
+from lightning_ablate.ablation import edits_of
+from lightning_ablate.calibration import Calibration
+from lightning_ablate.conditions import BASELINE, Condition
+from lightning_ablate.errors import DataError, NonFiniteError
+from lightning_ablate.methods import Batch, Edit, Source
 from lightning_ablate.metrics import METRICS, Clean, Scored, SweepMetrics, checked
-from lightning_ablate.phases.phase import Module, Phase
-from lightning_ablate.sites import Site, check_mask, exact_device, hooked
+from lightning_ablate.modules import AblationModule
+from lightning_ablate.modules.phase import Phase
+from lightning_ablate.sites import Site, exact_device, hooked
 from lightning_ablate.statistics.base import by_example
+from lightning_ablate.sweep import Sweep
 
 _ROOM = 2**30  # bytes
 
 
 class SweepPhase(Phase):
-    """Applies every condition to a calibrated target, and keeps the scores.
+    """Evaluates every condition of a sweep on a calibrated target, and keeps the scores.
 
-    A batch is loaded once and all conditions see it, the baseline first, so that they are compared on the same
-    positions; StatisticsError if a method's statistics are missing. ``examples`` is how many are evaluated, of each
-    data set, to keep what each of them scores; 0 where that isn't known. ``announce`` is told each condition before it
-    is evaluated.
+    A batch is loaded once and all conditions see it, the baseline first, so they are compared on the same positions.
+
+    Args:
+        module: whose target is evaluated.
+        calibration: the statistics of its sites; StatisticsError if one that a method needs is missing.
+        sweep: what is compared.
+        conditions: those that are evaluated, the baseline first.
+        examples: how many are evaluated, of each data set, to keep what each of them scores; 0 where it isn't known.
+
+    Attributes:
+        announce: is called with each condition before it is evaluated.
+        ablated: the share of all sites' neurons that each condition ablates.
     """
 
     title = "Sweep"
 
     def __init__(
         self,
-        module: Module,
+        module: AblationModule,
         calibration: Calibration,
-        methods: Sequence[AblationMethod],
+        sweep: Sweep,
         conditions: Sequence[Condition],
-        choice: Choice | None = None,
         examples: Sequence[int] = (0,),
     ) -> None:
         super().__init__(module)
-        self.conditions, self.classes = tuple(conditions), 0
-        self.ablated: dict[Condition, float] = {}  # the share of all sites' neurons that each condition ablates
+        self.sweep, self.conditions, self.classes = sweep, tuple(conditions), 0
+        self.ablated: dict[Condition, float] = {}
         self.done = [0] * len(examples)  # batches of each data set
         self.each = [
             SweepMetrics(len(self.conditions), n, module.metrics).to(exact_device(module.device)) for n in examples
         ]
         self.announce: Callable[[Condition], None] = lambda condition: None
-        self._calibration, self._choice = calibration, choice or Random()
-        self._methods = {method.name: method for method in methods}
-        self._batch = Batch()
-        drawn = [(self._methods[c.method].source, c.seed or 0) for c in self.conditions[1:]]
+        self._calibration, self._batch = calibration, Batch()
+        drawn = [(sweep.method(c.method).source, c.seed or 0) for c in self.conditions[1:]]
         self._sources = [(kind, seed) for kind, seed in dict.fromkeys(drawn) if kind is not None]  # resampled from
-        self._constants: dict[tuple[str, Site], Replacement] = {}
         self._edits: dict[Condition, dict[Site, Edit]] = {}
-        # kept while it takes less memory than the target, or 1 GiB; the rest is made anew for every batch
+        # kept while they take less memory than the target, or 1 GiB; others are made again for every batch
         room = max(_ROOM, sum(parameter.nbytes for parameter in module.target.parameters()))
         width = max(1, sum(site.width for site in calibration.sites))
         for condition in self.conditions:
-            edits = self.edits_of(condition)
+            edits = self._edits_of(condition)
             self.ablated[condition] = sum(int(edit.mask.sum()) for edit in edits.values()) / width
             if (size := sum(edit.nbytes for edit in edits.values())) <= room:
                 room -= size
@@ -113,7 +119,7 @@ class SweepPhase(Phase):
     @contextmanager
     def applied(self, condition: Condition) -> Iterator[None]:
         """Ablates the target for the one forward pass inside."""
-        edits = self._edits.get(condition) or self.edits_of(condition)
+        edits = self._edits.get(condition) or self._edits_of(condition)
         with record_function(str(condition)), hooked(self.module.target, edits, once=True):
             yield
 
@@ -133,29 +139,11 @@ class SweepPhase(Phase):
                 metrics.load_state_dict(dict(saved))
                 metrics.to(exact_device(self.module.device))
 
-    def edits_of(self, condition: Condition) -> dict[Site, Edit]:
-        """What a condition does to each site; those it leaves alone are left out."""
-        edits: dict[Site, Edit] = {}
-        masks = {} if condition == BASELINE else self.masks_of(condition)
-        whole = digest_of(masks)
-        for site, mask in masks.items():
-            if not bool(mask.any()):
-                continue
-            method, statistics = self._methods[condition.method], self._calibration[site]
-            mask = mask.to(self.module.device)
-            ablation = Ablation(site, mask, statistics, condition.seed, self._batch, whole)
-            try:
-                replacement = self._constants.get((method.name, site)) or method.prepare(ablation)
-            except StatisticsError as error:
-                raise StatisticsError(f"the method {method.name!r} {error}") from error
-            if type(method).prepare is ConstantMethod.prepare:
-                self._constants[method.name, site] = replacement
-            edits[site] = Edit(ablation.mask, replacement)
-        return edits
-
-    def masks_of(self, condition: Condition) -> dict[Site, Tensor]:
-        """The neurons of the sites that a condition ablates, ``(neurons,)`` bool on the CPU."""
-        return masks_of(condition, self._choice, self._calibration)
+    def _edits_of(self, condition: Condition) -> dict[Site, Edit]:
+        if condition == BASELINE:
+            return {}
+        method, masks = self.sweep.method(condition.method), self.sweep.masks(condition, self._calibration)
+        return edits_of(method, masks, self._calibration, self.module.device, condition.seed, self._batch)
 
     def _check_examples(self, example: Tensor) -> None:
         """Raises DataError unless a batch's examples are new and of the data, as the intervals are over examples."""
@@ -184,22 +172,9 @@ class SweepPhase(Phase):
             )
 
 
-def masks_of(condition: Selection, choice: Choice, calibration: Calibration) -> dict[Site, Tensor]:
-    """The neurons of every site that are ablated, ``(neurons,)`` bool on the CPU."""
-    masks = {site: choice.mask(condition, site, calibration[site]) for site in calibration.sites}
-    for site, mask in masks.items():
-        check_mask(mask, site, type(choice).__name__)
-    return masks
-
-
-def digest_of(masks: Mapping[Site, Tensor]) -> str:
-    """What tells the masks of all sites, which are on the CPU, from others: hexadecimal."""
-    return digest({site.name: mask for site, mask in masks.items()})
-
-
-def read_source(module: Module, sites: Iterable[Site], kind: str, seed: int, batch: Any) -> dict[Site, Source]:
-    """Runs an input that is resampled from, and keeps what the sites do."""
-    other = module.source(kind, seed, batch)  # which may run the target to generate it
+def read_source(module: AblationModule, sites: Iterable[Site], kind: str, seed: int, batch: Any) -> dict[Site, Source]:
+    """The activations of the sites on another input of this kind, from which methods resample."""
+    other = module.source(kind, seed, batch)  # may run the target to generate it
     found: dict[Site, Source] = {}
 
     def keep(site: Site, activations: Tensor) -> None:

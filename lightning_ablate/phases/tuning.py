@@ -1,56 +1,54 @@
-"""Tuning: moves what was fitted by gradient descent, until the ablated target says what the intact one does."""
+"""Tuning: moves regressions by gradient descent, until the ablated target predicts what the intact one does."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_ablate.choices import Choice
-from lightning_ablate.conditions import Condition
 from lightning_ablate.errors import ConfigError
-from lightning_ablate.methods import Ablation, ConditionalTuned, Edit
-from lightning_ablate.phases.learning import Begun, Course, LearningPhase, summed
-from lightning_ablate.phases.phase import Module
-from lightning_ablate.phases.resume import Run
-from lightning_ablate.phases.sweep import digest_of, masks_of
+from lightning_ablate.methods import Ablation, ConditionalTuned, Edit, LearnedMethod
+from lightning_ablate.modules import AblationModule
+from lightning_ablate.phases.learning import BACKWARD, Begun, Course, LearningPhase, summed
+from lightning_ablate.run import Run
+from lightning_ablate.seeds import digest
 from lightning_ablate.sites import Site, hooked
 from lightning_ablate.statistics import Moments
+from lightning_ablate.sweep import Sweep
 
 
 class TuningPhase(LearningPhase):
-    """Learns, for every condition of a sweep, what :class:`~lightning_ablate.methods.ConditionalTuned` puts in place.
+    """Learns :class:`~lightning_ablate.methods.ConditionalTuned` for every condition of a sweep.
 
-    It begins with what the :class:`FittingPhase` has fitted, also to the batches that are held out here. The intact
-    target reads a batch once, and each condition does.
+    The regressions begin at the conditional mean of all calibration data, held-out batches included. For each batch the
+    intact target runs once, and each condition once.
     """
 
+    serves = ConditionalTuned
     doing, loss = "Tuning", "KL divergence"
     method: ConditionalTuned
 
     def __init__(
-        self,
-        module: Module,
-        run: Run,
-        method: ConditionalTuned,
-        choice: Choice,
-        course: Course,
-        conditions: Callable[[], Sequence[Condition]],
+        self, module: AblationModule, run: Run, method: ConditionalTuned, sweep: Sweep, course: Course
     ) -> None:
         self._masks = dict[str, dict[Site, Tensor]]()
-        for condition in (one for one in conditions() if one.method == method.name):
-            masks = masks_of(condition, choice, run.calibration)
-            self._masks[method.key(digest_of(masks))] = {
-                site: mask.to(module.device) for site, mask in masks.items() if bool(mask.any())
-            }
+        for condition in (one for one in sweep.conditions(run.calibration.sites) if one.method == method.name):
+            masks = sweep.masks(condition, run.calibration)
+            key = method.key(digest({site.name: mask for site, mask in masks.items()}))
+            self._masks[key] = {site: mask.to(module.device) for site, mask in masks.items() if bool(mask.any())}
         if not self._masks:
             raise ConfigError(f"{method.name} has nothing to tune, as no neuron is ablated (--ablation.fractions)")
         self.passes = len(self._masks)
-        super().__init__(module, run, method, choice, course)
+        super().__init__(module, run, method, sweep, course)
+
+    @classmethod
+    def cost(cls, method: LearnedMethod) -> tuple[float, str, float]:
+        """An intact pass, and one back and forth for each condition."""
+        return 1.0, method.name, BACKWARD
 
     def begin(self) -> Begun:
-        """Of every condition and site what :meth:`ConditionalTuned.moved` adds, ``(kept + 1, ablated)``."""
+        """For each condition and site a zero change of its regression, ``(kept + 1, ablated)``."""
         begun: Begun = {}
         for key, masks in self._masks.items():
             for site, mask in masks.items():
@@ -60,7 +58,7 @@ class TuningPhase(LearningPhase):
         return begun
 
     def losses(self, batch: Any, batch_idx: int, when: str, moved: bool) -> Iterator[Tensor]:
-        """Of the KL divergence of each condition in turn from the intact target."""
+        """For each condition the KL divergence from the intact target."""
         with torch.no_grad():
             intact = self.module.evaluate(batch).logits.float().log_softmax(1)
         for key, masks in self._masks.items():

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _PACKAGES = "lightning-ablate lightning torch torchmetrics transformers timm datasets numpy pandas pyarrow"
-_KEPT = ("results.csv", "ablation.ckpt", "config.yaml", "unfinished/progress.pt")  # by which a run is known
+_KEPT = ("results.csv", "ablation.ckpt", "config.yaml")  # by which a run is known
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

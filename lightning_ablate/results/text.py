@@ -3,7 +3,6 @@
 import os
 from html import escape
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -77,14 +76,8 @@ def interval(results: "Results") -> str:
 
 
 def _ridges(results: "Results") -> list[str]:
-    """What was chosen for the methods that let it be chosen."""
-    chosen = [ridge for by_site in (results.facts.get("ridges") or {}).values() for ridge in by_site.values()]
-    methods = results.facts.get("methods") or ()
-    whose = [m["name"] for m in methods if m.get("ridge", 0) is None]
-    if not (chosen and whose):
-        return []
-    span = f"{min(chosen):g} to {max(chosen):g}, median {median(chosen):g}"
-    return [f"ridge, chosen at each site on calibration examples held out: {span} ({', '.join(whose)})"]
+    """What methods say of how they were made."""
+    return list(results.facts.get("methods_notes") or ())
 
 
 def _scores(results: "Results") -> str:

@@ -115,8 +115,9 @@ def weights_of(target: nn.Module, site: Site) -> tuple[Tensor, Tensor | None, bo
     linear, transposed = kind is nn.Linear, (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
     if site.uses > 1 or not (linear or transposed) or "weight" not in module._parameters:
         return None
-    plain = isinstance(weight, Tensor) and not isinstance(weight, DTensor) and not weight.is_meta
-    return (weight, bias, transposed) if plain and weight.is_floating_point() else None
+    if not isinstance(weight, Tensor) or isinstance(weight, DTensor) or weight.is_meta:
+        return None
+    return (weight, bias, transposed) if weight.is_floating_point() else None
 
 
 @contextmanager

@@ -95,7 +95,7 @@ class ActivationStatistic(Metric, ABC):
         """Raises StatisticsError if the statistic can't be right; called once the epoch is complete."""
 
     def note(self, site: Site) -> str | None:
-        """One line about what limits the use of this statistic, if anything does."""
+        """One line about what limits the use of this statistic, if anything does; called after :meth:`check`."""
         return None
 
     def reduce(self) -> None:

@@ -55,16 +55,19 @@ class Covariance(ActivationStatistic):
                 with torch.autocast(rows.device.type, enabled=False):
                     _add(sums, torch.full_like(mean, rows.shape[1]), mean, rows.mT @ rows)
 
+    def note(self, site: Site) -> str | None:
+        """That a site has more neurons than there were positions to regress them on."""
+        count, width = int(self.count), site.width // self.blocks
+        if count >= width:
+            return None
+        return (
+            f"calibrated on {count:,} positions, fewer than the {width:,} neurons that conditional methods regress: "
+            "they rest on their ridge; calibrate on more data (--data.calibration_...)"
+        )
+
     def compute(self) -> Tensor:
         """See :attr:`covariance`."""
         return self.covariance
-
-    def note(self, site: Site) -> str | None:
-        """Tells if there were fewer positions than neurons to regress on them."""
-        count, width = int(self.count), self.neurons // self.blocks
-        if count >= width:
-            return None
-        return f"calibrated on {count:,} positions, fewer than the {width:,} neurons that conditional methods regress"
 
     @property
     def count(self) -> Tensor:

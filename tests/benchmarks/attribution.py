@@ -8,10 +8,11 @@ line is the ratio of their times (medians over the rounds) and what it is asked 
 
 import torch
 
-from lightning_ablate.attribution import Attributing
+from lightning_ablate.attribution import Attribution
 from lightning_ablate.calibration import Calibration
 from lightning_ablate.methods import Mean, Zero
-from lightning_ablate.phases import AttributionPhase, CalibrationPhase, Run
+from lightning_ablate.phases import AttributionPhase, CalibrationPhase
+from lightning_ablate.run import Run
 from lightning_ablate.sites import hooked
 from lightning_ablate.statistics import Moments
 from tests.benchmarks import targets
@@ -46,7 +47,7 @@ class Rig:
             torch.autograd.grad(loss, [found[site] for site in sites])
 
     def attribution(self):
-        phase = AttributionPhase(self.module, self.run, Attributing((Zero(), Mean()), DRAWS))
+        phase = AttributionPhase(self.module, self.run, Attribution((Zero(), Mean()), DRAWS), seed=0)
         for place, batch in enumerate(self.batches):
             phase.step(batch, place)
 

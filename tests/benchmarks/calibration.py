@@ -10,7 +10,8 @@ import torch
 
 from lightning_ablate import Scored
 from lightning_ablate.calibration import Calibration
-from lightning_ablate.phases import CalibrationPhase, Run
+from lightning_ablate.phases import CalibrationPhase
+from lightning_ablate.run import Run
 from lightning_ablate.sites import find_sites
 from lightning_ablate.statistics import Histogram, Moments
 from tests.benchmarks import targets

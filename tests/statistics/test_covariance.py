@@ -41,7 +41,8 @@ def test_what_a_model_of_seven_billion_parameters_takes():
 
 def test_fewer_positions_than_neurons_are_noted(gathered):
     few, enough = tiny.mixed(11), tiny.mixed(12)
-    note = "calibrated on 11 positions, fewer than the 12 neurons that conditional methods regress"
+    note = "calibrated on 11 positions, fewer than the 12 neurons that conditional methods regress: they rest on their "
+    note += "ridge; calibrate on more data (--data.calibration_...)"
     site = Site("attn.proj", 12, heads=3)
     assert gathered(Covariance, [few]).note(site) == note and gathered(Covariance, [enough]).note(site) is None
     assert tiny.gathered(site, [few], HeadCovariance)[HeadCovariance].note(site) is None

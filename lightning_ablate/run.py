@@ -1,0 +1,206 @@
+"""What a run has found and how far it has come: one object, saved as one file."""
+
+import errno
+import io
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from filelock import FileLock, Timeout
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import nn
+
+from lightning_ablate.calibration import Calibration, check_target, fingerprint, saved_state
+from lightning_ablate.errors import ConfigError, StatisticsError, loading
+from lightning_ablate.methods import AblationMethod
+from lightning_ablate.modules.phase import Phase
+from lightning_ablate.results.folder import write_whole
+
+CHECKPOINT, _LOCK = "ablation.ckpt", "ablation.lock"
+_SHARE = 20  # saving takes at most one part in so many of a run's time
+_NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP  # of file systems without locks
+
+
+@dataclass
+class Run:
+    """What a run has found and how far it has come.
+
+    Attributes:
+        target: the fingerprint of the target.
+        calibration: the statistics of its sites, what was learned for them, and what units are worth.
+        epochs: how many epochs of `fit` are done.
+        phase: the state of the phase in which an earlier process died, until :meth:`resume` takes it.
+        held_out: by method that learned, the loss before and after on held-out examples, nats; None if none were.
+        measured: units that were ablated alone, see :func:`~lightning_ablate.attribution.table_of`.
+        partial: why the run doesn't cover all its data.
+        notes: what else limits its results.
+    """
+
+    target: str = ""
+    calibration: Calibration = field(default_factory=Calibration)
+    epochs: int = 0
+    phase: dict[str, Any] = field(default_factory=dict)
+    held_out: dict[str, tuple[float, float] | None] = field(default_factory=dict)
+    measured: list[list[Any]] = field(default_factory=list)
+    partial: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
+    saved: Mapping[str, Any] = field(default_factory=dict)  # a state_dict() whose target isn't known yet
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the phase, as tensors on the CPU and plain values."""
+        if self.saved or not self.target:
+            return dict(self.saved)
+        about: dict[str, Any] = {"target": self.target, "epochs": self.epochs, "held_out": dict(self.held_out)}
+        about |= {"partial": list(self.partial), "measured": [list(row) for row in self.measured]}
+        return {**about, "notes": list(self.notes), "calibration": self.calibration.state_dict()}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], target: nn.Module, **options: Any) -> Self:
+        """Takes up a :meth:`state_dict`; for its errors see :func:`check_target` and :class:`Calibration`."""
+        check_target(state, known := fingerprint(target))
+        with loading("the checkpoint", StatisticsError):
+            made = cls(known, Calibration.from_state_dict(state["calibration"], target, **options))
+            made.epochs = int(state["epochs"])
+            made.held_out = {str(name): found for name, found in dict(state["held_out"]).items()}
+            made.partial, made.notes = list(map(str, state["partial"])), list(map(str, state["notes"]))
+            made.measured = [list(row) for row in state["measured"]]
+        return made
+
+    def resume(self, phase: Phase) -> Phase:
+        """The phase, taken up where an earlier process left it."""
+        if self.phase:
+            phase.load_state_dict(self.phase)
+            self.phase = {}
+        return phase
+
+    def note(self, said: str | None) -> None:
+        """Keeps a line on what limits the results, and warns of it, once."""
+        if said is not None and said not in self.notes:
+            self.notes.append(said)
+            rank_zero_warn(said)
+
+    def facts(self, methods: Sequence[AblationMethod], classes: int) -> dict[str, Any]:
+        """What run.json says of it, of its methods and of the number of classes."""
+        known = [self.calibration[site] for site in self.calibration.sites]
+        sites = [asdict(site) for site in self.calibration.sites]
+        seconds = round(time.monotonic() - self.began, 1)
+        about = {"held_out": self.held_out, "sites": sites, "partial": list(self.partial)}
+        about |= {"notes": list(self.notes), "ridges": self.calibration.ridges}
+        about["methods_notes"] = [line for method in methods for line in method.notes(known)]
+        return {**about, "classes": classes, "seconds": seconds}
+
+
+class Store:
+    """The file of a run, ``ablation.ckpt`` in its folder: a Lightning checkpoint that `validate` takes as well.
+
+    The first process writes it, whole or not at all, and keeps other runs out of the folder. Between two saves of a
+    sweep are ``every`` seconds, or more where a save takes long; 0 saves after every batch.
+    """
+
+    def __init__(self, folder: Path, first: bool, every: float) -> None:
+        self.path, self._first, self._every, self._made = folder / CHECKPOINT, first, every, not folder.exists()
+        self._facts: dict[str, Any] = {}
+        self._last, self._took = time.monotonic(), 0.0
+        self._lock: FileLock | None = None  # held while the run goes on
+
+    def claim(self, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Takes the folder for a run, on the first process: the state that an earlier process saved, empty if none did.
+
+        ``facts`` are what two processes must have in common for one to go on with the run of the other.
+
+        Raises:
+            ConfigError: if the run there is another one, or is going on.
+            TargetError: if the file is damaged.
+        """
+        self._take()
+        if not self.path.exists():
+            return {}
+        state = saved_state(self.path)
+        here, there = plain(facts), state["facts"]
+        if here != there:
+            name, here, there = _difference(here, there)
+            raise ConfigError(
+                f"{self.path.parent} holds an unfinished run of another configuration: {name} is {here!s:.60} here, "
+                f"was {there!s:.60} there; name another folder (--ablation.dirpath), or delete {self.path.name}"
+            )
+        return state
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time for the next save."""
+        return time.monotonic() - self._last >= (self._every and max(self._every, _SHARE * self._took))
+
+    def save(self, checkpoint: Mapping[str, Any]) -> None:
+        """Writes a checkpoint from which every process can go on."""
+        began = time.monotonic()
+        if self._first:
+            buffer = io.BytesIO()
+            torch.save(checkpoint, buffer)
+            write_whole(self.path, buffer.getvalue())
+        self._last = time.monotonic()
+        self._took = self._last - began
+
+    def close(self, keep: bool) -> None:
+        """Lets go of the folder of a run that has ended, and removes the file unless it is to be kept."""
+        if self._first and not keep:
+            self.path.unlink(missing_ok=True)
+        self.leave()
+
+    def leave(self) -> bool:
+        """Lets go of the folder, and removes it if it holds nothing; whether there is a run to go on with."""
+        known = self.path.exists()
+        if self._lock is not None:
+            self.path.with_name(_LOCK).unlink(missing_ok=True)
+            if self._made and not known:
+                with suppress(OSError):  # it holds something
+                    self.path.parent.rmdir()
+            self._lock.release()  # last, so that no other run's files are removed
+            self._lock = None
+        return known
+
+    def _take(self) -> None:
+        """Locks the folder against other runs, until this one ends in any way; ConfigError if it can't be had."""
+        folder = self.path.parent
+        lock = FileLock(folder / _LOCK, timeout=0)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            raise ConfigError(
+                f"a run is going on in {folder}; wait for it, or name another folder (--ablation.dirpath)"
+            ) from None
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return
+            raise ConfigError(
+                f"can't write into the folder {str(folder)!r}: {error.strerror} (--ablation.dirpath)"
+            ) from error
+        except NotImplementedError:  # another sign of no locks
+            return
+        self._lock = lock
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder holds a run that died; TargetError if its file is damaged."""
+    path = folder / CHECKPOINT
+    return path.exists() and saved_state(path).get("finished") is False
+
+
+def plain(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts as they come back from a file."""
+    return dict(json.loads(json.dumps(facts, default=str)))
+
+
+def _difference(here: Any, there: Any) -> tuple[str, Any, Any]:
+    """The first entry in which two mappings differ, by the names on the way, and its two values."""
+    names = []
+    while isinstance(here, dict) and isinstance(there, dict):
+        names.append(next(key for key in [*here, *there] if here.get(key) != there.get(key)))
+        here, there = here.get(names[-1]), there.get(names[-1])
+    return ".".join(names), here, there
