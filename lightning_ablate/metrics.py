@@ -17,20 +17,12 @@ _PIECE = 4096  # classes whose terms are summed in float32; the sums of pieces a
 
 
 class Scored(NamedTuple):
-    """What a target says at the n scored positions of a batch.
+    """What a target says at the n scored positions of a batch."""
 
-    Attributes:
-        logits: ``(n, classes)``, floating.
-        targets: ``(n,)`` int64, the right classes.
-        example: ``(n,)`` int64, the example of the data that each position belongs to, below 0 if it doesn't count.
-        extra: the values ``(n,)`` of metrics of one's own, by the names in the module's ``metrics``. Results hold their
-            means over the positions.
-    """
-
-    logits: Tensor
-    targets: Tensor
-    example: Tensor
-    extra: Mapping[str, Tensor] = {}
+    logits: Tensor  # (n, classes), floating
+    targets: Tensor  # (n,) int64, the right classes
+    example: Tensor  # (n,) int64, the example of the data that each position belongs to, below 0 if it doesn't count
+    extra: Mapping[str, Tensor] = {}  # (n,) values of each of the module's own `metrics`; results hold their means
 
 
 def checked(scored: Any, extra: Sequence[str] = ()) -> Scored:
@@ -189,5 +181,5 @@ class SweepMetrics(Metric):
 
     @property
     def finite(self) -> Tensor:
-        """Which conditions' scores are finite, ``(conditions,)`` bool."""
+        """Whether the scores of each condition are finite, ``(conditions,)`` bool."""
         return self.sums.isfinite().all(2).all(1)
