@@ -13,8 +13,8 @@ from lightning_ablate.calibration import Calibration
 from lightning_ablate.errors import ConfigError, SiteError, StatisticsError, few
 from lightning_ablate.methods import Ablation, AblationMethod, Batch, Edit, Source, method_of
 from lightning_ablate.seeds import digest
-from lightning_ablate.sites import Site, check_mask, device_of, given_for, hooked
-from lightning_ablate.sites.dataflow import features
+from lightning_ablate.sites import Site, check_mask, given_for, hooked
+from lightning_ablate.sites.site import device_of, features
 from lightning_ablate.statistics import SiteStatistics
 from lightning_ablate.statistics.base import by_example
 

@@ -16,7 +16,7 @@ from lightning_ablate.errors import ConfigError
 from lightning_ablate.methods import AblationMethod, method_of
 from lightning_ablate.metrics import Scored
 from lightning_ablate.seeds import seed_of
-from lightning_ablate.sites import Site
+from lightning_ablate.sites import Site, exact_device
 from lightning_ablate.statistics import FOUND
 
 BOUND = 25.0  # nats of an example at which what one position does to it levels off
@@ -117,6 +117,7 @@ def orders(moved: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Args:
         moved: gradient times change, ``(1 + draws, examples, positions, units)``, for each of the cotangents.
     """
+    moved = moved.to(exact_device(moved.device))
     weight = 1 / (1 + moved[1:].square().mean(0) / (2 * BOUND))
     sums = (one.sum(2, dtype=torch.float64) for one in (moved, moved * weight))
     (first, second), bounded = ((one[0], 0.5 * one[1:].square().mean(0)) for one in sums)

@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_ablate.errors import StatisticsError, TargetError, loading
-from lightning_ablate.sites import Site, device_of, is_asked, is_covered, weights_of
+from lightning_ablate.sites import Site, exact_device, is_asked, is_covered, weights_of
+from lightning_ablate.sites.site import device_of
 from lightning_ablate.statistics import ActivationStatistic, Covariance, SiteStatistics
 
 
@@ -121,7 +122,7 @@ class Calibration:
                     f"the checkpoint doesn't hold the statistics of all sites {word!r}, it holds "
                     f"{', '.join(site.name for site in saved)}; name these with --ablation.sites, or run `fit` again"
                 )
-        made, device = cls(which), device_of(target)
+        made, device = cls(which), exact_device(device_of(target))
         made.locate([site for site in saved if any(is_asked(site, word) for word in which)], target)
         if not made.sites:
             raise StatisticsError("the checkpoint holds no site: its calibration wasn't complete; run `fit` again")

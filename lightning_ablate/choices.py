@@ -176,7 +176,7 @@ class Ranked(Ordered):
         else:
             values = getattr(moments, self.by.removeprefix("weighted-")).abs()
         if self.by in ("unexplained", "weighted-sd", "weighted-rms"):
-            return values * statistics.weight.float().norm(dim=1).to(values)
+            return values * statistics.weight.float().norm(dim=1).to(values.device).to(values.dtype)
         return values
 
     def _attributed(self, site: Site, statistics: SiteStatistics) -> Tensor:

@@ -102,10 +102,7 @@ class AblationCLI(LightningCLI):
             save_config_callback=ConfigInCheckpoint,
             save_config_kwargs={"save_to_log_dir": False},
             seed_everything_default=0,
-            trainer_defaults={
-                "accelerator": "cpu" if torch.backends.mps.is_available() else "auto",  # sums are float64
-                **{"enable_checkpointing": False, "enable_model_summary": False, "max_epochs": 1},
-            },
+            trainer_defaults={"enable_checkpointing": False, "enable_model_summary": False, "max_epochs": 1},
             auto_configure_optimizers=False,
             parser_kwargs={
                 **{name: {"exit_on_error": False} for name in self.subcommands()},

@@ -8,32 +8,25 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_ablate.errors import DataError
+from lightning_ablate.sites import exact_device
 
-# float32 logits scored at a time: what a core's cache holds, or enough to keep a GPU busy
+# bytes of float32 logits scored at a time: they fit in a core's cache, or keep a GPU busy
 _CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}
-_TAKEN = "model data method other fraction to seed seeds part head n condition example kept".split()
-_PIECE = 4096  # classes whose terms are summed in float32, these sums in float64
+_COLUMNS = "model data method other fraction to seed seeds part head n condition example kept".split()
+_PIECE = 4096  # classes whose terms are summed in float32; the sums of pieces are summed in float64
 
 
 class Scored(NamedTuple):
-    """What a target says at the n scored positions of a batch: ``logits`` ``(n, classes)``, floating.
+    """What a target says at the n scored positions of a batch."""
 
-    ``targets`` ``(n,)`` int64 are the right classes; ``example`` ``(n,)`` int64 says which example of the data each
-    position belongs to; positions below 0 don't count. ``extra`` are the values ``(n,)`` of one's own metrics, by the
-    names that the module's ``metrics`` declares; their means over the positions are in all results.
-    """
-
-    logits: Tensor
-    targets: Tensor
-    example: Tensor
-    extra: Mapping[str, Tensor] = {}
+    logits: Tensor  # (n, classes), floating
+    targets: Tensor  # (n,) int64, the right classes
+    example: Tensor  # (n,) int64, the example of the data that each position belongs to, below 0 if it doesn't count
+    extra: Mapping[str, Tensor] = {}  # (n,) values of each of the module's own `metrics`; results hold their means
 
 
 def checked(scored: Any, extra: Sequence[str] = ()) -> Scored:
-    """Raises DataError unless there are logits ``(n, classes)``, and targets among the classes, for n positions.
-
-    ``extra`` are the metrics that are declared.
-    """
+    """What ``evaluate`` gave, if its shapes, targets and ``extra`` metrics are as declared; else DataError."""
     if not (isinstance(scored, tuple) and len(scored) in (3, 4)):
         raise DataError(
             f"`evaluate` gave a {type(scored).__name__}, expected Scored(logits, targets, example): logits (n, "
@@ -41,7 +34,7 @@ def checked(scored: Any, extra: Sequence[str] = ()) -> Scored:
         )
     scored = Scored(*scored)
     logits, targets, example, own = scored
-    if taken := [name for name in extra if name in (*_TAKEN, *METRICS) or extra.count(name) > 1]:
+    if taken := [name for name in extra if name in (*_COLUMNS, *METRICS) or extra.count(name) > 1]:
         raise DataError(f"the module's `metrics` name {taken[0]!r}, which results call another column; expected others")
     if tuple(own) != tuple(extra) or any(values.shape != targets.shape for values in own.values()):
         given = {name: tuple(values.shape) for name, values in own.items()}
@@ -73,49 +66,49 @@ METRICS = Scores._fields  # columns of all tables, in this order
 
 
 class Clean(NamedTuple):
-    """What the target says of a batch with nothing ablated, made once for all conditions."""
+    """What the intact target says of a batch, computed once for all conditions."""
 
     probabilities: Tensor  # (n, classes) float32
-    surprise: Tensor  # (n,) float64, their entropy, in nats
-    rules_out: bool  # whether some class has no probability at all, its logit being -inf
+    entropy: Tensor  # (n,) float64, in nats
+    rules_out: bool  # whether the logit of some class is -inf
 
     @classmethod
     def of(cls, scored: Scored) -> "Clean":
-        """The same positions' probabilities and their entropy."""
+        """Computed from the scored positions of the intact target."""
         logits, targets = scored.logits, scored.targets
         probabilities = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
         for own, chunk in zip(_chunks(probabilities), _chunks(logits), strict=True):
             torch.sub(chunk.float(), chunk.amax(1, keepdim=True), out=own)
             total = _log_total(own)
-            own.div_(total.exp().float().unsqueeze(1))
+            own.div_(total.exp().float().to(own.device).unsqueeze(1))
         rules_out = bool((probabilities == 0).any()) and bool((logits == -torch.inf).any())
         parts = [_scores(*chunk, rules_out=rules_out) for chunk in _chunks(logits, targets, probabilities)]
-        return cls(probabilities, torch.cat([surprise for _, _, surprise in parts]), rules_out)
+        return cls(probabilities, torch.cat([entropy for _, _, entropy in parts]), rules_out)
 
 
 def scores(logits: Tensor, targets: Tensor, clean: Clean) -> Scores:
-    """Scores logits against the targets and against the clean target, a few rows at a time in float32.
+    """Scores logits against the targets and against the intact target, a few rows at a time in float32.
 
-    Equal logits rank by their class index, as argmax ranks them, so that low-precision ties flatter nobody.
+    Equal logits rank by class index, as in argmax, so ties of a low precision don't make a score better.
     """
     parts = [_scores(*chunk, rules_out=clean.rules_out) for chunk in _chunks(logits, targets, clean.probabilities)]
-    rank, cross_entropy, surprise = (torch.cat(column) for column in zip(*parts, strict=True))
-    # of two that are nearly alike the rounding can fall below 0
-    return Scores(rank < 1, rank < 5, cross_entropy, (surprise - clean.surprise).clamp_min(0))
+    rank, cross_entropy, against_clean = (torch.cat(column) for column in zip(*parts, strict=True))
+    # rounding can make the difference of two nearly equal numbers negative
+    return Scores(rank < 1, rank < 5, cross_entropy, (against_clean - clean.entropy).clamp_min(0))
 
 
 def _chunks(*columns: Tensor) -> Any:
-    """The columns, the first and last of which may have as many columns as there are classes, a few rows at a time."""
+    """Splits the tensors into chunks of rows that fit in the cache."""
     rows = max(1, _CHUNK_BYTES.get(columns[0].device.type, 2**24) // (4 * columns[0].shape[1]))
     split = [torch.split(column, rows) for column in columns]
     return zip(*split, strict=True) if len(split) > 1 else split[0]
 
 
 def _scores(logits: Tensor, targets: Tensor, clean: Tensor, *, rules_out: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The rank of the target among the classes, its cross-entropy, and that of the clean probabilities, ``(n,)``."""
+    """The target's rank among the classes, the cross-entropy, and the one against the ``clean`` probabilities."""
     logits, index = logits.float(), targets.unsqueeze(1)
     right = logits.gather(1, index)
-    side = (logits - right).sign_()  # of which classes; comparisons take longer
+    side = (logits - right).sign_()  # 1 for larger logits, -1 for smaller ones; comparisons would take longer
     above = side.sum(1)
     apart = side.abs_().sum(1)  # exact: whole numbers up to 2^24
     rank = (0.5 * (above + apart)).nan_to_num(float(logits.shape[1])).int()
@@ -124,31 +117,34 @@ def _scores(logits: Tensor, targets: Tensor, clean: Tensor, *, rules_out: bool) 
         rank += ((logits == right) & before).sum(1, dtype=torch.int32)
     largest = logits.amax(1, keepdim=True)
     below = logits - largest
-    # 0 log 0 is 0: classes that the clean target rules out (logit -inf) add nothing
+    # 0 log 0 is 0: classes to which the intact target gives a logit of -inf add nothing
     told = below.masked_fill(clean == 0, 0.0) if rules_out else below
     pieces = zip(torch.split(clean, _PIECE, 1), torch.split(told, _PIECE, 1), strict=True)
-    # no matrix product, which autocast and TF32 would make less precise
-    expected = torch.stack([(one * other).sum(1) for one, other in pieces]).sum(0, dtype=torch.float64)
+    # not a matrix product, whose precision autocast and TF32 lower
+    expected = _moved(torch.stack([(one * other).sum(1) for one, other in pieces])).sum(0, dtype=torch.float64)
     total = _log_total(below)
-    return rank, total + (largest.double() - right.double()).squeeze(1), total - expected
+    return rank, total + (_moved(largest).double() - _moved(right).double()).squeeze(1), total - expected
 
 
 def _log_total(below: Tensor) -> Tensor:
-    """The logarithm of the sum of exponentials, ``(n,)`` float64; ``below`` 0 ``(n, classes)`` is written over."""
+    """The logarithm of the sum of exponentials, ``(n,)`` float64; ``below`` ``(n, classes)`` is written over."""
     sums = [piece.sum(1) for piece in torch.split(below.exp_(), _PIECE, 1)]
-    return torch.stack(sums).sum(0, dtype=torch.float64).log()
+    return _moved(torch.stack(sums)).sum(0, dtype=torch.float64).log()
+
+
+def _moved(values: Tensor) -> Tensor:
+    return values.to(exact_device(values.device))
 
 
 class SweepMetrics(Metric):
-    """Sums over the scored positions of every example, for every condition of a sweep.
+    """Sums of the scores of every example under every condition of a sweep; all ranks merge in one reduction.
 
-    One metric for all conditions, so that ranks merge in one reduction. With ``examples`` 0 these aren't told apart;
-    ``extra`` are the names of one's own metrics.
+    ``examples`` is their number, 0 if it isn't known; ``extra`` are the names of metrics of one's own.
     """
 
     full_state_update = False
-    sums: Tensor  # in the order of `names`; in the last column what belongs to no known example
-    n: Tensor  # scored positions, likewise
+    sums: Tensor  # (conditions, names, examples + 1); unknown examples are in the last column
+    n: Tensor  # (examples + 1,) scored positions
 
     def __init__(self, conditions: int, examples: int = 0, extra: Sequence[str] = ()) -> None:
         super().__init__()
@@ -158,13 +154,14 @@ class SweepMetrics(Metric):
         self.add_state("n", torch.zeros(examples + 1, dtype=torch.int64), dist_reduce_fx="sum", persistent=True)
 
     def update(self, condition: int, scored: Scored, clean: Clean) -> None:
-        """Adds what the condition of that index, 0 being the baseline, scored on one batch."""
-        counts = scored.example >= 0
-        place = torch.where(counts & (scored.example < self.examples), scored.example, self.examples)
+        """Adds the scores of one batch under the condition of this index; 0 is the baseline."""
+        example = scored.example.to(self.n.device)
+        counts = example >= 0
+        place = torch.where(counts & (example < self.examples), example, self.examples)
         columns = [*scores(scored.logits, scored.targets, clean), *scored.extra.values()]
-        each = torch.stack([column.double() for column in columns])
+        each = torch.stack([column.to(self.n.device).double() for column in columns])
         self.sums[condition].index_add_(1, place, torch.where(counts, each, 0.0))
-        if condition == 0:  # all conditions score the same positions
+        if condition == 0:  # the same positions under all conditions
             self.n.index_add_(0, place, counts.long())
 
     def compute(self) -> dict[str, Tensor]:
@@ -179,10 +176,10 @@ class SweepMetrics(Metric):
 
     @property
     def by_example(self) -> tuple[Tensor, Tensor] | None:
-        """``n`` ``(examples,)`` and ``sums`` ``(conditions, metrics, examples)``; None where examples aren't known."""
+        """``n`` ``(examples,)`` and ``sums`` ``(conditions, names, examples)``; None if some example is unknown."""
         return None if not self.examples or int(self.n[-1]) else (self.n[:-1], self.sums[..., :-1])
 
     @property
     def finite(self) -> Tensor:
-        """Which conditions' scores are finite, ``(conditions,)`` bool."""
+        """Whether the scores of each condition are finite, ``(conditions,)`` bool."""
         return self.sums.isfinite().all(2).all(1)

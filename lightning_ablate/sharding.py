@@ -1,4 +1,4 @@
-"""Targets that are larger than one device: each process holds a share of every layer's weights (FSDP2)."""
+"""Targets larger than one device: each process holds a share of every layer's weights (FSDP2)."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -15,10 +15,10 @@ from lightning_ablate.errors import AblationError, ConfigError, TargetError
 
 
 class ShardedStrategy(ModelParallelStrategy):
-    """Shards the target over all processes, which each evaluate their own examples; ``--trainer.strategy sharded``.
+    """Shards the target over all processes, and each evaluates its own examples; ``--trainer.strategy sharded``.
 
-    It is Lightning's strategy for ``fully_shard`` with all processes in the data-parallel group; the checkpoint stays
-    one small file, without the target.
+    It is Lightning's strategy for ``fully_shard`` with all processes in the data-parallel group. The checkpoint is one
+    small file, without the target.
     """
 
     strategy_name = "sharded"
@@ -33,10 +33,8 @@ class ShardedStrategy(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What the checkpoint holds, without gathering the target's weights."""
-        module = self.lightning_module
-        if module is None:
-            return {}
-        return {name: value for name, value in module.named_parameters() if not name.startswith("target.")}
+        named = [] if self.lightning_module is None else self.lightning_module.named_parameters()
+        return {name: value for name, value in named if not name.startswith("target.")}
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Reads the one file."""
@@ -47,35 +45,43 @@ StrategyRegistry.register(ShardedStrategy.strategy_name, ShardedStrategy, "FSDP2
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Raises ConfigError for a strategy that shards in another way, under which hooks would see pieces."""
+    """Raises ConfigError for a strategy that shards in another way, as hooks would see parts of the activations."""
     if isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and not isinstance(strategy, ShardedStrategy):
         raise ConfigError(
-            f"the strategy {type(strategy).__name__} was asked, expected `sharded` for targets larger than a device "
-            "(--trainer.strategy sharded, or lightning_ablate.ShardedStrategy): it is FSDP2, a share of every layer "
-            "on each process"
+            f"the strategy is {type(strategy).__name__}, expected `sharded` for targets larger than a device "
+            "(--trainer.strategy sharded, or lightning_ablate.ShardedStrategy)"
         )
 
 
 def sharded(build: Callable[[], nn.Module], mesh: Any, device: torch.device) -> nn.Module:
-    """Builds a target on the first process alone, and shards it over all of them, a tensor at a time.
+    """A target that the first process builds on the CPU, and shards over all processes, a tensor at a time.
 
-    The others get its modules without weights, so that no process but the first ever holds the whole. ``build`` makes
-    it on the CPU; the mesh is one-dimensional, of all processes. TargetError on all of them if it can't be sent.
+    The other processes get its modules without weights, so they never hold the whole. The mesh is one-dimensional, of
+    all processes. All of them raise TargetError if the modules can't be sent.
     """
     whole, target = _shell(build)
     for layer in _layers(target):
         fully_shard(layer, mesh=mesh)
-    fully_shard(target, mesh=mesh)  # what is in no layer: embeddings and head, which stay whole once they have run
+    fully_shard(target, mesh=mesh)  # embeddings and head, which stay whole once they have run
     if hasattr(target, "forward_features"):
         register_fsdp_forward_method(target, "forward_features")
     target.to_empty(device=device)
-    for empty, full in zip(_tensors(target), _tensors(whole) if whole is not None else _tensors(target), strict=True):
-        _fill(empty, full if whole is not None else None, mesh, device)
+    for empty, full in zip(_tensors(target), _tensors(target if whole is None else whole), strict=True):
+        values = torch.empty(empty.shape, dtype=empty.dtype, device=device)
+        if whole is not None:
+            values = full.detach().to(device)
+        with torch.no_grad():
+            if isinstance(empty, DTensor):
+                empty.copy_(distribute_tensor(values, mesh, empty.placements))
+            else:
+                values = values.contiguous()
+                dist.broadcast(values, 0)
+                empty.copy_(values)
     return target
 
 
 def _shell(build: Callable[[], nn.Module]) -> tuple[nn.Module | None, nn.Module]:
-    """The target on the first process, and the same without weights on every one."""
+    """The target, on the first process only, and a copy without weights, on every process."""
     whole: nn.Module | None = None
     sent: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -86,7 +92,7 @@ def _shell(build: Callable[[], nn.Module]) -> tuple[nn.Module | None, nn.Module]
             sent = [error]
     try:
         dist.broadcast_object_list(sent)
-    except (AttributeError, TypeError) as error:  # what pickle raises; the others wait for nothing then
+    except (AttributeError, TypeError) as error:  # of pickle
         raise TargetError(f"the target can't be sent to the other processes: {error}") from error
     if isinstance(sent[0], AblationError):
         raise sent[0]
@@ -94,7 +100,7 @@ def _shell(build: Callable[[], nn.Module]) -> tuple[nn.Module | None, nn.Module]
 
 
 def _without_weights(whole: nn.Module) -> nn.Module:
-    """A copy whose parameters and buffers are on the meta device; what was shared stays shared."""
+    """A copy whose parameters and buffers are on the meta device; shared tensors stay shared."""
     memo: dict[int, Any] = {}
     for tensor in _tensors(whole):
         empty = torch.empty_like(tensor, device="meta")
@@ -108,22 +114,10 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _layers(target: nn.Module) -> list[nn.Module]:
-    """The outermost elements of lists of modules that hold weights."""
+    """The outermost elements, with weights, of lists of modules."""
     found: dict[str, nn.Module] = {}
     for name, module in target.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in found)
         if name.rpartition(".")[2].isdigit() and not inside and any(True for _ in module.parameters()):
             found[name] = module
     return list(found.values())
-
-
-def _fill(empty: Tensor, full: Tensor | None, mesh: Any, device: torch.device) -> None:
-    """Gives a tensor of the shell the first process's values, its own share of them where it is sharded."""
-    values = torch.empty(empty.shape, dtype=empty.dtype, device=device) if full is None else full.detach().to(device)
-    with torch.no_grad():
-        if isinstance(empty, DTensor):
-            empty.copy_(distribute_tensor(values, mesh, empty.placements))
-        else:
-            values = values.contiguous()
-            dist.broadcast(values, 0)
-            empty.copy_(values)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_ablate.errors import SiteError, few
 from lightning_ablate.methods import Affine, Edit
 from lightning_ablate.sites import Site, hooked, weights_of
-from lightning_ablate.sites.dataflow import features
+from lightning_ablate.sites.site import features
 
 Options = dict[str, Any]
 

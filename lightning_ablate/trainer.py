@@ -39,8 +39,6 @@ _GIVEN = ("data_source", "dataset", "sampler", "generator")  # what samplers hol
 def check_trainer(trainer: lightning.Trainer) -> None:
     """Raises ConfigError for options that would cut the calibration, train, or split the target's activations."""
     check_strategy(trainer.strategy)
-    if trainer.strategy.root_device.type == "mps":
-        raise ConfigError("Apple's MPS has no float64, in which sums are made; expected --trainer.accelerator cpu")
     trainer.num_sanity_val_steps = 0
     if trainer.max_steps != -1 and not _is_dry(trainer):
         raise ConfigError(

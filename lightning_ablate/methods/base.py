@@ -164,7 +164,7 @@ class Affine:
         """
         wide = torch.promote_types(weight.dtype, torch.float32)
         ablated, folded = weight[:, mask].to(wide), weight.masked_fill(mask, 0)
-        offset = self.offset[mask].to(wide)
+        offset = self.offset.to(wide).to(mask.device)[mask]
         if self.slope is not None:
             slope = self.slope.to(wide)
             folded[:, ~mask] = (weight[:, ~mask].to(wide) + ablated @ slope.T).to(weight.dtype)

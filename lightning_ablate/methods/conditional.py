@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.methods.base import Ablation, AblationMethod, Affine, Replacement, constant
+from lightning_ablate.sites import exact_device
 from lightning_ablate.statistics import ActivationStatistic, Covariance, HeadCovariance, Moments, SiteStatistics, solved
 
 
@@ -61,18 +62,19 @@ class ConditionalMean(AblationMethod):
 
     def prepare(self, ablation: Ablation) -> Affine:
         """Factorises the covariance of the kept neurons once."""
-        mask, statistics = ablation.mask, ablation.statistics
+        mask, statistics = ablation.mask.to(exact_device(ablation.mask.device)), ablation.statistics
         ablated, kept = mask.nonzero().squeeze(1), (~mask).nonzero().squeeze(1)
         mean, blocks = self.moments(statistics)
         offset = mean.to(mask.device).float()
         if not len(kept):
-            return Affine(offset)
+            return Affine(offset.to(ablation.mask.device))
         slopes, ridge = [], self.ridge or statistics[self.covariance].ridge
         for block, own in zip(blocks, mask.view(len(blocks), -1), strict=True):
             covariance = block.to(mask.device).double()
             slopes.append(solved(covariance[~own][:, ~own], covariance[~own][:, own], ridge))
         slope = torch.block_diag(*slopes).float()  # type: ignore[no-untyped-call]
-        return Affine(offset, slope, offset[kept], kept, ablated)
+        made = offset, slope, offset[kept], kept, ablated
+        return Affine(*(values.to(ablation.mask.device) for values in made))
 
     def notes(self, statistics: Iterable[SiteStatistics]) -> list[str]:
         """The ridges that were chosen."""
@@ -84,11 +86,11 @@ class ConditionalMean(AblationMethod):
 
     def alone(self, ablation: Ablation, sizes: Sequence[int]) -> dict[int, Replacement]:
         """Each unit u less ``(P_uu)⁻¹ (P (x − μ))_u``, what the others don't tell of it; P is the precision matrix."""
-        (means, blocks), device = self.moments(ablation.statistics), ablation.mask.device
+        (means, blocks), device = self.moments(ablation.statistics), exact_device(ablation.mask.device)
         covariance = torch.block_diag(*blocks.to(device).double())  # type: ignore[no-untyped-call]
         ridge = self.ridge or ablation.statistics[self.covariance].ridge
         precision = solved(covariance, torch.eye(len(covariance), device=device).double(), ridge)
-        mean, found = means.to(device).float(), dict[int, Replacement]()
+        mean, found = means.float().to(ablation.mask.device), dict[int, Replacement]()
         for size in sizes:
             if size == len(precision):
                 found[size] = constant(mean)
@@ -96,7 +98,7 @@ class ConditionalMean(AblationMethod):
             columns = precision.view(len(precision), -1, size).transpose(0, 1)  # of each unit
             own = torch.stack([column[u * size : (u + 1) * size] for u, column in enumerate(columns)])
             unexplained = torch.linalg.solve(own, columns, left=False).transpose(0, 1).reshape(precision.shape)
-            found[size] = partial(_explained, mean, unexplained.float())
+            found[size] = partial(_explained, mean, unexplained.float().to(mean.device))
         return found
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.methods.base import Ablation, AblationMethod, Replacement, constant
-from lightning_ablate.sites import Site
+from lightning_ablate.sites import Site, exact_device
 from lightning_ablate.statistics import Histogram, Moments, SiteStatistics
 
 
@@ -25,7 +25,7 @@ class ConstantMethod(AblationMethod):
             raise ConfigError(
                 f"{self.name} gives values {tuple(values.shape)} at {site.name}, expected ({site.width},)"
             )
-        return constant(values.to(ablation.mask.device))
+        return constant(values.to(exact_device(ablation.mask.device)))
 
 
 class Zero(ConstantMethod):

@@ -108,7 +108,7 @@ class ConditionalTuned(LearnedMethod, ConditionalMean):
         an intercept at the means. Deltas are divided by their number of rows, so the step size doesn't depend on how
         many neurons are kept.
         """
-        mean, sd = moments.mean.float(), moments.sd.float()
+        mean, sd = (values.float().to(mask.device) for values in (moments.mean, moments.sd))
         delta = delta / len(delta) * sd[mask]
         slope = torch.where(sd > 0, 1 / sd, 0.0)[~mask, None] * delta[:-1]
         intercept = delta[-1] - (mean[~mask, None] * slope).sum(0)  # a product that autocast leaves as it is

@@ -23,7 +23,7 @@ class Noise(AblationMethod):
     def prepare(self, ablation: Ablation) -> Replacement:
         """Draws when replacing."""
         device, moments = ablation.mask.device, ablation.statistics[Moments]
-        mean, sd = moments.mean.to(device).float(), moments.sd.to(device).float()
+        mean, sd = moments.mean.float().to(device), moments.sd.float().to(device)
         key = seed_of("noise", ablation.seed, ablation.site.name)
 
         def replace(activations: Tensor) -> Tensor:

@@ -21,12 +21,12 @@ class PositionalMean(AblationMethod):
     def prepare(self, ablation: Ablation) -> Replacement:
         """Looks up the means of as many positions as a batch has."""
         found, device = ablation.statistics[MeanByPosition], ablation.mask.device
-        overall = ablation.statistics[Moments].mean.to(device).float()
+        overall = ablation.statistics[Moments].mean.float().to(device)
 
         def replace(activations: Tensor) -> Tensor:
             rows = ablation.by_example(activations)
             # made here, or every condition would hold a table of its own
-            means = torch.where((found.count > 0).unsqueeze(1).to(device), found.mean.to(device).float(), overall)
+            means = torch.where((found.count > 0).unsqueeze(1).to(device), found.mean.float().to(device), overall)
             beyond = overall.expand(max(0, rows.shape[1] - len(means)), -1)
             values = torch.cat([means[: rows.shape[1]], beyond]).to(activations.dtype)
             return values.expand(rows.shape).reshape(activations.shape)

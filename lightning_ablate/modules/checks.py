@@ -73,7 +73,7 @@ def effect_of_later(run: Callable[[Tensor], Tensor], ids: Tensor, last: int, oth
     changed = ids.clone()
     changed[0, last] = other
     with torch.no_grad():
-        before, after = (run(one)[0, :last].nan_to_num(0, 0, 0) for one in (ids, changed))
+        before, after = (run(one)[0, :last].cpu().nan_to_num(0, 0, 0) for one in (ids, changed))
     if not before.numel():
         return 0.0
     noise = torch.finfo(before.dtype).eps ** 0.75 * before.abs().amax().double()

@@ -25,7 +25,7 @@ from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.phase import Phase
 from lightning_ablate.phases.sweep import SweepPhase, read_source
 from lightning_ablate.run import Run
-from lightning_ablate.sites import Site, hooked
+from lightning_ablate.sites import Site, exact_device, hooked
 from lightning_ablate.statistics import SiteStatistics
 from lightning_ablate.statistics.base import by_example
 from lightning_ablate.sweep import Sweep
@@ -46,7 +46,7 @@ class AttributionPhase(Phase):
         super().__init__(module)
         self.options, self.seed, self.sites, methods = options, seed, run.calibration.sites, options.each
         self._run, self._batch = run, Batch()
-        self.n = torch.zeros(2, dtype=torch.float64, device=module.device)
+        self.n = torch.zeros(2, dtype=torch.float64, device=exact_device(module.device))
         self.sums = {
             method.name: {site: self._nothing(site) for site in self.sites} for method in methods
         }  # (SUMS, units) float64: the neurons, heads and the site, one behind the other
@@ -100,7 +100,7 @@ class AttributionPhase(Phase):
                 self._run.calibration.attributed.setdefault(method, {})[site] = attributed
 
     def _add(self, scored: Any, rows: Tensor, examples: list[int], found: dict[Site, Tensor]) -> None:
-        n = torch.bincount(rows[rows >= 0], minlength=len(examples)).double()
+        n = torch.bincount(rows[rows >= 0].to(self.n.device), minlength=len(examples)).double()
         self.n += torch.stack([n.sum(), n.square().sum()])
         inputs, draws, metric = [found[site] for site in self.sites], self.options.draws, self.options.metric
         if metric is not None:
@@ -134,7 +134,7 @@ class AttributionPhase(Phase):
 
     def _nothing(self, site: Site) -> Tensor:
         units = sum(site.width // size for size in levels_of(site).values())
-        return torch.zeros(len(SUMS), units, dtype=torch.float64, device=self.module.device)
+        return torch.zeros(len(SUMS), units, dtype=torch.float64, device=exact_device(self.module.device))
 
 
 class VerificationPhase(SweepPhase):

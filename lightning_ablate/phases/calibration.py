@@ -13,7 +13,7 @@ from lightning_ablate.metrics import checked
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.phase import Phase
 from lightning_ablate.run import Run
-from lightning_ablate.sites import KINDS, Site, check_mixing, find_sites, hooked
+from lightning_ablate.sites import KINDS, Site, check_mixing, exact_device, find_sites, hooked
 from lightning_ablate.statistics import ActivationStatistic, Moments
 
 
@@ -30,7 +30,7 @@ class CalibrationPhase(Phase):
 
     def begin_epoch(self, epoch: int) -> None:
         """Makes the statistics of this epoch, from 0."""
-        calibration, device = self.calibration, self.module.device
+        calibration, device = self.calibration, exact_device(self.module.device)
         kinds = [kind for kind in self.kinds if kind.epoch() == epoch]
         self._gathered = {s: [kind.of(s, calibration[s]).to(device) for kind in kinds] for s in calibration.sites}
 
@@ -63,9 +63,11 @@ class CalibrationPhase(Phase):
         self._gathered = {}
 
     def _add(self, site: Site, batch: Any, examples: Tensor, activations: Tensor) -> None:
-        valid = self.module.valid_at(site, batch)
+        valid, exact = self.module.valid_at(site, batch), exact_device(self.module.device)
+        activations, valid = activations.to(exact), None if valid is None else valid.to(exact)
         for statistic in self._gathered[site]:
-            statistic.update(activations, valid, **({"examples": examples} if statistic.takes_examples else {}))
+            more = {"examples": examples.to(exact)} if statistic.takes_examples else {}
+            statistic.update(activations, valid, **more)
 
     def _find_sites(self, batch: Any) -> None:
         module, which = self.module, self.calibration.which
@@ -88,7 +90,8 @@ class CalibrationPhase(Phase):
                 module.evaluate(some)
             passes.append(found)
         for site in self.calibration.sites:
-            two, one = (found[site].double().nan_to_num().reshape(-1, site.width) for found in passes)
+            exact = (found[site].to(exact_device(found[site].device)).double() for found in passes)
+            two, one = (found.nan_to_num().reshape(-1, site.width) for found in exact)
             noise = torch.finfo(passes[0][site].dtype).eps ** 0.5 * one.norm()
             limit = 0.5 * (one - one.mean(0)).norm() + noise  # dynamic quantisation depends on the batch
             if len(two) != 2 * len(one) or bool((two[: len(one)] - one).norm() > limit):

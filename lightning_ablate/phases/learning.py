@@ -19,7 +19,7 @@ from lightning_ablate.modules import AblationModule
 from lightning_ablate.phases.method import Amount, Epoch, MethodPhase
 from lightning_ablate.run import Run
 from lightning_ablate.seeds import seed_of
-from lightning_ablate.sites import Site, hooked
+from lightning_ablate.sites import Site, exact_device, hooked
 from lightning_ablate.statistics import Moments
 from lightning_ablate.statistics.base import by_example
 from lightning_ablate.sweep import Sweep
@@ -85,8 +85,9 @@ class LearningPhase(MethodPhase):
         self.taken, self._epoch = 0, 0  # steps of the optimizer so far
         for delta in self.deltas.values():  # also in a process that ablates nothing at a site
             delta.grad = torch.zeros_like(delta)
-        self._sums = torch.zeros(2, dtype=torch.float64, device=module.device)  # positions, and their loss
-        self._held_sums = torch.zeros(2, 2, dtype=torch.float64, device=module.device)  # as it began, and by now
+        exact = exact_device(module.device)
+        self._sums = torch.zeros(2, dtype=torch.float64, device=exact)  # positions, and their loss
+        self._held_sums = torch.zeros(2, 2, dtype=torch.float64, device=exact)  # as it began, and by now
 
     @classmethod
     def scheduled(cls, method: LearnedMethod, sweep: Sweep, amount: Amount) -> list[Epoch]:
@@ -115,7 +116,7 @@ class LearningPhase(MethodPhase):
         begun: Begun = {}
         for site in self._calibration.sites:
             moments = self._calibration[site][Moments]
-            mean, sd = moments.mean.float(), moments.sd.float()
+            mean, sd = (values.float().to(self.module.device) for values in (moments.mean, moments.sd))
             begun[self.method.name, site] = torch.zeros_like(mean), partial(torch.addcmul, mean, sd)
         return begun
 
@@ -206,8 +207,9 @@ class LearningPhase(MethodPhase):
         mean = loss / max(positions, 1)
         for delta in self.deltas.values():
             gradient = cast(Tensor, delta.grad)
-            gradient.copy_(self.module.summed(gradient.double()) * self.passes / max(positions, 1))
-            finite.append(gradient.isfinite().all())
+            total = self.module.summed(gradient.to(sums.device).double())
+            gradient.copy_((total * self.passes / max(positions, 1)).float())
+            finite.append(gradient.isfinite().all().to(sums.device))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
         self._sums.zero_()
@@ -232,5 +234,5 @@ def summed(losses: Tensor, example: Tensor) -> Tensor:
 
     ``losses`` and ``example`` are ``(n,)``, see :class:`Scored`.
     """
-    counts = example >= 0
+    losses, counts = losses.to(exact := exact_device(losses.device)), (example >= 0).to(exact)
     return torch.stack([counts.sum().double(), torch.where(counts, losses, 0.0).sum(dtype=torch.float64)])

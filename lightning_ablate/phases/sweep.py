@@ -17,7 +17,7 @@ from lightning_ablate.methods import Batch, Edit, Source
 from lightning_ablate.metrics import METRICS, Clean, Scored, SweepMetrics, checked
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.phase import Phase
-from lightning_ablate.sites import Site, hooked
+from lightning_ablate.sites import Site, exact_device, hooked
 from lightning_ablate.statistics.base import by_example
 from lightning_ablate.sweep import Sweep
 
@@ -55,7 +55,9 @@ class SweepPhase(Phase):
         self.sweep, self.conditions, self.classes = sweep, tuple(conditions), 0
         self.ablated: dict[Condition, float] = {}
         self.done = [0] * len(examples)  # batches of each data set
-        self.each = [SweepMetrics(len(self.conditions), n, module.metrics).to(module.device) for n in examples]
+        self.each = [
+            SweepMetrics(len(self.conditions), n, module.metrics).to(exact_device(module.device)) for n in examples
+        ]
         self.announce: Callable[[Condition], None] = lambda condition: None
         self._calibration, self._batch = calibration, Batch()
         drawn = [(sweep.method(c.method).source, c.seed or 0) for c in self.conditions[1:]]
@@ -135,7 +137,7 @@ class SweepPhase(Phase):
         for metrics, saved in zip(self.each, state["metrics"], strict=True):
             if self.module.global_rank == 0:
                 metrics.load_state_dict(dict(saved))
-                metrics.to(self.module.device)
+                metrics.to(exact_device(self.module.device))
 
     def _edits_of(self, condition: Condition) -> dict[Site, Edit]:
         if condition == BASELINE:
@@ -151,7 +153,7 @@ class SweepPhase(Phase):
                 f"example {int(example.max())} is beyond the {self.metrics.examples} of the evaluation data: Scored's "
                 "`example`, or a batch's `index`, must be its place in them, from 0"
             )
-        here = example[example >= 0]
+        here = example[example >= 0].to(self.metrics.n.device)
         if known is not None and bool((again := known[0][here] > 0).any()):
             raise DataError(
                 f"example {int(here[again][0])} comes in two batches: Scored's `example` must be its place in the "

@@ -3,9 +3,8 @@
 import re
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,73 +12,58 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_ablate.sites.site import features
 from lightning_ablate.sites.unfused import unfused
-
-T = TypeVar("T")
-_ByTensor = MutableMapping[Tensor, T]
 
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum"}
 _PROJECTIONS = {"linear", "addmm", "mm", "conv1d", "conv2d", "conv3d", "embedding", "bilinear"}
-# move numbers without changing them: what they do to the activations, they do to the labels
+# these move numbers without changing them, so they are run on the labels as well
 _MOVES = set(
-    "T __get__ __getitem__ broadcast_to cat chunk clone concat concatenate contiguous expand expand_as "
-    "flatten flip hsplit hstack index_select mT moveaxis movedim narrow permute ravel repeat "
-    "repeat_interleave reshape reshape_as roll select split split_with_sizes squeeze stack swapaxes "
-    "swapdims t tensor_split tile transpose unbind unflatten unfold unsqueeze view view_as vsplit vstack".split()
+    "T __get__ __getitem__ broadcast_to cat chunk clone concat concatenate contiguous expand expand_as flatten flip "
+    "hsplit hstack index_select mT moveaxis movedim narrow permute ravel repeat repeat_interleave reshape reshape_as "
+    "roll select split split_with_sizes squeeze stack swapaxes swapdims t tensor_split tile transpose unbind unflatten "
+    "unfold unsqueeze view view_as vsplit vstack".split()
 )
 _NONLINEAR = set(
-    "__pow__ celu clamp clamp_min elu erf exp expm1 gelu glu hardsigmoid hardswish hardtanh leaky_relu "
-    "log1p logsigmoid mish pow prelu relu relu6 relu_ rrelu selu sigmoid sigmoid_ silu silu_ softplus "
-    "softsign square swiglu tanh tanh_ threshold".split()
+    "__pow__ celu clamp clamp_min elu erf exp expm1 gelu glu hardsigmoid hardswish hardtanh leaky_relu log1p "
+    "logsigmoid mish pow prelu relu relu6 relu_ rrelu selu sigmoid sigmoid_ silu silu_ softplus softsign square "
+    "swiglu tanh tanh_ threshold".split()
 )
 _SUMS = {"add", "__add__", "__radd__", "add_", "__iadd__", "sub", "__sub__"}
-# attention and its projection in one piece, without a module in between
+# attention and its projection in one function, without a module in between
 _FUSED = {"multi_head_attention_forward", "_transformer_encoder_layer_fwd", "_native_multi_head_attention"}
-_ROWS = 1024
+_ROWS = 1024  # of an input are checked
 
 
-@dataclass(frozen=True)
-class Read:
-    """A projection that ran, and what its input came from."""
+class Read(NamedTuple):
+    """One run of a projection."""
 
     path: str
     width: int  # features of its input
-    positions: int  # the elements of its input by its width
-    made_by: str  # attention or mlp; empty for anything else
-    heads: int | None = None  # of attention, if the input holds them side by side in pieces of equal size
+    positions: int  # of its input
+    made_by: str  # the input comes from "attention" or "mlp"; "" for anything else
+    heads: int | None = None  # of attention, if they lie side by side in the input and are equally wide
 
 
 class Trace(NamedTuple):
     """What one forward pass showed."""
 
-    reads: list[Read]  # every projection that ran, in order
-    lost: list[str]  # the modules in which attention ran whose output no projection read
-    shared: list[str]  # and those whose output several projections read
-    runs: int  # how often the target itself ran
-
-
-def features(module: nn.Module) -> int | None:
-    """The number of features a projection reads; None for a module that is no projection."""
-    width = getattr(module, "in_features", None)
-    if isinstance(width, int) and isinstance(getattr(module, "out_features", None), int):
-        return width
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or isinstance(module, nn.Embedding):
-        return None
-    # transformers' Conv1D keeps its weight as (inputs, outputs), every other projection as (outputs, inputs)
-    return weight.shape[0 if hasattr(module, "nx") else 1]
+    reads: list[Read]  # all runs of projections, in order
+    lost: list[str]  # modules with attention whose output no projection read
+    shared: list[str]  # modules with attention whose output several projections read
+    runs: int  # of the target itself
 
 
 def trace(target: nn.Module, run: Callable[[], object]) -> Trace:
-    """Tells what the projections read in one forward pass, which ``run`` runs on anything, without gradients.
+    """What the projections read in one forward pass, which ``run`` does on any input.
 
-    What attention makes (the weighted sum of the values, by ``scaled_dot_product_attention`` or by a softmax and a
-    product) is followed, with a label for every position of every head, through all that moves or scales it, to the
-    projection that reads it. What an MLP makes is a projection's output behind a nonlinearity.
+    Attention is ``scaled_dot_product_attention``, or a softmax and a product with the values. Its output gets a label
+    for each position of each head. Labels follow it through operations that move or scale it, to the projection that
+    reads it. An MLP is a projection, a nonlinearity and a second projection, which reads what the MLP made.
     """
     tracer = _Tracer()
     with ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code shows nothing of what it does
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # no operation of compiled code can be seen
         stack.enter_context(unfused(target.modules()))
         for path, module in target.named_modules():
             entering = partial(tracer.entering, path)
@@ -89,36 +73,34 @@ def trace(target: nn.Module, run: Callable[[], object]) -> Trace:
         run()
     lost = [path for path, readers in tracer.calls if not readers]
     shared = [path for path, readers in tracer.calls if len(readers) > 1]
-    reads = [
-        replace(read, made_by="") if read.made_by == "mlp" and number in tracer.asked else read
-        for number, read in enumerate(tracer.reads, 1)
-    ]
-    return Trace(reads, lost, shared, tracer.runs)
+    for number in tracer.asked:  # these projections belong to attention
+        read = tracer.reads[number - 1]
+        tracer.reads[number - 1] = read._replace(made_by=read.made_by.replace("mlp", ""))
+    return Trace(tracer.reads, lost, shared, tracer.runs)
 
 
 class _Attended(NamedTuple):
-    labels: Tensor  # int64, in the tensor's shape: which position of which head; -1 for what came from elsewhere
+    labels: Tensor  # int64, in the tensor's shape: a number for a position of a head; -1 for any other origin
     calls: frozenset[int]  # the attention calls it came from
 
 
 class _Projected(NamedTuple):
-    read: int  # the projection's run that made it
-    activated: bool  # whether behind a nonlinearity
+    read: int  # the number of the projection's run that made it, from 1
+    activated: bool  # whether a nonlinearity came after
 
 
 class _Tracer(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.reads: list[Read] = []
-        self.calls: list[tuple[str, set[str]]] = []  # where each attention call ran, and which projections read it
-        self.asked: set[int] = set()  # the projections, by the number of their run, that made queries, keys and values
+        self.calls: list[tuple[str, set[str]]] = []  # the module of each attention call, and who read its output
+        self.asked: set[int] = set()  # runs of projections that made queries, keys and values
         self.runs = 0
         self._stack: list[tuple[str, bool]] = []  # the modules that are running, and whether they are projections
         self._labels = 0
-        # keyed by tensor, and forgotten with it
-        self._weights: _ByTensor[bool] = WeakTensorKeyDictionary()  # attention weights
-        self._attended: _ByTensor[_Attended] = WeakTensorKeyDictionary()
-        self._projected: _ByTensor[_Projected] = WeakTensorKeyDictionary()
+        self._weights: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()  # of attention
+        self._attended: MutableMapping[Tensor, _Attended] = WeakTensorKeyDictionary()
+        self._projected: MutableMapping[Tensor, _Projected] = WeakTensorKeyDictionary()
 
     def entering(self, path: str, module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         projection = features(module) is not None
@@ -130,9 +112,7 @@ class _Tracer(TorchFunctionMode):
             self._read(path, read)
 
     def leaving(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if not self._stack:  # another hook failed before this module was entered
-            return
-        _, projection = self._stack.pop()
+        _, projection = self._stack.pop() if self._stack else ("", False)  # empty if another hook failed before
         if projection and isinstance(output, Tensor) and output not in self._weights:
             self._attended.pop(output, None)
             self._projected[output] = _Projected(len(self.reads), False)
@@ -147,7 +127,7 @@ class _Tracer(TorchFunctionMode):
         output = func(*args, **kwargs)
         made = _tensors(output)
         if name in _PRODUCTS or name == "scaled_dot_product_attention":
-            self.asked |= {entry.read for tensor in given if (entry := self._projected.get(tensor)) is not None}
+            self.asked |= {entry.read for entry in map(self._projected.get, given) if entry is not None}
         if name == "__setitem__":
             self._set(*args)
         elif not made or not given:
@@ -175,26 +155,24 @@ class _Tracer(TorchFunctionMode):
         return output
 
     def _read(self, path: str, activations: Tensor) -> None:
-        width = activations.shape[-1]
-        entry = self._attended.get(activations)
-        projected = self._projected.get(activations)
-        made_by = "attention" if entry is not None else "mlp" if projected is not None and projected.activated else ""
-        heads = None if entry is None else _side_by_side(entry.labels)
-        for call in () if entry is None else entry.calls:
-            self.calls[call][1].add(path)
+        width, heads, made_by = activations.shape[-1], None, ""
+        entry, projected = self._attended.get(activations), self._projected.get(activations)
+        if entry is not None:
+            made_by, heads = "attention", _side_by_side(entry.labels)
+            for call in entry.calls:
+                self.calls[call][1].add(path)
+        elif projected is not None and projected.activated:
+            made_by = "mlp"
         self.reads.append(Read(path, width, activations.numel() // max(1, width), made_by, heads))
 
     def _label(self, output: Tensor, axis: int | None, whole: Tensor | None = None) -> None:
-        """Labels an attention output, or ``whole``, which holds it: along the axis of a head's values all is alike."""
-        if axis is None:
-            labels = torch.full_like(output, -1, dtype=torch.int64)
-        else:
-            shape = list(output.shape)
-            shape[axis] = 1
-            count = output.numel() // max(1, output.shape[axis])
-            labels = torch.arange(count, device=output.device) + self._labels
-            labels = labels.view(shape).expand(output.shape)
-            self._labels += count
+        """Labels an attention output, or ``whole`` that holds it. A head's values along ``axis`` share a label."""
+        labels = torch.full_like(output, -1, dtype=torch.int64)
+        if axis is not None:
+            one = labels.select(axis, 0).unsqueeze(axis)
+            numbers = torch.arange(self._labels, self._labels + one.numel(), device=output.device)
+            labels = numbers.view(one.shape).expand(output.shape)
+            self._labels += one.numel()
         whole = output if whole is None else whole
         self._attended[whole] = _Attended(labels.reshape(whole.shape), frozenset([len(self.calls)]))
         self._note_call()
@@ -203,26 +181,25 @@ class _Tracer(TorchFunctionMode):
         self.calls.append((self._stack[-1][0] if self._stack else "", set()))
 
     def _follow(self, func: Any, name: str, args: Any, kwargs: Any, given: list[Tensor], made: list[Tensor]) -> None:
-        attended = [entry for tensor in given if (entry := self._attended.get(tensor)) is not None]
+        attended = [entry for entry in map(self._attended.get, given) if entry is not None]
         others = [tensor for tensor in given if tensor not in self._attended and not isinstance(tensor, nn.Parameter)]
         calls = frozenset[int]().union(*(entry.calls for entry in attended))
         if name in _MOVES:
             args, kwargs = tree_map_only(Tensor, self._labels_of, (args, kwargs))
             labels = _tensors(func(*args, **kwargs))
         elif name in _SUMS and any(tensor.ndim for tensor in others):
-            return  # a residual stream is no longer what attention made
+            return  # it is a residual stream now
         else:
             same = {entry.labels.shape: entry.labels for entry in reversed(attended)}
             labels = [same.get(tensor.shape, tensor) for tensor in made]
             if any(not (tensor.is_floating_point() or tensor.dtype == torch.bool) for tensor in others):
-                labels = [torch.full_like(label, -1, dtype=torch.int64) for label in labels]  # moved by an index
+                labels = [torch.full_like(label, -1, dtype=torch.int64) for label in labels]  # an index moved it
         for tensor, label in zip(made, labels, strict=True):
             if label is not tensor and tensor.is_floating_point() and label.shape == tensor.shape:
                 self._attended[tensor] = _Attended(label, calls)
 
     def _labels_of(self, tensor: Tensor) -> Tensor:
-        entry = self._attended.get(tensor)
-        if entry is not None:
+        if (entry := self._attended.get(tensor)) is not None:
             return entry.labels
         return torch.full_like(tensor, -1, dtype=torch.int64) if tensor.is_floating_point() else tensor
 
@@ -235,10 +212,10 @@ class _Tracer(TorchFunctionMode):
             self._attended[whole] = _Attended(labels, entry.calls | (before.calls if before else frozenset()))
 
     def _follow_projected(self, name: str, given: list[Tensor], made: list[Tensor]) -> None:
-        known = [entry for tensor in given if (entry := self._projected.get(tensor)) is not None]
+        known = [entry for entry in map(self._projected.get, given) if entry is not None]
         others = [t for t in given if t not in self._projected and not isinstance(t, nn.Parameter) and t.ndim]
         if not known or (name in _SUMS and (others or len({entry.read for entry in known}) > 1)):
-            return  # a residual stream is no longer what a projection made
+            return  # it is a residual stream now
         activated = name in _NONLINEAR or any(entry.activated for entry in known)
         for tensor in made:
             if tensor.is_floating_point():
@@ -246,7 +223,7 @@ class _Tracer(TorchFunctionMode):
 
 
 def _side_by_side(labels: Tensor) -> int | None:
-    """The number of heads, if every position holds each of them in one piece, in the same order, all of one size."""
+    """The number of heads, if each position holds them one after the other, in one order and equally wide."""
     rows = labels.reshape(-1, labels.shape[-1])[:_ROWS]
     heads = len(set(rows[0].tolist()))
     if rows.shape[1] % heads or bool((rows < 0).any()):
@@ -257,18 +234,16 @@ def _side_by_side(labels: Tensor) -> int | None:
 
 
 def _value_axis(args: tuple[Any, ...], given: list[Tensor], weights: Tensor, ndim: int) -> int | None:
-    """The axis of a product of weights and values along which one head's values lie; None where that can't be told."""
-    if args and isinstance(args[0], str):
-        match = re.fullmatch(r"([\w.]+),([\w.]+)->([\w.]+)", args[0].replace(" ", ""))
-        if match is None:
-            return None
-        first, second, made = match.groups()
-        values, others = (second, first) if given[0] is weights else (first, second)
-        own = [letter for letter in made if letter in values and letter not in others]
-        return made.index(own[0]) - len(made) if len(own) == 1 else None
-    if ndim < 2 or (args and not isinstance(args[0], Tensor)):
+    """The axis along which a head's values lie in the product of attention weights and values; None if unclear."""
+    if not args or isinstance(args[0], Tensor):
+        return None if ndim < 2 else -2 if given[-1] is weights else -1
+    match = re.fullmatch(r"([\w.]+),([\w.]+)->([\w.]+)", str(args[0]).replace(" ", ""))  # of einsum
+    if match is None:
         return None
-    return -2 if given[-1] is weights else -1
+    first, second, made = match.groups()
+    values, others = (second, first) if given[0] is weights else (first, second)
+    own = [letter for letter in made if letter in values and letter not in others]
+    return made.index(own[0]) - len(made) if len(own) == 1 else None
 
 
 def _tensors(value: Any) -> list[Tensor]:

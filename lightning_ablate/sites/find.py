@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ablate.errors import SiteError, few
-from lightning_ablate.sites.dataflow import Trace, features, trace
-from lightning_ablate.sites.site import Site, hooked
+from lightning_ablate.sites.dataflow import Trace, trace
+from lightning_ablate.sites.site import Site, exact_device, features, hooked
 
 KINDS = {
     "attention": ("self-attention", "cross-attention"),
@@ -27,11 +27,10 @@ _CROSS_PATH = re.compile(r"(^|[._])(cross|encoder_att|encdecatt)", re.IGNORECASE
 def find_sites(target: nn.Module, run: Callable[[], object], which: Sequence[str] = ("attention",)) -> list[Site]:
     """The sites of a target, in the order in which they run.
 
-    Nothing is known of any architecture: one forward pass shows which projections read what attention made, in how
-    many heads, and which read what an MLP made (see :func:`~lightning_ablate.sites.dataflow.trace`). ``run`` runs it,
-    on any input. ``which`` names ``attention``, or ``self-attention`` and ``cross-attention`` alone; ``mlp``; and
-    shell-style patterns of module paths (``*.0.attn.c_proj``) for projections of any other kind; SiteError if one of
-    them isn't there, or can't be told from what runs.
+    One forward pass of any architecture shows which projections read what attention or an MLP made, see
+    :func:`~lightning_ablate.sites.dataflow.trace`; ``run`` does it, on any input. ``which`` holds ``attention``,
+    ``self-attention``, ``cross-attention``, ``mlp``, and shell-style patterns of module paths (``*.0.attn.c_proj``) for
+    projections of any kind. SiteError if the target has none of these, or if they can't be found in what runs.
     """
     with torch.no_grad():
         seen = trace(target, run)
@@ -39,20 +38,17 @@ def find_sites(target: nn.Module, run: Callable[[], object], which: Sequence[str
         raise SiteError(f"the target ran {seen.runs} times for one batch, expected once: `evaluate` must run it once")
     found = _sites(target, seen)
     for word in which:
-        if word in KINDS:
-            _check_kind(target, seen, found, word)
-        else:
-            _check_pattern(target, found, word)
+        _check_kind(target, seen, found, word) if word in KINDS else _check_pattern(target, found, word)
     return [site for site in found if any(is_asked(site, word) for word in which)]
 
 
 def is_asked(site: Site, word: str) -> bool:
-    """Whether a word of ``which`` (see :func:`find_sites`) means this site."""
+    """Whether this site is one of those that a word of ``which`` asks for, see :func:`find_sites`."""
     return site.kind in KINDS[word] if word in KINDS else fnmatchcase(site.path, word)
 
 
 def is_covered(target: nn.Module, word: str, sites: Sequence[Site], which: Sequence[str]) -> bool:
-    """Whether ``sites``, found in the target for ``which``, hold all that a word asks for."""
+    """Whether ``sites``, which were found in the target for ``which``, are all that a word asks for."""
     if word in which:
         return True
     if word in KINDS:
@@ -62,78 +58,72 @@ def is_covered(target: nn.Module, word: str, sites: Sequence[Site], which: Seque
 
 
 def check_mixing(target: nn.Module, sites: Sequence[Site], hidden: Callable[[int], Sequence[Tensor]]) -> None:
-    """Refuses a target whose positions see one another by other ways than these sites.
+    """Raises SiteError if a target mixes positions other than by these attention sites.
 
-    With all these attention sites at 0, a token or pixel that changes may move the hidden state of its own position
-    only; SiteError if another one moves as well. ``hidden`` runs the target on input 0 or 1, which differ in one place,
-    and gives its last hidden states, each ``(1, ..., features)``.
+    While they are all 0, changing one token or pixel may change the hidden state of its own position only. ``hidden``
+    runs the target on input 0 or 1, which differ in one token or pixel. It gives the last hidden states, each
+    ``(1, ..., features)``.
     """
     with torch.no_grad(), hooked(target, dict.fromkeys(sites, torch.zeros_like)):
         states = hidden(0), hidden(1)
     tolerance = torch.finfo(states[0][0].dtype).eps ** 0.5
     for before, after in zip(*states, strict=True):
-        limit = torch.finfo(before.dtype).max / 2  # masked features, at -inf or the least number, say nothing
-        before, after = (
-            torch.where(state.abs() < limit, state, 0).double().flatten(0, -2) for state in (before, after)
-        )
+        limit = torch.finfo(before.dtype).max / 2  # masked features are -inf or the least number
+        before, after = (state.to(exact_device(state.device)).flatten(0, -2) for state in (before, after))
+        before, after = (torch.where(state.abs() < limit, state, 0).double() for state in (before, after))
         change = (after - before).abs().amax(1)
         if len(change) < 2:
             raise SiteError(
-                "the last hidden state has a single position, so it can't show whether the target mixes positions by "
-                "other ways than attention; name the sites by a pattern (--ablation.sites)"
+                "the last hidden state has a single position, so it can't show whether only attention mixes positions; "
+                "name the sites by a pattern (--ablation.sites)"
             )
         moved = int((change > tolerance * before.abs().max()).sum())
         if moved > 1:
             raise SiteError(
                 f"one changed place moves the last hidden state at {moved} of {len(change)} positions although every "
                 "attention site is constant: the target also mixes positions by other ways (convolution, pooling, "
-                "a state space, linear attention), which an ablation of attention would pass by; to study these "
-                "sites all the same, name them by a pattern (--ablation.sites)"
+                "a state space, linear attention); to study these sites, name them by a pattern (--ablation.sites)"
             )
 
 
 def _sites(target: nn.Module, seen: Trace) -> list[Site]:
     uses, used = Counter(read.path for read in seen.reads), Counter[str]()
     attention = [read.path for read in seen.reads if read.made_by == "attention"]
-    # an MLP within an attention module (a bias table, a low-rank query) is no MLP of the layer
+    # an MLP within an attention module (a bias table, a low-rank query) is not the layer's MLP
     within = _modules_around(attention)
     mlps = [read.path for read in seen.reads if read.made_by == "mlp" and not read.path.startswith(within)]
     layers = {path: _layer(path, mlps) for path in attention}
-    for mlp in mlps:  # those of the layers with attention, and those shaped like them in layers without
-        around = [layers[path] for path in attention if layers[path] and mlp.startswith(layers[path] + ".")]
-        if around:
+    for mlp in mlps:  # MLPs of layers with attention
+        if around := [layers[path] for path in attention if layers[path] and mlp.startswith(layers[path] + ".")]:
             layers[mlp] = around[0]
     shapes = {_DIGITS.sub("*", path) for path in layers if path in mlps}
-    if not attention:  # where it can't be followed, what every layer has
+    if not attention:  # MLPs that several layers have
         shapes = {shape for shape, count in Counter(_DIGITS.sub("*", mlp) for mlp in mlps).items() if count > 1}
+    # MLPs with the same path, but for numbers, in layers without attention
     layers |= {mlp: _layer(mlp, mlps) for mlp in mlps if mlp not in layers and _DIGITS.sub("*", mlp) in shapes}
     sites = []
-    for read in seen.reads:
-        number = used[read.path]
-        used[read.path] += 1
-        suffix = f"#{number}" if uses[read.path] > 1 else ""
-        layer, kind = layers.get(read.path), "other"
-        if read.path in attention:
-            kind = "cross-attention" if _is_cross(target, read.path) else "self-attention"
-        elif layer is not None:
-            kind = "mlp"
-        name = f"{layer}{suffix}" if layer else ""
-        sites.append(Site(read.path + suffix, read.width, read.heads, kind, name, uses[read.path]))
+    for path, width, _, _, heads in seen.reads:
+        suffix = f"#{used[path]}" if uses[path] > 1 else ""
+        used[path] += 1
+        kind = "mlp" if path in layers else "other"
+        if path in attention:
+            kind = "cross-attention" if _is_cross(target, path) else "self-attention"
+        layer = layers.get(path)
+        sites.append(Site(path + suffix, width, heads, kind, f"{layer}{suffix}" if layer else "", uses[path]))
     return sites
 
 
 def _modules_around(attention: Sequence[str]) -> tuple[str, ...]:
-    """The attention modules that hold these projections, as prefixes of paths; not a layer that holds one itself."""
+    """The prefixes of the attention modules that hold these projections; a layer that holds one itself is left out."""
     modules = {path.rpartition(".")[0] for path in attention}
     return tuple(module + "." for module in modules if not _NUMBERED.search(module.rpartition(".")[2]))
 
 
 def _layer(path: str, mlps: Sequence[str]) -> str:
-    """The closest numbered module around an attention site that has an MLP as well; else the closest numbered one."""
+    """The closest numbered module around a projection that has an MLP as well; else the closest numbered one."""
     parts = path.split(".")
     numbered = [".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1) if _NUMBERED.search(parts[end - 1])]
-    whole = [name for name in numbered if any(mlp.startswith(name + ".") for mlp in mlps)]
-    return next(iter(whole or numbered), "")
+    return next((name for name in numbered if any(mlp.startswith(name + ".") for mlp in mlps)), [*numbered, ""][0])
 
 
 def _is_cross(target: nn.Module, path: str) -> bool:
@@ -154,11 +144,10 @@ def _check_kind(target: nn.Module, seen: Trace, found: Sequence[Site], word: str
             f"sum; name the sites by a pattern (--ablation.sites); the projections that ran are {_candidates(found)}"
         )
     elif seen.shared:
-        readers = [site.name for site in found if is_asked(site, "attention")]
+        readers = ", ".join([site.name for site in found if is_asked(site, "attention")][:12])
         raise SiteError(
             f"what attention makes in {seen.shared[0] or 'the target itself'} is read by several projections, among "
-            f"{', '.join(readers[:12])}, or isn't attention at all (a softmax that weighs experts); name the sites by "
-            "a pattern (--ablation.sites)"
+            f"{readers}, or isn't attention (a softmax over experts); name the sites by a pattern (--ablation.sites)"
         )
     elif not any(is_asked(site, "attention") for site in found):
         raise SiteError(
@@ -173,14 +162,10 @@ def _check_kind(target: nn.Module, seen: Trace, found: Sequence[Site], word: str
 
 def _check_mlps(target: nn.Module, seen: Trace, found: Sequence[Site]) -> None:
     positions = {read.path: read.positions for read in seen.reads}
-    layers: dict[str, list[Site]] = {}
-    for site in found:
-        layers.setdefault(site.layer.partition("#")[0], []).append(site)
-    for layer, sites in layers.items():
+    for layer in dict.fromkeys(site.layer.partition("#")[0] for site in found if is_asked(site, "attention")):
+        sites = [site for site in found if site.layer.partition("#")[0] == layer]
         attention = [site.path for site in sites if is_asked(site, "attention")]
         mlps = [site.path for site in sites if site.kind == "mlp"]
-        if not attention:
-            continue
         _check_experts(target, layer, attention, mlps, positions)
         if not mlps:
             raise SiteError(
@@ -196,8 +181,8 @@ def _check_experts(
     for name, parameter in target.get_submodule(layer).named_parameters(prefix=layer):
         if parameter.ndim == 3 and min(parameter.shape) > 1 and not name.startswith(within):
             raise SiteError(
-                f"the experts of {layer} are one parameter {name} {tuple(parameter.shape)} without a module for the "
-                "down projection, so its input can't be read or replaced; leave `mlp` out"
+                f"the experts of {layer} are one parameter {name} {tuple(parameter.shape)}, whose input can't be read "
+                "or replaced as there is no module for the down projection; leave `mlp` out"
             )
     projections = [n for n, m in target.get_submodule(layer).named_modules(prefix=layer) if features(m) is not None]
     for path in mlps:
@@ -205,8 +190,7 @@ def _check_experts(
         if len(alike) > 1 and min(positions.get(other, 0) for other in alike) < max(positions[a] for a in attention):
             reads = ", ".join(f"{other} {positions.get(other, 0)}" for other in alike)
             raise SiteError(
-                f"not every position is read by {path} ({reads} positions): they are experts, whose neurons don't run "
-                "at every position; leave `mlp` out"
+                f"not every position is read by {path} ({reads} positions): they are experts; leave `mlp` out"
             )
 
 

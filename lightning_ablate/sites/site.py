@@ -1,4 +1,4 @@
-"""Places of a target whose input is read and replaced."""
+"""Sites of a target: projections whose input is read and replaced."""
 
 import sys
 from collections import Counter
@@ -17,21 +17,22 @@ from torch.utils import checkpoint
 from lightning_ablate.errors import SiteError
 from lightning_ablate.sites.unfused import unfused
 
+WITHOUT_FLOAT64 = {"mps"}  # types of devices
 Hook = Callable[[Tensor], Tensor | None]
-"""Gets a site's activations ``(batch, ..., neurons)``; what it returns, unless None, is used instead."""
+"""From a site's activations ``(batch, ..., neurons)`` to those to use instead; None leaves them."""
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Site:
-    """A place whose input is read and replaced.
+    """A projection whose input is read and replaced.
 
     Attributes:
-        name: path of the projection module in the target; ``path#0``, ``path#1`` ... where it runs several times.
+        name: path of the projection module in the target; ``path#0``, ``path#1`` ... if it runs several times.
         width: number of neurons, the features of the projection's input (n_heads x head_dim).
-        heads: number of attention heads, which lie side by side and are equally wide; None where there are none.
-        kind: ``self-attention``, ``cross-attention`` (told by the names of its modules), ``mlp`` or ``other``.
-        layer: path of the layer it belongs to, and the use like that of the name.
+        heads: number of attention heads, which lie side by side and are equally wide; None if there are none.
+        kind: ``self-attention``, ``cross-attention`` (by the names of its modules), ``mlp`` or ``other``.
+        layer: path of its layer, with the same ``#`` as the name.
         uses: how often the module runs in one forward pass.
     """
 
@@ -54,12 +55,12 @@ class Site:
 
 
 def given_for(site: Site, given: Mapping[str, T]) -> T | None:
-    """What a mapping holds for a site by its name, or by its path, which stands for all uses of a module."""
+    """The value of a mapping for a site's name, or for its path, which stands for all uses of a module."""
     return given.get(site.name, given.get(site.path))
 
 
 def heads_of(site: Site) -> int:
-    """The number of heads of a site; SiteError if it has none that lie side by side in its neurons."""
+    """The number of heads of a site; SiteError if none lie side by side in its neurons."""
     if site.heads is None:
         raise SiteError(
             f"the site {site.name} ({site.kind}, {site.width} neurons) has no heads that lie side by side; take "
@@ -78,16 +79,36 @@ def check_mask(mask: Tensor, site: Site, whose: str) -> None:
 
 
 def device_of(target: nn.Module) -> torch.device:
-    """The device of a target's first parameter; the CPU where it is on ``meta``, as of a target that is offloaded."""
+    """The device of a target's first parameter; the CPU if that is on ``meta``, as in an offloaded target."""
     device = next(target.parameters()).device
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def weights_of(target: nn.Module, site: Site) -> tuple[Tensor, Tensor | None, bool] | None:
-    """The weight and bias of the projection that reads a site, and whether the weight is ``(neurons, outputs)``.
+def exact_device(device: torch.device) -> torch.device:
+    """Where sums in float64 are kept: the device itself, or the CPU if the device has no float64, as Apple's MPS.
 
-    None where others can't take their place: for a module that runs several times, a quantised, sharded or offloaded
-    one, or one that is more than a matrix and a bias.
+    Values are moved to the exact device before they become float64, and become float32 before they are moved back.
+    """
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
+
+
+def features(module: nn.Module) -> int | None:
+    """The number of features that a projection reads; None if the module is no projection."""
+    width = getattr(module, "in_features", None)
+    if isinstance(width, int) and isinstance(getattr(module, "out_features", None), int):
+        return width
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or isinstance(module, nn.Embedding):
+        return None
+    # transformers' Conv1D keeps its weight as (inputs, outputs), other projections as (outputs, inputs)
+    return weight.shape[0 if hasattr(module, "nx") else 1]
+
+
+def weights_of(target: nn.Module, site: Site) -> tuple[Tensor, Tensor | None, bool] | None:
+    """The weight and bias of a site's projection, and whether the weight is ``(neurons, outputs)``.
+
+    None if they can't be replaced: the module runs several times, it is quantised, sharded or offloaded, or it is more
+    than a matrix and a bias.
     """
     module = target.get_submodule(site.path)
     kind, weight, bias = type(module), getattr(module, "weight", None), getattr(module, "bias", None)
@@ -96,26 +117,24 @@ def weights_of(target: nn.Module, site: Site) -> tuple[Tensor, Tensor | None, bo
         return None
     if not isinstance(weight, Tensor) or isinstance(weight, DTensor) or weight.is_meta:
         return None
-    if not weight.is_floating_point():
-        return None
-    return weight, bias, transposed
+    return (weight, bias, transposed) if weight.is_floating_point() else None
 
 
 @contextmanager
 def hooked(target: nn.Module, hooks: Mapping[Site, Hook], *, once: bool = False) -> Iterator[Counter[str]]:
-    """Runs a hook before each site's projection; leaves none behind, whatever happens.
+    """Runs a hook before each site's projection; removes them all at the end, whatever happens.
 
-    Inside, code that ``torch.compile`` made runs as plain Python, since compiled code would pass the hooks by. Gradient
-    checkpointing is followed: a backward pass inside recomputes with the hooks. Yields how often each path has run.
+    Inside, code that ``torch.compile`` made runs as plain Python, since compiled code ignores the hooks. With gradient
+    checkpointing, a backward pass inside recomputes with the hooks. Yields how often each path has run.
 
     Raises:
-        SiteError: with ``once``, which expects a single forward pass inside, if a site did not run in it, or too often;
-            or if a checkpointed pass was not recomputed inside.
+        SiteError: if a checkpointed pass was not recomputed inside; or, with ``once``, if the sites did not run exactly
+            as often as in one forward pass.
     """
     modules: dict[str, dict[int, Site]] = {}
     for site in hooks:
         modules.setdefault(site.path, {})[site.use] = site
-    runs = Counter[tuple[str, int]]()  # of each thread, in which passes can go side by side
+    runs = Counter[tuple[str, int]]()  # in each thread
     ran, owed = Counter[str](), Counter[str]()  # owed: runs that a backward pass will repeat
     differentiable = torch.is_grad_enabled()
 
@@ -125,8 +144,8 @@ def hooked(target: nn.Module, hooks: Mapping[Site, Hook], *, once: bool = False)
             owed[path] += -1 if repeats else 1
         if repeats and of > 1:
             raise SiteError(
-                f"{path} runs {of} times in a pass, so gradient checkpointing, which recomputes its runs, can't tell "
-                "them apart: turn it off while the target is ablated"
+                f"{path} runs {of} times in a pass, which gradient checkpointing can't tell apart when it recomputes "
+                "them: turn it off while the target is ablated"
             )
         if not repeats:
             ran[path] += 1
@@ -156,13 +175,13 @@ def hooked(target: nn.Module, hooks: Mapping[Site, Hook], *, once: bool = False)
     for site in hooks if once else ():
         if (count := runs[site.path, get_ident()]) != site.uses:
             raise SiteError(
-                f"the site {site.name} ran {count} times in one forward pass, expected {site.uses}, as when "
-                "the sites were found: `evaluate` must run the target once, in the same way for every batch"
+                f"the site {site.name} ran {count} times in one forward pass, expected {site.uses} as in the first "
+                "batch: `evaluate` must run the target once, in the same way for every batch"
             )
 
 
 def _repeats() -> bool | None:
-    """Whether gradient checkpointing runs this again in a backward pass, or will; None where it does neither."""
+    """True while gradient checkpointing recomputes this; False if it will do that later; None without it."""
     frame = sys._getframe(2)
     while frame.f_back is not None:
         if frame.f_globals.get("__name__") == checkpoint.__name__:

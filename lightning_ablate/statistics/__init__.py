@@ -1,4 +1,4 @@
-"""Statistics of neurons, gathered batch by batch and merged over ranks; one torchmetrics.Metric a file."""
+"""Statistics of neurons, gathered batch by batch and merged over ranks; each file has one torchmetrics.Metric."""
 
 from lightning_ablate.statistics.base import FOUND, ActivationStatistic, SiteStatistics, with_needs
 from lightning_ablate.statistics.covariance import Covariance, HeadCovariance, solved

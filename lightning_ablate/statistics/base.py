@@ -13,10 +13,11 @@ from lightning_ablate.sites import Site
 
 FOUND = ("first", "second", "estimate", "se")  # what an attribution finds of each unit
 S = TypeVar("S", bound="ActivationStatistic")
+_MISSING = "which `fit` has not found: run `fit` with this method, or name a checkpoint of such a run with --ckpt_path"
 
 
 class SiteStatistics:
-    """The statistics of one site by their class, and what was learned and attributed for it by the method's name."""
+    """The statistics of one site by their class; the values learned and attributions of it by a method's name."""
 
     def __init__(
         self,
@@ -33,27 +34,18 @@ class SiteStatistics:
         """The statistic of that class; StatisticsError if it was not gathered."""
         found = self._statistics.get(kind)
         if not isinstance(found, kind):
-            raise StatisticsError(
-                f"needs the statistic {kind.__name__} of the site {self.site}, which was not gathered: "
-                "run `fit` with this method, or name a checkpoint of such a run with --ckpt_path"
-            )
+            raise StatisticsError(f"needs the statistic {kind.__name__} of the site {self.site}, {_MISSING}")
         return found
 
     def learned(self, method: str) -> Tensor:
-        """The values that a method learned, float32, see :class:`Calibration`; StatisticsError if it did not."""
+        """The values that a method learned, float32, see :class:`Calibration`; StatisticsError if there are none."""
         if method not in self._learned:
-            raise StatisticsError(
-                f"needs the values it learns for the site {self.site}, which it did not: run `fit` with this method, "
-                "or name a checkpoint of such a run with --ckpt_path"
-            )
+            raise StatisticsError(f"needs the values it learns for the site {self.site}, {_MISSING}")
         return self._learned[method]
 
     @property
     def weight(self) -> Tensor:
-        """The target's own weights with which the projection reads the neurons, ``(neurons, outputs)``, floating.
-
-        StatisticsError where the projection is more than a matrix and a bias.
-        """
+        """The projection's weights, ``(neurons, outputs)``; StatisticsError if it isn't just a matrix and a bias."""
         if self._weight is None:
             raise StatisticsError(
                 f"needs the weights with which a projection reads {self.site}, which is no plain linear one, or sharded"
@@ -68,14 +60,15 @@ class SiteStatistics:
 class ActivationStatistic(Metric, ABC):
     """A statistic of each neuron of one site, gathered batch by batch. Subclass it to gather another one.
 
-    States are added with ``persistent=True`` (what the checkpoint holds) and their ``dist_reduce_fx`` (it merges the
-    ranks), and must not depend on how the activations are split into batches. At the end of an epoch, calibration
-    merges the ranks, calls ``check`` and then ``reduce``; from then on the states and what is derived from them are
-    read directly. ``compute`` merges by itself, as in any torchmetrics.Metric, for use without a calibration.
+    Add each state with its ``dist_reduce_fx``, which merges the ranks, and with ``persistent=True`` to keep it in the
+    checkpoint. States must not depend on how the activations are split into batches. At the end of an epoch,
+    calibration merges the ranks and calls ``check`` and ``reduce``; then methods read the states and properties.
 
-    ``neurons`` is the width of the site. Where ``takes_examples`` is set, ``update`` is given the indices of the
-    batch's examples as well, as ``examples``, ``(batch,)`` int64. ``needs`` names the statistics that must be complete
-    first: each link of such a chain is one more calibration epoch. ``earlier`` holds these, and may hold others.
+    Attributes:
+        neurons: the width of the site.
+        takes_examples: whether ``update`` takes ``examples`` ``(batch,)`` int64, too, the indices of the examples.
+        needs: statistics that must be complete first, which takes another calibration epoch. The constructor gets them
+            as ``earlier``.
     """
 
     full_state_update = False
@@ -99,15 +92,15 @@ class ActivationStatistic(Metric, ABC):
         """
 
     def check(self) -> None:
-        """Raises StatisticsError if what was gathered can't be right; called once the epoch is complete."""
+        """Raises StatisticsError if the statistic can't be right; called once the epoch is complete."""
 
     def note(self, site: Site) -> str | None:
-        """One line that limits what it is good for, called once the epoch is complete; None for nothing."""
+        """One line about what limits the use of this statistic, if anything does; called after :meth:`check`."""
         return None
 
     def reduce(self) -> None:
-        """Lets go of what is needed no longer once the epoch is complete and described."""
-        self._cache = None  # the states of this rank alone, which torchmetrics keeps for a return
+        """Frees what is needed no longer once the epoch is complete and the neurons are described."""
+        self._cache = None  # torchmetrics keeps the states from before the ranks were merged
 
     @classmethod
     def epoch(cls) -> int:
@@ -126,22 +119,24 @@ def positions(activations: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def by_example(activations: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Activations as ``(examples, positions, neurons)``, and which are valid; StatisticsError if both don't fit."""
+    """Activations as ``(examples, positions, neurons)``, and which are valid ``(examples, positions)`` bool.
+
+    StatisticsError if the shapes don't fit.
+    """
     if valid is None:
         valid = torch.ones(len(activations), 1, dtype=torch.bool, device=activations.device)
     examples, length = valid.shape
     if len(activations) % examples if length == 1 else activations.shape[:2] != valid.shape:
         raise StatisticsError(
             f"gets activations {tuple(activations.shape)} where {examples} examples of {length} positions are expected "
-            "(batch first), so that which is which can't be told; leave the site out (--ablation.sites), or "
-            "override `valid_at`"
+            "(batch first); leave the site out (--ablation.sites), or override `valid_at`"
         )
     rows = activations.reshape(examples, -1, activations.shape[-1])
     return rows, valid.expand(rows.shape[:2])
 
 
 def with_needs(kinds: Iterable[type[ActivationStatistic]]) -> list[type[ActivationStatistic]]:
-    """These statistics and all that they need, each once, what is needed first."""
+    """These statistics and those they need, each once, needed ones first."""
     found: dict[type[ActivationStatistic], None] = {}
     for kind in kinds:
         found |= dict.fromkeys([*with_needs(kind.needs), kind])

@@ -1,4 +1,4 @@
-"""How the neurons of a site vary together."""
+"""How the neurons of a site vary together, and regressions of some neurons on others."""
 
 import warnings
 from typing import ClassVar, Self
@@ -12,21 +12,21 @@ from lightning_ablate.statistics.base import ActivationStatistic, SiteStatistics
 
 _DOUBLE = 2048  # neurons up to which sums are float64; above, float32 keeps 32 sites of 4096 neurons at 2.1 GB
 RIDGES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
-_UNKNOWN = 0.01  # where no example can be held out
+_UNKNOWN = 0.01  # the ridge if no example can be held out
 
 
 class Covariance(ActivationStatistic):
     """Means and covariances of all neurons of a site over the valid positions, in one pass.
 
-    Every batch gives the sums of products of the deviations from its own mean; these merge by the pairwise formula of
-    Chan, Golub & LeVeque (1979). Sums are float64 up to 2,048 neurons and float32 above: 4 n² bytes a site, 67 MB
-    for 4,096 neurons, and twice that while they are gathered: examples with even and with odd indices are kept apart,
-    so that :attr:`ridge` can be chosen. Between ``blocks`` of neurons side by side, equally wide, nothing is kept.
+    Every batch gives its mean and the products of the deviations from it. Batches merge by the pairwise formula of
+    Chan, Golub & LeVeque (1979). Sums are float64 up to 2,048 neurons, and float32 above: 67 MB a site of 4,096
+    neurons. While they are gathered they take twice that, as examples with even and with odd indices are kept apart to
+    choose the :attr:`ridge`. With ``blocks``, equally wide and side by side, covariances are kept within each alone.
     """
 
     takes_examples: ClassVar[bool] = True
-    sums: Tensor
-    chosen: Tensor  # the ridge, () float64; 0 before it is
+    sums: Tensor  # for each block of even and then of odd examples: counts, means and products
+    chosen: Tensor  # the ridge, () float64; 0 until it is chosen
 
     def __init__(self, neurons: int, earlier: SiteStatistics | None = None, blocks: int = 1) -> None:
         super().__init__(neurons, earlier)
@@ -34,24 +34,26 @@ class Covariance(ActivationStatistic):
         self._unexplained: Tensor | None = None
         self._orders = dict[int, Tensor]()
         dtype = torch.float64 if neurons <= _DOUBLE else torch.float32
-        # of every block, of even and then of odd examples: the count in every column, the mean, and the products
         sums = torch.zeros(2 * blocks, width + 2, width, dtype=dtype)
         self.add_state("sums", sums, dist_reduce_fx=_merged, persistent=True)
         self.add_state("chosen", torch.zeros((), dtype=torch.float64), dist_reduce_fx="max", persistent=True)
 
     def update(self, activations: Tensor, valid: Tensor | None = None, examples: Tensor | None = None) -> None:
-        """Adds a batch, see :meth:`ActivationStatistic.update`.
-
-        ``examples`` are the indices of its examples, ``(batch,)`` int64; None counts them from 0.
-        """
+        """Adds a batch; ``examples`` are the indices of its examples, ``(batch,)`` int64, None counts them from 0."""
         count = len(activations if valid is None else valid)
-        self._forget()
-        if examples is None or count % max(1, len(examples)):  # what comes first isn't the examples
+        self._unexplained, self._orders = None, {}
+        if examples is None or count % max(1, len(examples)):  # the first axis isn't that of the examples
             examples = torch.arange(count, device=activations.device)
-        examples = examples.repeat_interleave(count // max(1, len(examples)))  # of windows, whose examples share them
-        for half in (0, 1):
+        examples = examples.repeat_interleave(count // max(1, len(examples)))  # several windows of one example
+        for half, sums in enumerate(self._halves):
             own = (examples % 2 == half).unsqueeze(1)
-            self._add(half, positions(activations, own if valid is None else own & valid))
+            rows = positions(activations, own if valid is None else own & valid).to(self.sums.dtype)
+            if len(rows):
+                rows = rows.view(len(rows), self.blocks, -1).transpose(0, 1)
+                mean = rows.mean(1, keepdim=True)
+                rows = rows - mean
+                with torch.autocast(rows.device.type, enabled=False):
+                    _add(sums, torch.full_like(mean, rows.shape[1]), mean, rows.mT @ rows)
 
     def note(self, site: Site) -> str | None:
         """That a site has more neurons than there were positions to regress them on."""
@@ -85,10 +87,10 @@ class Covariance(ActivationStatistic):
 
     @property
     def ridge(self) -> float:
-        """The share of their variances to add to the neurons', one of ``RIDGES``, where some are regressed on others.
+        """The share of its variance that a regression adds to the variance of each neuron, one of ``RIDGES``.
 
-        Half of the neurons are regressed on the others, from one half of the examples: the best value leaves the least
-        squared error on the other half. Both halves take both parts. Of fewer than two examples it is 0.01.
+        It is chosen by two-fold cross-validation over examples: even neurons predict odd ones, and the reverse. With
+        fewer than two examples it is 0.01.
         """
         if not self.chosen:
             self.chosen.fill_(self._choose())
@@ -96,27 +98,26 @@ class Covariance(ActivationStatistic):
 
     @property
     def unexplained(self) -> Tensor:
-        """The variance of each neuron that all others of its block don't explain, ``(neurons,)`` float64."""
-        if self._unexplained is None:  # a choice asks for every condition, or every example
+        """The variance of each neuron that the others of its block don't explain, ``(neurons,)`` float64."""
+        if self._unexplained is None:  # kept, as a choice asks for it again for every condition
             self._unexplained = 1 / self._precision.diagonal(dim1=1, dim2=2).flatten()
         return self._unexplained
 
     def order(self, weight: Tensor, size: int = 1) -> Tensor:
-        """In which units of ``size`` neurons go, by the optimal brain surgeon, ``(units,)`` int64 on the CPU.
+        """The order in which the optimal brain surgeon ablates units, ``(units,)`` int64 on the CPU.
 
-        ``weight`` ``(neurons, outputs)``, floating, reads them; see :func:`eliminated`. StatisticsError of blocks.
+        See :func:`eliminated`; ``weight`` is floating. StatisticsError if there are several blocks.
         """
         if self.blocks > 1:
             raise StatisticsError("an order of all neurons needs the covariances of them all, not those within heads")
         if size not in self._orders:
-            read = weight.to(self.sums.device, torch.float64, copy=True)
+            read = weight.to(self.sums.device).to(torch.float64, copy=True)
             self._orders[size] = eliminated(self._precision[0], read, size).cpu()
         return self._orders[size]
 
     def reduce(self) -> None:
-        """Chooses the ridge, unless it is chosen, and keeps the examples apart no longer."""
+        """Chooses the ridge, and merges even and odd examples."""
         super().reduce()
-        self._forget()
         self.ridge  # noqa: B018
         self.sums = self._whole
 
@@ -127,9 +128,6 @@ class Covariance(ActivationStatistic):
         identity = torch.eye(covariance.shape[1], dtype=covariance.dtype, device=covariance.device)
         return solved(covariance, identity.expand_as(covariance), self.ridge)
 
-    def _forget(self) -> None:
-        self._unexplained, self._orders = None, {}
-
     @property
     def _whole(self) -> Tensor:
         """The sums of all examples, ``(blocks, width + 2, width)``."""
@@ -137,18 +135,8 @@ class Covariance(ActivationStatistic):
 
     @property
     def _halves(self) -> Tensor:
-        """Those of even and of odd examples, ``(2, blocks, width + 2, width)``."""
+        """The sums of even and of odd examples, ``(2, blocks, width + 2, width)``."""
         return self.sums.view(2, self.blocks, *self.sums.shape[1:])
-
-    def _add(self, half: int, rows: Tensor) -> None:
-        if not len(rows):
-            return
-        rows = rows.to(self.sums.dtype).view(len(rows), self.blocks, -1).transpose(0, 1)
-        mean = rows.mean(1, keepdim=True)
-        deviations = rows - mean
-        sums = self.sums[half * self.blocks : (half + 1) * self.blocks]
-        with torch.autocast(rows.device.type, enabled=False):
-            _add(sums, torch.full_like(mean, rows.shape[1]), mean, deviations.mT @ deviations)
 
     def _choose(self) -> float:
         if len(self.sums) == self.blocks or not bool((self.sums[:, 0, 0] > 0).all()):
@@ -156,35 +144,35 @@ class Covariance(ActivationStatistic):
         ridges = torch.tensor(RIDGES, dtype=torch.float64, device=self.sums.device)
         left = torch.zeros_like(ridges)
         halves = self._halves
-        every = torch.arange(halves.shape[3], device=ridges.device) % 2 == 0
+        even = torch.arange(halves.shape[3], device=ridges.device) % 2 == 0
         for block in range(self.blocks):
-            for gone in (every, ~every):
+            for ablated in (even, ~even):
                 for one, other in (halves[:, block], halves[:, block].flip(0)):
-                    left += _left(one.double(), other.double(), ridges, gone)
+                    left += _left(one.double(), other.double(), ridges, ablated)
         return RIDGES[int(left.argmin())]
 
 
 class HeadCovariance(Covariance):
-    """The same within every attention head alone: 2.1 MB for 32 heads of 128 neurons, where all 4,096 take 67 MB."""
+    """Covariances within every attention head alone: 2.1 MB for 32 heads of 128 neurons, instead of 67 MB."""
 
     @classmethod
     def of(cls, site: Site, earlier: SiteStatistics | None = None) -> Self:
-        """With the heads of the site as its blocks; SiteError if it has none."""
+        """Takes the heads of the site as blocks; SiteError if it has none."""
         return cls(site.width, earlier, blocks=heads_of(site))
 
 
 def solved(among: Tensor, across: Tensor, ridge: float) -> Tensor:
-    """Regressions ``(..., kept, ablated)`` float64 on neurons with covariances ``among`` ``(..., kept, kept)``.
+    """The slopes ``(..., kept, ablated)`` float64 of the regression of ablated neurons on kept ones.
 
-    ``across`` ``(..., kept, ablated)`` are those with what is regressed; ``ridge`` is a share of each variance to add.
-    ``among`` is written over. Where rounding leaves it not positive definite, the ridge is raised, with a warning;
-    StatisticsError if it isn't with any.
+    ``among`` ``(..., kept, kept)`` are the covariances of the kept neurons, which are written over; ``across``
+    ``(..., kept, ablated)`` those with the ablated ones. ``ridge`` times its variance is added to each variance. The
+    ridge is raised, with a warning, until the covariances are positive definite; StatisticsError if no ridge does that.
     """
     given = ridge
     diagonal = among.diagonal(dim1=-2, dim2=-1)
     variances = diagonal.clone()
     while ridge <= 100:
-        # a constant neuron has no variance, and then nothing to tell either
+        # a constant neuron has variance 0, and any number above it gives the slope 0
         diagonal.copy_(variances * (1 + ridge) + torch.finfo(among.dtype).tiny)
         factor, failed = torch.linalg.cholesky_ex(among)
         if not bool(failed.any()):
@@ -195,22 +183,22 @@ def solved(among: Tensor, across: Tensor, ridge: float) -> Tensor:
                     stacklevel=2,
                 )
             return torch.cholesky_solve(across, factor)
-        ridge *= 10  # sums in float32, of fewer positions than neurons
+        ridge *= 10
     raise StatisticsError("can't be solved: the covariance is not positive definite; calibrate on more data")
 
 
 def eliminated(precision: Tensor, weight: Tensor, size: int) -> Tensor:
-    """The order in which units of ``size`` neurons go, each the one that the output of the projection needs least.
+    """Units of ``size`` neurons, ``(units,)`` int64, in the order in which the projection's output needs them least.
 
-    With what those that stay let one expect of a unit u in its place, the output changes by ``tr(W_uᵀ P_uu⁻¹ W_u)``,
-    the mean square per position. Behind each, weights have taken it over, and the precision P is that of the rest: the
-    optimal brain surgeon (Hassibi & Stork 1993) one layer at a time. ``precision`` ``(neurons, neurons)`` and
-    ``weight`` ``(neurons, outputs)``, float64, are of no use afterwards. It takes neurons³ steps, like an inverse.
+    Replacing unit u by its conditional mean changes the output by a mean square of ``tr(W_uᵀ P_uu⁻¹ W_u)`` per
+    position. The unit with the least change goes first. Then the weights W of the other units make up for it, and the
+    precision P becomes theirs: the optimal brain surgeon (Hassibi & Stork 1993) for one layer. ``precision``
+    ``(neurons, neurons)`` and ``weight`` ``(neurons, outputs)``, float64, are written over. It takes O(neurons³).
     """
     left, order = torch.arange(len(precision) // size, device=precision.device), []
     while len(left):
         gone = torch.zeros(len(left), dtype=torch.bool, device=left.device)
-        for _ in range(1 + len(left) // 8):  # then their rows are dropped
+        for _ in range(1 + len(left) // 8):  # rows are dropped an eighth at a time
             own = precision.view(len(left), size, len(left), size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
             read, inverse = weight.view(len(left), size, -1), torch.linalg.inv(own)
             lost = (inverse @ read * read).sum((1, 2)).masked_fill(gone, torch.inf)
@@ -229,27 +217,26 @@ def eliminated(precision: Tensor, weight: Tensor, size: int) -> Tensor:
     return torch.stack(order)
 
 
-def _left(one: Tensor, other: Tensor, ridges: Tensor, gone: Tensor) -> Tensor:
-    """The squared error in ``other`` of regressions from ``one``, for each ridge, less what no ridge changes.
+def _left(one: Tensor, other: Tensor, ridges: Tensor, ablated: Tensor) -> Tensor:
+    """For each ridge the squared error on examples ``other`` of regressions from examples ``one``, but for a constant.
 
-    Both are the sums ``(width + 2, width)`` of one block, of which neurons that are ``gone`` are regressed on others.
+    Both are sums ``(width + 2, width)`` of one block. ``ablated`` neurons are regressed on the others.
     """
     shift = other[1] - one[1]
     seen, truth = one[2:] / one[0], other[2:] / other[0] + torch.outer(shift, shift)
-    sd = (seen.diagonal() + truth.diagonal()).div(2).sqrt()  # of both, or one that rests in the first tells too much
-    scale = torch.where(sd > 0, 1 / sd, 0.0)  # a neuron that is constant tells nothing
-    seen, truth = (scale[:, None] * matrix for matrix in (seen, truth))  # of those that tell
-    seen, truth, scale = seen[~gone], truth[~gone], scale[~gone]
-    # in the basis of the eigenvectors a ridge only changes the weights of the directions
-    values, basis = torch.linalg.eigh(seen[:, ~gone] * scale)
-    told, true = basis.T @ seen[:, gone], basis.T @ truth[:, gone]
-    among = (basis.T @ (truth[:, ~gone] * scale) @ basis) * (told @ told.T)
+    sd = (seen.diagonal() + truth.diagonal()).div(2).sqrt()  # of both, as a neuron may be nearly constant in one
+    scale = torch.where(sd > 0, 1 / sd, 0.0)  # a constant neuron predicts nothing
+    seen, truth, scale = (scale[:, None] * seen)[~ablated], (scale[:, None] * truth)[~ablated], scale[~ablated]
+    # in the basis of the eigenvectors a ridge changes only a weight of each
+    values, basis = torch.linalg.eigh(seen[:, ~ablated] * scale)
+    told, true = basis.T @ seen[:, ablated], basis.T @ truth[:, ablated]
+    among = (basis.T @ (truth[:, ~ablated] * scale) @ basis) * (told @ told.T)
     weights = 1 / (values.clamp_min(0) + ridges[:, None])
     return ((weights @ among) * weights).sum(1) - 2 * weights @ (told * true).sum(1)
 
 
 def _add(sums: Tensor, count: Tensor, mean: Tensor, products: Tensor) -> None:
-    """Adds those of a batch or a rank, in place; count and mean are ``(blocks, 1, width)``."""
+    """Adds the sums of a batch or a rank in place; count and mean are ``(blocks, 1, width)``."""
     total = (sums[:, :1] + count).clamp_min(1)
     shift = mean - sums[:, 1:2]
     sums[:, 2:] += products
@@ -259,7 +246,7 @@ def _add(sums: Tensor, count: Tensor, mean: Tensor, products: Tensor) -> None:
 
 
 def _merged(stacked: Tensor) -> Tensor:
-    """Merges ``(ranks or halves, blocks, width + 2, width)`` into one of them."""
+    """Merges the sums of ranks or halves, ``(number, blocks, width + 2, width)``, into ``(blocks, ...)``."""
     merged = torch.zeros_like(stacked[0])
     for own in stacked:
         _add(merged, own[:, :1], own[:, 1:2], own[:, 2:])

@@ -6,18 +6,18 @@ from torch import Tensor
 from lightning_ablate.errors import StatisticsError
 from lightning_ablate.statistics.base import ActivationStatistic, SiteStatistics, positions
 
-_BLOCK = 256  # positions at a time, which a core's cache holds
+_BLOCK = 256  # positions at a time, which fit in a core's cache
 
 
 class Moments(ActivationStatistic):
     """Mean, standard deviation, skewness, kurtosis, minimum and maximum of each neuron over the valid positions.
 
-    Every block of positions gives its own mean and sums of powers of the deviations from it, in float64; these merge by
+    Every block of positions gives its mean and sums of powers of the deviations from it, in float64. Blocks merge by
     the formulas of Pébay (2008, "Formulas for robust, one-pass parallel computation of covariances and arbitrary-order
-    statistical moments"), so that neurons far from zero keep their digits.
+    statistical moments"), which keep the digits of neurons far from zero.
     """
 
-    sums: Tensor  # count, mean, and sums of the second to fourth powers of the deviations from it
+    sums: Tensor  # count, mean, and sums of the second to fourth powers of the deviations from the mean
     low: Tensor  # the minima, (neurons,) float64; infinity before the first position
     high: Tensor  # the maxima
 
@@ -82,9 +82,9 @@ class Moments(ActivationStatistic):
 
 
 def _sums(rows: Tensor) -> Tensor:
-    """Count, mean, and sums of the second to fourth powers of the deviations from it, ``(5, neurons)`` float64."""
+    """The ``sums`` of :class:`Moments` of a block, ``(5, neurons)`` float64."""
     rows = rows.double()
-    mean = rows[0] + (rows - rows[0]).mean(0)  # of equal values exactly that
+    mean = rows[0] + (rows - rows[0]).mean(0)  # exact if all values are equal
     deviation = rows - mean
     square = deviation.square()
     powers = square.sum(0), deviation.mul_(square).sum(0), square.square_().sum(0)
@@ -92,9 +92,9 @@ def _sums(rows: Tensor) -> Tensor:
 
 
 def _merged(sums: Tensor) -> Tensor:
-    """Merges ``(blocks or ranks, 5, neurons)``, see :func:`_sums`, into one of them."""
+    """Merges the sums of blocks or ranks, ``(number, 5, neurons)``, into ``(5, neurons)``."""
     count, mean, second, third, fourth = sums.unbind(1)
-    total, reference = count.sum(0), mean[count[:, 0].argmax()]  # of equal means the merged one is exactly that
+    total, reference = count.sum(0), mean[count[:, 0].argmax()]  # exact if all means are equal
     center = reference + (count / total.clamp_min(1) * (mean - reference)).sum(0)
     shift = mean - center
     return torch.stack(

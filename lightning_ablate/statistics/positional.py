@@ -1,4 +1,4 @@
-"""What a neuron does at each position of a sequence."""
+"""The mean of each neuron at each position of a sequence."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from lightning_ablate.statistics.base import ActivationStatistic, SiteStatistics
 
 
 class MeanByPosition(ActivationStatistic):
-    """Means over the examples, of each position apart; sums are float64, 8 bytes a neuron and position.
+    """Means over the examples at each position; sums are float64, 8 bytes a neuron and position.
 
     Example:
         >>> statistic = MeanByPosition(neurons=1)
@@ -41,7 +41,7 @@ class MeanByPosition(ActivationStatistic):
         return self.mean
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """Merges the ranks, see :meth:`torchmetrics.Metric.sync`, which may have seen sequences of other lengths."""
+        """Merges the ranks, see :meth:`torchmetrics.Metric.sync`, after all have grown to the longest sequence."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             own = torch.tensor(len(self.count), device=self.count.device)
             self._grow(int(torch.stack(gather_all_tensors(own)).max()))
@@ -49,7 +49,7 @@ class MeanByPosition(ActivationStatistic):
 
     @property
     def mean(self) -> Tensor:
-        """The means, ``(positions, neurons)`` float64; 0 where ``count`` ``(positions,)`` int64 is."""
+        """The means, ``(positions, neurons)`` float64; 0 at positions whose ``count`` is 0."""
         return self.sums / self.count.clamp_min(1).unsqueeze(1)
 
     def _grow(self, length: int) -> None:

@@ -4,7 +4,7 @@ import torch
 
 from lightning_ablate.errors import SiteError
 from lightning_ablate.sites import Site
-from lightning_ablate.statistics import Covariance, HeadCovariance
+from lightning_ablate.statistics import Covariance, HeadCovariance, Moments
 from lightning_ablate.statistics.covariance import RIDGES
 from tests import tiny
 
@@ -37,6 +37,16 @@ def test_what_a_model_of_seven_billion_parameters_takes():
         whole, heads = 32 * Covariance.of(site).sums.nbytes, 32 * HeadCovariance.of(site).sums.nbytes
         assert Covariance(2049).mean.dtype == torch.float32 and Covariance(2048).mean.dtype == torch.float64
     assert round(whole / 2 / 1e9, 1) == 2.1 and 67e6 < heads / 2 < 69e6  # and twice that while they are gathered
+
+
+def test_fewer_positions_than_neurons_are_noted(gathered):
+    few, enough = tiny.mixed(11), tiny.mixed(12)
+    note = "calibrated on 11 positions, fewer than the 12 neurons that conditional methods regress: they rest on their "
+    note += "ridge; calibrate on more data (--data.calibration_...)"
+    site = Site("attn.proj", 12, heads=3)
+    assert gathered(Covariance, [few]).note(site) == note and gathered(Covariance, [enough]).note(site) is None
+    assert tiny.gathered(site, [few], HeadCovariance)[HeadCovariance].note(site) is None
+    assert gathered(Moments, [few]).note(site) is None
 
 
 def left_by_hand(one, other, kept, ridge):
