@@ -21,7 +21,6 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 import lightning_ablate
-from lightning_ablate.calibration import Calibration, fingerprint
 from lightning_ablate.callback import AblationCallback
 from lightning_ablate.choices import Choice
 from lightning_ablate.data import (
@@ -30,9 +29,8 @@ from lightning_ablate.data import (
 )
 from lightning_ablate.errors import AblationError, ConfigError, TargetError, loading
 from lightning_ablate.modules import AblationModule
-from lightning_ablate.phases import Run, is_unfinished
+from lightning_ablate.phases import is_unfinished
 from lightning_ablate.progress import SweepProgressBar
-from lightning_ablate.results import Results
 from lightning_ablate.trainer import CHECKPOINT
 from lightning_ablate.trust import HELP, check_trusted
 
@@ -156,34 +154,6 @@ class AblationCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def export_run() -> None:
-    """``python -m lightning_ablate.export RUN OUT``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m lightning_ablate.export",
-        description="Writes a condition of a run as a smaller model that transformers or timm load by themselves.",
-    )
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run of `fit`, which holds ablation.ckpt")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to make")
-    parser.add_argument("--method", required=True, help="what takes the neurons' place, as results call it")
-    parser.add_argument("--fraction", type=float, help="share of the neurons that go; by default the only one")
-    parser.add_argument("--seed", type=int, help="of the choice of neurons; the first one by default")
-    parser.add_argument("--trust", metavar="NAME", action="append", help=HELP)
-    given, more = parser.parse_known_args()
-    checkpoint = str(given.run / CHECKPOINT)
-    config = _config_of(checkpoint, given.trust, more)
-    if config is None:
-        raise ConfigError(f"{checkpoint!r} holds no configuration: of a run in Python, use callback.export()")
-    here = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--trainer.logger=false"]
-    made = AblationCLI(["--config", config, *here, *more], run=False)
-    callback = callback_of(made.trainer)
-    made.model.configure_model()
-    made.model = made.trainer.precision_plugin.convert_module(made.model)  # as it was calibrated
-    callback.run = Run(fingerprint(made.model.target), Calibration.load(checkpoint, made.model.target))
-    callback.results = Results.load(given.run)
-    asked = given.out, given.method, given.fraction, given.seed
-    print(callback.export(made.model, *asked, made.trainer, made.datamodule))
-
-
 @contextmanager
 def _configuring() -> Iterator[None]:
     """Raises what a configuration leads to, in the libraries below or the user's own classes, as a ConfigError."""
@@ -243,12 +213,12 @@ def _with_start(args: list[str]) -> list[str]:
     if given.ckpt_path and Path(given.ckpt_path).is_dir():  # a run's, which holds one
         given.ckpt_path = str(Path(given.ckpt_path, CHECKPOINT))
         args = [*args, "--ckpt_path", given.ckpt_path]
-    if args[0] == "validate" and given.ckpt_path and (config := _config_of(given.ckpt_path, given.trust, args)):
+    if args[0] == "validate" and given.ckpt_path and (config := config_of(given.ckpt_path, given.trust, args)):
         return [args[0], "--config", config, *args[1:]]
     return args if given.config or given.model or given.data else [args[0], "--config", str(DEFAULT_CONFIG), *args[1:]]
 
 
-def _config_of(checkpoint: str, trusted: Sequence[str] | None, words: Sequence[str]) -> str | None:
+def config_of(checkpoint: str, trusted: Sequence[str] | None, words: Sequence[str]) -> str | None:
     """The configuration in a checkpoint, without what only ``fit`` knows; None in one that Python code left.
 
     ConfigError if it names what the user doesn't trust, see :func:`check_trusted`.

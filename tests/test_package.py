@@ -12,11 +12,11 @@ PACKAGE = ROOT / "lightning_ablate"
 # each imports only what is in front of it
 RANKS = (
     "errors identity tokens, trust sites demo, statistics, conditions, choices, methods metrics, "
-    "attribution calibration smaller sharding, ablation results data, phases, modules, progress trainer, "
+    "attribution calibration sharding, ablation results data, phases, modules, progress trainer, "
     "report export, callback, cli"
 )
 # plain torch and torchmetrics: usable and testable without a Trainer
-PLAIN = "statistics sites choices conditions methods metrics calibration ablation smaller phases results".split()
+PLAIN = "statistics sites choices conditions methods metrics calibration ablation phases results".split()
 
 
 def imports(tree):
@@ -32,7 +32,7 @@ def imports(tree):
 
 def imported():
     found = {}
-    for path in PACKAGE.rglob("*.py"):
+    for path in set(PACKAGE.rglob("*.py")) - set(PACKAGE.rglob("__main__.py")):
         part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
         found.setdefault(part, set()).update(imports(ast.parse(path.read_text(encoding="utf-8"))))
     return found

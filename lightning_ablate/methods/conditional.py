@@ -1,5 +1,6 @@
 """Conditional-mean ablation."""
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar, cast
@@ -102,6 +103,12 @@ class ConditionalMean(AblationMethod):
             found[size] = partial(_explained, mean, unexplained.float())
         return found
 
+    def without_intercept(self) -> AblationMethod | None:
+        """The regression of the values themselves."""
+        method = copy.copy(self)
+        method.centred = False
+        return method
+
 
 class ConditionalMeanPerHead(ConditionalMean):
     """The same, but of the neurons kept only those of the same attention head tell.
@@ -159,6 +166,10 @@ class ConditionalSequential(ConditionalMean):
         """
         made = cast(Affine, super().prepare(ablation))
         return Affine(mean.to(made.offset)) if self.centred and made.slope is None else made
+
+    def without_intercept(self) -> AblationMethod | None:
+        """Nothing: what was fitted has one."""
+        return None
 
     @staticmethod
     def packed(affine: Affine, mask: Tensor) -> Tensor:

@@ -80,6 +80,10 @@ class ConditionalOptimal(LearnedMethod, ConditionalMean):
         ConditionalMean.__init__(self, ridge)
         LearnedMethod.__init__(self, steps, lr, examples, name)
 
+    def without_intercept(self) -> AblationMethod | None:
+        """Nothing: the intercept is what is learned."""
+        return None
+
     def intercept(self, ablation: Ablation, unexplained: Tensor) -> Tensor:
         """The mean, and so much of what was learned as the kept neurons leave of the standard deviation."""
         mean = ablation.statistics[Moments].mean.to(unexplained)
