@@ -50,7 +50,6 @@ def running(command: Callable[[], object]) -> None:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from lightning_ablate.cli import in_a_line
     from lightning_ablate.errors import AblationError
 
     try:
@@ -58,7 +57,7 @@ def running(command: Callable[[], object]) -> None:
     except (AblationError, MisconfigurationException) as error:
         sys.exit(f"error: {error}")
     except ArgumentError as error:
-        print(f"error: {in_a_line(error)} (--help lists the options)", file=sys.stderr)
+        print(f"error: {error} (--help lists the options)", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a full disk, a folder that can't be written
         if error.errno not in _FAULTS:

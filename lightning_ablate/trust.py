@@ -8,9 +8,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-from lightning_ablate.errors import ConfigError
+from lightning_ablate.errors import ConfigError, TargetError, loading
+
+CONFIG = "ConfigInCheckpoint"  # the callback in a checkpoint that holds the configuration
 
 HELP = """a class, module or folder that the checkpoint may name, once for each. By itself it names no class but
 those of lightning_ablate and Lightning, none to run beside the sweep (trainer.callbacks, .plugins, .profiler), and no
@@ -22,6 +25,31 @@ _HARMLESS = ("TensorBoardLogger", "CSVLogger", "RichProgressBar", "TQDMProgressB
 _NAMES = ("name", "tokenizer", "gguf_file")  # options whose files are read as data
 _WORDS = ("ablation.sites", "_column")  # options whose words are patterns and names of columns
 _BELOW = re.compile(r"(?!/)(?!.*\.\.)[\w./ =,-]*")
+
+
+def config_of(checkpoint: str, trusted: Sequence[str], words: Sequence[str]) -> str | None:
+    """The configuration in a checkpoint as YAML, without the options of ``fit`` alone; None if Python code wrote it.
+
+    Raises:
+        ConfigError: if it names what the user doesn't trust, see :func:`check_trusted`.
+        TargetError: if there is no checkpoint, or it can't be read.
+    """
+    if checkpoint in ("last", "best"):  # Lightning looks for it, under a configuration of the user's own
+        return None
+    if not Path(checkpoint).is_file():
+        raise TargetError(
+            f"the checkpoint {checkpoint!r} does not exist; `fit` leaves one in its run's folder (--ckpt_path)"
+        )
+    with loading(checkpoint, TargetError, "--ckpt_path"):
+        callbacks = torch.load(checkpoint, map_location="cpu", weights_only=True)["callbacks"]
+        if CONFIG not in callbacks:
+            return None
+        config = yaml.safe_load(callbacks[CONFIG]["config"])
+        config = {key: config[key] for key in ("seed_everything", "trainer", "model", "data", "ablation")}
+        check_trusted(config, trusted, words)
+        if config["ablation"].get("dirpath"):  # a folder that only its author chose
+            config["ablation"]["dirpath"] = str(Path(checkpoint).parent)
+    return yaml.safe_dump(config)
 
 
 def check_trusted(config: Mapping[str, Any], trusted: Sequence[str], words: Sequence[str]) -> None:

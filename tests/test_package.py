@@ -13,7 +13,7 @@ PACKAGE = ROOT / "lightning_ablate"
 RANKS = (
     "errors identity tokens, trust sites demo, statistics, conditions, choices, methods metrics, "
     "attribution calibration sharding, ablation results data, phases, modules, progress trainer, "
-    "report export, callback, cli"
+    "report export, callback, parser, cli"
 )
 # plain torch and torchmetrics: usable and testable without a Trainer
 PLAIN = "statistics sites choices conditions methods metrics calibration ablation phases results".split()

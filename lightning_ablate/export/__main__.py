@@ -5,12 +5,12 @@ from pathlib import Path
 
 from lightning_ablate.__main__ import running
 from lightning_ablate.calibration import Calibration, fingerprint
-from lightning_ablate.cli import AblationCLI, callback_of, config_of
+from lightning_ablate.cli import AblationCLI, callback_of
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.phases import Run
 from lightning_ablate.results import Results
 from lightning_ablate.trainer import CHECKPOINT
-from lightning_ablate.trust import HELP
+from lightning_ablate.trust import HELP, config_of
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--trust", metavar="NAME", action="append", help=HELP)
     given, more = parser.parse_known_args()
     checkpoint = str(given.run / CHECKPOINT)
-    config = config_of(checkpoint, given.trust, more)
+    config = config_of(checkpoint, given.trust or (), more)
     if config is None:
         raise ConfigError(f"{checkpoint!r} holds no configuration: of a run in Python, use callback.export()")
     here = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--trainer.logger=false"]
