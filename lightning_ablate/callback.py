@@ -7,7 +7,6 @@ from typing import Any, Literal, cast
 
 import lightning
 import pandas as pd
-from lightning.pytorch import callbacks
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_ablate import phases
@@ -28,7 +27,6 @@ from lightning_ablate.statistics import ActivationStatistic, Moments, with_needs
 from lightning_ablate.trainer import CHECKPOINT
 
 PAPER_FRACTIONS, PAPER_SEEDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), (42, 123, 456)
-_TRAIN = callbacks.WeightAveraging, callbacks.ModelPruning, callbacks.BaseFinetuning, callbacks.LearningRateFinder
 
 
 class AblationCallback(lightning.Callback):
@@ -104,9 +102,6 @@ class AblationCallback(lightning.Callback):
         if not isinstance(pl_module, AblationModule):
             raise ConfigError(f"AblationCallback needs an AblationModule, got a {type(pl_module).__name__}")
         trainers.check_trainer(trainer)
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(other, (*_TRAIN, callbacks.GradientAccumulationScheduler)):
-                raise ConfigError(f"{type(other).__name__} trains, expected none that does (--trainer.callbacks)")
         self.folder = trainers.folder_of(trainer, self.dirpath)
         if stage == TrainerFn.FITTING:
             learned = [method.name for method in self.methods if isinstance(method, LearnedMethod)]

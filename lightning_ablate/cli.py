@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, cast
 
 import lightning
 import torch
@@ -109,13 +109,11 @@ class AblationCLI(LightningCLI):
         return {"fit": fit | {"ckpt_path", "weights_only"}, "validate": validate}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds ``--ablation`` and ``--trust``; in the help, the Trainer's options come last."""
+        """Adds ``--ablation`` and ``--trust``, and says in the help what each group of options is."""
         parser.add_lightning_class_args(AblationCallback, "ablation")
         parser.add_argument("--trust", metavar="NAME", default=argparse.SUPPRESS, help=f"of `validate`: {HELP}")
-        groups = parser.groups or {}
         for name, title in _TITLES.items():
-            groups[name].title = title
-        parser._action_groups = sorted(parser._action_groups, key=lambda group: group is groups["trainer"])
+            cast(Any, parser).groups[name].title = title
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Puts the configuration to start from before the user's own options."""

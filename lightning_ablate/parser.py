@@ -26,7 +26,7 @@ _NO_OPTION = re.compile(r"(?:arguments: --|[Oo]ption ')([\w.-]+)")
 
 
 class Parser(LightningArgumentParser):
-    """Shows help without docstring markup, also of classes that have no options."""
+    """Shows help without docstring markup, the Trainer's options last, and also of classes that have no options."""
 
     def add_class_arguments(self, theclass: Any, *args: Any, **options: Any) -> list[str]:
         """Adds the options of a class; of one without options what it is, which jsonargparse leaves out."""
@@ -37,6 +37,8 @@ class Parser(LightningArgumentParser):
 
     def format_help(self, *formatter: Any) -> str:
         """The help as plain text."""
+        trainer = (self.groups or {}).get("trainer")
+        self._action_groups: Any = sorted(self._action_groups, key=lambda group: group is trainer)
         for part, name in [
             *((action, "help") for action in self._actions),
             *((group, name) for group in self._action_groups for name in ("title", "description")),

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 import lightning
 from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch import callbacks
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import IterableDataset, Subset
 from torch.utils.data.distributed import DistributedSampler
@@ -24,6 +25,15 @@ from lightning_ablate.results.folder import fresh_folder
 from lightning_ablate.sharding import check_strategy
 
 T = TypeVar("T")
+_TRAIN = (  # they change weights, or look at a loss
+    callbacks.WeightAveraging,
+    callbacks.ModelPruning,
+    callbacks.BaseFinetuning,
+    callbacks.LearningRateFinder,
+    callbacks.BatchSizeFinder,
+    callbacks.GradientAccumulationScheduler,
+    callbacks.SpikeDetection,
+)
 _GIVEN = ("data_source", "dataset", "sampler", "generator")  # what samplers hold beside their own order
 CHECKPOINT = "ablation.ckpt"
 OPTIONS = ("methods", "fractions", "seeds", "sites", "neurons", "attributing")  # of the callback, which tell runs apart
@@ -43,6 +53,12 @@ def check_trainer(trainer: lightning.Trainer) -> None:
         raise ConfigError(
             f"--trainer.val_check_interval is {trainer.val_check_interval!r}, expected 1.0: calibration comes first"
         )
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(other, _TRAIN):
+            raise ConfigError(
+                f"{type(other).__name__} is for training, but nothing is trained here; leave it out "
+                "(--trainer.callbacks)"
+            )
 
 
 def run_epochs(trainer: lightning.Trainer, epochs: int | None) -> None:
