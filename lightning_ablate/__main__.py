@@ -51,9 +51,11 @@ def running(command: Callable[[], object]) -> None:
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from lightning_ablate.errors import AblationError
+    from lightning_ablate.progress import above_bars
 
     try:
-        command()
+        with above_bars():
+            command()
     except (AblationError, MisconfigurationException) as error:
         sys.exit(f"error: {error}")
     except ArgumentError as error:

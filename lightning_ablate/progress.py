@@ -1,6 +1,13 @@
 """Progress bars that count conditions, not only batches, and lines printed above them."""
 
-from typing import Any
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, TypeVar, cast
+from unittest import mock
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -9,6 +16,8 @@ from tqdm import tqdm
 from lightning_ablate.conditions import Condition
 from lightning_ablate.phases import Phase, SweepPhase
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 
 def say(trainer: Trainer, text: str) -> None:
     """Prints lines on the first process of a machine, above the bars that are up."""
@@ -16,14 +25,37 @@ def say(trainer: Trainer, text: str) -> None:
         tqdm.write(text)
 
 
+@contextmanager
+def above_bars() -> Iterator[None]:
+    """Prints warnings and log lines above the bars that are up, instead of into them."""
+
+    def above(write: F) -> F:
+        @wraps(write)
+        def wrapped(*args: Any, **options: Any) -> Any:
+            with tqdm.external_write_mode(file=sys.stderr):
+                return write(*args, **options)
+
+        return cast(F, wrapped)
+
+    with (
+        mock.patch.object(warnings, "showwarning", above(warnings.showwarning)),
+        mock.patch.object(logging.StreamHandler, "emit", above(logging.StreamHandler.emit)),
+    ):
+        yield
+
+
 class SweepProgressBar(TQDMProgressBar):
-    """Says which condition of the sweep is being evaluated, how many are done, and how long is left.
+    """Shows the condition of the sweep that is being evaluated, how many are done, and how long is left.
 
     The bar of calibration is closed before the sweep, so each shows its own time.
     """
 
+    def get_metrics(self, *_: Any) -> dict[str, Any]:
+        """Nothing: Lightning would show the number of the logger's folder."""
+        return {}
+
     def init_validation_tqdm(self) -> Any:
-        """Takes the line below the closed bar of calibration, and stays there."""
+        """Puts the bar of the sweep on the line below the closed one of calibration."""
         if self._train_progress_bar is not None:
             self.train_progress_bar.close()
         bar = super().init_validation_tqdm()
@@ -32,63 +64,69 @@ class SweepProgressBar(TQDMProgressBar):
         return bar
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Names what this epoch is for; of a verification it counts all conditions of all batches."""
+        """Says what this epoch is for; a verification counts the conditions of all batches."""
         phase = getattr(pl_module, "phase", None)
         if batch_idx == 0 and isinstance(phase, Phase):
             epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
             self.train_progress_bar.set_description(f"{phase.title}, {epoch}")
             self.train_progress_bar.unit = "it"
         if isinstance(phase, SweepPhase):
-            self._count(self.train_progress_bar, phase, batch_idx, trainer.num_training_batches)
+            self._count(self.train_progress_bar, phase, batch_idx, trainer.num_training_batches, batch_idx == 0)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts the batch, or the last condition of it."""
         phase = getattr(pl_module, "phase", None)
-        if isinstance(phase, SweepPhase) and not self.is_disabled:
-            self.train_progress_bar.update((batch_idx + 1) * len(phase.conditions) - self.train_progress_bar.n)
-        else:
+        if not isinstance(phase, SweepPhase):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        elif not self.is_disabled:
+            _reach(self.train_progress_bar, (batch_idx + 1) * len(phase.conditions))
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Counts all conditions of all batches from the first batch on."""
+        """Counts the conditions of all batches."""
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
         phase = getattr(pl_module, "phase", None)
         if isinstance(phase, SweepPhase):
-            if batch_idx == 0:
-                self.val_progress_bar.set_description(phase.title)
-            self._count(self.val_progress_bar, phase, phase.batches, sum(trainer.num_val_batches), anew=batch_idx == 0)
+            self.val_progress_bar.set_description(phase.title, refresh=False)
+            self._count(self.val_progress_bar, phase, phase.batches, sum(trainer.num_val_batches), batch_idx == 0)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """Counts the last condition of the batch."""
         phase = getattr(pl_module, "phase", None)
-        if isinstance(phase, SweepPhase) and not self.is_disabled:
-            self.val_progress_bar.update(phase.batches * len(phase.conditions) - self.val_progress_bar.n)
-        else:
+        if not isinstance(phase, SweepPhase):
             super().on_validation_batch_end(trainer, pl_module, *batch)
+        elif not self.is_disabled:
+            _reach(self.val_progress_bar, phase.batches * len(phase.conditions))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Closes the bars, so that what is said of it has lines of its own."""
+        """Closes the bars, so that the message has lines of its own."""
         for bar in (self._train_progress_bar, self._val_progress_bar):
-            if bar is not None:  # one without a total is neither true nor false
+            if bar is not None:  # a bar without a total has no truth value
                 bar.close()
 
-    def _count(self, bar: Any, phase: SweepPhase, done: int, batches: float, anew: bool = False) -> None:
-        """Lets a bar count the conditions of ``batches``, of which some are ``done``."""
+    def _count(self, bar: Any, phase: SweepPhase, done: int, batches: float, anew: bool) -> None:
+        """Lets a bar count the conditions of so many ``batches``, some of which are ``done``."""
         if self.is_disabled:
             return
-        conditions = phase.conditions
-        if anew or done == 0:
-            bar.reset(int(batches) * len(conditions) if batches < float("inf") else None)
-            bar.update(done * len(conditions))
+        count = len(phase.conditions)
+        number = {condition: done * count + place for place, condition in enumerate(phase.conditions)}
+        if anew:
+            bar.reset(int(batches) * count if batches < float("inf") else None)
+            bar.update(done * count)
             bar.unit = " passes"
-        place = {condition: done * len(conditions) + number for number, condition in enumerate(conditions)}
 
         def announce(condition: Condition) -> None:
             bar.set_postfix_str(str(condition), refresh=False)
-            bar.update(place[condition] - bar.n)
+            bar.update(number[condition] - bar.n)
 
         phase.announce = announce
+
+
+def _reach(bar: Any, count: int) -> None:
+    """Moves a bar to this count; a full one names no condition."""
+    if count == bar.total:
+        bar.set_postfix_str("", refresh=False)
+    bar.update(count - bar.n)
