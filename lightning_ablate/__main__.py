@@ -1,4 +1,4 @@
-"""``python -m lightning_ablate fit`` and ``validate``; the first screen costs no import of torch."""
+"""``python -m lightning_ablate fit`` and ``validate``; the first screen doesn't import torch."""
 
 import errno
 import signal
@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 
 EXPECTED = (
-    "Found .* module.* in eval mode",  # as the target is meant to be
+    "Found .* module.* in eval mode",  # the target always is
     "The '.*_dataloader' does not have many workers",
     "The number of training batches",
     "You have overridden `on_before_batch_transfer`",  # masking belongs to MaskedLM, whatever the data
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def running(command: Callable[[], object]) -> None:
-    """Calls a command; what the user can mend ends in one line."""
+    """Calls a command; errors that the user can mend end in one line."""
     for message in EXPECTED:
         warnings.filterwarnings("ignore", message)
     from jsonargparse import ArgumentError

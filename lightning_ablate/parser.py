@@ -56,7 +56,7 @@ def in_a_line(said: str, options: Iterable[str]) -> str:
     """
     prefix = "--" + "".join(f"{key}." for key in dict.fromkeys(_KEY.findall(said)))
     flag = prefix.removesuffix(".")
-    if unknown := re.search(r"Expected a path but ([\w.]+) ", said):
+    if unknown := re.search(r"Expected a path but ([^\s\[{]\S*) either", said):
         if "." in unknown[1]:
             with loading(unknown[1], ConfigError, flag):
                 pkgutil.resolve_name(unknown[1])

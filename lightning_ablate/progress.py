@@ -65,41 +65,34 @@ class SweepProgressBar(TQDMProgressBar):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Says what this epoch is for; a verification counts the conditions of all batches."""
-        phase = getattr(pl_module, "phase", None)
+        phase, bar = getattr(pl_module, "phase", None), self.train_progress_bar
         if batch_idx == 0 and isinstance(phase, Phase):
-            epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-            self.train_progress_bar.set_description(f"{phase.title}, {epoch}")
-            self.train_progress_bar.unit = "it"
-        if isinstance(phase, SweepPhase):
-            self._count(self.train_progress_bar, phase, batch_idx, trainer.num_training_batches, batch_idx == 0)
+            bar.set_description(f"{phase.title}, epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
+            bar.unit = "it"
+        self._begin_batch(bar, phase, batch_idx, trainer.num_training_batches, batch_idx)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts the batch, or the last condition of it."""
-        phase = getattr(pl_module, "phase", None)
-        if not isinstance(phase, SweepPhase):
+        if not self._end_batch(self.train_progress_bar, getattr(pl_module, "phase", None), batch_idx + 1):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        elif not self.is_disabled:
-            _reach(self.train_progress_bar, (batch_idx + 1) * len(phase.conditions))
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Counts the conditions of all batches."""
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
-        phase = getattr(pl_module, "phase", None)
+        phase, bar = getattr(pl_module, "phase", None), self.val_progress_bar
         if isinstance(phase, SweepPhase):
-            self.val_progress_bar.set_description(phase.title, refresh=False)
-            self._count(self.val_progress_bar, phase, phase.batches, sum(trainer.num_val_batches), batch_idx == 0)
+            bar.set_description(phase.title, refresh=False)
+            self._begin_batch(bar, phase, phase.batches, sum(trainer.num_val_batches), batch_idx)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """Counts the last condition of the batch."""
         phase = getattr(pl_module, "phase", None)
-        if not isinstance(phase, SweepPhase):
+        if not self._end_batch(self.val_progress_bar, phase, getattr(phase, "batches", 0)):
             super().on_validation_batch_end(trainer, pl_module, *batch)
-        elif not self.is_disabled:
-            _reach(self.val_progress_bar, phase.batches * len(phase.conditions))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Closes the bars, so that the message has lines of its own."""
@@ -107,13 +100,13 @@ class SweepProgressBar(TQDMProgressBar):
             if bar is not None:  # a bar without a total has no truth value
                 bar.close()
 
-    def _count(self, bar: Any, phase: SweepPhase, done: int, batches: float, anew: bool) -> None:
+    def _begin_batch(self, bar: Any, phase: Any, done: int, batches: float, batch_idx: int) -> None:
         """Lets a bar count the conditions of so many ``batches``, some of which are ``done``."""
-        if self.is_disabled:
+        if self.is_disabled or not isinstance(phase, SweepPhase):
             return
         count = len(phase.conditions)
         number = {condition: done * count + place for place, condition in enumerate(phase.conditions)}
-        if anew:
+        if batch_idx == 0:
             bar.reset(int(batches) * count if batches < float("inf") else None)
             bar.update(done * count)
             bar.unit = " passes"
@@ -124,9 +117,11 @@ class SweepProgressBar(TQDMProgressBar):
 
         phase.announce = announce
 
-
-def _reach(bar: Any, count: int) -> None:
-    """Moves a bar to this count; a full one names no condition."""
-    if count == bar.total:
-        bar.set_postfix_str("", refresh=False)
-    bar.update(count - bar.n)
+    def _end_batch(self, bar: Any, phase: Any, done: int) -> bool:
+        """Whether the bar counts conditions; it then counts all of the ``done`` batches."""
+        if self.is_disabled or not isinstance(phase, SweepPhase):
+            return False
+        if (count := done * len(phase.conditions)) == bar.total:
+            bar.set_postfix_str("", refresh=False)  # no condition is left
+        bar.update(count - bar.n)
+        return True

@@ -74,6 +74,8 @@ COMMANDS = [  # the command, and what its message names
     ("fit --ablation.dirpath=file/below", "can't make 'file/below': Not a directory (--ablation.dirpath)"),
     ("fit --ablation.save_every=soon", "--ablation.save_every"),
     ("fit --model=NoSuchModel", "--model: no such class 'NoSuchModel', expected CausalLM, ImageClassifier"),
+    ("fit --model=gpt-2", "--model: no such class 'gpt-2', expected CausalLM"),
+    ("fit --model=./my.yaml", "'./my.yaml' (--model): there is no such file or folder"),
     ("fit --model=torch.nn.Linear", "--model: no such class 'torch.nn.Linear', expected CausalLM"),
     ("fit --model=broken.Model", "could not load 'broken.Model' (--model): division by zero"),
     (

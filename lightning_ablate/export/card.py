@@ -12,28 +12,6 @@ from lightning_ablate.results.folder import versions
 from lightning_ablate.results.text import interval
 
 _METRICS = {"top1": "top-1 accuracy", "cross_entropy": "cross-entropy, nats", "kl": "KL divergence from intact, nats"}
-_CARD = """---
-{data}
----
-
-# {short}, smaller
-
-{name} without {share:.3g}% of its {kinds} neurons: {after:,} of {before:,} parameters are left ({options}).
-`{method}` of lightning_ablate takes the place of the neurons, folded into the weights that stay. {note}
-
-Neurons were chosen by `{choice}`, seed {seed}. Calibration data: {calibrated_on} ({examples} examples).
-Scores on {positions:,} positions, mean [{interval}]:
-
-{scores}
-
-Made from the run by
-
-```
-python -m lightning_ablate.export RUN OUT --method {method} --fraction {fraction:g}{and_seed}
-```
-
-{versions}
-"""
 
 
 def card(
@@ -44,29 +22,33 @@ def card(
     ``sizes`` are the numbers of parameters before and after, ``options`` those of the configuration that changed.
     """
     results, facts = _only(results.each[0], condition), results.facts
-    data = facts.get("data", {})
-    return _CARD.format(
-        data=ModelCardData(base_model=name, tags=["pruned"]).to_yaml(),
-        short=Path(name).name,
-        name=name,
-        share=100 * results.table["ablated"].iloc[-1],
-        kinds=", ".join(dict.fromkeys(str(site["kind"]) for site in facts.get("sites", ()))) or "sites'",
-        before=sizes[0],
-        after=sizes[1],
-        options=", ".join(f"{key} {value}" for key, value in options.items()),
-        method=condition.method,
-        note=note,
-        choice=facts.get("neurons", {}),
-        seed=condition.seed,
-        calibrated_on=data.get("name", "data"),
-        examples=data.get("calibration", {}).get("examples", "?"),
-        positions=int(results.baseline["n"]),
-        interval=interval(results),
-        scores=_scores(results),
-        fraction=condition.fraction,
-        and_seed="" if condition.seed is None else f" --seed {condition.seed}",
-        versions=", ".join(f"{package} {version}" for package, version in versions().items()),
-    )
+    data, method = facts.get("data", {}), condition.method
+    kinds = ", ".join(dict.fromkeys(str(site["kind"]) for site in facts.get("sites", ()))) or "sites'"
+    seed = "" if condition.seed is None else f" --seed {condition.seed}"
+    return f"""---
+{ModelCardData(base_model=name, tags=["pruned"]).to_yaml()}
+---
+
+# {Path(name).name}, smaller
+
+{name} without {100 * results.table["ablated"].iloc[-1]:.3g}% of its {kinds} neurons: {sizes[1]:,} of {sizes[0]:,}
+parameters are left ({", ".join(f"{key} {value}" for key, value in options.items())}). `{method}` of lightning_ablate
+takes the place of the neurons, folded into the weights that stay. {note}
+
+Neurons were chosen by `{facts.get("neurons", {})}`, seed {condition.seed}. Calibration data: {data.get("name", "data")}
+({data.get("calibration", {}).get("examples", "?")} examples).
+Scores on {int(results.baseline["n"]):,} positions, mean [{interval(results)}]:
+
+{_scores(results)}
+
+Made from the run by
+
+```
+python -m lightning_ablate.export RUN OUT --method {method} --fraction {condition.fraction:g}{seed}
+```
+
+{", ".join(f"{package} {version}" for package, version in versions().items())}
+"""
 
 
 def _only(results: Results, condition: Condition) -> Results:

@@ -18,24 +18,19 @@ Options = dict[str, Any]
 class Form:
     """Builds a target of transformers again, and saves it.
 
-    Attributes:
-        known: the target's own options, by name.
-        options: those that were changed so far.
-        shapes: of the target's parameters and buffers, by name.
-        key_heads: how many key and value heads the query heads share; None where each has its own.
+    ``known`` are the target's own options, ``options`` those that were changed so far, and ``key_heads`` the number of
+    key and value heads where several heads share one.
     """
-
-    key_heads: int | None = None
 
     def __init__(self, target: nn.Module) -> None:
         self.target, self.options = cast(Any, target), Options()
         self.shapes = {name: tensor.shape for name, tensor in target.state_dict().items()}
-        self.describe()
+        self.name, self.known, self.key_heads = self.described()
 
-    def describe(self) -> None:
-        """Sets the ``name`` of the architecture, ``known`` and ``key_heads``."""
-        self.name, self.known = type(self.target).__name__, self.target.config.to_dict()
-        self.key_heads = self.known.get("num_key_value_heads")
+    def described(self) -> tuple[str, Options, int | None]:
+        """The name of the architecture, the target's own options, and its ``key_heads``."""
+        known = self.target.config.to_dict()
+        return type(self.target).__name__, known, known.get("num_key_value_heads")
 
     def build(self, options: Options) -> nn.Module:
         """A model with random weights."""
@@ -96,11 +91,8 @@ class Form:
 
 
 class _Timm(Form):
-    def describe(self) -> None:
-        self.name, self.known = (
-            self.target.pretrained_cfg["architecture"],
-            dict(getattr(self.target, "_model_args", {})),
-        )
+    def described(self) -> tuple[str, Options, int | None]:
+        return self.target.pretrained_cfg["architecture"], dict(getattr(self.target, "_model_args", {})), None
 
     def build(self, options: Options) -> nn.Module:
         import timm
