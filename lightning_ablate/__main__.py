@@ -1,4 +1,4 @@
-"""``python -m lightning_ablate fit`` and ``validate``; the first screen costs no import of torch."""
+"""``python -m lightning_ablate fit`` and ``validate``; the first screen doesn't import torch."""
 
 import errno
 import signal
@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 
 EXPECTED = (
-    "Found .* module.* in eval mode",  # as the target is meant to be
+    "Found .* module.* in eval mode",  # the target always is
     "The '.*_dataloader' does not have many workers",
     "The number of training batches",
     "You have overridden `on_before_batch_transfer`",  # masking belongs to MaskedLM, whatever the data
@@ -43,22 +43,23 @@ def main() -> None:
 
 
 def running(command: Callable[[], object]) -> None:
-    """Calls a command; what the user can mend ends in one line."""
+    """Calls a command; errors that the user can mend end in one line."""
     for message in EXPECTED:
         warnings.filterwarnings("ignore", message)
     from jsonargparse import ArgumentError
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from lightning_ablate.cli import in_a_line
     from lightning_ablate.errors import AblationError
+    from lightning_ablate.progress import above_bars
 
     try:
-        command()
+        with above_bars():
+            command()
     except (AblationError, MisconfigurationException) as error:
         sys.exit(f"error: {error}")
     except ArgumentError as error:
-        print(f"error: {in_a_line(error)} (--help lists the options)", file=sys.stderr)
+        print(f"error: {error} (--help lists the options)", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a full disk, a folder that can't be written
         if error.errno not in _FAULTS:

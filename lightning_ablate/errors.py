@@ -1,4 +1,4 @@
-"""The errors a user can cause and mend; the command line shows them as one line, without a traceback."""
+"""Errors that a user can cause and mend; the command line shows them as one line, without a traceback."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -8,11 +8,11 @@ from pathlib import Path
 from pickle import UnpicklingError
 from textwrap import shorten
 
-_SAYS_NOTHING = re.compile(r"\s*($|An error (occurred|happened))")  # so that the cause is shown
+_SAYS_NOTHING = re.compile(r"\s*($|An error (occurred|happened))")  # then the cause is shown
 
 
 class AblationError(Exception):
-    """What was expected, what came, and what to do next; from a DataLoader's worker without the worker's traceback."""
+    """Says what was expected, what came, and what to do next, without the traceback of a DataLoader's worker."""
 
     def __init__(self, message: str) -> None:
         of_worker = "\nOriginal Traceback" in message
@@ -20,19 +20,19 @@ class AblationError(Exception):
 
 
 class ConfigError(AblationError, ValueError):
-    """An option is outside what it may be."""
+    """An option has a value that it can't have."""
 
 
 class TargetError(AblationError, ValueError):
-    """The target can't be loaded, or isn't the one the statistics were gathered on."""
+    """The target can't be loaded, or the statistics are those of another one."""
 
 
 class SiteError(AblationError, LookupError):
-    """A site is missing, or doesn't behave as one."""
+    """A site is missing, or can't be ablated as asked."""
 
 
 class StatisticsError(AblationError, RuntimeError):
-    """Statistics are missing, or the activations can't give them."""
+    """Statistics are missing, or can't be computed from these activations."""
 
 
 class DataError(AblationError, ValueError):
@@ -51,7 +51,7 @@ def few(names: Iterable[str]) -> str:
 
 @contextmanager
 def loading(name: str, kind: type[AblationError], flag: str = "") -> Iterator[None]:
-    """Raises what goes wrong while ``name`` is loaded as an error of the given kind that names it, and its option."""
+    """Turns any error inside into one of the given kind, which names what is loaded (``name``) and its option."""
     named = f"{name!r} ({flag})" if flag else repr(name)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What tells options, functions and data from others: their content, never the name of a class alone."""
+"""Hashes and descriptions of options, functions and data by their content, never by the name of a class alone."""
 
 import sys
 import uuid
@@ -9,24 +9,24 @@ from typing import Any
 
 from torch import Tensor
 
-_UNSAID = ("training", "phase", "loader_index", "target")  # of a module: what a run changes, and weights
+_UNSAID = ("training", "phase", "loader_index", "target")  # attributes of a module that a run changes, and its weights
 
 
 def content(*values: Any) -> str:
-    """A hash of what values hold: tensors, data, functions, and the code of classes that aren't installed.
+    """A hash of the tensors, data and functions in values, and of the code of classes that aren't installed.
 
-    What can't be read is like nothing else, not even itself.
+    A value that can't be pickled gets a random hash.
     """
     from datasets.fingerprint import Hasher
 
     try:
         return Hasher.hash([values, *map(_code, values)])
-    except Exception:  # whatever a type raises that can't be pickled
+    except Exception:  # pickling raises errors of any kind
         return uuid.uuid4().hex
 
 
 def described(value: Any, within: tuple[int, ...] = ()) -> Any:
-    """An option as run.json says it: of objects their class, name and what they keep, of other content a hash."""
+    """An option as run.json holds it: an object as its class, name and attributes; tensors and functions as hashes."""
     again = partial(described, within=(*within, id(value)))
     if isinstance(value, str | int | float | bool | type(None)):
         return value
@@ -44,13 +44,13 @@ def described(value: Any, within: tuple[int, ...] = ()) -> Any:
 
 
 def options_of(module: Any) -> dict[str, Any]:
-    """What a module of the user's own was given or made beside its weights."""
+    """The attributes of a user's module but its weights: arguments, and what its constructor made."""
     values = [name for kind in type(module).__mro__ for name, v in vars(kind).items() if isinstance(v, cached_property)]
     return {k: v for k, v in vars(module).items() if not (k.startswith("_") or k in values or k in _UNSAID)}
 
 
 def _code(value: Any) -> list[Any]:
-    """The code of a function, or of a value's class and its bases: of those alone that no installed package holds."""
+    """The code of a function, or of a value's class and its bases, without those of installed packages."""
     if isinstance(value, FunctionType):
         return [value.__code__]
     kinds = [
@@ -59,6 +59,6 @@ def _code(value: Any) -> list[Any]:
         if "site-packages" not in (getattr(sys.modules.get(kind.__module__), "__file__", None) or "site-packages")
     ]
     held = [one for kind in kinds for one in vars(kind).values()]
-    names = ("fget", "func", "__func__")  # of properties, cached ones, static and class methods
+    names = ("fget", "func", "__func__")  # where properties, static and class methods hold it
     written = [next((getattr(one, n) for n in names if getattr(one, n, None)), one) for one in held]
     return [one.__code__ for one in written if isinstance(one, FunctionType)]

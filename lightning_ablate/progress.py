@@ -1,6 +1,13 @@
 """Progress bars that count conditions, not only batches, and lines printed above them."""
 
-from typing import Any
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, TypeVar, cast
+from unittest import mock
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -10,6 +17,8 @@ from lightning_ablate.conditions import Condition
 from lightning_ablate.modules.phase import Phase
 from lightning_ablate.phases import SweepPhase
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 
 def say(trainer: Trainer, text: str) -> None:
     """Prints lines on the first process of a machine, above the bars that are up."""
@@ -17,14 +26,37 @@ def say(trainer: Trainer, text: str) -> None:
         tqdm.write(text)
 
 
+@contextmanager
+def above_bars() -> Iterator[None]:
+    """Prints warnings and log lines above the bars that are up, instead of into them."""
+
+    def above(write: F) -> F:
+        @wraps(write)
+        def wrapped(*args: Any, **options: Any) -> Any:
+            with tqdm.external_write_mode(file=sys.stderr):
+                return write(*args, **options)
+
+        return cast(F, wrapped)
+
+    with (
+        mock.patch.object(warnings, "showwarning", above(warnings.showwarning)),
+        mock.patch.object(logging.StreamHandler, "emit", above(logging.StreamHandler.emit)),
+    ):
+        yield
+
+
 class SweepProgressBar(TQDMProgressBar):
-    """Says which condition of the sweep is being evaluated, how many are done, and how long is left.
+    """Shows the condition of the sweep that is being evaluated, how many are done, and how long is left.
 
     The bar of calibration is closed before the sweep, so each shows its own time.
     """
 
+    def get_metrics(self, *_: Any) -> dict[str, Any]:
+        """Nothing: Lightning would show the number of the logger's folder."""
+        return {}
+
     def init_validation_tqdm(self) -> Any:
-        """Takes the line below the closed bar of calibration, and stays there."""
+        """Puts the bar of the sweep on the line below the closed one of calibration."""
         if self._train_progress_bar is not None:
             self.train_progress_bar.close()
         bar = super().init_validation_tqdm()
@@ -33,63 +65,64 @@ class SweepProgressBar(TQDMProgressBar):
         return bar
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Names what this epoch is for; of a verification it counts all conditions of all batches."""
-        phase = getattr(pl_module, "phase", None)
+        """Says what this epoch is for; a verification counts the conditions of all batches."""
+        phase, bar = getattr(pl_module, "phase", None), self.train_progress_bar
         if batch_idx == 0 and isinstance(phase, Phase):
-            epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-            self.train_progress_bar.set_description(f"{phase.title}, {epoch}")
-            self.train_progress_bar.unit = "it"
-        if isinstance(phase, SweepPhase):
-            self._count(self.train_progress_bar, phase, batch_idx, trainer.num_training_batches)
+            bar.set_description(f"{phase.title}, epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
+            bar.unit = "it"
+        self._begin_batch(bar, phase, batch_idx, trainer.num_training_batches, batch_idx)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts the batch, or the last condition of it."""
-        phase = getattr(pl_module, "phase", None)
-        if isinstance(phase, SweepPhase) and not self.is_disabled:
-            self.train_progress_bar.update((batch_idx + 1) * len(phase.conditions) - self.train_progress_bar.n)
-        else:
+        if not self._end_batch(self.train_progress_bar, getattr(pl_module, "phase", None), batch_idx + 1):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Counts all conditions of all batches from the first batch on."""
+        """Counts the conditions of all batches."""
         super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
-        phase = getattr(pl_module, "phase", None)
+        phase, bar = getattr(pl_module, "phase", None), self.val_progress_bar
         if isinstance(phase, SweepPhase):
-            if batch_idx == 0:
-                self.val_progress_bar.set_description(phase.title)
-            self._count(self.val_progress_bar, phase, phase.batches, sum(trainer.num_val_batches), anew=batch_idx == 0)
+            bar.set_description(phase.title, refresh=False)
+            self._begin_batch(bar, phase, phase.batches, sum(trainer.num_val_batches), batch_idx)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         """Counts the last condition of the batch."""
         phase = getattr(pl_module, "phase", None)
-        if isinstance(phase, SweepPhase) and not self.is_disabled:
-            self.val_progress_bar.update(phase.batches * len(phase.conditions) - self.val_progress_bar.n)
-        else:
+        if not self._end_batch(self.val_progress_bar, phase, getattr(phase, "batches", 0)):
             super().on_validation_batch_end(trainer, pl_module, *batch)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Closes the bars, so that what is said of it has lines of its own."""
+        """Closes the bars, so that the message has lines of its own."""
         for bar in (self._train_progress_bar, self._val_progress_bar):
-            if bar is not None:  # one without a total is neither true nor false
+            if bar is not None:  # a bar without a total has no truth value
                 bar.close()
 
-    def _count(self, bar: Any, phase: SweepPhase, done: int, batches: float, anew: bool = False) -> None:
-        """Lets a bar count the conditions of ``batches``, of which some are ``done``."""
-        if self.is_disabled:
+    def _begin_batch(self, bar: Any, phase: Any, done: int, batches: float, batch_idx: int) -> None:
+        """Lets a bar count the conditions of so many ``batches``, some of which are ``done``."""
+        if self.is_disabled or not isinstance(phase, SweepPhase):
             return
-        conditions = phase.conditions
-        if anew or done == 0:
-            bar.reset(int(batches) * len(conditions) if batches < float("inf") else None)
-            bar.update(done * len(conditions))
+        count = len(phase.conditions)
+        number = {condition: done * count + place for place, condition in enumerate(phase.conditions)}
+        if batch_idx == 0:
+            bar.reset(int(batches) * count if batches < float("inf") else None)
+            bar.update(done * count)
             bar.unit = " passes"
-        place = {condition: done * len(conditions) + number for number, condition in enumerate(conditions)}
 
         def announce(condition: Condition) -> None:
             bar.set_postfix_str(str(condition), refresh=False)
-            bar.update(place[condition] - bar.n)
+            bar.update(number[condition] - bar.n)
 
         phase.announce = announce
+
+    def _end_batch(self, bar: Any, phase: Any, done: int) -> bool:
+        """Whether the bar counts conditions; it then counts all of the ``done`` batches."""
+        if self.is_disabled or not isinstance(phase, SweepPhase):
+            return False
+        if (count := done * len(phase.conditions)) == bar.total:
+            bar.set_postfix_str("", refresh=False)  # no condition is left
+        bar.update(count - bar.n)
+        return True

@@ -26,12 +26,14 @@ from lightning_ablate.run import is_unfinished
 from lightning_ablate.sharding import check_strategy
 
 T = TypeVar("T")
-_TRAIN = (
+_TRAIN = (  # they change weights, or look at a loss
     callbacks.WeightAveraging,
     callbacks.ModelPruning,
     callbacks.BaseFinetuning,
     callbacks.LearningRateFinder,
+    callbacks.BatchSizeFinder,
     callbacks.GradientAccumulationScheduler,
+    callbacks.SpikeDetection,
 )
 _GIVEN = ("data_source", "dataset", "sampler", "generator")  # what samplers hold beside their own order
 
@@ -50,7 +52,10 @@ def check_trainer(trainer: lightning.Trainer) -> None:
         )
     for other in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(other, _TRAIN):
-            raise ConfigError(f"{type(other).__name__} trains, expected none that does (--trainer.callbacks)")
+            raise ConfigError(
+                f"{type(other).__name__} is for training, but nothing is trained here; leave it out "
+                "(--trainer.callbacks)"
+            )
 
 
 def set_epochs(trainer: lightning.Trainer, epochs: int | None) -> None:

@@ -205,8 +205,15 @@ def test_callbacks_that_look_at_our_metrics_before_the_sweep_change_nothing(make
 
 @pytest.mark.parametrize(
     "other",
-    [callbacks.EMAWeightAveraging, callbacks.LearningRateFinder, lambda: callbacks.ModelPruning("l1_unstructured")],
+    [
+        callbacks.EMAWeightAveraging,
+        callbacks.LearningRateFinder,
+        callbacks.SpikeDetection,
+        lambda: callbacks.ModelPruning("l1_unstructured"),
+    ],
 )
 def test_callbacks_that_train_are_refused(other, tmp_path):
-    with pytest.raises(ConfigError, match="trains, expected none that does .--trainer.callbacks"):
+    with pytest.raises(
+        ConfigError, match="is for training, but nothing is trained here; leave it out .--trainer.callbacks"
+    ):
         tiny.fit(tmp_path, more=[other()])

@@ -1,6 +1,7 @@
 """The command line, in this process: `main` as the console script calls it."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -111,9 +112,29 @@ def test_choices_have_short_names(run, digits, choice, options, parts):
     assert_same_bytes(digits / "version_0", digits / "version_1")
 
 
-def test_help_names_the_options(run):
-    code, out, _ = run("fit", "--help")
-    assert code == 0 and "--ablation.methods" in out and "--trainer.devices" in out
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_help_shows_this_projects_options_before_the_trainers_in_plain_words(run, command):
+    code, out, _ = run(command, "--help")
+    places = [out.index(f"\n  --{name} ") for name in ("trust", "model", "data", "ablation", "trainer.devices")]
+    assert code == 0 and places == sorted(places)
+    assert (
+        ("--ckpt_path" in out[: places[-1]]) == (command == "validate")
+        and "``" not in out
+        and not re.search(r":\w+:`", out)
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("Peak", "most frequent value over the calibration data"),
+        ("ResamplePartner", "an example's partner"),
+        ("ConditionalMean", "--ablation.methods.ridge"),
+    ],
+)
+def test_help_of_a_method_says_what_it_is(run, method, words):
+    code, out, _ = run("fit", f"--ablation.methods.help={method}")
+    assert code == 0 and words in " ".join(out.split()) and ">>>" not in out and ":class:" not in out
 
 
 def test_a_second_run_in_the_same_folder_keeps_the_first(run, tmp_path):

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lightning_ablate import AblationCallback, CausalLM, ConditionalMean, Only, Random, smaller
+from lightning_ablate import AblationCallback, CausalLM, ConditionalMean, Only, Random
 from lightning_ablate.conditions import Selection
 from lightning_ablate.errors import ConfigError, SiteError, TargetError
+from lightning_ablate.export import shrink
+from lightning_ablate.export.shrink import BiasError, shrunk
 from lightning_ablate.methods import Ablation, Affine, Edit
 from lightning_ablate.sites import find_sites, hooked
-from lightning_ablate.smaller import BiasError, shrunk
 from tests import coverage, reference, tiny
 from tests.command import FEW, found, python
 
@@ -190,7 +191,7 @@ def test_a_run_is_exported_with_its_card_whole_or_not_at_all(tmp_path, monkeypat
     card = (folder / "README.md").read_text(encoding="utf-8")
     for words in (
         "intermediate_size 16",
-        "Fitted without an intercept",
+        "fitted without an intercept",
         "base_model",
         "top-1",
         "| cross-entropy, nats |",
@@ -222,9 +223,9 @@ def test_a_low_precision_is_kept_and_wrong_rows_are_noticed_in_it(dtype, monkeyp
     edits = edits_for(tiny.sites(model, "mlp"))
     _, small = shrunk(model, edits)
     assert small.dtype == dtype and next(model.parameters()).dtype == dtype
-    places = smaller._places
+    rows = shrink._kept_rows
     monkeypatch.setattr(
-        smaller, "_places", lambda name, *more: places(name, *more).roll(int("0.mlp.c_fc.weight" in name))
+        shrink, "_kept_rows", lambda name, *more: rows(name, *more).roll(int("0.mlp.c_fc.weight" in name))
     )
     with pytest.raises(SiteError, match="doesn't compute what the ablated one does"):
         shrunk(model, edits)

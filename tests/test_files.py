@@ -21,8 +21,8 @@ import yaml
 
 from lightning_ablate import AblationCallback, Calibration
 from lightning_ablate.__main__ import running
-from lightning_ablate.cli import export_run
 from lightning_ablate.errors import AblationError, TargetError
+from lightning_ablate.export.__main__ import main as export
 from tests import tiny
 from tests.command import QUIET, ROOT, here, python
 
@@ -116,7 +116,7 @@ def hostile(saved, tmp_path, monkeypatch, capsys):
 
     def exported(*words):
         monkeypatch.setattr(sys, "argv", ["export", *words, "--method=zero", "--fraction=0.5"])
-        running(export_run)
+        running(export)
 
     return call
 

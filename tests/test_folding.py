@@ -8,9 +8,9 @@ import torch
 from lightning_ablate import ConditionalMean, ConditionalMeanPerHead, Mean, Noise, Random, Site, Zero
 from lightning_ablate.conditions import Selection
 from lightning_ablate.errors import SiteError
+from lightning_ablate.export.shrink import fold
 from lightning_ablate.methods import Ablation, Edit, constant
 from lightning_ablate.sites import hooked
-from lightning_ablate.smaller import fold
 from tests import tiny
 
 METHODS = [Zero(), Mean(), ConditionalMean(), ConditionalMeanPerHead()]

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lightning_ablate import AblationMethod, ablated
+from lightning_ablate.export.shrink import shrunk
 from lightning_ablate.results.bootstrap import intervals
-from lightning_ablate.smaller import shrunk
 from tests import tiny
 from tests.test_export import edits_for
 

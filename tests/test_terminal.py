@@ -1,7 +1,10 @@
 """What a person sees in a terminal while a run goes on."""
 
+import logging
 import re
+import warnings
 
+import lightning
 import pytest
 
 from tests.command import ENVIRONMENT, python
@@ -11,6 +14,7 @@ BAR = re.compile(r"[\w -]+(, epoch \d/\d)?: +\d+%\|[^|]*\| \d+/\d+ \[\d\d:\d\d<.
 RUN = ["fit", "--data.calibration_images=60", "--data.evaluation_images=40", "--data.batch_size=20"]
 RUN += ["--ablation.methods=[zero,peak]", "--ablation.fractions=[0.5]", "--ablation.seeds=[1]"]
 RUN += [
+    "--trainer.callbacks=tests.test_terminal.Loud",
     "--ablation.sites=blocks.0.attn.proj",
     "--ablation.attribution.methods=[zero]",
     "--ablation.attribution.verify=2",
@@ -28,6 +32,17 @@ except OSError:  # how Linux says that the other end is closed
     pass
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
 """
+
+
+class Loud(lightning.Callback):
+    """Warns and logs while the bars are up."""
+
+    def on_train_batch_end(self, trainer, *_):
+        warnings.warn(f"a warning in epoch {trainer.current_epoch}", stacklevel=1)
+
+    def on_validation_batch_end(self, *_):
+        logging.getLogger("lightning.pytorch").warning("a line of Lightning's")
+        logging.getLogger("elsewhere").warning("a line of another library")
 
 
 def shown(written, columns):
@@ -65,4 +80,8 @@ def test_no_line_is_torn_and_bars_say_what_they_count(columns, tmp_path, request
     assert " 27/27 [" in left[0] and " 6/6 [" in left[1]  # 3 batches of 9 conditions, 2 of 3
     assert any(re.fullmatch(r"plan: 3 conditions, .* \(h:mm:ss\)", line) for line in lines)
     assert "`Trainer.fit` stopped: `max_epochs=4` reached." in lines
+    said = "\n".join(lines)
+    assert said.count(": UserWarning: a warning in epoch") == 4
+    assert lines.count("a line of Lightning's") == lines.count("a line of another library") == 2
+    assert not any("v_num" in state for state in states) and left[1].endswith("passes/s]")
     assert not any("FLOPs" in line or "Trainable" in line for line in lines)

@@ -103,6 +103,10 @@ class AblationMethod(ABC):
         """
         return dict.fromkeys(sizes, self.prepare(ablation))
 
+    def without_intercept(self) -> "AblationMethod | None":
+        """The same method fitted without an intercept, for projections that have no bias; None if it can't be."""
+        return None
+
 
 @dataclass(frozen=True, eq=False)
 class Edit:

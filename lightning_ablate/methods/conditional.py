@@ -1,5 +1,6 @@
 """Conditional-mean ablation."""
 
+import copy
 from collections.abc import Iterable, Sequence
 from functools import partial
 from statistics import median
@@ -100,6 +101,12 @@ class ConditionalMean(AblationMethod):
             unexplained = torch.linalg.solve(own, columns, left=False).transpose(0, 1).reshape(precision.shape)
             found[size] = partial(_explained, mean, unexplained.float().to(mean.device))
         return found
+
+    def without_intercept(self) -> AblationMethod | None:
+        """The regression of the values themselves."""
+        method = copy.copy(self)
+        method.centred = False
+        return method
 
 
 class ConditionalMeanPerHead(ConditionalMean):

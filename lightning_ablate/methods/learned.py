@@ -89,6 +89,10 @@ class ConditionalTuned(LearnedMethod, ConditionalMean):
         packed = ablation.statistics.learned(self.key(ablation.masks)).to(ablation.mask.device)
         return self.unpacked(packed, ablation.mask)
 
+    def without_intercept(self) -> AblationMethod | None:
+        """None: it would have to be tuned again."""
+        return None
+
     def key(self, masks: str) -> str:
         """The name under which a calibration holds what was tuned for the masks of this digest."""
         return f"{self.name} {self.ridge} {self.centred} {self.steps} {self.lr} {self.examples} {masks}"
