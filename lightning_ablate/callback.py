@@ -12,11 +12,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_ablate import phases
 from lightning_ablate import trainer as trainers
 from lightning_ablate.attribution import Attribution, table_of
-from lightning_ablate.calibration import Calibration, check_target, fingerprint
+from lightning_ablate.calibration import Calibration, fingerprint
 from lightning_ablate.choices import Choice, Random
 from lightning_ablate.conditions import Condition, listed
 from lightning_ablate.errors import ConfigError
-from lightning_ablate.export import chosen, export
+from lightning_ablate.export import export
 from lightning_ablate.methods import AblationMethod, method_of
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.base import evaluation_loaders
@@ -149,12 +149,7 @@ class AblationCallback(lightning.Callback):
         """Computes the results on every process, and writes them on the first."""
         phase = cast(phases.SweepPhase, pl_module.phase)
         phase.end_epoch()
-        facts = self._facts | self.run.facts(self.sweep.methods, phase.classes)
-        facts["partial"] += trainers.cut_short("evaluation", trainer.num_val_batches, evaluation_loaders(trainer))
-        scored = dict(zip(trainers.data_names(trainer), phase.each, strict=True))
-        data = [getattr(loader, "dataset", None) for loader in evaluation_loaders(trainer)]
-        clusters = [getattr(one, "clusters", None) for one in data]
-        self.results = tabulated(phase.ablated, scored, clusters, pl_module.name, facts)
+        self.results = tabulated(trainer, phase, self._facts | self.run.facts(self.sweep.methods, phase.classes))
         pl_module.log_dict(named_scores(self.results), add_dataloader_idx=False, sync_dist=True)
         fitting = trainer.state.fn == TrainerFn.FITTING
         self._save(trainer, {}, finished=True)
@@ -199,35 +194,9 @@ class AblationCallback(lightning.Callback):
         table.attrs["of"] = "nats" if metric is None else f"loss of {metric}"
         return table
 
-    def export(
-        self,
-        module: AblationModule,
-        folder: Path | str,
-        method: str,
-        fraction: float | None = None,
-        seed: int | None = None,
-        trainer: lightning.Trainer | None = None,
-        data: Any = None,
-    ) -> Path:
-        """Writes a condition of the run as a smaller model, see :func:`lightning_ablate.export.export`.
-
-        ``fraction`` None takes the only one, ``seed`` None the first. Where the model computes something else than the
-        run evaluated, it is evaluated on ``data``, a data module or loaders, as ``trainer`` does; None takes those of
-        the module. TargetError if the run is of another target.
-        """
-        if self.results is None:
-            raise ConfigError("there is no run to export yet: `fit` first")
-        module.configure_model()
-        check_target(vars(self.run), fingerprint(module.target))
-        condition = chosen(self._conditions()[1:], method, fraction, seed)
-
-        def scored(other: AblationMethod) -> Results:
-            seeds = self.sweep.seeds if condition.seed is None else condition.seed
-            again = AblationCallback(other, condition.fraction, seeds, self.sites, self.sweep.choice, figures=())  # type: ignore[arg-type]
-            again.run = self.run
-            return trainers.evaluated(again, module, trainer or module.trainer, data)
-
-        return export(module, self.run.calibration, self.sweep, condition, folder, self.results, scored)
+    def export(self, module: AblationModule, folder: Path | str, method: str, **options: Any) -> Path:
+        """Writes a condition of the run as a smaller model; its options are those of :func:`~.export.export`."""
+        return export(self, module, folder, method, **options)
 
     @property
     def _kinds(self) -> list[type[ActivationStatistic]]:

@@ -13,44 +13,35 @@ import pandas as pd
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_ablate.calibration import Calibration
-from lightning_ablate.conditions import Condition
 from lightning_ablate.errors import DataError
 from lightning_ablate.metrics import SweepMetrics
+from lightning_ablate.modules.base import evaluation_loaders
+from lightning_ablate.phases import SweepPhase
 from lightning_ablate.results import Results, attributions, neurons
 from lightning_ablate.results.folder import base_name, versions
 from lightning_ablate.results.frames import BASELINE
 from lightning_ablate.run import CHECKPOINT
-from lightning_ablate.trainer import data_name
+from lightning_ablate.trainer import cut_short, data_name, data_names
 
 _OPTIONS = ("methods", "fractions", "seeds", "sites", "neurons", "attribution")  # that loggers get
 
 
-def tabulated(
-    conditions: Mapping[Condition, float],
-    scored: Mapping[str, SweepMetrics],
-    clusters: Sequence[Sequence[int] | None],
-    model: str,
-    facts: Mapping[str, Any],
-) -> Results:
-    """The results of a sweep, with the time, the versions and the command added to ``facts``.
-
-    Args:
-        conditions: condition → share of the neurons that it ablates.
-        scored: name of a data set → what the conditions scored on it.
-        clusters: for each data set the cluster of each example; None if each example is its own cluster.
-        model: the name of the model.
-        facts: what run.json says.
-    """
-    rows, tables, examples = [(c.method, c.fraction, c.seed, c.part, c.head) for c in conditions], [], []
-    for index, ((data, metrics), own) in enumerate(zip(scored.items(), clusters, strict=True)):
+def tabulated(trainer: lightning.Trainer, phase: SweepPhase, facts: Mapping[str, Any]) -> Results:
+    """The results of a sweep that has ended, with the time, the versions and the command added to ``facts``."""
+    rows, tables, examples = [(c.method, c.fraction, c.seed, c.part, c.head) for c in phase.conditions], [], []
+    loaders, own = evaluation_loaders(trainer), {"ablated": list(phase.ablated.values()), "model": phase.module.name}
+    for index, (loader, data, metrics) in enumerate(zip(loaders, data_names(trainer), phase.each, strict=True)):
         found = {name: values.cpu().numpy() for name, values in metrics.means.items()}
         table = pd.DataFrame(rows, columns=["method", "fraction", "seed", "part", "head"])
-        tables.append(table.assign(model=model, data=data, ablated=list(conditions.values()), **found))
+        tables.append(table.assign(data=data, **own, **found))
         if metrics.by_example is not None:
-            examples.append(_examples(metrics, range(index * len(rows), (index + 1) * len(rows)), own))
+            clusters = getattr(getattr(loader, "dataset", None), "clusters", None)
+            examples.append(_examples(metrics, range(index * len(rows), (index + 1) * len(rows)), clusters))
+    cut = cut_short("evaluation", trainer.num_val_batches, loaders)
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     now = {"words": shlex.join(sys.argv), "finished": finished, "versions": versions()}
-    return Results(pd.concat(tables), pd.concat(examples) if examples else None, {**facts, **now})
+    made = {**facts, **now, "partial": [*facts["partial"], *cut]}
+    return Results(pd.concat(tables), pd.concat(examples) if examples else None, made)
 
 
 def _examples(metrics: SweepMetrics, conditions: Sequence[int], clusters: Sequence[int] | None) -> pd.DataFrame:

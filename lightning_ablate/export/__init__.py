@@ -81,7 +81,7 @@ def export(
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as unfinished:
         part = Path(unfinished, folder.name)
         form.save(model, part)
-        module.save_beside(part)
+        module.save_processor(part)
         words = card(module.name, condition, (before, after), form.options, note, results)
         (part / "README.md").write_text(words, encoding="utf-8")
         part.rename(folder)

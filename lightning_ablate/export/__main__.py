@@ -36,8 +36,8 @@ def main() -> None:
     cli.model = cli.trainer.precision_plugin.convert_module(cli.model)  # to the precision of the calibration
     callback.run = Run(fingerprint(cli.model.target), Calibration.load(checkpoint, cli.model.target))
     callback.results = Results.load(given.run)
-    condition = given.method, given.fraction, given.seed
-    print(callback.export(cli.model, given.out, *condition, cli.trainer, cli.datamodule))
+    condition = {"method": given.method, "fraction": given.fraction, "seed": given.seed}
+    print(callback.export(cli.model, given.out, **condition, trainer=cli.trainer, data=cli.datamodule))
 
 
 if __name__ == "__main__":
