@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from lightning_ablate import ConditionalMean, ConditionalMeanPerHead, Mean, Noise, Random, Site, Zero
+from lightning_ablate import ConditionalMean, ConditionalMeanPerHead, ConditionalTuned, Mean, Noise, Random, Site, Zero
 from lightning_ablate.conditions import Selection
 from lightning_ablate.errors import SiteError
 from lightning_ablate.export.shrink import fold
@@ -53,3 +53,10 @@ def test_what_cannot_be_folded_is_refused():
     ):
         with pytest.raises(SiteError, match="can't be folded, expected a constant or conditional method at a plain"):
             fold(model, edits)
+
+
+def test_a_method_says_how_it_does_without_an_intercept():
+    method = ConditionalMeanPerHead(ridge=0.1)
+    other = method.without_intercept()
+    assert (type(other), other.ridge, other.centred, method.centred) == (ConditionalMeanPerHead, 0.1, False, True)
+    assert Mean().without_intercept() is None and ConditionalTuned().without_intercept() is None
