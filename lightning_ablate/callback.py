@@ -12,21 +12,19 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_ablate import phases
 from lightning_ablate import trainer as trainers
 from lightning_ablate.attribution import Attribution, table_of
-from lightning_ablate.calibration import Calibration, fingerprint
+from lightning_ablate.calibration import Calibration
 from lightning_ablate.choices import Choice, Random
-from lightning_ablate.conditions import Condition, listed
+from lightning_ablate.conditions import listed
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.export import export
 from lightning_ablate.methods import AblationMethod, method_of
 from lightning_ablate.modules import AblationModule
-from lightning_ablate.modules.base import evaluation_loaders
 from lightning_ablate.modules.phase import Phase
 from lightning_ablate.progress import say
 from lightning_ablate.report import named_scores, report_attribution, report_neurons, report_results, tabulated
 from lightning_ablate.results import Results
 from lightning_ablate.run import Run, Store, plain
 from lightning_ablate.seeds import digest
-from lightning_ablate.statistics import ActivationStatistic, Moments, with_needs
 from lightning_ablate.sweep import Sweep
 
 PAPER_FRACTIONS, PAPER_SEEDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), (42, 123, 456)
@@ -43,18 +41,17 @@ class AblationCallback(lightning.Callback):
             lightning_ablate/methods/README.md), instances, or class paths of subclasses of AblationMethod.
         fractions: shares of each site's units that are asked for, 0 to 1; results say what share of neurons went.
         seeds: of the choice of neurons, and of what a method draws.
-        sites: ``attention`` (the default: of every layer), ``self-attention``, ``cross-attention``, ``mlp``, and
-            shell-style patterns of module paths (``*.0.attn.c_proj``).
+        sites: ``attention`` (the default), ``self-attention``, ``cross-attention``, ``mlp``, and shell-style patterns
+            of module paths (``*.0.attn.c_proj``).
         neurons: which units are ablated together: ``Random`` (the default), ``Ranked``, ``EachHead``, ``EachLayer``,
-            ``Only``, or a class path of a subclass of Choice.
+            ``Only``, or a subclass of Choice.
         attribution: options of the estimated effect of every neuron, head and site alone, which ``fit`` makes.
-        dirpath: the folder for the run's files; None takes the logger's. A run with the same configuration that died
-            there goes on.
+        dirpath: the folder for the run's files; None takes the logger's. A run that died there goes on.
         save_every: seconds from one save of an unfinished sweep to the next.
         figures: the forms in which figures are saved: ``png``, ``pdf``, ``svg``.
 
     Attributes:
-        sweep: the methods, fractions, seeds and choice of units that are compared.
+        sweep: the methods, fractions, seeds, units and sites that are compared.
         results: the table of all conditions, once the sweep has ended.
         run: what the run has found and how far it has come; its ``calibration`` holds the statistics.
         folder: where the run's files are written, once it has begun; None in a ``fast_dev_run``.
@@ -73,14 +70,13 @@ class AblationCallback(lightning.Callback):
         figures: Sequence[Literal["png", "pdf", "svg"]] = ("png",),
     ) -> None:
         made = tuple(method_of(method) for method in listed(methods))
-        self.sweep = Sweep(made, listed(fractions), listed(seeds), Random() if neurons is None else neurons)
-        self.sites, self.attribution = listed(sites), attribution or Attribution()
-        if not self.sites:
-            raise ConfigError("sites is empty, expected at least one (--ablation.sites)")
+        choice = Random() if neurons is None else neurons
+        self.sweep = Sweep(made, listed(fractions), listed(seeds), choice, listed(sites))
+        self.attribution = attribution or Attribution()
         self.dirpath, self.save_every, self.figures = dirpath, save_every, listed(figures)
         self.results: Results | None = None
         self.run, self.folder = Run(), cast(Path | None, None)
-        self._store: Store | None = None
+        self._store: Store | None = None  # of the first process
         self._facts: dict[str, Any] = {}  # of the run, see run_facts
         self._epochs, self._told = list[phases.Epoch](), ""
 
@@ -96,12 +92,9 @@ class AblationCallback(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
         """Begins, now that the target is on its device and the data are there; sets the number of epochs."""
-        for stopping in trainer.early_stopping_callbacks:  # which look before the sweep has given their metrics
-            stopping.strict = False
         amount = trainers.calibration_amount(trainer)
-        trainers.warn_if_shared(trainer)
         self._begin(trainer, pl_module)
-        self._epochs = phases.schedule(self._kinds, self.sweep, self.attribution, amount)
+        self._epochs = phases.schedule(self.sweep, self.attribution, amount)
         trainers.set_epochs(trainer, max(1, len(self._epochs) - self.run.epochs))
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
@@ -118,7 +111,7 @@ class AblationCallback(lightning.Callback):
         phase, run, seen = cast(Phase, pl_module.phase), self.run, trainer.fit_loop.batch_idx + 1
         if isinstance(phase, phases.CalibrationPhase) and seen == 1 and not run.epochs:
             batches = float(trainer.num_training_batches), float(sum(trainer.num_val_batches))
-            say(trainer, phases.plan(self._epochs, self.sweep, self._conditions(), phase.seconds, batches))
+            say(trainer, phases.plan(self._epochs, self.sweep, phase, batches))
         if not trainer.is_last_batch:
             return
         phase.end_epoch()
@@ -136,13 +129,13 @@ class AblationCallback(lightning.Callback):
         """Begins the sweep, with the calibration of this ``fit`` or of a checkpoint."""
         if trainer.state.fn != TrainerFn.FITTING:
             self._begin(trainer, pl_module)
-        examples = [trainers.example_count(trainer, loader) for loader in evaluation_loaders(trainer)]
-        sweep = phases.SweepPhase(pl_module, self.run.calibration, self.sweep, self._conditions(), examples)
-        pl_module.phase = self.run.resume(sweep)
+        examples = [trainers.example_count(trainer, loader) for loader in trainers.evaluation_loaders(trainer)]
+        pl_module.phase = self.run.resume(phases.SweepPhase(pl_module, self.run, self.sweep, examples))
 
     def on_validation_batch_end(self, trainer: lightning.Trainer, pl_module: AblationModule, *_: Any) -> None:  # type: ignore[override]
         """Saves the progress now and then."""
-        if self._store and trainer.strategy.broadcast(self._store.due or trainer.received_sigterm):
+        due = trainer.received_sigterm or (self._store is not None and self._store.due)
+        if self.folder is not None and trainer.strategy.broadcast(due):
             self._save(trainer, cast(phases.SweepPhase, pl_module.phase).state_dict())
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
@@ -151,20 +144,18 @@ class AblationCallback(lightning.Callback):
         phase.end_epoch()
         self.results = tabulated(trainer, phase, self._facts | self.run.facts(self.sweep.methods, phase.classes))
         pl_module.log_dict(named_scores(self.results), add_dataloader_idx=False, sync_dist=True)
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        self._save(trainer, {}, finished=True)
         if trainer.is_global_zero:
-            attributions = self.attributions if fitting else None
-            self._told = report_results(trainer, self.results, attributions, self.folder, self.figures)
-        if self._store:
-            self._store.close(keep=fitting)
+            fitting = trainer.state.fn == TrainerFn.FITTING
+            units = self.attributions if fitting else None
+            self._told = report_results(trainer, self.results, units, self.folder, self.figures)
+            self._save(trainer, {}, finished=True)
+            if self._store is not None:
+                self._store.close(keep=fitting)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Raises ConfigError if limits, or missing data, kept ``fit`` from its sweep."""
         if self.results is None:
-            raise ConfigError(
-                "fit ended before the sweep: is a --trainer.limit_... or max_time in the way, or no data?"
-            )
+            raise ConfigError("fit ended before the sweep: is --trainer.limit_... or max_time in the way, or no data?")
 
     def teardown(self, trainer: lightning.Trainer, pl_module: AblationModule, stage: str) -> None:  # type: ignore[override]
         """Shows the table after everything else, and lets the phase go, which holds tensors on the device."""
@@ -190,42 +181,29 @@ class AblationCallback(lightning.Callback):
     def attributions(self) -> pd.DataFrame:
         """What every unit is worth, see :func:`~lightning_ablate.attribution.table_of`; empty without attribution."""
         table = table_of(self.run.calibration.attributed, self.run.measured)
-        metric = self.attribution.metric
-        table.attrs["of"] = "nats" if metric is None else f"loss of {metric}"
+        table.attrs["of"] = f"loss of {self.attribution.metric}" if self.attribution.metric else "nats"
         return table
 
     def export(self, module: AblationModule, folder: Path | str, method: str, **options: Any) -> Path:
         """Writes a condition of the run as a smaller model; its options are those of :func:`~.export.export`."""
         return export(self, module, folder, method, **options)
 
-    @property
-    def _kinds(self) -> list[type[ActivationStatistic]]:
-        """What is gathered; Moments always, as they describe the neurons and tell which activations aren't finite."""
-        methods = [*self.sweep.methods, *self.attribution.each]
-        kinds = (kind for method in methods for kind in method.statistics)
-        return with_needs([Moments, *self.sweep.choice.statistics, *kinds])
-
-    def _conditions(self) -> list[Condition]:
-        return self.sweep.conditions(self.run.calibration.sites)
-
     def _begin(self, trainer: lightning.Trainer, module: AblationModule) -> None:
-        """Takes up what a checkpoint holds, or what an earlier process has done of this run."""
+        """Begins a run, or takes up the one that a checkpoint or an earlier process has left."""
         fitting = trainer.state.fn == TrainerFn.FITTING
         given = {} if fitting else self.run.state_dict()  # of a checkpoint, or of this callback's own `fit`
-        self.results, module.phase, self._store = None, None, None
-        names = ("methods", "fractions", "seeds")
-        options = {name: getattr(self.sweep, name) for name in names} | {"neurons": self.sweep.choice}
-        options |= {"sites": self.sites, "attribution": self.attribution}
-        self._facts = trainers.run_facts(trainer, module, fingerprint(module.target), options)
-        self._facts["calibration"] = digest(given)
-        earlier: dict[str, Any] = {}
+        self.results, module.phase, self._store, earlier = None, None, None, dict[str, Any]()
+        options = {**vars(self.sweep), "attribution": self.attribution}
+        self._facts = trainers.run_facts(trainer, module, options) | {"calibration": digest(given)}
         if self.folder is not None:
-            self._store = Store(self.folder, trainer.is_global_zero, self.save_every)
-            earlier = trainers.from_first(trainer, partial(self._store.claim, self._facts))
-        if not earlier and fitting:
-            self.run = Run(self._facts["target"]["sha256"], Calibration(self.sites))
+            store = Store(self.folder, self.save_every)
+            self._store = store if trainer.is_global_zero else None
+            earlier = trainers.from_first(trainer, partial(store.claim, self._facts))
+        if fitting and not earlier:
+            self.run = Run(self._facts["target"]["sha256"], Calibration(self.sweep.sites))
             return
-        self.run = Run.from_state_dict(earlier or given, module.target, kinds=self._kinds, which=self.sites)
+        kinds = phases.kinds_of(self.sweep, self.attribution)
+        self.run = Run.from_state_dict(earlier or given, module.target, kinds=kinds, which=self.sweep.sites)
         if earlier:
             self.run.phase = earlier["phase"]
             done = f"{self.run.epochs} epochs of `fit` and {sum(self.run.phase.get('done', ()))} batches of the sweep"
@@ -233,7 +211,5 @@ class AblationCallback(lightning.Callback):
 
     def _save(self, trainer: lightning.Trainer, phase: dict[str, Any], finished: bool = False) -> None:
         if self._store is not None:
-            checkpoint = trainers.checkpoint_of(trainer)
-            more = {"facts": plain(self._facts), "phase": phase, "finished": finished}
-            checkpoint["callbacks"].setdefault(self.state_key, {}).update(more)
-            self._store.save(checkpoint)
+            state = {**self.state_dict(), "facts": plain(self._facts), "phase": phase, "finished": finished}
+            self._store.save(trainers.checkpoint_of(trainer, self, state))

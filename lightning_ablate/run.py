@@ -99,18 +99,18 @@ class Run:
 class Store:
     """The file of a run, ``ablation.ckpt`` in its folder: a Lightning checkpoint that `validate` takes as well.
 
-    The first process writes it, whole or not at all, and keeps other runs out of the folder. Between two saves of a
-    sweep are ``every`` seconds, or more where a save takes long; 0 saves after every batch.
+    It is for the first process, which writes the file whole or not at all, and keeps other runs out of the folder.
+    Between two saves of a sweep are ``every`` seconds, or more where a save takes long; 0 saves after every batch.
     """
 
-    def __init__(self, folder: Path, first: bool, every: float) -> None:
-        self.path, self._first, self._every, self._made = folder / CHECKPOINT, first, every, not folder.exists()
+    def __init__(self, folder: Path, every: float) -> None:
+        self.path, self._every, self._made = folder / CHECKPOINT, every, not folder.exists()
         self._facts: dict[str, Any] = {}
         self._last, self._took = time.monotonic(), 0.0
         self._lock: FileLock | None = None  # held while the run goes on
 
     def claim(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Takes the folder for a run, on the first process: the state that an earlier process saved, empty if none did.
+        """Takes the folder for a run; the state that an earlier process saved there, empty if none did.
 
         ``facts`` are what two processes must have in common for one to go on with the run of the other.
 
@@ -138,17 +138,15 @@ class Store:
 
     def save(self, checkpoint: Mapping[str, Any]) -> None:
         """Writes a checkpoint from which every process can go on."""
-        began = time.monotonic()
-        if self._first:
-            buffer = io.BytesIO()
-            torch.save(checkpoint, buffer)
-            write_whole(self.path, buffer.getvalue())
+        began, buffer = time.monotonic(), io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_whole(self.path, buffer.getvalue())
         self._last = time.monotonic()
         self._took = self._last - began
 
     def close(self, keep: bool) -> None:
         """Lets go of the folder of a run that has ended, and removes the file unless it is to be kept."""
-        if self._first and not keep:
+        if not keep:
             self.path.unlink(missing_ok=True)
         self.leave()
 

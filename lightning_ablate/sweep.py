@@ -26,15 +26,16 @@ class Sweep:
     methods: tuple[AblationMethod, ...]
     fractions: tuple[float, ...]
     seeds: tuple[int, ...]
-    choice: Choice
+    neurons: Choice
+    sites: tuple[str, ...] = ("attention",)
 
     def __post_init__(self) -> None:
         """Checks what was given."""
-        if not isinstance(self.choice, Choice):
+        if not isinstance(self.neurons, Choice):
             raise ConfigError(
-                f"neurons is {self.choice!r:.80}, expected a Choice, such as EachHead() (--ablation.neurons)"
+                f"neurons is {self.neurons!r:.80}, expected a Choice, such as EachHead() (--ablation.neurons)"
             )
-        for name in ("methods", "fractions", "seeds"):
+        for name in ("methods", "fractions", "seeds", "sites"):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty, expected at least one (--ablation.{name})")
         if odd := [seed for seed in self.seeds if type(seed) is not int]:
@@ -59,7 +60,7 @@ class Sweep:
 
     def conditions(self, sites: Sequence[Site]) -> list[Condition]:
         """Every condition once, the baseline first; one per seed only where the choice or the method depends on it."""
-        selections = self.choice.selections(sites, sorted(map(float, self.fractions)), self.seeds)
+        selections = self.neurons.selections(sites, sorted(map(float, self.fractions)), self.seeds)
         found = {BASELINE: None}
         for method in self.methods:
             for selection in selections:
@@ -69,7 +70,7 @@ class Sweep:
 
     def masks(self, selection: Selection, calibration: Calibration) -> dict[Site, Tensor]:
         """The neurons of every site that are ablated, ``(neurons,)`` bool on the CPU."""
-        masks = {site: self.choice.mask(selection, site, calibration[site]) for site in calibration.sites}
+        masks = {site: self.neurons.mask(selection, site, calibration[site]) for site in calibration.sites}
         for site, mask in masks.items():
-            check_mask(mask, site, type(self.choice).__name__)
+            check_mask(mask, site, type(self.neurons).__name__)
         return masks

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import IterableDataset, Subset
 from torch.utils.data.distributed import DistributedSampler
 
+from lightning_ablate.calibration import fingerprint
 from lightning_ablate.data.base import AblationDataModule
 from lightning_ablate.data.examples import ExactSampler, Examples
 from lightning_ablate.errors import AblationError, ConfigError
@@ -95,7 +96,7 @@ def from_first(trainer: lightning.Trainer, make: Callable[[], T]) -> T:
 
 
 def calibration_amount(trainer: lightning.Trainer) -> Amount:
-    """How much calibration data there is.
+    """How much calibration data there is; warns if some of them are evaluated as well.
 
     ConfigError if some example goes to two processes, or ``fit`` was given a checkpoint.
     """
@@ -104,6 +105,9 @@ def calibration_amount(trainer: lightning.Trainer) -> Amount:
             f"fit was given the checkpoint {str(trainer.ckpt_path)!r}, which is for validate; a run that died goes on "
             "by itself where its folder is named (--ablation.dirpath)"
         )
+    for stopping in trainer.early_stopping_callbacks:  # they look before the sweep has given their metrics
+        stopping.strict = False
+    _warn_if_shared(trainer)
     batch_size = _batch_size(trainer.train_dataloader) * trainer.world_size
     examples = example_count(trainer, trainer.train_dataloader)
     return Amount(trainer.num_training_batches, batch_size, examples, _is_dry(trainer))
@@ -123,8 +127,8 @@ def validate_at_once(trainer: lightning.Trainer) -> None:
     raise StopIteration
 
 
-def checkpoint_of(trainer: lightning.Trainer) -> dict[str, Any]:
-    """What Lightning takes as a checkpoint: the states of all callbacks, no weights; made without other processes."""
+def checkpoint_of(trainer: lightning.Trainer, own: lightning.Callback, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What Lightning takes as a checkpoint: the states of all callbacks, ``state`` of ``own``, and no weights."""
     states = {one.state_key: one.state_dict() for one in trainer.callbacks}  # type: ignore[attr-defined]
     return {
         "pytorch-lightning_version": lightning.__version__,
@@ -133,7 +137,7 @@ def checkpoint_of(trainer: lightning.Trainer) -> dict[str, Any]:
         "state_dict": {},
         "optimizer_states": [],
         "lr_schedulers": [],
-        "callbacks": {key: state for key, state in states.items() if state},
+        "callbacks": {key: state for key, state in states.items() if state} | {own.state_key: dict(state)},
     }
 
 
@@ -163,7 +167,7 @@ def example_count(trainer: lightning.Trainer, loader: Any) -> int:
     return sized_len(loader.dataset) or 0 if getattr(loader, "batch_sampler", None) is not None else 0
 
 
-def warn_if_shared(trainer: lightning.Trainer) -> None:
+def _warn_if_shared(trainer: lightning.Trainer) -> None:
     """Warns if examples that calibrate are evaluated as well."""
     own = getattr(trainer.train_dataloader, "dataset", None)
     for name, loader in zip(data_names(trainer), evaluation_loaders(trainer), strict=True):
@@ -220,12 +224,10 @@ def data_names(trainer: lightning.Trainer) -> list[str]:
     return [f"{name} {place + 1}" if name in names[:place] else name for place, name in enumerate(names)]
 
 
-def run_facts(
-    trainer: lightning.Trainer, module: AblationModule, target: str, options: Mapping[str, Any]
-) -> dict[str, Any]:
+def run_facts(trainer: lightning.Trainer, module: AblationModule, options: Mapping[str, Any]) -> dict[str, Any]:
     """What run.json says of a run, and what two processes must have in common to go on with one run.
 
-    ``target`` is the fingerprint of the target, ``options`` are those of the callback that tell runs apart.
+    ``options`` are those of the callback that tell runs apart.
     """
     describe = getattr(getattr(trainer, "datamodule", None), "describe", lambda: {"name": data_name(trainer)})
     loaders = [one for one in (trainer.train_dataloader, *evaluation_loaders(trainer)) if one is not None]
@@ -233,7 +235,7 @@ def run_facts(
     code = {"module": content(type(module), options_of(module))} if own else {}
     return {
         "command": trainer.state.fn.value if trainer.state.fn else "",
-        "target": {**module.describe(), **code, "sha256": target},
+        "target": {**module.describe(), **code, "sha256": fingerprint(module.target)},
         "data": describe(),
         "loaders": list(map(_loader_facts, loaders)),
         **{name: described(value) for name, value in options.items()},

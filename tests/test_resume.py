@@ -101,14 +101,13 @@ def test_a_finished_folder_is_kept_and_saves_are_rare_by_default(tmp_path, whole
     assert saved["epochs"] == 4 and saved["phase"] == {}
 
 
-def test_the_first_process_saves_what_all_go_on_from(tmp_path):
-    first, second = (Store(tmp_path, rank == 0, 0.0) for rank in (0, 1))
+def test_a_store_keeps_its_folder_and_gives_back_what_was_saved(tmp_path):
+    first, second = (Store(tmp_path, 0.0) for _ in range(2))
     assert first.claim({"seeds": (1, 2)}) == {} and first.due
-    for one in (first, second):
-        state = {"calibration": {}, "facts": {"seeds": [1, 2]}, "finished": False}
-        one.save({"callbacks": {"mine": state | {"x": torch.tensor(1 if one is first else 2)}}})
+    state = {"calibration": {}, "facts": {"seeds": [1, 2]}, "finished": False}
+    first.save({"callbacks": {"mine": state | {"x": torch.tensor(1)}}})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ablation.ckpt", "ablation.lock"]
-    again = Store(tmp_path, True, 60.0)
+    again = Store(tmp_path, 60.0)
     with pytest.raises(ConfigError, match="a run is going on in"):
         again.claim({"seeds": [1, 2]})
     second.leave()
@@ -142,9 +141,9 @@ def test_what_the_first_process_reads_or_refuses_reaches_all_without_a_shared_di
 
 
 def test_a_run_that_is_going_on_keeps_its_folder_and_one_that_leaves_takes_only_what_it_made(tmp_path):
-    live = Store(tmp_path / "run", True, 0.0)
+    live = Store(tmp_path / "run", 0.0)
     live.claim({})
-    other = Store(tmp_path / "run", True, 0.0)
+    other = Store(tmp_path / "run", 0.0)
     with pytest.raises(ConfigError, match="a run is going on in .*run; wait for it"):
         other.claim({})
     other.leave()
@@ -155,7 +154,7 @@ def test_a_run_that_is_going_on_keeps_its_folder_and_one_that_leaves_takes_only_
     live.leave()
     assert not (tmp_path / "run").exists()
     (tmp_path / "run").mkdir()
-    other = Store(tmp_path / "run", True, 0.0)
+    other = Store(tmp_path / "run", 0.0)
     other.claim({})
     assert fresh_folder(tmp_path / "run") == tmp_path / "run"  # where nothing is saved yet there is nothing to keep
     other.leave()

@@ -11,6 +11,7 @@ from lightning_ablate.conditions import BASELINE, Condition
 from lightning_ablate.errors import NonFiniteError, SiteError, StatisticsError
 from lightning_ablate.methods import Affine
 from lightning_ablate.phases import SweepPhase
+from lightning_ablate.run import Run
 from lightning_ablate.sweep import Sweep
 from tests import reference, tiny
 
@@ -31,7 +32,7 @@ def sweep_of(
     calibrated=None,
 ):
     calibration, sweep = tiny.calibrated(model, *(calibrated or methods)), Sweep(methods, fractions, seeds, Random())
-    return SweepPhase(module or tiny.Ran(model), calibration, sweep, sweep.conditions([]), [examples])
+    return SweepPhase(module or tiny.Ran(model), Run("", calibration), sweep, [examples], sweep.conditions([]))
 
 
 def test_every_distinct_condition_comes_once():

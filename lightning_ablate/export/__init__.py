@@ -72,7 +72,8 @@ def export(
             raise
         form, model = smaller(other)
         seeds = callback.sweep.seeds if condition.seed is None else condition.seed
-        again = type(callback)(other, condition.fraction, seeds, callback.sites, callback.sweep.choice, figures=())
+        sites, choice = callback.sweep.sites, callback.sweep.neurons
+        again = type(callback)(other, condition.fraction, seeds, sites, choice, figures=())
         again.run = run
         results = evaluated(again, module, trainer or module.trainer, data)
         note = f"It was fitted without an intercept (`centred: false`), as {form.name} has no bias to hold one."

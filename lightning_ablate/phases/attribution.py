@@ -150,9 +150,9 @@ class VerificationPhase(SweepPhase):
             Condition(1.0, seeds[u.method], f"{u.site} {u.level} {u.unit}", method=u.method)
             for u in self.rows.itertuples()
         ]
-        self.options, self._run = options, run
+        self.options = options
         sweep = Sweep(options.each, (1.0,), (seed,), _Units(units))
-        super().__init__(module, run.calibration, sweep, [BASELINE, *alone], examples=[examples])
+        super().__init__(module, run, sweep, [examples], [BASELINE, *alone])
 
     def step(self, batch: Any, batch_idx: int) -> None:
         """Evaluates every condition on one batch, if it has examples that were attributed."""
@@ -167,11 +167,11 @@ class VerificationPhase(SweepPhase):
         sums = self.metrics.sums[:, place, : self.options.examples] * (-1 if self.options.metric else 1)
         n, (base, *others) = self.metrics.n[: self.options.examples].double(), sums
         keys = self.rows[["method", "site", "level", "unit", "picked"]].itertuples(index=False, name=None)
-        self._run.measured = []
+        self.run.measured = []
         for key, own in zip(keys, others, strict=True):
             effect = (own - base).sum() / n.sum()
             spread = (own - base - effect * n).square().sum().sqrt() / n.sum()
-            self._run.measured.append([*key, effect.item(), spread.item() if len(n) > 1 else float("nan")])
+            self.run.measured.append([*key, effect.item(), spread.item() if len(n) > 1 else float("nan")])
 
     def _check_examples(self, example: Tensor) -> None:
         """Calibration data may number their examples as they like."""

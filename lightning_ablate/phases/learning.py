@@ -126,7 +126,7 @@ class LearningPhase(MethodPhase):
         ``when`` seeds the choice of neurons; without ``moved`` the values are those that learning began with.
         """
         sites, examples = self._calibration.sites, self.module.examples_of(batch, batch_idx).tolist()
-        drawn = [self.sweep.choice.draw(sites, seed_of("learning", when, index)) for index in examples]
+        drawn = [self.sweep.neurons.draw(sites, seed_of("learning", when, index)) for index in examples]
         values = {site: self.value((self.method.name, site), moved) for site in sites}
         with hooked(self.module.target, {s: partial(self._ablate, s, values[s], drawn) for s in sites}, once=True):
             scored = self.module.evaluate(batch)
@@ -223,7 +223,7 @@ class LearningPhase(MethodPhase):
 
     def _ablate(self, site: Site, values: Tensor, drawn: list[Selection], activations: Tensor) -> Tensor:
         statistics = self._calibration.with_learned(site, {self.method.name: values})
-        mask = torch.stack([self.sweep.choice.mask(one, site, statistics) for one in drawn]).to(activations.device)
+        mask = torch.stack([self.sweep.neurons.mask(one, site, statistics) for one in drawn]).to(activations.device)
         rows, _ = by_example(activations, torch.ones(len(mask), 1, dtype=torch.bool))
         mask = mask.unsqueeze(1)
         return Edit(mask, self.method.prepare(Ablation(site, mask, statistics, None)))(rows).reshape(activations.shape)

@@ -6,24 +6,28 @@ from datetime import timedelta
 from functools import partial
 
 from lightning_ablate.attribution import Attribution
-from lightning_ablate.conditions import Condition
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.phases.attribution import AttributionPhase, VerificationPhase
 from lightning_ablate.phases.calibration import CalibrationPhase
 from lightning_ablate.phases.method import Amount, Epoch, phase_of
-from lightning_ablate.statistics import ActivationStatistic
+from lightning_ablate.statistics import ActivationStatistic, Moments, with_needs
 from lightning_ablate.sweep import Sweep
 
 
-def schedule(
-    kinds: Sequence[type[ActivationStatistic]], sweep: Sweep, attribution: Attribution, amount: Amount
-) -> list[Epoch]:
-    """The epochs of ``fit``: those that gather these kinds of statistics, attribute, and prepare methods.
+def kinds_of(sweep: Sweep, attribution: Attribution) -> list[type[ActivationStatistic]]:
+    """What calibration gathers; always Moments, which describe the neurons and tell whether activations are finite."""
+    kinds = [kind for method in (*sweep.methods, *attribution.each) for kind in method.statistics]
+    return with_needs([Moments, *sweep.neurons.statistics, *kinds])
+
+
+def schedule(sweep: Sweep, attribution: Attribution, amount: Amount) -> list[Epoch]:
+    """The epochs of ``fit``: those that gather statistics, attribute, and prepare methods.
 
     Attribution comes before the phases of methods, which may need its ranking of units; after them where it is of a
     method that they prepare.
     """
     prepared = {method: phase for method in sweep.methods if (phase := phase_of(method)) is not None}
+    kinds = kinds_of(sweep, attribution)
     calibrate = partial(CalibrationPhase, kinds=kinds)
     calibrating = [Epoch(number, calibrate, 1.0) for number in range(1 + max(kind.epoch() for kind in kinds))]
     preparing = [epoch for method, phase in prepared.items() for epoch in phase.scheduled(method, sweep, amount)]
@@ -50,7 +54,7 @@ def check_attribution(options: Attribution, sweep: Sweep, metrics: Sequence[str]
                 f"{method.name} can't be attributed: expected a method whose values don't depend on what else is "
                 "ablated, and one that learns in --ablation.methods as well (--ablation.attribution.methods)"
             )
-    if (under := sweep.choice.attribution) is None:
+    if (under := sweep.neurons.attribution) is None:
         return
     if set(names) & prepared:
         raise ConfigError("neurons are ranked by an attribution, which waits for what is learned of such neurons")
@@ -70,22 +74,16 @@ def _attributing(options: Attribution, seed: int, amount: Amount) -> list[Epoch]
     return found
 
 
-def plan(
-    epochs: Sequence[Epoch],
-    sweep: Sweep,
-    conditions: Sequence[Condition],
-    seconds: float,
-    batches: tuple[float, float],
-) -> str:
+def plan(epochs: Sequence[Epoch], sweep: Sweep, phase: CalibrationPhase, batches: tuple[float, float]) -> str:
     """One line on what a run amounts to.
 
     Args:
         epochs: those of ``fit``.
         sweep: what is compared.
-        conditions: those of the sweep.
-        seconds: of a forward pass over a batch.
+        phase: calibration, which has found the sites and timed a forward pass.
         batches: of an epoch of ``fit`` and of the sweep, of each process.
     """
+    conditions, seconds = sweep.conditions(phase.calibration.sites), phase.seconds
     sources = {method.name: method.source for method in sweep.methods}
     resampled = {(sources[c.method], c.seed) for c in conditions[1:] if sources[c.method] is not None}
     counts = Counter(condition.method for condition in conditions)

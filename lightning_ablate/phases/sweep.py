@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from lightning_ablate.ablation import edits_of
-from lightning_ablate.calibration import Calibration
 from lightning_ablate.conditions import BASELINE, Condition
 from lightning_ablate.errors import DataError, NonFiniteError
 from lightning_ablate.methods import Batch, Edit, Source
 from lightning_ablate.metrics import METRICS, Clean, Scored, SweepMetrics, checked
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.phase import Phase
+from lightning_ablate.run import Run
 from lightning_ablate.sites import Site, exact_device, hooked
 from lightning_ablate.statistics.base import by_example
 from lightning_ablate.sweep import Sweep
@@ -31,10 +31,10 @@ class SweepPhase(Phase):
 
     Args:
         module: whose target is evaluated.
-        calibration: the statistics of its sites; StatisticsError if one that a method needs is missing.
+        run: has calibrated; StatisticsError if a statistic that a method needs is missing.
         sweep: what is compared.
-        conditions: those that are evaluated, the baseline first.
         examples: how many are evaluated, of each data set, to keep what each of them scores; 0 where it isn't known.
+        conditions: those that are evaluated, the baseline first; None takes all of the sweep.
 
     Attributes:
         announce: is called with each condition before it is evaluated.
@@ -46,13 +46,14 @@ class SweepPhase(Phase):
     def __init__(
         self,
         module: AblationModule,
-        calibration: Calibration,
+        run: Run,
         sweep: Sweep,
-        conditions: Sequence[Condition],
         examples: Sequence[int] = (0,),
+        conditions: Sequence[Condition] | None = None,
     ) -> None:
         super().__init__(module)
-        self.sweep, self.conditions, self.classes = sweep, tuple(conditions), 0
+        calibration, self.run, self.sweep, self.classes = run.calibration, run, sweep, 0
+        self.conditions = tuple(conditions or sweep.conditions(calibration.sites))
         self.ablated: dict[Condition, float] = {}
         self.done = [0] * len(examples)  # batches of each data set
         self.each = [
