@@ -3,11 +3,10 @@
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any, TypeVar, cast
-from unittest import mock
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
@@ -16,8 +15,6 @@ from tqdm import tqdm
 from lightning_ablate.conditions import Condition
 from lightning_ablate.modules.phase import Phase
 from lightning_ablate.phases import SweepPhase
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def say(trainer: Trainer, text: str) -> None:
@@ -30,19 +27,22 @@ def say(trainer: Trainer, text: str) -> None:
 def above_bars() -> Iterator[None]:
     """Prints warnings and log lines above the bars that are up, instead of into them."""
 
-    def above(write: F) -> F:
+    def above(write: Any) -> Any:
         @wraps(write)
-        def wrapped(*args: Any, **options: Any) -> Any:
+        def wrapped(*args: Any, **options: Any) -> None:
             with tqdm.external_write_mode(file=sys.stderr):
-                return write(*args, **options)
+                write(*args, **options)
 
-        return cast(F, wrapped)
+        return wrapped
 
-    with (
-        mock.patch.object(warnings, "showwarning", above(warnings.showwarning)),
-        mock.patch.object(logging.StreamHandler, "emit", above(logging.StreamHandler.emit)),
-    ):
+    said: Any = warnings
+    logged: Any = logging.StreamHandler
+    before = said.showwarning, logged.emit
+    said.showwarning, logged.emit = map(above, before)
+    try:
         yield
+    finally:
+        said.showwarning, logged.emit = before
 
 
 class SweepProgressBar(TQDMProgressBar):
@@ -51,9 +51,9 @@ class SweepProgressBar(TQDMProgressBar):
     The bar of calibration is closed before the sweep, so each shows its own time.
     """
 
-    def get_metrics(self, *_: Any) -> dict[str, Any]:
-        """Nothing: Lightning would show the number of the logger's folder."""
-        return {}
+    def get_metrics(self, *args: Any) -> dict[str, Any]:
+        """What modules log for the bar, without the number of the logger's folder."""
+        return {name: value for name, value in super().get_metrics(*args).items() if name != "v_num"}
 
     def init_validation_tqdm(self) -> Any:
         """Puts the bar of the sweep on the line below the closed one of calibration."""
