@@ -1,6 +1,8 @@
 """Runs the real command, and compares what two runs of it found."""
 
+import multiprocessing
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -43,12 +45,47 @@ def dying(epoch, batch, signal):
     return ["--trainer.callbacks=tests.tiny.Dies", *(f"--trainer.callbacks.{n}={v}" for n, v in options.items())]
 
 
+def module(name, *arguments):
+    """What ``python -m`` does with these words, in this process."""
+    with mock.patch.object(sys, "argv", [name, *map(str, arguments)]):
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def one_of_several(rank, count, port, folder, words):
+    """A process of several, as torchrun starts it; what it says goes into a file."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "localhost"}
+    os.environ |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    os.chdir(folder)
+    with (folder / f"rank{rank}.txt").open("w") as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+        module(*words)
+        sys.stdout.flush()
+
+
+def several(count, words, folder):
+    """What the first of several processes says. All are forks of a server that has imported everything, for speed."""
+    context, port = multiprocessing.get_context("forkserver"), free_port()
+    context.set_forkserver_preload(["lightning_ablate.cli", "lightning_ablate.results.figures", "tests.command"])
+    made = [(rank, count, port, folder, list(map(str, words))) for rank in range(count)]
+    ranks = [context.Process(target=one_of_several, args=given) for given in made]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(300)
+        rank.kill()  # nothing, if it has ended
+    said = (folder / "rank0.txt").read_text(encoding="utf-8")
+    assert [rank.exitcode for rank in ranks] == [0] * count, said[-3000:]
+    return said
+
+
 def found(folder, *arguments):
     """What a run leaves in a folder of its own; a run of one process is in this one."""
     made = command(*arguments, "--ablation.dirpath", folder)
-    if any("devices=" in word for word in made):
-        done = python(*made[1:], cwd=folder.parent)
-        assert done.returncode == 0, done.stderr
+    devices = [word.partition("=")[2] for word in made if word.startswith("--trainer.devices=")]
+    if devices:
+        several(int(devices[0]), ["lightning_ablate", *made[3:]], folder.parent)
     else:
         with chdir(folder.parent):
             here(*made[3:])

@@ -19,7 +19,7 @@ from tests.command import CONFIGS, FEW, TWO, assert_same, assert_same_bytes, com
 
 IMAGES = ["fit", *FEW, "--data.calibration_images=43", "--data.evaluation_images=37"]
 TEXT = ["fit", "--config", CONFIGS / "demo_roberta.yaml", *FEW, "--data.max_length=48"]
-OPTIMAL, CONDITIONAL, TUNED = (
+OPTIMAL, TUNED = (
     {"class_path": f"lightning_ablate.methods.{name}", "init_args": {"steps": 4}}
     for name in ("Optimal", "ConditionalTuned")
 )
@@ -116,7 +116,7 @@ def test_what_two_processes_learn_and_draw_is_what_one_does(tmp_path, full, stra
     small = [*IMAGES, "--data.calibration_images=83"]
     if target == "roberta":  # padded to different lengths
         small = [*TEXT, "--data.max_length=128", "--data.calibration_tokens=4000", "--data.evaluation_tokens=1300"]
-    methods = [*METHODS, "resample-same-position", "conditional-mean-per-head", CONDITIONAL]
+    methods = [*METHODS, "resample-same-position", "conditional-mean-per-head"]
     small.append(f"--ablation.methods={json.dumps(methods)}")
     one = found(tmp_path / "one", *small)
     two = found(tmp_path / "two", *small, "--trainer.devices=2", f"--trainer.strategy={strategy}")

@@ -1,10 +1,8 @@
 """Every command and example of every README, with stand-ins for the hub, for GPUs and for long runs."""
 
 import contextlib
-import multiprocessing
 import os
 import re
-import runpy
 import shlex
 import shutil
 import sys
@@ -21,7 +19,7 @@ from datasets import Dataset
 
 from lightning_ablate import AblationCallback, LearnedMethod, Results
 from tests import reference, tiny
-from tests.command import ROOT, free_port
+from tests.command import ROOT, module, several
 from tests.test_pairs import words_tokenizer
 
 PAGES = [
@@ -69,40 +67,6 @@ def lines(language):
 
 COMMANDS = lines("bash")
 RUNNABLE = [c for c in COMMANDS if "lightning_ablate" in c and "configs/paper_" not in c]  # those: test_paper.py
-
-
-def module(name, *arguments):
-    """What ``python -m`` does with these words, in this process."""
-    with mock.patch.object(sys, "argv", [name, *map(str, arguments)]):
-        runpy.run_module(name, run_name="__main__", alter_sys=True)
-
-
-def one_of_two(rank, port, folder, words):
-    """A process of two, as torchrun starts it; what it says goes into a file."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "readme", "MASTER_ADDR": "localhost"}
-    os.environ |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    os.chdir(folder)
-    with (folder / f"rank{rank}.txt").open("w") as said:
-        os.dup2(said.fileno(), 1)
-        os.dup2(said.fileno(), 2)
-        module(*words)
-        sys.stdout.flush()
-
-
-def by_two(words, folder):
-    """What the first of two processes says. Both are forks of a server that has imported everything, which is slow."""
-    context, port = multiprocessing.get_context("forkserver"), free_port()
-    context.set_forkserver_preload(["lightning_ablate.cli", "lightning_ablate.results.figures", "tests.test_readme"])
-    ranks = [context.Process(target=one_of_two, args=(rank, port, folder, words)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(300)
-        rank.kill()  # nothing, if it has ended
-    said = (folder / "rank0.txt").read_text(encoding="utf-8")
-    assert [rank.exitcode for rank in ranks] == [0, 0], said[-3000:]
-    return said
 
 
 def test_the_readme_is_short_and_every_command_of_every_page_is_known_here():
@@ -178,7 +142,7 @@ def test_command_runs(command, stand_ins, alone, monkeypatch, capfd):
         return
     words += [*FEW, "--trainer.enable_progress_bar=false"]
     if "--trainer.devices" in words:
-        said = by_two([name, *words, "--ablation.figures=[]"], folder)
+        said = several(2, [name, *words, "--ablation.figures=[]"], folder)
         the_same_by_one_process(said, alone, capfd)
     else:
         module(name, *words)
