@@ -184,9 +184,9 @@ class AblationCallback(lightning.Callback):
         table.attrs["of"] = f"loss of {self.attribution.metric}" if self.attribution.metric else "nats"
         return table
 
-    def export(self, module: AblationModule, folder: Path | str, method: str, **options: Any) -> Path:
+    def export(self, module: AblationModule, folder: Path | str, method: str, *condition: Any, **options: Any) -> Path:
         """Writes a condition of the run as a smaller model; its options are those of :func:`~.export.export`."""
-        return export(self, module, folder, method, **options)
+        return export(self, module, folder, method, *condition, **options)
 
     def _begin(self, trainer: lightning.Trainer, module: AblationModule) -> None:
         """Begins a run, or takes up the one that a checkpoint or an earlier process has left."""

@@ -273,4 +273,6 @@ class Only(Choice):
         listed = [f"{name} {kind}{'s' * (len(n) > 1)} {', '.join(map(str, n))}" for kind, name, n in self._given()]
         if len("; ".join(listed)) <= 80:
             return "; ".join(listed)
-        return f"{sum(len(n) for *_, n in self._given())} heads or neurons of {len({*self.heads, *self.neurons})} sites"
+        counts = {"heads": sum(map(len, self.heads.values())), "neurons": sum(map(len, self.neurons.values()))}
+        counted = " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+        return f"{counted} of {len({*self.heads, *self.neurons})} sites"

@@ -106,7 +106,7 @@ COMMANDS = [  # the command, and what its message names
     (f"{TEXT} --data.calibration_tokens=99999", "--data.calibration_tokens"),
     (f"{TEXT} --data.packing=squeeze", "--data.packing: expected 'pad', 'pack', got squeeze"),
     (f"{TEXT} --data.batch_size=0", "--data.batch_size"),
-    (f"{TEXT} --data.evaluation_split=test", 'Unknown split "test"'),
+    (f"{TEXT} --data.evaluation_split=test --data.calibration_tokens=99", 'Unknown split "test"'),
     (f"{TEXT} --data.tokenizer=nowhere", "--data.tokenizer"),
     (f"{LABELS} --data.label_column=text", "holds 'a text of"),
     (f"{ROBERTA} --model.mlm_probability=2", "--model.mlm_probability"),

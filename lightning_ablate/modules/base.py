@@ -239,4 +239,5 @@ def exact_vectors(target: nn.Module) -> Iterator[None]:
 
 def evaluation_loaders(trainer: lightning.Trainer) -> list[Any]:
     """The validation loaders, in the order in which they are run."""
-    return CombinedLoader(trainer.val_dataloaders or [], "sequential").flattened
+    loaders = trainer.val_dataloaders
+    return [] if loaders is None else CombinedLoader(loaders, "sequential").flattened

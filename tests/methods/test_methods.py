@@ -40,5 +40,5 @@ def test_what_is_missing_or_unknown_is_refused():
     with pytest.raises(ConfigError, match="has no 'maen'; alike: mean, .*; known: .*conditional-mean "):
         method_of("maen")
     for method in (Mean(), Peak(), PositionalMean()):
-        with pytest.raises(StatisticsError, match="needs the statistic .* of the site attn.proj, which was.*run `fit`"):
+        with pytest.raises(StatisticsError, match="needs the statistic .* of the site attn.proj, which.*run `fit`"):
             method.prepare(Ablation(Site("attn.proj", 4), MASK, SiteStatistics("attn.proj", {}), None))
