@@ -141,20 +141,23 @@ class Calibration:
 
     @classmethod
     def load(cls, path: Path | str, target: nn.Module) -> Self:
-        """What ``fit`` left for this target in ``ablation.ckpt``, or in another checkpoint that Lightning wrote then.
+        """What ``fit`` left for this target in a run's folder, or in another checkpoint that Lightning wrote then.
 
         TargetError if it can't be read, or is of another target; StatisticsError if it holds no calibration.
         """
-        state = saved_state(path)
+        path = Path(path)
+        state = saved_state(path / "ablation.ckpt" if path.is_dir() else path)
         check_target(state, fingerprint(target))
         with loading(str(path), StatisticsError):
             return cls.from_state_dict(state["calibration"], target)
 
 
-def saved_state(path: Path | str) -> dict[str, Any]:
+def saved_state(path: Path | str, *, mmap: bool = False) -> dict[str, Any]:
     """What the callback of a run has left in a checkpoint, empty if nothing; no code in the file is run."""
     with loading(str(path), TargetError):
-        saved: dict[str, dict[str, Any]] = torch.load(path, map_location="cpu", weights_only=True)["callbacks"]
+        saved: dict[str, dict[str, Any]] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)[
+            "callbacks"
+        ]
         return next((state for state in saved.values() if "calibration" in state), {})
 
 

@@ -39,7 +39,7 @@ class AblationCallback(lightning.Callback):
     Args:
         methods: what replaces a neuron: names such as ``zero``, ``mean`` and ``peak`` (all are in
             lightning_ablate/methods/README.md), instances, or class paths of subclasses of AblationMethod.
-        fractions: shares of each site's units that are asked for, 0 to 1; results say what share of neurons went.
+        fractions: shares of each site's units to ablate, 0 to 1, rounded to whole units.
         seeds: of the choice of neurons, and of what a method draws.
         sites: ``attention`` (the default), ``self-attention``, ``cross-attention``, ``mlp``, and shell-style patterns
             of module paths (``*.0.attn.c_proj``).
@@ -72,7 +72,9 @@ class AblationCallback(lightning.Callback):
         made = tuple(method_of(method) for method in listed(methods))
         choice = Random() if neurons is None else neurons
         self.sweep = Sweep(made, listed(fractions), listed(seeds), choice, listed(sites))
-        self.attribution = attribution or Attribution()
+        self.attribution = Attribution() if attribution is None else attribution
+        if not isinstance(self.attribution, Attribution):
+            raise ConfigError(f"attribution is {attribution!r:.80}, expected Attribution(methods=[...])")
         self.dirpath, self.save_every, self.figures = dirpath, save_every, listed(figures)
         self.results: Results | None = None
         self.run, self.folder = Run(), cast(Path | None, None)
@@ -148,7 +150,8 @@ class AblationCallback(lightning.Callback):
             fitting = trainer.state.fn == TrainerFn.FITTING
             units = self.attributions if fitting else None
             self._told = report_results(trainer, self.results, units, self.folder, self.figures)
-            self._save(trainer, {}, finished=True)
+            if fitting:
+                self._save(trainer, {}, finished=True)
             if self._store is not None:
                 self._store.close(keep=fitting)
 
@@ -195,15 +198,16 @@ class AblationCallback(lightning.Callback):
         self.results, module.phase, self._store, earlier = None, None, None, dict[str, Any]()
         options = {**vars(self.sweep), "attribution": self.attribution}
         self._facts = trainers.run_facts(trainer, module, options) | {"calibration": digest(given)}
+        known = self._facts["target"]["sha256"]
         if self.folder is not None:
             store = Store(self.folder, self.save_every)
             self._store = store if trainer.is_global_zero else None
             earlier = trainers.from_first(trainer, partial(store.claim, self._facts))
         if fitting and not earlier:
-            self.run = Run(self._facts["target"]["sha256"], Calibration(self.sweep.sites))
+            self.run = Run(known, Calibration(self.sweep.sites))
             return
         kinds = phases.kinds_of(self.sweep, self.attribution)
-        self.run = Run.from_state_dict(earlier or given, module.target, kinds=kinds, which=self.sweep.sites)
+        self.run = Run.from_state_dict(earlier or given, module.target, known, kinds=kinds, which=self.sweep.sites)
         if earlier:
             self.run.phase = earlier["phase"]
             done = f"{self.run.epochs} epochs of `fit` and {sum(self.run.phase.get('done', ()))} batches of the sweep"
@@ -211,5 +215,5 @@ class AblationCallback(lightning.Callback):
 
     def _save(self, trainer: lightning.Trainer, phase: dict[str, Any], finished: bool = False) -> None:
         if self._store is not None:
-            state = {**self.state_dict(), "facts": plain(self._facts), "phase": phase, "finished": finished}
-            self._store.save(trainers.checkpoint_of(trainer, self, state))
+            more = {"facts": plain(self._facts), "phase": phase, "finished": finished}
+            self._store.save(lambda: trainers.checkpoint_of(trainer, self, self.state_dict() | more))

@@ -20,7 +20,7 @@ from lightning_ablate.errors import AblationError, ConfigError
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.parser import Parser, in_a_line
 from lightning_ablate.progress import SweepProgressBar
-from lightning_ablate.run import CHECKPOINT, is_unfinished
+from lightning_ablate.run import CHECKPOINT
 from lightning_ablate.trust import HELP, config_of
 
 DEFAULT_CONFIG = Path(__file__).parent / "demo" / "default.yaml"
@@ -38,7 +38,7 @@ class ConfigInCheckpoint(SaveConfigCallback):
     def save_config(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Writes config.yaml into the run's folder."""
         folder = callback_of(trainer).folder
-        if folder is not None and not is_unfinished(folder):  # an unfinished run has left the same one
+        if folder is not None and not (folder / CHECKPOINT).exists():  # an unfinished run has left the same one
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -48,7 +48,7 @@ class ConfigInCheckpoint(SaveConfigCallback):
     def on_exception(self, trainer: lightning.Trainer, *_: Any) -> None:
         """Removes config.yaml if the run has found nothing, so that the next run can have the folder."""
         folder = callback_of(trainer).folder
-        if folder is None or is_unfinished(folder) or not trainer.is_global_zero:
+        if folder is None or not trainer.is_global_zero:
             return
         if not any((folder / name).exists() for name in (CHECKPOINT, "results.csv")):
             with suppress(OSError):  # the folder is read-only, or holds something else

@@ -11,6 +11,7 @@ import lightning
 import numpy as np
 import pandas as pd
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_ablate.calibration import Calibration
 from lightning_ablate.errors import DataError
@@ -102,7 +103,8 @@ def report_results(
     """Writes the results' files, gives loggers options, figures and curves, and returns what to tell the user."""
     paths, notes = [], list[str]()
     if folder is not None:
-        others = ("neurons.*", "heads.parquet", "attribution.*", CHECKPOINT)
+        others = ["neurons.*", "heads.parquet", "attribution.*"]
+        others += [CHECKPOINT] if trainer.state.fn == TrainerFn.FITTING else []
         paths = [*results.save(folder, forms), *(path for other in others for path in sorted(folder.glob(other)))]
     for writer in _tensorboards(trainer):
         for name, picture in results.pictures().items():

@@ -4,7 +4,7 @@ import errno
 import io
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
-from lightning_ablate.calibration import Calibration, check_target, fingerprint, saved_state
+from lightning_ablate.calibration import Calibration, check_target, saved_state
 from lightning_ablate.errors import ConfigError, StatisticsError, loading
 from lightning_ablate.methods import AblationMethod
 from lightning_ablate.modules.phase import Phase
@@ -61,9 +61,12 @@ class Run:
         return {**about, "notes": list(self.notes), "calibration": self.calibration.state_dict()}
 
     @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any], target: nn.Module, **options: Any) -> Self:
-        """Takes up a :meth:`state_dict`; for its errors see :func:`check_target` and :class:`Calibration`."""
-        check_target(state, known := fingerprint(target))
+    def from_state_dict(cls, state: Mapping[str, Any], target: nn.Module, known: str, **options: Any) -> Self:
+        """Takes up a :meth:`state_dict` of a target with the fingerprint ``known``.
+
+        For its errors see :func:`check_target`, for the options :meth:`Calibration.from_state_dict`.
+        """
+        check_target(state, known)
         with loading("the checkpoint", StatisticsError):
             made = cls(known, Calibration.from_state_dict(state["calibration"], target, **options))
             made.epochs = int(state["epochs"])
@@ -127,7 +130,7 @@ class Store:
             name, here, there = _difference(here, there)
             raise ConfigError(
                 f"{self.path.parent} holds an unfinished run of another configuration: {name} is {here!s:.60} here, "
-                f"was {there!s:.60} there; name another folder (--ablation.dirpath), or delete {self.path.name}"
+                f"was {there!s:.60} there; name another folder (--ablation.dirpath)"
             )
         return state
 
@@ -136,11 +139,11 @@ class Store:
         """Whether it is time for the next save."""
         return time.monotonic() - self._last >= (self._every and max(self._every, _SHARE * self._took))
 
-    def save(self, checkpoint: Mapping[str, Any]) -> None:
-        """Writes a checkpoint from which every process can go on."""
+    def save(self, make: Callable[[], Mapping[str, Any]]) -> None:
+        """Makes and writes a checkpoint from which every process can go on."""
         began, buffer = time.monotonic(), io.BytesIO()
-        torch.save(checkpoint, buffer)
-        write_whole(self.path, buffer.getvalue())
+        torch.save(make(), buffer)
+        write_whole(self.path, buffer.getbuffer())
         self._last = time.monotonic()
         self._took = self._last - began
 
@@ -184,10 +187,11 @@ class Store:
         self._lock = lock
 
 
-def is_unfinished(folder: Path) -> bool:
-    """Whether a folder holds a run that died; TargetError if its file is damaged."""
+def is_unfinished(folder: Path, command: str) -> bool:
+    """Whether a folder holds a run of ``fit`` or ``validate`` that died; TargetError if its file is damaged."""
     path = folder / CHECKPOINT
-    return path.exists() and saved_state(path).get("finished") is False
+    state = saved_state(path, mmap=True) if path.exists() else {}
+    return state.get("finished") is False and state.get("facts", {}).get("command") == command
 
 
 def plain(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_ablate import AblationCallback, Calibration, Ranked
+from lightning_ablate import AblationCallback, Calibration, ImageClassifier, ImageData, Ranked
+from lightning_ablate.data.demo import digits
 from lightning_ablate.errors import ConfigError, StatisticsError, TargetError
 from lightning_ablate.statistics import Covariance, Histogram, Moments
 from tests import tiny
@@ -19,7 +20,7 @@ FOUND = "target", "epochs", "held_out", "measured", "partial", "notes", "calibra
 def test_the_checkpoint_is_small_plain_and_without_the_target(tmp_path):
     tiny.fit(tmp_path)
     checkpoint = torch.load(tmp_path / NAME, weights_only=True)
-    assert not checkpoint["state_dict"] and (tmp_path / NAME).stat().st_size < 40_000
+    assert list(checkpoint["state_dict"]) == ["anchor"] and (tmp_path / NAME).stat().st_size < 40_000
     (state,) = checkpoint["callbacks"].values()
     assert set(state) == {*FOUND, "facts", "phase", "finished"} and state["finished"] and not state["phase"]
     assert [entry["site"] for entry in state["calibration"]["sites"]] == [asdict(s) for s in tiny.sites(tiny.gpt2())]
@@ -70,6 +71,18 @@ def test_a_checkpoint_of_a_target_that_differs_in_one_bit_or_of_other_sites_is_r
     for asked in ("attention", "*.attn.c_proj"):
         with pytest.raises(StatisticsError, match="doesn't hold the statistics of all sites .*holds transformer.h.0"):
             tiny.validate(tmp_path, tmp_path / NAME, AblationCallback(["zero"], sites=asked))
+
+
+def test_what_has_calibrated_is_never_evaluated_by_validate_with_other_options(tmp_path):
+    """The checkpoint holds which images calibrated, so 10 in place of 50 frees none of the 50 for evaluation."""
+    module, options = ImageClassifier("demo:vit"), {"evaluation_images": 40, "batch_size": 20}
+    fitted, later = (ImageData.of(digits("calibration"), calibration_images=count, **options) for count in (50, 10))
+    callback = AblationCallback(["zero"], [1.0], [1], dirpath=tmp_path / "fit")
+    tiny.trainer(tmp_path, callback).fit(module, datamodule=fitted)
+    again = tiny.trainer(tmp_path, AblationCallback(["zero"], [1.0], [1]))
+    again.validate(module, datamodule=later, ckpt_path=tmp_path / "fit" / NAME, verbose=False)
+    calibrated, evaluated = fitted.examples["calibration"].contents, later.examples["evaluation"].contents
+    assert len(calibrated) == 50 and len(evaluated) == 40 and not set(calibrated) & set(evaluated)
 
 
 def test_fit_is_given_no_checkpoint(tmp_path):

@@ -1,6 +1,7 @@
 """A run that died goes on, to the same bytes; test_kills.py is the same with the real command."""
 
 import os
+import pathlib
 import signal
 import time
 from contextlib import nullcontext
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
 from lightning_ablate import AblationCallback
@@ -66,6 +68,29 @@ def test_a_run_that_died_in_its_sweep_reads_no_calibration_data(tmp_path, whole,
         assert_same_bytes(folder, whole[0])
 
 
+class Odd(Callback):
+    """Has a state that isn't plain."""
+
+    def state_dict(self):
+        return {"where": pathlib.Path("here")}
+
+
+def test_a_callback_whose_state_is_not_plain_keeps_no_run_from_going_on(tmp_path, whole):
+    run(tmp_path / "run", Odd(), Dies(None, 1))
+    run(tmp_path / "run")
+    assert_same_bytes(tmp_path / "run", whole[0])
+
+
+def test_an_unfinished_run_can_be_validated_and_then_go_on(tmp_path, whole):
+    run(tmp_path / "run", Dies(None, 1))
+    made = callback(tmp_path / "run")
+    tiny.validate(tmp_path, tmp_path / "run" / "ablation.ckpt", made)
+    assert made.folder == tmp_path / "run" / "run-2" and not (made.folder / "ablation.ckpt").exists()
+    assert_same_bytes(made.folder, whole[0])
+    run(tmp_path / "run")
+    assert_same_bytes(tmp_path / "run", whole[0])
+
+
 def test_a_run_may_die_many_times(tmp_path, whole):
     for epoch, batch in [(0, 1), (0, 2), (0, 0), (1, 1), (0, 2), (0, 0), (None, 0), (None, 0), (None, 1)]:
         run(tmp_path / "run", Dies(epoch, batch))
@@ -88,7 +113,7 @@ def test_an_unfinished_run_of_another_configuration_is_refused_by_the_first_diff
     run(tmp_path / "run", Dies(1, 2))
     with pytest.raises(ConfigError, match=r"another configuration: seeds is \[7\] here, was \[1, 2\] there[^\n]*$"):
         run(tmp_path / "run", seeds=[7], sites="mlp")
-    assert is_unfinished(tmp_path / "run")
+    assert is_unfinished(tmp_path / "run", "fit")
 
 
 def test_a_finished_folder_is_kept_and_saves_are_rare_by_default(tmp_path, whole):
@@ -103,21 +128,21 @@ def test_a_finished_folder_is_kept_and_saves_are_rare_by_default(tmp_path, whole
 
 def test_a_store_keeps_its_folder_and_gives_back_what_was_saved(tmp_path):
     first, second = (Store(tmp_path, 0.0) for _ in range(2))
-    assert first.claim({"seeds": (1, 2)}) == {} and first.due
-    state = {"calibration": {}, "facts": {"seeds": [1, 2]}, "finished": False}
-    first.save({"callbacks": {"mine": state | {"x": torch.tensor(1)}}})
+    assert first.claim({"command": "fit"}) == {} and first.due
+    state = {"calibration": {}, "facts": {"command": "fit"}, "finished": False, "x": torch.tensor(1)}
+    first.save(lambda: {"callbacks": {"mine": state}})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ablation.ckpt", "ablation.lock"]
     again = Store(tmp_path, 60.0)
     with pytest.raises(ConfigError, match="a run is going on in"):
-        again.claim({"seeds": [1, 2]})
+        again.claim({"command": "fit"})
     second.leave()
     with pytest.raises(ConfigError, match="a run is going on in"):
-        again.claim({"seeds": [1, 2]})
+        again.claim({"command": "fit"})
     first.leave()
-    found = again.claim({"seeds": [1, 2]})
-    assert found["x"].item() == 1 and not again.due and is_unfinished(tmp_path)
+    found = again.claim({"command": "fit"})
+    assert found["x"].item() == 1 and not again.due and is_unfinished(tmp_path, "fit")
     again.close(keep=False)
-    assert not is_unfinished(tmp_path) and not list(tmp_path.iterdir())
+    assert not is_unfinished(tmp_path, "fit") and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("error", [None, ConfigError("in use")])

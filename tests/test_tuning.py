@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_ablate import AblationCallback, ConditionalMean, ConditionalTuned
+from lightning_ablate import AblationCallback, ConditionalMean, ConditionalTuned, EachLayer
 from lightning_ablate.errors import ConfigError, StatisticsError
 from lightning_ablate.seeds import digest
 from tests import reference, tiny
@@ -72,7 +72,9 @@ def test_a_step_is_that_of_the_gradient_of_the_mean_divergence(tmp_path, centred
         intercept = (changes[-1] - mean[~mask] @ slope) if centred else torch.zeros_like(changes[-1])
         return start + torch.cat([slope, intercept.unsqueeze(0)])
 
-    conditions = [condition for condition in made._conditions() if condition.method == "descent"]
+    conditions = [
+        condition for condition in made.sweep.conditions(made.run.calibration.sites) if condition.method == "descent"
+    ]
     assert [condition.fraction for condition in conditions] == [0.5, 1.0]
     for condition in conditions:
         masks, tuned = weights_of(made, condition, descent)
@@ -128,6 +130,18 @@ def test_the_plan_says_how_many_passes_tuning_takes(tmp_path, capsys):
     # of 6 batches: calibration, and 2 epochs of tuning, of 2 steps each
     calibrating, swept = 6 * (1 + 2 * (1 + 2 * 3)), 3 * 3
     assert f"plan: 3 conditions, {calibrating + swept} forward passes, about " in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*what was learned is worse")  # in so few steps
+def test_a_condition_may_leave_sites_alone(tmp_path):
+    """Each layer alone: the other site keeps all of its neurons."""
+    method = ConditionalTuned(**FEW)
+    tuned = AblationCallback([method, "mean"], [0.5], [1], neurons=EachLayer())
+    tiny.fit(tmp_path, callback=tuned)
+    again = AblationCallback([method, "mean"], [0.5], [1], neurons=EachLayer())
+    assert tiny.validate(tmp_path, tmp_path / "ablation.ckpt", again).table.equals(tuned.results.table)
+    rows = tuned.results.table.set_index(["method", "part"])["cross_entropy"]
+    assert len(rows) == 5 and rows.notna().all()
 
 
 def test_where_nothing_is_ablated_there_is_nothing_to_tune(tmp_path):

@@ -64,6 +64,13 @@ class RowData(AblationDataModule):
                 option = f"{purpose}_{self.unit}"
                 raise ConfigError(f"{option} is {self.budget(purpose)}, expected at least 1 (--data.{option})")
 
+    def prepare_data(self) -> None:
+        """Downloads the data on one process of each machine, before all open them."""
+        for one in (self, *self.evaluation):
+            if isinstance(one, RowData) and one.given is None and not one.streaming:
+                for purpose in get_args(Purpose)[one is not self :]:
+                    one.rows(purpose)
+
     @property
     def columns(self) -> Sequence[str]:
         """The columns that an example is made from: those that options name which end in ``_column``."""
@@ -175,6 +182,9 @@ class MadeRows(RowData):
     evaluation_split: str | None = field(default=None, init=False)
     streaming: bool = field(default=False, init=False)
     shuffle_seed: int | None = field(default=None, init=False)
+
+    def prepare_data(self) -> None:
+        """Nothing, as the rows are made."""
 
     @abstractmethod
     def rows(self, purpose: Purpose) -> Any:

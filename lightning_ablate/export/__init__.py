@@ -1,6 +1,8 @@
 """Writes a condition of a run as a smaller model that transformers or timm load by themselves."""
 
+import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -71,10 +73,10 @@ def export(
         if other is None:
             raise
         form, model = smaller(other)
-        seeds = callback.sweep.seeds if condition.seed is None else condition.seed
-        sites, choice = callback.sweep.sites, callback.sweep.neurons
-        again = type(callback)(other, condition.fraction, seeds, sites, choice, figures=())
-        again.run = run
+        seeds = callback.sweep.seeds if condition.seed is None else (condition.seed,)
+        again = copy.copy(callback)
+        again.sweep = replace(callback.sweep, methods=(other,), fractions=(condition.fraction,), seeds=seeds)
+        again.figures = ()
         results = evaluated(again, module, trainer or module.trainer, data)
         note = f"It was fitted without an intercept (`centred: false`), as {form.name} has no bias to hold one."
     before, after = (sum(parameter.numel() for parameter in one.parameters()) for one in (module.target, model))

@@ -7,10 +7,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 _PACKAGES = "lightning-ablate lightning torch torchmetrics transformers timm datasets numpy pandas pyarrow"
-_KEPT = ("results.csv", "ablation.ckpt", "config.yaml")  # one of these files shows a run
+_KEPT = ("results.csv", "ablation.ckpt")  # one of these files shows a run
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str | bytes | memoryview) -> None:
     """Writes a file; after a failure the earlier file is still there, whole."""
     temporary = path.with_name(path.name + ".part")
     try:
