@@ -39,8 +39,8 @@ def ablated(
             the target: as many examples as run inside, or one for all. Its ``attention_mask`` tells padding.
 
     Raises:
-        SiteError: if a path names no projection, or a mask doesn't fit; at the end, if a projection never ran inside,
-            or a backward pass outside the block would undo the ablation.
+        SiteError: if a path names no projection, or a mask doesn't fit; at the end, if a projection never ran inside;
+            when a backward pass would undo the ablation (gradient checkpointing).
         ConfigError: if the method needs a source and got none, or goes by positions where a cache hides them.
     """
     chosen, calibration = method_of(method), calibration or Calibration()
@@ -88,8 +88,8 @@ def edits_of(
 ) -> dict[Site, Edit]:
     """What a method does at each site. A site whose mask ``(neurons,)`` bool holds no True is left out.
 
-    The ``seed`` is that of what the method draws, ``batch`` what it can know of the examples that run. StatisticsError
-    if a statistic that it needs is missing.
+    ``seed`` seeds the method's random draws; ``batch`` is what it may know of the examples. StatisticsError if a
+    statistic that it needs is missing.
     """
     batch, edits = batch or Batch(), dict[Site, Edit]()
     known = {site.name: masks.get(site, torch.zeros(site.width, dtype=torch.bool)) for site in calibration.sites}

@@ -31,9 +31,8 @@ class Attribution:
 
     Args:
         methods: the replacements under which units are attributed, as ``--ablation.methods``; none by default.
-        draws: backward passes for the second order of the estimate.
-        verify: how many of the largest estimates, and how many random others, are measured by ablating them alone, of
-            neurons and of heads.
+        draws: random backward passes for the second-order term.
+        verify: N: ablate and measure the N largest and N random neurons, and as many heads.
         examples: how many calibration examples are used, the first ones by their indices; None takes all.
         metric: the module's own metric whose loss is attributed, to first order; None takes the cross-entropy.
     """

@@ -86,9 +86,10 @@ def report_attribution(
     """Writes the files of the attribution, and gives TensorBoard its figure and a histogram for each site."""
     if folder is None or not trainer.is_global_zero:
         return
-    attributions.save(table, folder, forms)
+    title = f"{base_name(str(trainer.lightning_module.name))} on {base_name(data_name(trainer))}"
+    attributions.save(table, title, folder, forms)
     for writer in _tensorboards(trainer) if attributions.is_drawn(table) else ():
-        writer.add_figure("attribution", attributions.plot(table))
+        writer.add_figure("attribution", attributions.plot(table, title))
     for method, own in table[table["level"] == "neuron"].groupby("method", sort=False):
         _histograms(trainer, f"attribution/{method}", own, "estimate")
 

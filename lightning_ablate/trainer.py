@@ -1,4 +1,4 @@
-"""What the callback asks of Lightning's Trainer, and tells it."""
+"""What the callback reads from Lightning's Trainer and sets in it."""
 
 from collections.abc import Callable, Mapping, Sequence, Sized
 from contextlib import redirect_stdout
@@ -177,7 +177,7 @@ def check_counts_once(trainer: lightning.Trainer, loader: Any) -> None:
 
 
 def example_count(trainer: lightning.Trainer, loader: Any) -> int:
-    """The number of examples; 0 where a loader, as one of whole batches, doesn't tell.
+    """The number of examples; 0 if the loader can't tell, for example because its data set yields whole batches.
 
     ConfigError if it gives some example to two processes.
     """

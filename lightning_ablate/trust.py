@@ -15,8 +15,8 @@ from lightning_ablate.errors import ConfigError, TargetError, loading
 
 CONFIG = "ConfigInCheckpoint"  # the callback in a checkpoint that holds the configuration
 
-HELP = """a class, module or folder that the checkpoint may name, once for each. By itself it names no class but
-those of lightning_ablate and Lightning, none to run beside the sweep (trainer.callbacks, .plugins, .profiler), and no
+HELP = """validate only. A class, module or folder that the checkpoint may load; repeat it for several. Without it
+only classes of lightning_ablate and Lightning. Even of these, no trainer.callbacks, .plugins or .profiler, and no
 logger but TensorBoardLogger and CSVLogger, which write below the current folder. Code from the hub needs
 --model.trust_remote_code=true again. If `fit` had an --ablation.dirpath, results go beside the checkpoint."""
 _OWN = ("lightning_ablate", "lightning")
@@ -89,7 +89,7 @@ def _walked(value: Any, option: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _is_safe(option: str, value: str) -> bool:
-    """Whether no code of others runs, and no file is written elsewhere, whatever the option does with the value."""
+    """True if, whatever reads it, the value can neither run foreign code nor write outside the current folder."""
     key = option.rpartition(".")[2]
     package, dot, _ = value.partition(".")
     if option.endswith(_WORDS):

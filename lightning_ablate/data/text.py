@@ -19,7 +19,7 @@ from lightning_ablate.errors import ConfigError, DataError, loading
 
 @dataclass(kw_only=True, eq=False, repr=False)
 class TokenData(RowData):
-    """Rows that hold texts, which examples hold as tokens.
+    """Data whose rows are texts; an example is the tokens of a text.
 
     Args:
         max_length: tokens of an example, special tokens included.
@@ -48,8 +48,8 @@ class TokenData(RowData):
             raise ConfigError("text needs a tokenizer: name one (--data.tokenizer), as the target brings none")
         least, most = 1 + sum(map(len, special_frame(tokenizer))), tokenizer.model_max_length
         if self.max_length > most:
-            rank_zero_info(f"max_length is {most} instead of {self.max_length}: the target's longest, by its tokenizer")
-            self.max_length = most
+            was, self.max_length = self.max_length, most
+            rank_zero_info(f"max_length lowered from {was} to {most}, the longest that the tokenizer allows")
         if self.max_length <= least:
             raise ConfigError(f"max_length is {self.max_length}, expected above {least} (--data.max_length)")
         return tokenizer
@@ -74,8 +74,8 @@ class TextData(TokenData):
 
     Documents longer than ``max_length`` give several sequences. The last sequence is used whole, so a budget is reached
     or passed by less than one sequence. Sequences of one document are one cluster, and so are the documents that a
-    packed sequence joins. A data set of a single document is cut at blank lines into 2 to 100 passages, which count as
-    documents.
+    packed sequence joins. A data set of a single document is cut into 2 to 100 passages, which count as documents: at
+    blank lines, or else lines or spaces.
 
     Args:
         text_column: the column with the text.

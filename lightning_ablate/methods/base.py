@@ -29,7 +29,9 @@ class Source(NamedTuple):
 
 @dataclass
 class Batch:
-    """What a method can know of the batch at hand. It changes with every batch, so look it up when replacing.
+    """What a method can know of the batch at hand.
+
+    Read its fields inside the replacement, not in ``prepare``: they change with every batch.
 
     Attributes:
         examples: the indices of its examples, ``(batch,)`` int64, below 0 for those that only fill it.
@@ -92,11 +94,11 @@ class AblationMethod(ABC):
         """The replacement at one site under one condition; it is then applied to every batch."""
 
     def notes(self, statistics: Iterable[SiteStatistics]) -> list[str]:
-        """Lines that results show of what it was made from, given the statistics of all sites."""
+        """Lines about how the replacement was made, shown with the results."""
         return []
 
     def alone(self, ablation: Ablation, sizes: Sequence[int]) -> dict[int, Replacement]:
-        """Size of a unit, in neurons → the replacement of every such unit, if it is ablated alone.
+        """For each unit size in neurons, the replacement of a unit of that size when it alone is ablated.
 
         By default the replacement for all neurons of ``ablation``. Override it where the replacement of a neuron
         depends on which others are ablated.

@@ -22,7 +22,7 @@ class ConditionalMean(AblationMethod):
     what the kept neurons can't predict is lost. It is the compensation of the optimal brain surgeon (Hassibi & Stork
     1993) as a replacement. If nothing is kept, or neurons don't vary together, it is the mean.
 
-    Each condition holds ablated × kept float32 numbers a site on the device: at 50% of 4,096 neurons 17 MB.
+    Each condition keeps a float32 matrix (kept, ablated) per site on the device: 17 MB at 50% of 4,096 neurons.
 
     Args:
         ridge: λ, a share of each kept neuron's own variance. None chooses it at each site on held-out calibration
@@ -54,7 +54,10 @@ class ConditionalMean(AblationMethod):
         self.ridge, self.centred, self.name = ridge, centred, name or self.name
 
     def moments(self, statistics: SiteStatistics) -> tuple[Tensor, Tensor]:
-        """The means ``(neurons,)`` and covariances ``(blocks, width, width)``, or 0 and the mean products."""
+        """The means ``(neurons,)`` and covariances ``(blocks, width, width)``.
+
+        If not ``centred``, zeros and the uncentred second moments.
+        """
         mean, covariance = statistics[Moments].mean, statistics[self.covariance].covariance
         if self.centred:
             return mean, covariance
@@ -86,7 +89,10 @@ class ConditionalMean(AblationMethod):
         return [f"{self.name}: ridge, chosen at each site on held-out calibration examples: {span}"]
 
     def alone(self, ablation: Ablation, sizes: Sequence[int]) -> dict[int, Replacement]:
-        """Each unit u less ``(P_uu)⁻¹ (P (x − μ))_u``, what the others don't tell of it; P is the precision matrix."""
+        """Of each unit u: ``x_u − (P_uu)⁻¹ (P (x − μ))_u``. P is the precision matrix.
+
+        What is subtracted is what other neurons can't predict.
+        """
         (means, blocks), device = self.moments(ablation.statistics), exact_device(ablation.mask.device)
         covariance = torch.block_diag(*blocks.to(device).double())  # type: ignore[no-untyped-call]
         ridge = self.ridge or ablation.statistics[self.covariance].ridge
@@ -103,7 +109,7 @@ class ConditionalMean(AblationMethod):
         return found
 
     def without_intercept(self) -> AblationMethod | None:
-        """The regression of the values themselves."""
+        """The same regression without an intercept."""
         method = copy.copy(self)
         method.centred = False
         return method

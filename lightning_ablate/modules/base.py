@@ -40,9 +40,10 @@ class AblationModule(lightning.LightningModule, ABC):
     def __init__(self, name: str | None = None) -> None:
         super().__init__()
         self.name = name or type(self).__name__
-        # the target is no part of the checkpoint; DDP refuses to fit a module without a trainable parameter
+        # the target is no part of the checkpoint
         self.strict_loading = False
         self.automatic_optimization = False
+        # DDP refuses to fit a module without a trainable parameter
         self.anchor = nn.Parameter(torch.zeros(1))
 
     @abstractmethod
@@ -74,9 +75,9 @@ class AblationModule(lightning.LightningModule, ABC):
     def source(self, kind: str, seed: int, batch: Any) -> Any:
         """Another input, whose activations take the place of ablated neurons, in the form of ``batch`` on its device.
 
-        The kind ``example`` draws another example of the same data for each of the batch. Override it for other kinds
-        (``characters``, ``ids``, ``generated``, ``pixels``, or what a method of one's own names). They are an input of
-        batch size 1, as long as those of the batch. All that is drawn depends on the seed.
+        ``example`` draws, for each example of the batch, another one of the same data. For other kinds (``characters``,
+        ``ids``, ``generated``, ``pixels``, or what a method of one's own names) override this and return one input
+        (batch size 1) as long as those of the batch. Draws depend on the seed alone.
 
         Raises:
             ConfigError: if this module has no such input, or the data can't be read by index.
@@ -106,8 +107,8 @@ class AblationModule(lightning.LightningModule, ABC):
     def first(self, batch: Any, count: int) -> Any:
         """The first ``count`` examples of a batch as a batch, which repeats them where there are fewer.
 
-        By default it cuts every tensor with a row an example, and such lists of a mapping. Override it for batches of
-        other forms, or return None to skip calibration's check that sites are batch first.
+        By default it takes these rows of every tensor, and of a mapping's lists, that has one row per example. Override
+        it for batches of other forms, or return None to skip calibration's check that sites are batch first.
         """
         size = len(self.examples_of(batch, 0))
         rows = torch.arange(count, device=self.device) % size
@@ -117,9 +118,10 @@ class AblationModule(lightning.LightningModule, ABC):
         return apply_to_collection(batch, Tensor, lambda t: t[rows] if t.ndim and len(t) == size else t)
 
     def probes(self, batch: Any) -> tuple[Any, Any] | None:
-        """Two inputs that differ in one token or pixel: calibration checks with them that the sites hold all mixing.
+        """Two inputs that differ in one token or pixel.
 
-        The default, None, leaves this check out. A module that gives probes gives :meth:`hidden` as well.
+        Calibration checks with them that positions exchange information only through the sites. The default, None,
+        leaves this check out. A module that gives probes gives :meth:`hidden` as well.
         """
         return None
 

@@ -23,8 +23,8 @@ def kinds_of(sweep: Sweep, attribution: Attribution) -> list[type[ActivationStat
 def schedule(sweep: Sweep, attribution: Attribution, amount: Amount) -> list[Epoch]:
     """The epochs of ``fit``: those that gather statistics, attribute, and prepare methods.
 
-    Attribution comes before the phases of methods, which may need its ranking of units; after them where it is of a
-    method that they prepare.
+    Attribution comes before the phases of methods, which may use its ranking; if a method that they prepare is
+    attributed, it comes after them.
     """
     prepared = {method: phase for method in sweep.methods if (phase := phase_of(method)) is not None}
     kinds = kinds_of(sweep, attribution)
@@ -94,4 +94,4 @@ def plan(epochs: Sequence[Epoch], sweep: Sweep, phase: CalibrationPhase, batches
     if passes == float("inf"):
         return f"{about}, {seconds:.2g} s a forward pass; the data tell no length{notes}"
     lasts = timedelta(seconds=round(passes * seconds))
-    return f"{about}, {passes:,.0f} forward passes, about {lasts} (h:mm:ss){notes}"
+    return f"{about}, {passes:,.0f} forward passes, about {lasts} (h:mm:ss; a pass takes one batch){notes}"

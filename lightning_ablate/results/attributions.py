@@ -52,7 +52,7 @@ def wide(table: pd.DataFrame, level: str) -> pd.DataFrame:
     return pd.concat([of.add_prefix(f"{method}_") for method, of in by_method], axis=1).reset_index()
 
 
-def save(table: pd.DataFrame, folder: Path, forms: Sequence[str]) -> None:
+def save(table: pd.DataFrame, title: str, folder: Path, forms: Sequence[str]) -> None:
     """Adds columns to neurons.parquet, and writes heads.parquet and the figure, if there is something in them."""
     neurons = folder / "neurons.parquet"
     known = pd.read_parquet(neurons)
@@ -61,7 +61,7 @@ def save(table: pd.DataFrame, folder: Path, forms: Sequence[str]) -> None:
     write_whole(neurons, known.merge(found, how="left", on=["site", "neuron"]).to_parquet(index=False))
     if (table["level"] == "head").any():
         write_whole(folder / "heads.parquet", wide(table, "head").to_parquet(index=False))
-    figures.write(folder, {"attribution": lambda: plot(table)} if is_drawn(table) else {}, forms)
+    figures.write(folder, {"attribution": lambda: plot(table, title)} if is_drawn(table) else {}, forms)
 
 
 def is_drawn(table: pd.DataFrame) -> bool:
@@ -69,19 +69,19 @@ def is_drawn(table: pd.DataFrame) -> bool:
     return bool((table["level"] == "head").any()) or "verified" in table
 
 
-def plot(table: pd.DataFrame) -> Figure:
+def plot(table: pd.DataFrame, title: str = "") -> Figure:
     """A row of panels per method: a map of the heads, and estimates against what was verified."""
     sites = table.loc[table["level"] == "head", "site"].unique().tolist()
-    heads, verified = bool(sites), "verified" in table
+    heads, verified, names = bool(sites), "verified" in table, short(sites)
     across, tall = heads + verified, max(2.6, min(9.0, 0.8 + 0.16 * len(sites)))
     figure, panels = figures.grid(across * table["method"].nunique(), across, (4.2, tall), (0, 0.5))
     for axes, (method, own) in zip(panels[::across], table.groupby("method", sort=False), strict=True):
         if heads:
             found = own[own["level"] == "head"].rename(columns={"unit": "head", "estimate": "value"})
             found["row"], found["known"] = found["site"].map(sites.index), found["value"].abs() > 2 * found["se"]
-            image = figures.head_map(axes, found, short(sites), found["value"].abs().max() or 1.0, 7)
+            image = figures.head_map(axes, found, names, found["value"].abs().max() or 1.0, 7)
             axes.set_xlabel("head (dot: beyond 2 standard errors of 0)", fontsize=8)
-            axes.set_ylabel("site", fontsize=8)
+            axes.set_ylabel(figures.kind_of(names), fontsize=8)
             scale = figure.colorbar(image, ax=axes)
             scale.ax.tick_params(labelsize=7)
             scale.set_label(table.attrs.get("of", "nats"), fontsize=8)
@@ -89,6 +89,8 @@ def plot(table: pd.DataFrame) -> Figure:
     for axes, (_, own) in zip(panels[across - 1 :: across], table.groupby("method", sort=False), strict=True):
         if verified:
             _agreement(axes, own.dropna(subset="verified"))
+    if title:
+        figure.suptitle(f"{title}: what units are worth alone", fontsize=9)
     return figure
 
 

@@ -102,7 +102,7 @@ def importance(scores: Scores, metric: str = "cross_entropy") -> Figure:
     damage["row"] = damage["part"].map(scores.parts.index)
     label = "added cross-entropy (nats)" if metric == "cross_entropy" else f"change of {metric}"
     names = short(scores.parts)
-    kind = "layer" if all(name.isdigit() for name in names) else "site"
+    kind = kind_of(names)
     if damage["head"].notna().any():
         return _maps(scores, damage, names, kind, label)
     columns = max(1, min(3, 66 // (6 + max(map(len, scores.methods)))))
@@ -121,6 +121,11 @@ def importance(scores: Scores, metric: str = "cross_entropy") -> Figure:
     figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     figure.suptitle(_title(scores, 70), fontsize=9)
     return figure
+
+
+def kind_of(names: Sequence[str]) -> str:
+    """What an axis of shortened names of sites holds: ``layer`` if all are numbers, ``site`` otherwise."""
+    return "layer" if all(name.isdigit() for name in names) else "site"
 
 
 def head_map(axes: Axes, heads: pd.DataFrame, names: Sequence[str], largest: float, size: int) -> AxesImage:

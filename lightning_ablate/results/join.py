@@ -43,7 +43,10 @@ def load(folders: Sequence[Path | str] | Path | str, names: Sequence[str] | None
 def _check(folder: Path | str, results: Results, first: Results) -> None:
     """Raises DataError if the results of a folder can't be joined with the first ones of their target and data."""
     if results.parts:
-        raise DataError(f"{folder} holds single sites, layers or heads, which make no curve; draw it by itself")
+        raise DataError(
+            f"{folder} holds single sites, layers or heads, which can't be joined; draw it in Python: "
+            f"Results.load('{folder}').plot()"
+        )
     one, other = results.baseline, first.baseline
     if one["n"] != other["n"] or abs(one["cross_entropy"] - other["cross_entropy"]) > _SAME:
         raise DataError(

@@ -37,6 +37,7 @@ def plot(table: pd.DataFrame, calibration: Calibration, title: str) -> Figure:
     """Histograms of the neurons farthest from a normal distribution, by the statistic of Jarque & Bera (1980)."""
     distance = table["skewness"] ** 2 / 6 + table["excess_kurtosis"] ** 2 / 24
     shown, names = table.loc[distance.nlargest(_SHOWN).index], short(table["site"].cat.categories)
+    prefix = "layer " if figures.kind_of(names) == "layer" else ""
     figure, panels = figures.grid(len(shown), 4, (2.25, 2.0), (0.0, 0.5))
     for axes, (row, neuron) in zip(panels, shown.iterrows(), strict=True):
         site = table["site"].cat.codes[row]
@@ -48,7 +49,7 @@ def plot(table: pd.DataFrame, calibration: Calibration, title: str) -> Figure:
         axes.set_yscale("log")
         axes.minorticks_off()  # they take long to draw
         shape = f"skewness {neuron['skewness']:.2f}, kurtosis {neuron['excess_kurtosis']:.1f}"
-        axes.set_title(f"{names[site]}, neuron {neuron['neuron']}\n{shape}", fontsize=8)
+        axes.set_title(f"{prefix}{names[site]}, neuron {neuron['neuron']}\n{shape}", fontsize=8)
         figures.plain(axes, 7)
     figure.suptitle(f"{title}: the least normal neurons (positions per bin, logarithmic)", fontsize=9)
     handles = panels[0].get_legend_handles_labels()

@@ -114,7 +114,7 @@ def _differences(scores: Scores) -> str:
     here = compared[compared["ablated"] == min(compared["ablated"], key=lambda one: abs(one - 0.5), default=None)]
     if here.empty or here["top1_low"].isna().all():
         return ""
-    note = f"[{interval(scores)}; the choices of neurons are those of the run]"
+    note = f"[{interval(scores)}; for these draws of neurons, other draws would add to it]"
     shown, lines = neighbours(scores, here), {}
     if len(shown) < len(here):
         note = f"{note}; all {len(here)} pairs: Results.compare()"

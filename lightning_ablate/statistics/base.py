@@ -13,7 +13,10 @@ from lightning_ablate.sites import Site
 
 FOUND = ("first", "second", "estimate", "se")  # what an attribution finds of each unit
 S = TypeVar("S", bound="ActivationStatistic")
-_MISSING = "which `fit` has not found: run `fit` with this method, or name a checkpoint of such a run with --ckpt_path"
+_MISSING = (
+    "which `fit` has not found: run `fit` with this method, or give its checkpoint: --ckpt_path on the command line, "
+    "calibration=Calibration.load(path, model) in Python"
+)
 
 
 class SiteStatistics:

@@ -33,7 +33,7 @@ def test_str_shows_scores_ranks_and_differences(made):
     assert [word for word in scores.split() if word.endswith("%")][-6:] == ["10%", "50%", "90%"] * 2
     assert ranks.startswith("mean over 0 to 100%") and ranks.count("[") == 4
     assert differences.startswith("zero − peak at 50%: +") and " points [+" in differences and " nats [-" in differences
-    assert note.startswith("[95% interval over 37 examples; the choices")
+    assert note.startswith("[95% interval over 37 examples; for these draws")
     assert repr(results).count("\n") == 0 and f"<pre>{first}\n" in results._repr_html_()
 
 
