@@ -19,7 +19,9 @@ def test_every_name_that_is_exported_is_there_and_all_that_users_name_is_exporte
     assert len(names) == len(package.__all__) and all(hasattr(package, name) for name in names)
     for kind in (package.AblationMethod, package.Choice, package.AblationDataModule, package.AblationModule):
         own = [
-            k for k in subclasses(kind) if k.__module__.startswith("lightning_ablate.") and not k.__abstractmethods__
+            k
+            for k in subclasses(kind)
+            if k.__module__.startswith("lightning_ablate.") and not k.__abstractmethods__ and k.__name__[0] != "_"
         ]
         assert len(own) > 3 and {kind.__name__ for kind in own} <= names
     assert {"Site", "Calibration", "ablated", "Results", "load", "AblationCallback"} <= names

@@ -84,4 +84,4 @@ class Results(Scores):
         return f"Results({text.title(self)}: {', '.join(self.methods)}; {len(self.table)} conditions)"
 
     def _repr_html_(self) -> str:
-        return f"<pre>{escape(str(self))}</pre>"
+        return f"<pre>{escape(str(self))}</pre>\n{self.summary().to_html(index=False)}"
