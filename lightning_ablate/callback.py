@@ -23,7 +23,7 @@ from lightning_ablate.modules.phase import Phase
 from lightning_ablate.progress import say
 from lightning_ablate.report import named_scores, report_attribution, report_neurons, report_results, tabulated
 from lightning_ablate.results import Results
-from lightning_ablate.run import Run, Store, plain
+from lightning_ablate.run import Run, Store, checkpoint_of, plain
 from lightning_ablate.seeds import digest
 from lightning_ablate.sweep import Sweep
 
@@ -216,4 +216,4 @@ class AblationCallback(lightning.Callback):
     def _save(self, trainer: lightning.Trainer, phase: dict[str, Any], finished: bool = False) -> None:
         if self._store is not None:
             more = {"facts": plain(self._facts), "phase": phase, "finished": finished}
-            self._store.save(lambda: trainers.checkpoint_of(trainer, self, self.state_dict() | more))
+            self._store.save(lambda: checkpoint_of(trainer, self, self.state_dict() | more))

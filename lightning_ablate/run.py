@@ -8,12 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any, Self
 
+import lightning
 import torch
 from filelock import FileLock, Timeout
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_ablate.calibration import Calibration, check_target, saved_state
 from lightning_ablate.errors import ConfigError, StatisticsError, loading
@@ -185,6 +188,34 @@ class Store:
         except NotImplementedError:  # another sign of no locks
             return
         self._lock = lock
+
+
+def checkpoint_of(trainer: lightning.Trainer, own: lightning.Callback, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What Lightning takes as a checkpoint, without the target's weights and made by one process.
+
+    It holds the ``state`` of the callback ``own``, and those of others and of the data module that are plain values.
+    """
+    data, others = getattr(trainer, "datamodule", None), [one for one in trainer.callbacks if one is not own]  # type: ignore[attr-defined]
+    states = {one.state_key: one.state_dict() for one in others} | {own.state_key: dict(state)}
+    kept = {} if data is None else {type(data).__qualname__: data.state_dict()}  # where Lightning looks for it
+    checkpoint = {
+        "pytorch-lightning_version": lightning.__version__,
+        "epoch": trainer.current_epoch,
+        "global_step": trainer.global_step,
+        "state_dict": trainer.lightning_module.state_dict(),
+        "optimizer_states": [],
+        "lr_schedulers": [],
+        "callbacks": {key: state for key, state in states.items() if state and _is_plain(state)},
+        **{key: state for key, state in kept.items() if state and _is_plain(state)},
+    }
+    trainer.lightning_module.on_save_checkpoint(checkpoint)
+    return checkpoint
+
+
+def _is_plain(state: Any) -> bool:
+    """Whether a file with it can be read without running code."""
+    kinds = str, bytes, int, float, bool, NoneType
+    return all(isinstance(leaf, Tensor) or type(leaf) in kinds for leaf in tree_leaves(state))
 
 
 def is_unfinished(folder: Path, command: str) -> bool:

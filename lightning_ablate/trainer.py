@@ -6,15 +6,12 @@ from functools import partial
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import NoneType
 from typing import Any, TypeVar, cast
 
 import lightning
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import callbacks
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import IterableDataset, Subset
 from torch.utils.data.distributed import DistributedSampler
 
@@ -129,34 +126,6 @@ def validate_at_once(trainer: lightning.Trainer) -> None:
     trainer.fit_loop.epoch_loop.val_loop.run()
     trainer.training = True
     raise StopIteration
-
-
-def checkpoint_of(trainer: lightning.Trainer, own: lightning.Callback, state: Mapping[str, Any]) -> dict[str, Any]:
-    """What Lightning takes as a checkpoint, without the target's weights and made by one process.
-
-    It holds the ``state`` of the callback ``own``, and those of others and of the data module that are plain values.
-    """
-    data, others = getattr(trainer, "datamodule", None), [one for one in trainer.callbacks if one is not own]  # type: ignore[attr-defined]
-    states = {one.state_key: one.state_dict() for one in others} | {own.state_key: dict(state)}
-    kept = {} if data is None else {type(data).__qualname__: data.state_dict()}  # where Lightning looks for it
-    checkpoint = {
-        "pytorch-lightning_version": lightning.__version__,
-        "epoch": trainer.current_epoch,
-        "global_step": trainer.global_step,
-        "state_dict": trainer.lightning_module.state_dict(),
-        "optimizer_states": [],
-        "lr_schedulers": [],
-        "callbacks": {key: state for key, state in states.items() if state and _is_plain(state)},
-        **{key: state for key, state in kept.items() if state and _is_plain(state)},
-    }
-    trainer.lightning_module.on_save_checkpoint(checkpoint)
-    return checkpoint
-
-
-def _is_plain(state: Any) -> bool:
-    """Whether a file with it can be read without running code."""
-    kinds = str, bytes, int, float, bool, NoneType
-    return all(isinstance(leaf, Tensor) or type(leaf) in kinds for leaf in tree_leaves(state))
 
 
 def check_counts_once(trainer: lightning.Trainer, loader: Any) -> None:
