@@ -94,4 +94,4 @@ def plan(epochs: Sequence[Epoch], sweep: Sweep, phase: CalibrationPhase, batches
     if passes == float("inf"):
         return f"{about}, {seconds:.2g} s a forward pass; the data tell no length{notes}"
     lasts = timedelta(seconds=round(passes * seconds))
-    return f"{about}, {passes:,.0f} forward passes, about {lasts} (h:mm:ss; a pass takes one batch){notes}"
+    return f"{about}, {passes:,.0f} forward passes, about {lasts} (h:mm:ss){notes}"
