@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_ablate.calibration import Calibration
 from lightning_ablate.errors import ConfigError, SiteError, StatisticsError, few
-from lightning_ablate.methods import Ablation, AblationMethod, Batch, Edit, Source, method_of
+from lightning_ablate.methods import Ablation, AblationMethod, Batch, Edit, Replacement, Source, method_of
 from lightning_ablate.seeds import digest
 from lightning_ablate.sites import Site, check_mask, given_for, hooked
 from lightning_ablate.sites.site import device_of, features
@@ -85,13 +85,14 @@ def edits_of(
     device: torch.device,
     seed: int | None = None,
     batch: Batch | None = None,
+    constants: dict[tuple[str, Site], Replacement] | None = None,
 ) -> dict[Site, Edit]:
     """What a method does at each site. A site whose mask ``(neurons,)`` bool holds no True is left out.
 
-    ``seed`` seeds the method's random draws; ``batch`` is what it may know of the examples. StatisticsError if a
-    statistic that it needs is missing.
+    ``seed`` seeds the method's random draws; ``batch`` is what it may know of the examples; ``constants`` keeps the
+    replacements that all conditions share. StatisticsError if a statistic that the method needs is missing.
     """
-    batch, edits = batch or Batch(), dict[Site, Edit]()
+    batch, constants, edits = batch or Batch(), {} if constants is None else constants, dict[Site, Edit]()
     known = {site.name: masks.get(site, torch.zeros(site.width, dtype=torch.bool)) for site in calibration.sites}
     whole = digest({name: mask.cpu() for name, mask in known.items()})
     for site, mask in masks.items():
@@ -99,9 +100,12 @@ def edits_of(
             statistics = calibration[site] if site in calibration.statistics else SiteStatistics(site.name, {})
             ablation = Ablation(site, mask.to(device), statistics, seed, batch, whole)
             try:
-                edits[site] = Edit(ablation.mask, method.prepare(ablation))
+                replacement = constants.get((method.name, site)) or method.prepare(ablation)
             except StatisticsError as error:
                 raise StatisticsError(f"the method {method.name!r} {error}") from error
+            if method.constant:
+                constants[method.name, site] = replacement
+            edits[site] = Edit(ablation.mask, replacement)
     return edits
 
 

@@ -41,7 +41,7 @@ class Calibration:
 
     def __getitem__(self, site: Site) -> SiteStatistics:
         """The statistics of a site, and the values learned for it."""
-        return self.with_learned(site, {name: values[site] for name, values in self.learned.items()})
+        return self.with_learned(site, {name: values[site] for name, values in self.learned.items() if site in values})
 
     def with_learned(self, site: Site, learned: Mapping[str, Tensor]) -> SiteStatistics:
         """The statistics of a site, with these values in place of the learned ones."""
@@ -86,7 +86,7 @@ class Calibration:
                     _key(kind): {name: value.detach().cpu().clone() for name, value in found.state_dict().items()}
                     for kind, found in statistics.items()
                 },
-                "learned": {name: values[site].cpu() for name, values in self.learned.items()},
+                "learned": {name: values[site].cpu() for name, values in self.learned.items() if site in values},
                 "attributed": {name: values[site].cpu() for name, values in self.attributed.items()},
             }
             for site, statistics in self.statistics.items()
@@ -135,8 +135,9 @@ class Calibration:
                     statistic.load_state_dict(dict(tensors))
                     made.add(site, statistic.to(device))
         for kind, found in (("learned", made.learned), ("attributed", made.attributed)):
-            for name in saved[made.sites[0]].get(kind, {}):
-                found[name] = {site: saved[site][kind][name].to(device) for site in made.sites}
+            for site in made.sites:
+                for name, values in saved[site].get(kind, {}).items():
+                    found.setdefault(name, {})[site] = values.to(device)
         return made
 
     @classmethod

@@ -111,7 +111,6 @@ class Store:
 
     def __init__(self, folder: Path, every: float) -> None:
         self.path, self._every, self._made = folder / CHECKPOINT, every, not folder.exists()
-        self._facts: dict[str, Any] = {}
         self._last, self._took = time.monotonic(), 0.0
         self._lock: FileLock | None = None  # held while the run goes on
 

@@ -81,20 +81,20 @@ def test_a_step_runs_every_condition_and_source_once_and_compares_with_the_clean
     torch.testing.assert_close(sums[1, 3], (kl * batch["attention_mask"][:, 1:]).sum(1), rtol=1e-5, atol=1e-6)
 
 
-def test_replacements_are_made_once_and_those_without_memory_for_every_batch():
+def test_constants_are_computed_once_a_site_and_what_there_is_no_memory_for_is_made_anew():
     class Huge(Affine):
         nbytes = 2**31
 
-    class Once(AblationMethod):
-        name, prepare = "once", Mock(return_value=Affine(torch.zeros(16)))
+    class Once(Mean):
+        name, values = "once", Mock(return_value=torch.zeros(16))
 
     class Anew(AblationMethod):
         name, prepare = "anew", Mock(return_value=Huge(torch.zeros(16)))
 
     sweep = sweep_of(tiny.gpt2(), (Once(), Anew()), [0.5], [1, 2, 3, 4])
-    assert (Once.prepare.call_count, Anew.prepare.call_count) == (2 * 4, 2 * 4)
+    assert (Once.values.call_count, Anew.prepare.call_count) == (2, 2 * 4)
     sweep.step(None, 0)
-    assert (Once.prepare.call_count, Anew.prepare.call_count) == (2 * 4, 2 * 8)
+    assert (Once.values.call_count, Anew.prepare.call_count) == (2, 2 * 8)
 
 
 def test_missing_statistics_a_site_that_runs_twice_or_never_and_logits_that_are_not_finite_are_refused():

@@ -79,6 +79,7 @@ class AblationMethod(ABC):
         seeded: whether the seed matters beyond the choice of neurons.
         source: the kind of input that it resamples from, see :meth:`AblationModule.source`; None for no resampling.
         attributable: whether :meth:`alone` gives the replacement of a unit that is ablated alone.
+        constant: whether one replacement at a site serves all conditions.
         needs_batch: whether the replacement depends on the examples and positions, not on the activations alone.
     """
 
@@ -87,6 +88,7 @@ class AblationMethod(ABC):
     seeded: ClassVar[bool] = False
     source: ClassVar[str | None] = None
     attributable: ClassVar[bool] = True
+    constant: ClassVar[bool] = False
     needs_batch: ClassVar[bool] = False
 
     @abstractmethod

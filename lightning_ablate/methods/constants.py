@@ -14,6 +14,11 @@ from lightning_ablate.statistics import Histogram, Moments, SiteStatistics
 class ConstantMethod(AblationMethod):
     """A method that puts one value in each neuron's place, whatever else is ablated."""
 
+    def __init_subclass__(cls) -> None:
+        """Notes whether the class still prepares constants."""
+        super().__init_subclass__()
+        cls.constant = cls.prepare is ConstantMethod.prepare
+
     @abstractmethod
     def values(self, site: Site, statistics: SiteStatistics) -> Tensor:
         """The values, ``(neurons,)`` floating, on any device."""

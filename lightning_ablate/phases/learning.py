@@ -182,9 +182,6 @@ class LearningPhase(MethodPhase):
             for name, site in self.deltas:
                 learned = self._calibration.learned.setdefault(name, {})
                 learned[site] = self.value((name, site), moved=True).detach().clone()
-            for name in {name for name, _ in self.deltas}:
-                for site in self._calibration.sites:  # of which some may lose no neuron
-                    self._calibration.learned[name].setdefault(site, torch.zeros(1, 0, device=self.module.device))
 
     def state_dict(self) -> dict[str, Any]:
         """The values and the optimizer, at the end of an epoch."""

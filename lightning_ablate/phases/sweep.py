@@ -12,7 +12,7 @@ from torch.profiler import record_function
 from lightning_ablate.ablation import edits_of
 from lightning_ablate.conditions import BASELINE, Condition
 from lightning_ablate.errors import DataError, NonFiniteError
-from lightning_ablate.methods import Batch, Edit, Source
+from lightning_ablate.methods import Batch, Edit, Replacement, Source
 from lightning_ablate.metrics import METRICS, Clean, Scored, SweepMetrics, checked
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.phase import Phase
@@ -63,6 +63,7 @@ class SweepPhase(Phase):
         self._calibration, self._batch = calibration, Batch()
         drawn = [(sweep.method(c.method).source, c.seed or 0) for c in self.conditions[1:]]
         self._sources = [(kind, seed) for kind, seed in dict.fromkeys(drawn) if kind is not None]  # resampled from
+        self._constants: dict[tuple[str, Site], Replacement] = {}  # shared by conditions
         self._edits: dict[Condition, dict[Site, Edit]] = {}
         # kept while they take less memory than the target, or 1 GiB; others are made again for every batch
         room = max(_ROOM, sum(parameter.nbytes for parameter in module.target.parameters()))
@@ -144,7 +145,8 @@ class SweepPhase(Phase):
         if condition == BASELINE:
             return {}
         method, masks = self.sweep.method(condition.method), self.sweep.masks(condition, self._calibration)
-        return edits_of(method, masks, self._calibration, self.module.device, condition.seed, self._batch)
+        given = condition.seed, self._batch, self._constants
+        return edits_of(method, masks, self._calibration, self.module.device, *given)
 
     def _check_examples(self, example: Tensor) -> None:
         """Raises DataError unless a batch's examples are new and of the data, as the intervals are over examples."""
