@@ -15,11 +15,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_ablate.calibration import Calibration
 from lightning_ablate.errors import DataError
+from lightning_ablate.files import base_name, versions
 from lightning_ablate.metrics import SweepMetrics
 from lightning_ablate.modules.base import evaluation_loaders
 from lightning_ablate.phases import SweepPhase
 from lightning_ablate.results import Results, attributions, neurons
-from lightning_ablate.results.folder import base_name, versions
 from lightning_ablate.results.frames import BASELINE
 from lightning_ablate.run import CHECKPOINT
 from lightning_ablate.trainer import cut_short, data_name, data_names

@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_ablate.calibration import Calibration, check_target, saved_state
 from lightning_ablate.errors import ConfigError, StatisticsError, loading
+from lightning_ablate.files import write_whole
 from lightning_ablate.methods import AblationMethod
 from lightning_ablate.modules.phase import Phase
-from lightning_ablate.results.folder import write_whole
 
 CHECKPOINT, _LOCK = "ablation.ckpt", "ablation.lock"
 _SHARE = 20  # saving takes at most one part in so many of a run's time

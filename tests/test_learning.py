@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_ablate import AblationCallback, EachHead, Mean, Optimal, Random
 from lightning_ablate.errors import ConfigError, NonFiniteError, StatisticsError
-from lightning_ablate.phases import Amount
+from lightning_ablate.modules.phase import Amount
 from lightning_ablate.phases.learning import Course
 from lightning_ablate.seeds import seed_of
 from tests import reference, tiny

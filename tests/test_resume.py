@@ -15,8 +15,8 @@ from torch.utils.data._utils.fetch import _MapDatasetFetcher
 from lightning_ablate import AblationCallback
 from lightning_ablate.calibration import saved_state
 from lightning_ablate.errors import ConfigError, TargetError
+from lightning_ablate.files import fresh_folder
 from lightning_ablate.methods import Optimal
-from lightning_ablate.results.folder import fresh_folder
 from lightning_ablate.run import Store, is_unfinished
 from lightning_ablate.trainer import from_first
 from tests import tiny

@@ -68,8 +68,9 @@ class RowData(AblationDataModule):
         """Downloads the data on one process of each machine, before all open them."""
         for one in (self, *self.evaluation):
             if isinstance(one, RowData) and one.given is None and not one.streaming:
-                for purpose in get_args(Purpose)[one is not self :]:
-                    one.rows(purpose)
+                if one is self:  # other data are only evaluated
+                    one.rows("calibration")
+                one.rows("evaluation")
 
     @property
     def columns(self) -> Sequence[str]:

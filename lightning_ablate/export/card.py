@@ -7,8 +7,8 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from lightning_ablate.conditions import Condition
+from lightning_ablate.files import versions
 from lightning_ablate.results import Results
-from lightning_ablate.results.folder import versions
 from lightning_ablate.results.text import interval
 
 _METRICS = {"top1": "top-1 accuracy", "cross_entropy": "cross-entropy, nats", "kl": "KL divergence from intact, nats"}

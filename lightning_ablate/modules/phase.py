@@ -1,7 +1,8 @@
-"""The protocol of a phase: one thing that a run does with its batches."""
+"""The protocol of a phase, and how much data it works on."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -39,3 +40,20 @@ class Phase(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a :meth:`state_dict`."""
         return None
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much calibration data there is.
+
+    Attributes:
+        batches: of an epoch, of each process; infinite where the data tell no length.
+        batch_size: of all processes together.
+        examples: of all processes together; 0 where it isn't known.
+        dry: whether one step of everything is enough, as in a ``fast_dev_run``.
+    """
+
+    batches: float
+    batch_size: int
+    examples: int
+    dry: bool = False

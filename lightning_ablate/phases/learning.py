@@ -16,7 +16,8 @@ from lightning_ablate.conditions import Selection
 from lightning_ablate.errors import ConfigError, NonFiniteError
 from lightning_ablate.methods import Ablation, Edit, LearnedMethod
 from lightning_ablate.modules import AblationModule
-from lightning_ablate.phases.method import Amount, Epoch, MethodPhase
+from lightning_ablate.modules.phase import Amount
+from lightning_ablate.phases.method import Epoch, MethodPhase
 from lightning_ablate.run import Run
 from lightning_ablate.seeds import seed_of
 from lightning_ablate.sites import Site, exact_device, hooked

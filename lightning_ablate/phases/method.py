@@ -2,11 +2,10 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from lightning_ablate.methods import AblationMethod
-from lightning_ablate.modules.phase import Phase
+from lightning_ablate.modules.phase import Amount, Phase
 from lightning_ablate.sweep import Sweep
 
 
@@ -19,23 +18,6 @@ class Epoch(NamedTuple):
     method: str = ""  # whose conditions are run, and what each costs beside that
     per_condition: float = 0.0
     note: str = ""  # what the plan must say of it
-
-
-@dataclass(frozen=True)
-class Amount:
-    """How much calibration data there is.
-
-    Attributes:
-        batches: of an epoch, of each process; infinite where the data tell no length.
-        batch_size: of all processes together.
-        examples: of all processes together; 0 where it isn't known.
-        dry: whether one step of everything is enough, as in a ``fast_dev_run``.
-    """
-
-    batches: float
-    batch_size: int
-    examples: int
-    dry: bool = False
 
 
 class MethodPhase(Phase):

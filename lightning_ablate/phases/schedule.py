@@ -7,9 +7,10 @@ from functools import partial
 
 from lightning_ablate.attribution import Attribution
 from lightning_ablate.errors import ConfigError
+from lightning_ablate.modules.phase import Amount
 from lightning_ablate.phases.attribution import AttributionPhase, VerificationPhase
 from lightning_ablate.phases.calibration import CalibrationPhase
-from lightning_ablate.phases.method import Amount, Epoch, phase_of
+from lightning_ablate.phases.method import Epoch, phase_of
 from lightning_ablate.statistics import ActivationStatistic, Moments, with_needs
 from lightning_ablate.sweep import Sweep
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 
 from lightning_ablate.errors import AblationError
+from lightning_ablate.files import write_whole
 from lightning_ablate.results import figures
-from lightning_ablate.results.folder import write_whole
 from lightning_ablate.results.join import load
 
 

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lightning_ablate.attribution import GROUP, trust
+from lightning_ablate.files import write_whole
 from lightning_ablate.results import figures
-from lightning_ablate.results.folder import write_whole
 from lightning_ablate.results.text import short
 
 _SHOWN = 5  # units of each method, in the terminal

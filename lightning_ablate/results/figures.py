@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from lightning_ablate.results.folder import write_whole
+from lightning_ablate.files import write_whole
 from lightning_ablate.results.frames import BASELINE
 from lightning_ablate.results.table import Scores
 from lightning_ablate.results.text import neighbours, short, title

@@ -9,8 +9,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from lightning_ablate.calibration import Calibration
+from lightning_ablate.files import write_whole
 from lightning_ablate.results import figures
-from lightning_ablate.results.folder import write_whole
 from lightning_ablate.results.text import short
 from lightning_ablate.statistics import Histogram, Moments, SiteStatistics
 

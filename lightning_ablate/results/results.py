@@ -10,8 +10,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from lightning_ablate.errors import DataError, loading
+from lightning_ablate.files import write_whole
 from lightning_ablate.results import figures, frames, text
-from lightning_ablate.results.folder import write_whole
 from lightning_ablate.results.table import Scores
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 
 from lightning_ablate.errors import ConfigError, DataError
+from lightning_ablate.files import base_name
 from lightning_ablate.metrics import METRICS
 from lightning_ablate.results import frames
 from lightning_ablate.results.bootstrap import intervals
-from lightning_ablate.results.folder import base_name
 from lightning_ablate.results.frames import BASELINE, Cell, Contrast, by_data
 
 _COMPARED = ("top1", "cross_entropy")

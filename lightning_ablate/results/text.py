@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from lightning_ablate.files import base_name
 from lightning_ablate.results.bootstrap import ENOUGH
-from lightning_ablate.results.folder import base_name
 from lightning_ablate.results.table import Scores
 
 _METHODS = 4  # with more methods, only neighbours in rank are compared

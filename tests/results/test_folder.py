@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from lightning_ablate.results.folder import fresh_folder, versions, write_whole
+from lightning_ablate.files import fresh_folder, versions, write_whole
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
