@@ -9,14 +9,27 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from lightning_ablate.errors import DataError, loading
+from lightning_ablate.errors import ConfigError, DataError, loading
 from lightning_ablate.files import write_whole
 from lightning_ablate.results import figures, frames, text
+from lightning_ablate.results.evidence import Evidence, UnitEvidence
 from lightning_ablate.results.table import Scores
 
 
 class Results(Scores):
-    """The scores of a sweep, which can be shown, saved and loaded; see :class:`Scores` for arguments and tables."""
+    """The scores of a sweep, which can be shown, saved and loaded; see :class:`Scores` for arguments and tables.
+
+    ``gathered`` is the :class:`~lightning_ablate.results.evidence.Evidence` of single units, on the first data set;
+    None if none was asked for.
+    """
+
+    gathered: Evidence | None = None
+
+    def evidence(self, unit: str) -> UnitEvidence:
+        """What ablating one unit does token by token, such as ``blocks.0.attn.proj head 2``; ConfigError if unknown."""
+        if self.gathered is None:
+            raise ConfigError("the run gathered no evidence; ask for that of the 12 largest units: --ablation.explain 12")
+        return self.gathered.of(unit)
 
     def plot(self, metric: str = "cross_entropy") -> Figure:
         """A figure of curves by the share ablated, with a column for each data set.
@@ -60,6 +73,8 @@ class Results(Scores):
             paths.pop().unlink(missing_ok=True)  # left by another run
         else:
             write_whole(paths[2], self.examples.to_parquet(index=False, compression="zstd"))
+        if self.gathered is not None:
+            paths += self.gathered.save(folder)
         return paths + figures.write(folder, self.pictures(), forms)
 
     @classmethod
@@ -71,9 +86,14 @@ class Results(Scores):
             facts = dict(json.loads(paths[1].read_text(encoding="utf-8")))
         examples = frames.read(paths[2], frames.EXAMPLES) if paths[2].is_file() else None
         try:
-            return cls(table, examples, facts)
+            found = cls(table, examples, facts)
         except DataError as error:
             raise DataError(f"could not load {str(folder)!r}: {error}") from error
+        if "evidence" in facts:
+            found.gathered = Evidence.load(Path(folder))
+            if found.gathered is None or found.gathered.sha256() != facts["evidence"]:
+                raise DataError(f"evidence.parquet in {str(folder)!r} is missing, or of another run; run it again")
+        return found
 
     def __str__(self) -> str:
         """The tables that the terminal shows."""
