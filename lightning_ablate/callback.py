@@ -46,6 +46,8 @@ class AblationCallback(lightning.Callback):
         neurons: which units are ablated together: ``Random`` (the default), ``Ranked``, ``EachHead``, ``EachLayer``,
             ``Only``, or a subclass of Choice.
         attribution: options of the estimated effect of every neuron, head and site alone, which ``fit`` makes.
+        explain: of how many units to gather evidence, the largest ones, or the names of units (``PATH head 0``).
+        explain_examples: how many evaluation examples, the first ones, they are explained on.
         dirpath: the folder for the run's files; None takes the logger's. A run that died there goes on.
         save_every: seconds from one save of an unfinished sweep to the next.
         figures: the forms in which figures are saved: ``png``, ``pdf``, ``svg``.
@@ -65,6 +67,8 @@ class AblationCallback(lightning.Callback):
         sites: Sequence[str] | str = "attention",
         neurons: Choice | None = None,
         attribution: Attribution | None = None,
+        explain: int | Sequence[str] = 0,
+        explain_examples: int = 64,
         dirpath: str | Path | None = None,
         save_every: float = 60.0,
         figures: Sequence[Literal["png", "pdf", "svg"]] = ("png",),
@@ -75,6 +79,13 @@ class AblationCallback(lightning.Callback):
         self.attribution = Attribution() if attribution is None else attribution
         if not isinstance(self.attribution, Attribution):
             raise ConfigError(f"attribution is {attribution!r:.80}, expected Attribution(methods=[...])")
+        self.explain: phases.Explain = (explain,) if isinstance(explain, str) else explain
+        self.explain_examples = explain_examples
+        if (isinstance(explain, int) and explain < 0) or explain_examples < 1:
+            raise ConfigError(
+                f"explain is {explain} and explain_examples {explain_examples}, expected at least 0, or the names of "
+                "units, and at least 1 (--ablation.explain)"
+            )
         self.dirpath, self.save_every, self.figures = dirpath, save_every, listed(figures)
         self.results: Results | None = None
         self.run, self.folder = Run(), cast(Path | None, None)
@@ -112,6 +123,8 @@ class AblationCallback(lightning.Callback):
         """Says at the first batch what the run amounts to; ends the epoch after its last one."""
         phase, run, seen = cast(Phase, pl_module.phase), self.run, trainer.fit_loop.batch_idx + 1
         if isinstance(phase, phases.CalibrationPhase) and seen == 1 and not run.epochs:
+            if self.explain:
+                phases.check_explained(self.explain, self.sweep, self.attribution, run.calibration.sites)
             batches = float(trainer.num_training_batches), float(sum(trainer.num_val_batches))
             say(trainer, phases.plan(self._epochs, self.sweep, phase, batches))
         if not trainer.is_last_batch:
@@ -132,7 +145,10 @@ class AblationCallback(lightning.Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             self._begin(trainer, pl_module)
         examples = [trainers.example_count(trainer, loader) for loader in trainers.evaluation_loaders(trainer)]
-        pl_module.phase = self.run.resume(phases.SweepPhase(pl_module, self.run, self.sweep, examples))
+        given = pl_module, self.run, self.sweep, examples
+        options: Any = {"explain": self.explain, "limit": self.explain_examples, "attribution": self.attribution}
+        phase = phases.ExplainedSweep(*given, **options) if self.explain else phases.SweepPhase(*given)
+        pl_module.phase = self.run.resume(phase)
 
     def on_validation_batch_end(self, trainer: lightning.Trainer, pl_module: AblationModule, *_: Any) -> None:  # type: ignore[override]
         """Saves the progress now and then."""
@@ -196,7 +212,7 @@ class AblationCallback(lightning.Callback):
         fitting = trainer.state.fn == TrainerFn.FITTING
         given = {} if fitting else self.run.state_dict()  # of a checkpoint, or of this callback's own `fit`
         self.results, module.phase, self._store, earlier = None, None, None, dict[str, Any]()
-        options = {**vars(self.sweep), "attribution": self.attribution}
+        options = {**vars(self.sweep), "attribution": self.attribution, "explain": self.explain}
         self._facts = trainers.run_facts(trainer, module, options) | {"calibration": digest(given)}
         known = self._facts["target"]["sha256"]
         if self.folder is not None:

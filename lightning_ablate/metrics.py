@@ -23,17 +23,18 @@ class Scored(NamedTuple):
     targets: Tensor  # (n,) int64, the right classes
     example: Tensor  # (n,) int64, the example of the data that each position belongs to, below 0 if it doesn't count
     extra: Mapping[str, Tensor] = {}  # (n,) values of each of the module's own `metrics`; results hold their means
+    position: Tensor | None = None  # (n,) int64, the place whose activations predict; None where all of them do
 
 
 def checked(scored: Any, extra: Sequence[str] = ()) -> Scored:
     """What ``evaluate`` gave, if its shapes, targets and ``extra`` metrics are as declared; else DataError."""
-    if not (isinstance(scored, tuple) and len(scored) in (3, 4)):
+    if not (isinstance(scored, tuple) and 3 <= len(scored) <= 5):
         raise DataError(
             f"`evaluate` gave a {type(scored).__name__}, expected Scored(logits, targets, example): logits (n, "
             "classes), targets (n,) and the examples' indices (n,) of the n scored positions"
         )
     scored = Scored(*scored)
-    logits, targets, example, own = scored
+    logits, targets, example, own, position = scored
     if taken := [name for name in extra if name in (*_COLUMNS, *METRICS) or extra.count(name) > 1]:
         raise DataError(f"the module's `metrics` name {taken[0]!r}, which results call another column; expected others")
     if tuple(own) != tuple(extra) or any(values.shape != targets.shape for values in own.values()):
@@ -42,8 +43,9 @@ def checked(scored: Any, extra: Sequence[str] = ()) -> Scored:
             f"`evaluate` gave the extra metrics {given}, expected {', '.join(extra) or 'none'}, each of them "
             f"({len(targets)},), as Scored's `extra`, which the module's `metrics` names in the same order"
         )
-    if logits.ndim != 2 or targets.shape != logits.shape[:1] or example.shape != logits.shape[:1]:
-        shapes = [tuple(tensor.shape) for tensor in (logits, targets, example)]
+    rows = [targets, example] if position is None else [targets, example, position]
+    if logits.ndim != 2 or any(tensor.shape != logits.shape[:1] for tensor in rows):
+        shapes = [tuple(tensor.shape) for tensor in (logits, *rows)]
         raise DataError(f"`evaluate` gave the shapes {shapes}, expected (n, classes), (n,) and (n,)")
     if len(targets) and not bool(((targets >= 0) & (targets < logits.shape[1])).all()):
         raise DataError(

@@ -113,8 +113,10 @@ class SweepProgressBar(TQDMProgressBar):
             bar.unit = " passes"
 
         def announce(condition: Condition) -> None:
-            bar.set_postfix_str(str(condition), refresh=False)
-            bar.update(number[condition] - bar.n)
+            bar.set_postfix_str(str(condition), refresh=condition not in number)
+            if condition not in number:  # once the sweep is done, single units are explained
+                bar.set_description("Evidence", refresh=False)
+            bar.update(number.get(condition, bar.total or bar.n) - bar.n)
 
         phase.announce = announce
 

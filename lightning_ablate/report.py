@@ -18,7 +18,7 @@ from lightning_ablate.errors import DataError
 from lightning_ablate.files import base_name, versions
 from lightning_ablate.metrics import SweepMetrics
 from lightning_ablate.modules.base import evaluation_loaders
-from lightning_ablate.phases import SweepPhase
+from lightning_ablate.phases import ExplainedSweep, SweepPhase
 from lightning_ablate.results import Results, attributions, neurons
 from lightning_ablate.results.frames import BASELINE
 from lightning_ablate.run import CHECKPOINT
@@ -42,7 +42,10 @@ def tabulated(trainer: lightning.Trainer, phase: SweepPhase, facts: Mapping[str,
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     now = {"words": shlex.join(sys.argv), "finished": finished, "versions": versions()}
     made = {**facts, **now, "partial": [*facts["partial"], *cut]}
-    return Results(pd.concat(tables), pd.concat(examples) if examples else None, made)
+    results = Results(pd.concat(tables), pd.concat(examples) if examples else None, made)
+    if isinstance(phase, ExplainedSweep) and phase.evidence is not None:
+        results.gathered, results.facts["evidence"] = phase.evidence, phase.evidence.sha256()
+    return results
 
 
 def _examples(metrics: SweepMetrics, conditions: Sequence[int], clusters: Sequence[int] | None) -> pd.DataFrame:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, cast
 
 import lightning
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ class AblationModule(lightning.LightningModule, ABC):
 
     metrics: Sequence[str] = ()
     facts: ClassVar[tuple[str, ...]] = ()  # the options that run.json holds
+    ahead: ClassVar[int] = 0  # places from a scored position to the token it is asked for
     target: nn.Module
     phase: Phase | None = None  # what the run does now; AblationCallback sets it
     loader_index: int = 0  # of the validation loader whose batches are run
@@ -71,6 +73,22 @@ class AblationModule(lightning.LightningModule, ABC):
     def valid_at(self, site: Site, batch: Any) -> Tensor | None:
         """The same for one site. Override it where the sites of a target see different positions."""
         return self.valid(batch)
+
+    def position_at(self, site: Site, position: Tensor) -> Tensor | None:
+        """The places at a site that predict at Scored's ``position``; None where it sees another sequence."""
+        return position
+
+    def shown(self, batch: Any) -> list[dict[str, Any]]:
+        """What a person can read of each example of a batch.
+
+        It is the texts of its ``tokens``, None at padding, or its ``picture``, the bytes of a PNG file, and its
+        ``label``; by default nothing.
+        """
+        return [{} for _ in self.examples_of(batch, 0)]
+
+    def class_texts(self, classes: Sequence[int]) -> list[str]:
+        """What classes are called: by default their numbers."""
+        return list(map(str, classes))
 
     def source(self, kind: str, seed: int, batch: Any) -> Any:
         """Another input, whose activations take the place of ablated neurons, in the form of ``batch`` on its device.
@@ -204,6 +222,20 @@ class AblationModule(lightning.LightningModule, ABC):
     def summed(self, tensor: Tensor) -> Tensor:
         """The sum over the processes."""
         return self.trainer.strategy.reduce(tensor.clone(), reduce_op="sum")
+
+    def gathered(self, own: Any) -> list[Any]:
+        """What each process gives, on all of them, in the order of the processes."""
+        found = [own] * self.trainer.world_size
+        if len(found) > 1:
+            torch.distributed.all_gather_object(found, own)
+        return found
+
+    @property
+    def is_last_batch(self) -> bool:
+        """Whether this is the last batch of a validation, of all its loaders."""
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        loop = self.trainer.fit_loop.epoch_loop.val_loop if fitting else self.trainer.validate_loop
+        return loop.batch_progress.is_last_batch
 
     def log_at(self, step: int, **values: float) -> None:
         """Hands values to every logger at a step of our own count."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_ablate.data.text import padding_id
 from lightning_ablate.metrics import Scored
-from lightning_ablate.modules.hub import last_states
+from lightning_ablate.modules.hub import HubModule, last_states
 from lightning_ablate.modules.language import LanguageModel, TextBatch
 
 
@@ -33,6 +33,10 @@ class SequenceClassifier(LanguageModel):
         """The last layer's tokens, of an encoder-decoder those of both."""
         with self._padded():
             return last_states(self.target(**self.inputs(batch), output_hidden_states=True))
+
+    def class_texts(self, classes: Sequence[int]) -> list[str]:
+        """The names of the classes."""
+        return HubModule.class_texts(self, classes)
 
     @contextmanager
     def _padded(self) -> Iterator[None]:

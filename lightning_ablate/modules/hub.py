@@ -92,6 +92,11 @@ class HubModule(AblationModule):
             facts = target.config.to_dict() if hasattr(target, "config") else getattr(target, "pretrained_cfg", {})
         return names_of(facts.get("id2label") or facts.get("label_names"))
 
+    def class_texts(self, classes: Sequence[int]) -> list[str]:
+        """The names of the classes, where the target has some."""
+        names = self.class_names
+        return super().class_texts(classes) if names is None else [names[one] for one in classes]
+
     def config_file(self, name: str) -> Mapping[str, Any]:
         """What config.json holds under a name, for an adapter that of its base; empty where there is none."""
         from transformers.utils import cached_file, find_adapter_config_file

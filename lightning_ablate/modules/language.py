@@ -15,6 +15,7 @@ from lightning_ablate.errors import DataError, TargetError
 from lightning_ablate.metrics import Scored
 from lightning_ablate.modules.checks import check_length, check_vocabulary, effect_of_later, vocabulary_of
 from lightning_ablate.modules.hub import HubModule
+from lightning_ablate.modules.shown import shown_text, text_of
 from lightning_ablate.seeds import seed_of
 
 TextBatch = Mapping[str, Tensor]
@@ -61,6 +62,17 @@ class LanguageModel(HubModule):
         """The target's arguments for a batch. It needn't fill a cache."""
         uncached = {"use_cache": False} if "use_cache" in self._parameters_of_forward else {}
         return {name: batch[name] for name in _INPUTS if name in batch} | uncached
+
+    def shown(self, batch: TextBatch) -> list[dict[str, Any]]:
+        """The text of each token, None at padding."""
+        ids, labels = batch["input_ids"], batch.get("labels")
+        if labels is not None and labels.shape == ids.shape:
+            ids = torch.where(labels >= 0, labels, ids)  # what stood where the tokens are masked
+        return [shown_text(self.tokenizer, *one) for one in zip(ids, batch["attention_mask"].bool(), strict=True)]
+
+    def class_texts(self, classes: Sequence[int]) -> list[str]:
+        """The text of each token."""
+        return [text_of(self.tokenizer, token) for token in classes]
 
     def source(self, kind: str, seed: int, batch: TextBatch) -> TextBatch:
         """One sequence of random characters, token ids, or generated text; the rest is that of the first example."""
@@ -167,7 +179,7 @@ class CausalLM(LanguageModel):
     """A language model that predicts the next token, scored where neither a token nor the next one is padding."""
 
     auto_class = "AutoModelForCausalLM"
-    causal = True
+    causal, ahead = True, 1
 
     def on_before_batch_transfer(self, batch: TextBatch, dataloader_idx: int) -> TextBatch:
         """Counts positions from the first token where padding stands before a text, as ``generate`` does."""
@@ -185,7 +197,8 @@ class CausalLM(LanguageModel):
         scored[:, -1] = False
         example = torch.where(scored, batch["index"].unsqueeze(1), -1)
         targets = batch["input_ids"].roll(-1, 1)
-        return Scored(self.logits(batch).flatten(0, 1), targets.flatten(), example.flatten())
+        logits = self.logits(batch).flatten(0, 1)
+        return Scored(logits, targets.flatten(), example.flatten(), position=places_of(real))
 
     def _generated(self, seed: int, length: int) -> Tensor:
         """Sampled from the target itself, after its first special token."""
@@ -196,6 +209,11 @@ class CausalLM(LanguageModel):
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             return cast(Any, self.target).generate(ids, **options)[0, :length]
+
+
+def places_of(scored: Tensor) -> Tensor:
+    """The place in its sequence of each element of ``(batch, seq)``, ``(batch * seq,)`` int64."""
+    return torch.arange(scored.shape[1], device=scored.device).expand_as(scored).flatten()
 
 
 class PairedLM(CausalLM):
@@ -215,7 +233,7 @@ class PairedLM(CausalLM):
         logits = self.logits(batch)[rows, batch["last"]]
         difference = (logits[rows, batch["answer"]] - logits[rows, batch["foil"]]).float()
         extra = {"logit_difference": difference, "preferred": (difference > 0).float()}
-        return Scored(logits, batch["answer"], batch["index"], extra)
+        return Scored(logits, batch["answer"], batch["index"], extra, batch["last"])
 
     def source(self, kind: str, seed: int, batch: TextBatch) -> TextBatch:
         """Also the kind ``partner``: the other text of each pair."""

@@ -53,7 +53,8 @@ class MaskedLM(LanguageModel):
         rows = torch.arange(len(position), device=position.device).unsqueeze(1)
         targets = batch["labels"].gather(1, position).clamp_min(0)
         example = torch.where(chosen < 0, -1, batch["index"].unsqueeze(1))
-        return Scored(self.logits(batch)[rows, position].flatten(0, 1), targets.flatten(), example.flatten())
+        logits = self.logits(batch)[rows, position].flatten(0, 1)
+        return Scored(logits, targets.flatten(), example.flatten(), position=position.flatten())
 
     def _masked(self, batch: TextBatch) -> dict[str, Tensor]:
         inputs, labels = batch["input_ids"].clone(), torch.full_like(batch["input_ids"], -100)

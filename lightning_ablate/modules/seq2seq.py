@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ablate.metrics import Scored
-from lightning_ablate.modules.language import LanguageModel, TextBatch
+from lightning_ablate.modules.language import LanguageModel, TextBatch, places_of
+from lightning_ablate.modules.shown import shown_text
 from lightning_ablate.seeds import seed_of
 from lightning_ablate.sites import Site
 
@@ -34,7 +35,18 @@ class Seq2SeqLM(LanguageModel):
         scored = self._decoded(batch)
         scored[:, 1:] &= batch["labels"][:, :-1] >= 0  # a decoder reads the label before
         example = torch.where(scored, batch["index"].unsqueeze(1), -1)
-        return Scored(self.logits(batch).flatten(0, 1), batch["labels"].clamp_min(0).flatten(), example.flatten())
+        logits, targets = self.logits(batch).flatten(0, 1), batch["labels"].clamp_min(0)
+        return Scored(logits, targets.flatten(), example.flatten(), position=places_of(scored))
+
+    def position_at(self, site: Site, position: Tensor) -> Tensor | None:
+        """None within the encoder, which reads the first text."""
+        return None if self.target.get_submodule(site.path) in self._encoder else position
+
+    def shown(self, batch: TextBatch) -> list[dict[str, Any]]:
+        """The text of each token of the second text, None at padding."""
+        labels = batch["labels"]
+        pairs = zip(labels.clamp_min(0), labels >= 0, strict=True)
+        return [shown_text(self.tokenizer, *one) for one in pairs]
 
     def valid_at(self, site: Site, batch: TextBatch) -> Tensor:
         """Everything but padding: of the first text within the encoder, of the second one anywhere else."""

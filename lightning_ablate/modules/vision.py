@@ -14,6 +14,7 @@ from lightning_ablate.errors import TargetError, loading
 from lightning_ablate.metrics import Scored
 from lightning_ablate.modules.base import exact_vectors
 from lightning_ablate.modules.hub import HubModule, last_states
+from lightning_ablate.modules.shown import shown_image
 from lightning_ablate.seeds import seed_of
 
 ImageBatch = Mapping[str, Tensor]
@@ -68,6 +69,12 @@ class ImageClassifier(HubModule):
         output = self.target(self._pixels(batch))
         logits = output if isinstance(output, Tensor) else output.logits
         return Scored(logits, batch["label"], batch["index"])
+
+    def shown(self, batch: ImageBatch) -> list[dict[str, Any]]:
+        """A small picture of each image, and its class."""
+        labels = self.class_texts(batch["label"].tolist())
+        pictures = map(shown_image, batch["pixel_values"])
+        return [{"picture": one, "label": label} for one, label in zip(pictures, labels, strict=True)]
 
     def probes(self, batch: ImageBatch) -> tuple[ImageBatch, ImageBatch]:
         """The first image, and the same with another pixel near its middle, where overlapping windows share it."""

@@ -91,9 +91,7 @@ class SweepPhase(Phase):
             return
         clean = None
         with torch.no_grad():
-            self._batch.examples = self.module.examples_of(batch, batch_idx)
-            for kind, seed in self._sources:
-                self._batch.sources[kind, seed] = read_source(self.module, self._calibration.sites, kind, seed, batch)
+            self.begin(batch, batch_idx)
             for index, condition in enumerate(self.conditions):
                 self.announce(condition)
                 with self.applied(condition):
@@ -107,6 +105,13 @@ class SweepPhase(Phase):
                 del scored  # or the next pass would hold the logits of two conditions
         self._check_finite()
         self.done[self.module.loader_index] = batch_idx + 1
+
+    def begin(self, batch: Any, batch_idx: int) -> Tensor:
+        """Tells methods what they may know of a batch; returns the indices of its examples, ``(batch,)`` int64."""
+        self._batch.examples = self.module.examples_of(batch, batch_idx)
+        for kind, seed in self._sources:
+            self._batch.sources[kind, seed] = read_source(self.module, self._calibration.sites, kind, seed, batch)
+        return self._batch.examples
 
     def end_epoch(self) -> None:
         """Merges the processes; DataError if nothing was scored, or one example by several of them."""

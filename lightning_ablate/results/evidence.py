@@ -1,7 +1,7 @@
 """Evidence: where single units matter, what they promote, and the same as coloured text."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from difflib import get_close_matches
 from html import escape
 from pathlib import Path
@@ -112,7 +112,7 @@ class Evidence:
         if not paths[0].is_file():
             return None
         with loading(str(folder), DataError):
-            return cls(*(pd.read_parquet(path) if path.is_file() else None for path in paths))  # type: ignore[arg-type]
+            return cls(*(pd.read_parquet(path) if path.is_file() else None for path in paths))
 
 
 class UnitEvidence:
@@ -161,12 +161,14 @@ class UnitEvidence:
         return f"<p>{escape(self.unit)}</p>{self.contexts()._repr_html_()}{self.promoted().to_html(index=False)}"
 
 
-class Contexts(pd.DataFrame):
+class Contexts(pd.DataFrame):  # type: ignore[misc]
     """Contexts as a DataFrame, which a notebook shows as coloured text."""
 
     def _repr_html_(self) -> str:
         rows = zip(self["change"], self["clean"], self.attrs.get("html", self["context"].map(escape)), strict=False)
-        cells = "".join(f"<tr><td>{change:+.3f}</td><td>{clean:.3f}</td><td>{html}</td></tr>" for change, clean, html in rows)
+        cells = "".join(
+            f"<tr><td>{change:+.3f}</td><td>{clean:.3f}</td><td>{html}</td></tr>" for change, clean, html in rows
+        )
         return f"<table><tr><th>added nats</th><th>intact</th><th>text</th></tr>{cells}</table>"
 
 

@@ -28,7 +28,9 @@ class Results(Scores):
     def evidence(self, unit: str) -> UnitEvidence:
         """What ablating one unit does token by token, such as ``blocks.0.attn.proj head 2``; ConfigError if unknown."""
         if self.gathered is None:
-            raise ConfigError("the run gathered no evidence; ask for that of the 12 largest units: --ablation.explain 12")
+            raise ConfigError(
+                "the run gathered no evidence; ask for that of the 12 largest units: --ablation.explain 12"
+            )
         return self.gathered.of(unit)
 
     def plot(self, metric: str = "cross_entropy") -> Figure:

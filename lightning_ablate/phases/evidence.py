@@ -1,0 +1,307 @@
+"""Evidence: what ablating single units does at every scored position of some examples, once the sweep is done."""
+
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from functools import partial
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lightning_ablate.attribution import Attribution, table_of
+from lightning_ablate.choices import Choice, Only
+from lightning_ablate.conditions import Selection
+from lightning_ablate.errors import ConfigError, DataError, SiteError
+from lightning_ablate.metrics import Clean, Scored, checked, scores
+from lightning_ablate.modules import AblationModule
+from lightning_ablate.phases.sweep import SweepPhase
+from lightning_ablate.results.evidence import Evidence
+from lightning_ablate.run import Run
+from lightning_ablate.sites import Site, exact_device, hooked
+from lightning_ablate.statistics import Moments, SiteStatistics
+from lightning_ablate.statistics.base import by_example
+from lightning_ablate.sweep import Sweep
+
+Explain = int | Sequence[str]
+_NAME = re.compile(r"(.+) (head|neuron) (\d+)")
+_PROMOTED = 10  # classes at either end
+_ROWS = 512  # of logits are summed at a time
+
+
+class Units(Choice):
+    """Single units, each alone, by their names: ``PATH head 0``, ``PATH neuron 5``, the path of a site or a layer."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+
+    def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
+        """One for each unit; SiteError if the target has no such unit."""
+        known = list(dict.fromkeys(name for site in sites for name in (site.name, site.path, site.layer) if name))
+        for name in self.names:
+            path, alone = _unit(name)
+            if path not in known:
+                (meant,) = get_close_matches(path, known, 1, 0.0)
+                raise SiteError(f"there is no unit {name!r} (--ablation.explain), did you mean {meant!r}?")
+            if alone is not None:
+                alone.selections(sites, fractions, seeds)
+        return [Selection(1.0, None, name) for name in self.names]
+
+    def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:
+        """The neurons of the one unit."""
+        path, alone = _unit(selection.part)
+        if alone is not None:
+            return alone.mask(selection, site)
+        return torch.full((site.width,), path in (site.name, site.path, site.layer))
+
+
+def _unit(name: str) -> tuple[str, Only | None]:
+    """The path that a unit's name begins with, and its head or neuron; None for a whole site or layer."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return name, None
+    path, level, number = match[1], match[2], int(match[3])
+    return path, Only(heads={path: [number]}) if level == "head" else Only(neurons={path: [number]})
+
+
+def check_explained(explain: Explain, sweep: Sweep, attribution: Attribution, sites: Sequence[Site]) -> None:
+    """Raises ConfigError or SiteError unless the run will have the units that are to be explained."""
+    methods = _methods(explain, sweep, attribution)
+    if not isinstance(explain, int):
+        Units(explain).selections(sites, (), ())
+        if unfit := [method.name for method in methods if not method.attributable]:
+            raise ConfigError(f"{unfit[0]} can't ablate a unit alone (--ablation.explain); leave it out")
+        return
+    attributed = min(sum(site.width for site in sites), sum(site.heads or 0 for site in sites) or explain)
+    count = attributed if attribution.methods else len(_parts(sweep, sites))
+    if count < explain:
+        raise ConfigError(
+            f"explain is {explain}, and the run measures {count} single units; ablate each head alone "
+            "(--ablation.neurons EachHead), attribute them (--ablation.attribution.methods '[mean]'), or name those to "
+            "explain (--ablation.explain '[PATH head 0]')"
+        )
+
+
+def _methods(explain: Explain, sweep: Sweep, attribution: Attribution) -> Any:
+    return attribution.each or sweep.methods
+
+
+def _parts(sweep: Sweep, sites: Sequence[Site]) -> dict[Selection, str]:
+    """The selections of a sweep that ablate a single unit, and its name."""
+    chosen = sweep.neurons.selections(sites, sorted(map(float, sweep.fractions)), sweep.seeds)
+    paths = {name for site in sites for name in (site.name, site.path, site.layer)}
+    named = {one: one.part if one.head is None else f"{one.part} head {one.head}" for one in chosen if one.part}
+    return {one: name for one, name in named.items() if _unit(name)[0] in paths}
+
+
+class ExplainedSweep(SweepPhase):
+    """A sweep, and then the evidence of single units on the first examples, whose batches it holds until then.
+
+    Args:
+        explain: how many units, the largest ones, or the names of units. The largest of an attribution (of its heads,
+            and as many neurons), or of those that the sweep ablates alone.
+        limit: the number of evaluation examples, the first ones by their indices, on which units are explained.
+        attribution: its methods ablate the units; if it has none, those of the sweep.
+
+    Attributes:
+        evidence: the evidence, once the last batch is done.
+    """
+
+    def __init__(self, *args: Any, explain: Explain, limit: int, attribution: Attribution) -> None:
+        super().__init__(*args)
+        self.explain, self.limit, self.attribution = explain, limit, attribution
+        self.evidence: Evidence | None = None
+        self._held: list[tuple[Any, int]] = []
+        check_explained(explain, self.sweep, attribution, self.run.calibration.sites)
+
+    def step(self, batch: Any, batch_idx: int) -> None:
+        """Evaluates every condition on one batch; after the last one, gathers the evidence."""
+        module = self.module
+        if module.loader_index == 0:
+            examples = module.examples_of(batch, batch_idx)
+            wanted = (examples >= 0) & (examples < self.limit)
+            if bool(module.summed(wanted.any().float())):  # of any process, as a sharded target needs them all
+                self._held.append((batch, batch_idx))
+        super().step(batch, batch_idx)
+        if module.is_last_batch:
+            module.loader_index = 0
+            sweep, names = self.sweep, self._names()
+            methods = tuple(_methods(self.explain, sweep, self.attribution))
+            alone = Sweep(methods, (1.0,), sweep.seeds[:1] or (0,), Units(names), sweep.sites)
+            recorder = _Recorder(module, self.run, alone, self.limit)
+            recorder.announce = self.announce
+            for held in self._held:
+                recorder.step(*held)
+            self._held = []
+            self.evidence = recorder.evidence()
+
+    def _names(self) -> list[str]:
+        """The units to explain; of a number the largest, by what they were measured or estimated to cost."""
+        if not isinstance(self.explain, int):
+            return list(self.explain)
+        if self.attribution.methods:
+            table = table_of(self.run.calibration.attributed, self.run.measured)
+            table = table[table["level"] != "site"]
+            table["cost"] = table["verified"].fillna(table["estimate"]) if "verified" in table else table["estimate"]
+            means = table.groupby(["level", "site", "unit"], sort=False)["cost"].mean().reset_index()
+            largest = means.groupby("level", sort=True, group_keys=False).apply(
+                lambda own: own.nlargest(self.explain, "cost")
+            )
+            return [f"{one.site} {one.level} {one.unit}" for one in largest.itertuples()]
+        place = self.metrics.names.index("cross_entropy")
+        costs = self.module.summed(self.each[0].sums[:, place].sum(1)).tolist()
+        parts, found = _parts(self.sweep, self.run.calibration.sites), dict[str, float]()
+        for condition, cost in zip(self.conditions[1:], costs[1:], strict=True):
+            name = next((n for one, n in parts.items() if (one.part, one.head) == (condition.part, condition.head)), "")
+            found[name] = found.get(name, 0.0) + cost
+        found.pop("", None)
+        return sorted(found, key=lambda name: -found[name])[: self.explain]
+
+
+class _Recorder(SweepPhase):
+    """Ablates units alone on single batches, and keeps what happens at each scored position of the first examples."""
+
+    def __init__(self, module: AblationModule, run: Run, sweep: Sweep, limit: int) -> None:
+        super().__init__(module, run, sweep)
+        self.limit = limit
+        chosen = {condition.part: condition for condition in self.conditions[1:]}
+        masks = {name: sweep.masks(condition, run.calibration) for name, condition in chosen.items()}
+        self._masks = {name: {s: mask for s, mask in own.items() if bool(mask.any())} for name, own in masks.items()}
+        self._rows: list[dict[str, np.ndarray]] = []  # of each batch
+        self._contexts: dict[int, dict[str, Any]] = {}
+        self._told: Tensor | None = None  # (conditions, classes) float64, sums of log-probabilities
+        self._count = 0
+
+    def step(self, batch: Any, batch_idx: int) -> None:
+        """Runs the intact target, then each unit under each method."""
+        module, names, found = self.module, ("cross_entropy", *self.module.metrics), dict[Site, Tensor]()
+        with torch.no_grad():
+            examples = self.begin(batch, batch_idx)
+            reading = {site: partial(_keep, found, site) for masks in self._masks.values() for site in masks}
+            with hooked(module.target, reading, once=True):
+                scored = checked(module.evaluate(batch), module.metrics)
+            clean, counts = Clean.of(scored), (scored.example >= 0) & (scored.example < self.limit)
+            kept = counts.nonzero().squeeze(1)
+            before = self._scored(0, scored, clean, kept)
+            rows = (scored.example[kept].unsqueeze(1) == examples).int().argmax(1)
+            position = torch.full_like(rows, -1) if scored.position is None else scored.position[kept]
+            columns = {
+                "example": scored.example[kept],
+                "position": position,
+                "place": torch.where(position < 0, -1, position + module.ahead),
+                "target": scored.targets[kept],
+                "clean": before[0],
+                "activation": torch.stack(
+                    [self._activation(name, found, batch, rows, position) for name in self._masks]
+                ),
+            }
+            changes = []
+            for index, condition in enumerate(self.conditions[1:], start=1):
+                self.announce(condition)
+                with self.applied(condition):
+                    after = Scored(*module.evaluate(batch))
+                changes.append(self._scored(index, after, clean, kept) - before)
+                del after
+        columns |= dict(zip([f"change {name}" for name in names], torch.stack(changes, 1), strict=True))
+        self._rows.append({name: column.cpu().numpy() for name, column in columns.items()})
+        for example, shown in zip(examples.tolist(), module.shown(batch), strict=True):
+            if 0 <= example < self.limit:
+                self._contexts[example] = shown
+        self._count += len(kept)
+
+    def evidence(self) -> Evidence:
+        """What all processes have kept; every process must call it."""
+        module, count = self.module, self._count
+        batches, contexts = [], dict[int, dict[str, Any]]()
+        for rows, shown in module.gathered((self._rows, self._contexts)):
+            batches += rows
+            contexts |= shown
+        total = int(module.summed(torch.tensor(float(count), device=module.device)))
+        if self._told is None or not total:
+            raise DataError("none of the examples to explain has a scored position (--ablation.explain_examples)")
+        told = module.summed(self._told).cpu() / total
+        columns = {name: np.concatenate([one[name] for one in batches], -1) for name in batches[0]}
+        order = np.lexsort((columns["place"], columns["example"]))
+        columns = {name: column[..., order] for name, column in columns.items()}
+        shown = {example: contexts[example] for example in sorted(contexts)}
+        texts = self._texts(columns, shown)
+        changes = [name.removeprefix("change ") for name in columns if name.startswith("change ")]
+        size, units = columns["change cross_entropy"].mean(1), list(self._masks)
+        conditions = list(enumerate(self.conditions[1:]))
+        largest = sorted(units, key=lambda unit: -np.mean([size[i] for i, c in conditions if c.part == unit]))
+        frames, promoted = [], []
+        for unit, method in product(largest, self.sweep.methods):
+            index = next(i for i, c in conditions if (c.part, c.method) == (unit, method.name))
+            same = {name: columns[name] for name in ("example", "position", "place", "target")}
+            added = {name: columns[f"change {name}"][index] for name in changes}
+            frame = pd.DataFrame(
+                {**same, "text": texts, "clean": columns["clean"], "change": added.pop("cross_entropy")}
+            )
+            frame = frame.assign(**{f"change_{name}": values for name, values in added.items()})
+            frame["activation"] = columns["activation"][units.index(unit)]
+            frames.append(frame.assign(unit=unit, method=method.name))
+            promoted.append(self._promoted(told[0] - told[index + 1]).assign(unit=unit, method=method.name))
+        evidence = pd.concat(frames, ignore_index=True)
+        evidence = evidence[["unit", "method", *(name for name in evidence if name not in ("unit", "method"))]]
+        for name in ("unit", "method", "text"):
+            evidence[name] = evidence[name].astype("category")
+        table = pd.DataFrame(
+            [{"example": e, "label": None, "tokens": None, "picture": None, **s} for e, s in shown.items()]
+        )
+        return Evidence(evidence, pd.concat(promoted, ignore_index=True), table)
+
+    def _scored(self, index: int, scored: Scored, clean: Clean, kept: Tensor) -> Tensor:
+        """Cross-entropy and own metrics of the kept positions, ``(1 + metrics, kept)`` float64; sums what is told."""
+        exact = exact_device(scored.logits.device)
+        own = scores(scored.logits, scored.targets, clean).cross_entropy
+        if self._told is None:
+            classes = scored.logits.shape[1]
+            self._told = torch.zeros(len(self.conditions), classes, dtype=torch.float64, device=exact)
+        right = scored.logits.gather(1, scored.targets.unsqueeze(1)).squeeze(1).to(exact).double()
+        sums = sum(scored.logits[rows].to(exact).sum(0, dtype=torch.float64) for rows in torch.split(kept, _ROWS))
+        # log p = logit - log Z, and log Z = cross-entropy + the right logit
+        self._told[index] += sums - (own + right)[kept].sum()
+        return torch.stack([own, *(values.to(exact).double() for values in scored.extra.values())])[:, kept]
+
+    def _activation(self, name: str, found: dict[Site, Tensor], batch: Any, rows: Tensor, position: Tensor) -> Tensor:
+        """The unit's activation at each scored position, float32: a neuron's value, or the norm of its deviation."""
+        parts, masks = [], self._masks[name]
+        single = sum(int(mask.sum()) for mask in masks.values()) == 1
+        for site, mask in masks.items():
+            values, valid = by_example(found[site], self.module.valid_at(site, batch))
+            mask, own = mask.to(values.device), values[..., mask.to(values.device)].float()
+            mean = self.run.calibration[site][Moments].mean.to(values.device, torch.float32)[mask]
+            size = own.squeeze(2) if single else (own - mean).norm(dim=2)  # (examples, positions)
+            at = self.module.position_at(site, position)
+            if at is None or bool((at < 0).any()):  # the mean over the example
+                parts.append(((size * valid).sum(1) / valid.sum(1))[rows])
+            else:
+                parts.append(size[rows, at])
+        return parts[0] if len(parts) == 1 else torch.stack(parts).norm(dim=0)
+
+    def _texts(self, columns: dict[str, np.ndarray], shown: dict[int, dict[str, Any]]) -> list[str]:
+        """What is asked for at each row: the token in its text, or the name of the class."""
+        classes = np.unique(columns["target"])
+        names = dict(zip(classes.tolist(), self.module.class_texts(classes.tolist()), strict=True))
+        texts = []
+        for example, place, target in zip(columns["example"], columns["place"], columns["target"], strict=True):
+            tokens = shown[example].get("tokens") or ()
+            known = tokens[place] if 0 <= place < len(tokens) else ""
+            texts.append(known or names[target])
+        return texts
+
+    def _promoted(self, change: Tensor) -> pd.DataFrame:
+        """The classes at both ends of ``(classes,)`` changes of their mean log-probability."""
+        change = change.nan_to_num()  # ruled out, by a logit of -inf
+        order = change.argsort(descending=True)
+        ends = order if len(order) <= 2 * _PROMOTED else torch.cat([order[:_PROMOTED], order[-_PROMOTED:]])
+        classes = ends.tolist()
+        columns = {"class": classes, "text": self.module.class_texts(classes), "change": change[ends].numpy()}
+        return pd.DataFrame(columns)
+
+
+def _keep(found: dict[Site, Tensor], site: Site, activations: Tensor) -> None:
+    found[site] = activations.clone()
