@@ -44,7 +44,8 @@ def tabulated(trainer: lightning.Trainer, phase: SweepPhase, facts: Mapping[str,
     made = {**facts, **now, "partial": [*facts["partial"], *cut]}
     results = Results(pd.concat(tables), pd.concat(examples) if examples else None, made)
     if isinstance(phase, ExplainedSweep) and phase.evidence is not None:
-        results.gathered, results.facts["evidence"] = phase.evidence, phase.evidence.sha256()
+        results.gathered = phase.evidence
+        results.facts |= {"evidence": phase.evidence.sha256(), "attention": phase.unread}
     return results
 
 

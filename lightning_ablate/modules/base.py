@@ -86,6 +86,10 @@ class AblationModule(lightning.LightningModule, ABC):
         """
         return [{} for _ in self.examples_of(batch, 0)]
 
+    def repeated(self, batch: Any) -> Any:
+        """A batch of one random text that comes twice, by which heads show induction; None where there is none."""
+        return None
+
     def class_texts(self, classes: Sequence[int]) -> list[str]:
         """What classes are called: by default their numbers."""
         return list(map(str, classes))

@@ -181,6 +181,14 @@ class CausalLM(LanguageModel):
     auto_class = "AutoModelForCausalLM"
     causal, ahead = True, 1
 
+    def repeated(self, batch: TextBatch) -> TextBatch:
+        """A text of random, ordinary tokens, half as long as the batch's, twice."""
+        length = batch["input_ids"].shape[1] // 2
+        drawn = torch.randint(len(self._ordinary), (length,), generator=torch.Generator().manual_seed(0))
+        ids = self._ordinary[drawn].repeat(2).unsqueeze(0).to(batch["input_ids"].device)
+        first = {name: tensor[:1] for name, tensor in batch.items() if name not in _INPUTS}
+        return first | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
     def on_before_batch_transfer(self, batch: TextBatch, dataloader_idx: int) -> TextBatch:
         """Counts positions from the first token where padding stands before a text, as ``generate`` does."""
         batch, real = super().on_before_batch_transfer(batch, dataloader_idx), batch["attention_mask"]

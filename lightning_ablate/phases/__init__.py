@@ -3,7 +3,8 @@
 from lightning_ablate.phases import learning, tuning
 from lightning_ablate.phases.attribution import AttributionPhase, VerificationPhase
 from lightning_ablate.phases.calibration import CalibrationPhase
-from lightning_ablate.phases.evidence import Explain, ExplainedSweep, check_explained
+from lightning_ablate.phases.evidence import ExplainedSweep
 from lightning_ablate.phases.method import Epoch, MethodPhase
 from lightning_ablate.phases.schedule import check_attribution, kinds_of, plan, schedule
 from lightning_ablate.phases.sweep import SweepPhase
+from lightning_ablate.phases.units import Explain, check_explained

@@ -1,6 +1,5 @@
 """Attribution: estimates what every unit is worth, and measures some of them."""
 
-from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,16 +16,15 @@ from lightning_ablate.attribution import (
     picked,
     table_of,
 )
-from lightning_ablate.choices import Choice
-from lightning_ablate.conditions import BASELINE, Condition, Selection
+from lightning_ablate.conditions import BASELINE, Condition
 from lightning_ablate.errors import ConfigError, DataError, NonFiniteError, few
 from lightning_ablate.methods import Ablation, AblationMethod, Batch, Replacement
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.phase import Phase
 from lightning_ablate.phases.sweep import SweepPhase, read_source
+from lightning_ablate.phases.units import Units
 from lightning_ablate.run import Run
 from lightning_ablate.sites import Site, exact_device, hooked
-from lightning_ablate.statistics import SiteStatistics
 from lightning_ablate.statistics.base import by_example
 from lightning_ablate.sweep import Sweep
 
@@ -145,13 +143,11 @@ class VerificationPhase(SweepPhase):
     def __init__(self, module: AblationModule, run: Run, options: Attribution, seed: int, examples: int) -> None:
         self.rows = picked(table_of(run.calibration.attributed), options.verify)
         seeds = {method.name: seed if method.seeded else None for method in options.each}
-        units = {f"{u.site} {u.level} {u.unit}": (u.site, u.level, u.unit) for u in self.rows.itertuples()}
-        alone = [
-            Condition(1.0, seeds[u.method], f"{u.site} {u.level} {u.unit}", method=u.method)
-            for u in self.rows.itertuples()
-        ]
+        names = [f"{unit.site} {unit.level} {unit.unit}" for unit in self.rows.itertuples()]
+        pairs = zip(self.rows["method"], names, strict=True)
+        alone = [Condition(1.0, seeds[method], name, method=method) for method, name in pairs]
         self.options = options
-        sweep = Sweep(options.each, (1.0,), (seed,), _Units(units))
+        sweep = Sweep(options.each, (1.0,), (seed,), Units(names))
         super().__init__(module, run, sweep, [examples], [BASELINE, *alone])
 
     def step(self, batch: Any, batch_idx: int) -> None:
@@ -175,25 +171,6 @@ class VerificationPhase(SweepPhase):
 
     def _check_examples(self, example: Tensor) -> None:
         """Calibration data may number their examples as they like."""
-
-
-class _Units(Choice):
-    """Single units, each alone: by the name of a selection's part its site, level and place there."""
-
-    def __init__(self, units: Mapping[str, tuple[str, str, int]]) -> None:
-        self._units = units
-
-    def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
-        """One for each."""
-        return [Selection(1.0, None, part) for part in self._units]
-
-    def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:
-        """The neurons of the one unit."""
-        name, level, unit = self._units[selection.part]
-        mask = torch.zeros(site.width, dtype=torch.bool)
-        if site.name == name:
-            mask.view(-1, levels_of(site)[level])[unit] = True
-        return mask
 
 
 def _passed_over(module: AblationModule, options: Attribution, used: Tensor) -> bool:

@@ -1,8 +1,5 @@
 """Evidence: what ablating single units does at every scored position of some examples, once the sweep is done."""
 
-import re
-from collections.abc import Sequence
-from difflib import get_close_matches
 from functools import partial
 from itertools import product
 from typing import Any
@@ -13,88 +10,21 @@ import torch
 from torch import Tensor
 
 from lightning_ablate.attribution import Attribution, table_of
-from lightning_ablate.choices import Choice, Only
-from lightning_ablate.conditions import Selection
-from lightning_ablate.errors import ConfigError, DataError, SiteError
+from lightning_ablate.errors import DataError
 from lightning_ablate.metrics import Clean, Scored, checked, scores
 from lightning_ablate.modules import AblationModule
+from lightning_ablate.phases.reading import Reader, heads_among
 from lightning_ablate.phases.sweep import SweepPhase
+from lightning_ablate.phases.units import Explain, Units, check_explained, explaining, parts_of
 from lightning_ablate.results.evidence import Evidence
 from lightning_ablate.run import Run
-from lightning_ablate.sites import Site, exact_device, hooked
-from lightning_ablate.statistics import Moments, SiteStatistics
+from lightning_ablate.sites import Site, attended, exact_device, hooked
+from lightning_ablate.statistics import Moments
 from lightning_ablate.statistics.base import by_example
 from lightning_ablate.sweep import Sweep
 
-Explain = int | Sequence[str]
-_NAME = re.compile(r"(.+) (head|neuron) (\d+)")
 _PROMOTED = 10  # classes at either end
 _ROWS = 512  # of logits are summed at a time
-
-
-class Units(Choice):
-    """Single units, each alone, by their names: ``PATH head 0``, ``PATH neuron 5``, the path of a site or a layer."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = names
-
-    def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
-        """One for each unit; SiteError if the target has no such unit."""
-        known = list(dict.fromkeys(name for site in sites for name in (site.name, site.path, site.layer) if name))
-        for name in self.names:
-            path, alone = _unit(name)
-            if path not in known:
-                (meant,) = get_close_matches(path, known, 1, 0.0)
-                raise SiteError(f"there is no unit {name!r} (--ablation.explain), did you mean {meant!r}?")
-            if alone is not None:
-                alone.selections(sites, fractions, seeds)
-        return [Selection(1.0, None, name) for name in self.names]
-
-    def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:
-        """The neurons of the one unit."""
-        path, alone = _unit(selection.part)
-        if alone is not None:
-            return alone.mask(selection, site)
-        return torch.full((site.width,), path in (site.name, site.path, site.layer))
-
-
-def _unit(name: str) -> tuple[str, Only | None]:
-    """The path that a unit's name begins with, and its head or neuron; None for a whole site or layer."""
-    match = _NAME.fullmatch(name)
-    if match is None:
-        return name, None
-    path, level, number = match[1], match[2], int(match[3])
-    return path, Only(heads={path: [number]}) if level == "head" else Only(neurons={path: [number]})
-
-
-def check_explained(explain: Explain, sweep: Sweep, attribution: Attribution, sites: Sequence[Site]) -> None:
-    """Raises ConfigError or SiteError unless the run will have the units that are to be explained."""
-    methods = _methods(explain, sweep, attribution)
-    if not isinstance(explain, int):
-        Units(explain).selections(sites, (), ())
-        if unfit := [method.name for method in methods if not method.attributable]:
-            raise ConfigError(f"{unfit[0]} can't ablate a unit alone (--ablation.explain); leave it out")
-        return
-    attributed = min(sum(site.width for site in sites), sum(site.heads or 0 for site in sites) or explain)
-    count = attributed if attribution.methods else len(_parts(sweep, sites))
-    if count < explain:
-        raise ConfigError(
-            f"explain is {explain}, and the run measures {count} single units; ablate each head alone "
-            "(--ablation.neurons EachHead), attribute them (--ablation.attribution.methods '[mean]'), or name those to "
-            "explain (--ablation.explain '[PATH head 0]')"
-        )
-
-
-def _methods(explain: Explain, sweep: Sweep, attribution: Attribution) -> Any:
-    return attribution.each or sweep.methods
-
-
-def _parts(sweep: Sweep, sites: Sequence[Site]) -> dict[Selection, str]:
-    """The selections of a sweep that ablate a single unit, and its name."""
-    chosen = sweep.neurons.selections(sites, sorted(map(float, sweep.fractions)), sweep.seeds)
-    paths = {name for site in sites for name in (site.name, site.path, site.layer)}
-    named = {one: one.part if one.head is None else f"{one.part} head {one.head}" for one in chosen if one.part}
-    return {one: name for one, name in named.items() if _unit(name)[0] in paths}
 
 
 class ExplainedSweep(SweepPhase):
@@ -108,12 +38,14 @@ class ExplainedSweep(SweepPhase):
 
     Attributes:
         evidence: the evidence, once the last batch is done.
+        unread: why it doesn't tell what heads read; empty if it does.
     """
 
     def __init__(self, *args: Any, explain: Explain, limit: int, attribution: Attribution) -> None:
         super().__init__(*args)
         self.explain, self.limit, self.attribution = explain, limit, attribution
         self.evidence: Evidence | None = None
+        self.unread = ""
         self._held: list[tuple[Any, int]] = []
         check_explained(explain, self.sweep, attribution, self.run.calibration.sites)
 
@@ -129,14 +61,14 @@ class ExplainedSweep(SweepPhase):
         if module.is_last_batch:
             module.loader_index = 0
             sweep, names = self.sweep, self._names()
-            methods = tuple(_methods(self.explain, sweep, self.attribution))
+            methods = explaining(sweep, self.attribution)
             alone = Sweep(methods, (1.0,), sweep.seeds[:1] or (0,), Units(names), sweep.sites)
             recorder = _Recorder(module, self.run, alone, self.limit)
             recorder.announce = self.announce
             for held in self._held:
                 recorder.step(*held)
             self._held = []
-            self.evidence = recorder.evidence()
+            self.evidence, self.unread = recorder.evidence(), recorder.unread
 
     def _names(self) -> list[str]:
         """The units to explain; of a number the largest, by what they were measured or estimated to cost."""
@@ -153,7 +85,7 @@ class ExplainedSweep(SweepPhase):
             return [f"{one.site} {one.level} {one.unit}" for one in largest.itertuples()]
         place = self.metrics.names.index("cross_entropy")
         costs = self.module.summed(self.each[0].sums[:, place].sum(1)).tolist()
-        parts, found = _parts(self.sweep, self.run.calibration.sites), dict[str, float]()
+        parts, found = parts_of(self.sweep, self.run.calibration.sites), dict[str, float]()
         for condition, cost in zip(self.conditions[1:], costs[1:], strict=True):
             name = next((n for one, n in parts.items() if (one.part, one.head) == (condition.part, condition.head)), "")
             found[name] = found.get(name, 0.0) + cost
@@ -174,14 +106,17 @@ class _Recorder(SweepPhase):
         self._contexts: dict[int, dict[str, Any]] = {}
         self._told: Tensor | None = None  # (conditions, classes) float64, sums of log-probabilities
         self._count = 0
+        self._reader = Reader(module, heads_among(self._masks.items()))
 
     def step(self, batch: Any, batch_idx: int) -> None:
         """Runs the intact target, then each unit under each method."""
         module, names, found = self.module, ("cross_entropy", *self.module.metrics), dict[Site, Tensor]()
         with torch.no_grad():
+            self._reader.repeated(batch)
             examples = self.begin(batch, batch_idx)
             reading = {site: partial(_keep, found, site) for masks in self._masks.values() for site in masks}
-            with hooked(module.target, reading, once=True):
+            sites = self._reader.sites
+            with hooked(module.target, reading, once=True), attended(module.target, sites) as weights:
                 scored = checked(module.evaluate(batch), module.metrics)
             clean, counts = Clean.of(scored), (scored.example >= 0) & (scored.example < self.limit)
             kept = counts.nonzero().squeeze(1)
@@ -198,12 +133,15 @@ class _Recorder(SweepPhase):
                     [self._activation(name, found, batch, rows, position) for name in self._masks]
                 ),
             }
+            where = rows, columns["example"], position
+            self._reader.add(batch, weights, *where)
             changes = []
             for index, condition in enumerate(self.conditions[1:], start=1):
                 self.announce(condition)
                 with self.applied(condition):
                     after = Scored(*module.evaluate(batch))
                 changes.append(self._scored(index, after, clean, kept) - before)
+                self._reader.keep(condition.part, weights, *where, changes[-1][0])
                 del after
         columns |= dict(zip([f"change {name}" for name in names], torch.stack(changes, 1), strict=True))
         self._rows.append({name: column.cpu().numpy() for name, column in columns.items()})
@@ -211,6 +149,11 @@ class _Recorder(SweepPhase):
             if 0 <= example < self.limit:
                 self._contexts[example] = shown
         self._count += len(kept)
+
+    @property
+    def unread(self) -> str:
+        """Why attention wasn't read; empty if it was."""
+        return self._reader.why
 
     def evidence(self) -> Evidence:
         """What all processes have kept; every process must call it."""
@@ -251,7 +194,8 @@ class _Recorder(SweepPhase):
         table = pd.DataFrame(
             [{"example": e, "label": None, "tokens": None, "picture": None, **s} for e, s in shown.items()]
         )
-        return Evidence(evidence, pd.concat(promoted, ignore_index=True), table)
+        attention, reads = self._reader.tables(evidence)
+        return Evidence(evidence, pd.concat(promoted, ignore_index=True), table, attention, reads)
 
     def _scored(self, index: int, scored: Scored, clean: Clean, kept: Tensor) -> Tensor:
         """Cross-entropy and own metrics of the kept positions, ``(1 + metrics, kept)`` float64; sums what is told."""

@@ -1,0 +1,131 @@
+"""What single heads read: four scores of their attention, and its maps where they matter most."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lightning_ablate.modules import AblationModule
+from lightning_ablate.sites import Site, attended
+
+SHOWN = 10  # positions of each unit and method whose attention is kept
+_NONE = "attention can't be seen: a fused kernel, windows, or no position that predicts (--model.attn_implementation)"
+
+
+class Head(NamedTuple):
+    """A head of a site."""
+
+    site: Site
+    number: int
+
+
+class Reader:
+    """Reads the attention of single heads of ``self-attention``, by the names of their units.
+
+    Attributes:
+        why: why nothing was read; empty if something was.
+    """
+
+    def __init__(self, module: AblationModule, heads: Mapping[str, Head]) -> None:
+        self.module, self.why = module, _NONE if heads else "no single head is explained"
+        self.heads = {unit: head for unit, head in heads.items() if head.site.kind == "self-attention"}
+        self._sums = {unit: np.zeros(4) for unit in self.heads}  # previous, first, itself, and how many positions
+        self._induction: dict[str, float] = {}
+        self._maps: dict[str, dict[tuple[int, int], np.ndarray]] = {unit: {} for unit in self.heads}
+
+    @property
+    def sites(self) -> set[Site]:
+        """Those whose attention is read."""
+        return {head.site for head in self.heads.values()}
+
+    def repeated(self, batch: Any) -> None:
+        """Scores induction: the attention of a random text's second run to what followed each token in the first."""
+        twice = self.module.repeated(batch)
+        if self._induction or twice is None or not self.heads:
+            return
+        with attended(self.module.target, self.sites) as weights:
+            self.module.hidden(twice)
+        for unit, (site, number) in self.heads.items():
+            if site in weights:
+                own = weights[site][0, number]
+                half = len(own) // 2
+                places = torch.arange(half, 2 * half, device=own.device)
+                self._induction[unit] = float(own[places, places - half + 1].mean())
+
+    def add(self, batch: Any, weights: Mapping[Site, Tensor], rows: Tensor, examples: Tensor, position: Tensor) -> None:
+        """Adds the scores of the scored positions: their rows in the batch, examples and places, ``(n,)`` int64."""
+        for unit, (site, number) in self.heads.items():
+            own = self._at(weights, site, number, rows, position)
+            if own is None:
+                continue
+            valid = self.module.valid_at(site, batch)
+            first = torch.zeros_like(rows) if valid is None else valid.expand(-1, own.shape[1]).int().argmax(1)[rows]
+            later = (position > first).nonzero().squeeze(1)
+            keys = torch.stack([position - 1, first, position])[:, later]
+            read = own[later].gather(1, keys.T).double().sum(0)
+            self._sums[unit] += np.array([*read.tolist(), len(later)])
+            self.why = ""
+
+    def keep(
+        self,
+        unit: str,
+        weights: Mapping[Site, Tensor],
+        rows: Tensor,
+        examples: Tensor,
+        position: Tensor,
+        change: Tensor,
+    ) -> None:
+        """Keeps the maps of a head at the positions of a batch with the largest ``change`` ``(n,)``."""
+        if unit not in self.heads:
+            return
+        largest = change.topk(min(SHOWN, len(change))).indices.to(rows.device)
+        own = self._at(weights, *self.heads[unit], rows[largest], position[largest])
+        if own is not None:
+            keys = zip(examples[largest].tolist(), position[largest].tolist(), strict=True)
+            self._maps[unit] |= dict(zip(keys, own.cpu().numpy(), strict=True))
+
+    def tables(self, evidence: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """The tables ``attention`` and ``reads`` of :class:`Evidence`, over all processes, which must all call it."""
+        found = self.module.gathered((self._maps, self._sums, self._induction))
+        maps: dict[str, dict[tuple[int, int], np.ndarray]] = {unit: {} for unit in self.heads}
+        sums, rows, reads = {unit: np.zeros(4) for unit in self.heads}, [], []
+        for own_maps, own_sums, _ in found:
+            for unit in self.heads:
+                maps[unit] |= own_maps[unit]
+                sums[unit] += own_sums[unit]
+        for (unit, _), own in evidence.groupby(["unit", "method"], sort=False, observed=True):
+            for one in own.nlargest(SHOWN, "change").itertuples():
+                weights = maps.get(unit, {}).pop((one.example, one.position), None)
+                if weights is not None:
+                    rows.append([unit, one.example, one.position, weights])
+        for unit, (*read, count) in sums.items():
+            if count:
+                reads.append([unit, *(np.array(read) / count), found[0][2].get(unit, np.nan)])
+        attention = pd.DataFrame(rows, columns=["unit", "example", "position", "weights"])
+        return attention, pd.DataFrame(reads, columns=["unit", "previous", "first", "itself", "induction"])
+
+    def _at(
+        self, weights: Mapping[Site, Tensor], site: Site, number: int, rows: Tensor, position: Tensor
+    ) -> Tensor | None:
+        """The attention of a head from scored positions, ``(n, keys)``; None where it can't be known."""
+        places = self.module.position_at(site, position)
+        if site not in weights or places is None or not len(places) or int(places.min()) < 0:
+            return None
+        own = weights[site][:, number]
+        return own[rows, places] if own.shape[1] == own.shape[2] > int(places.max()) else None
+
+
+def heads_among(units: Iterable[tuple[str, Mapping[Site, Tensor]]]) -> dict[str, Head]:
+    """Which units, given with the masks of their sites, are single heads."""
+    found = {}
+    for unit, masks in units:
+        if len(masks) == 1:
+            ((site, mask),) = masks.items()
+            width = site.width // site.heads if site.heads else 0
+            places = mask.nonzero().squeeze(1)
+            if width > 0 and len(places) == width and int(places[0]) % width == 0 and " head " in unit:
+                found[unit] = Head(site, int(places[0]) // width)
+    return found

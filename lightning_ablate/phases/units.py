@@ -1,0 +1,86 @@
+"""Single units by their names, and which of them a run explains."""
+
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+import torch
+from torch import Tensor
+
+from lightning_ablate.attribution import Attribution
+from lightning_ablate.choices import Choice, Only
+from lightning_ablate.conditions import Selection
+from lightning_ablate.errors import ConfigError, SiteError
+from lightning_ablate.methods import AblationMethod
+from lightning_ablate.sites import Site
+from lightning_ablate.statistics import SiteStatistics
+from lightning_ablate.sweep import Sweep
+
+Explain = int | Sequence[str]
+_NAME = re.compile(r"(.+) (head|neuron) (\d+)")
+
+
+class Units(Choice):
+    """Single units, each alone, by their names: ``PATH head 0``, ``PATH neuron 5``, the path of a site or a layer."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = names
+
+    def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
+        """One for each unit; SiteError if the target has no such unit."""
+        known = list(dict.fromkeys(name for site in sites for name in (site.name, site.path, site.layer) if name))
+        for name in self.names:
+            path, alone = _unit(name)
+            if path not in known:
+                (meant,) = get_close_matches(path, known, 1, 0.0)
+                raise SiteError(f"there is no unit {name!r} (--ablation.explain), did you mean {meant!r}?")
+            if alone is not None:
+                alone.selections(sites, fractions, seeds)
+        return [Selection(1.0, None, name) for name in self.names]
+
+    def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:
+        """The neurons of the one unit."""
+        path, alone = _unit(selection.part)
+        if alone is not None:
+            return alone.mask(selection, site)
+        return torch.full((site.width,), path in (site.name, site.path, site.layer))
+
+
+def _unit(name: str) -> tuple[str, Only | None]:
+    """The path that a unit's name begins with, and its head or neuron; None for a whole site or layer."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return name, None
+    path, level, number = match[1], match[2], int(match[3])
+    return path, Only(heads={path: [number]}) if level == "head" else Only(neurons={path: [number]})
+
+
+def check_explained(explain: Explain, sweep: Sweep, attribution: Attribution, sites: Sequence[Site]) -> None:
+    """Raises ConfigError or SiteError unless the run will have the units that are to be explained."""
+    methods = explaining(sweep, attribution)
+    if not isinstance(explain, int):
+        Units(explain).selections(sites, (), ())
+        if unfit := [method.name for method in methods if not method.attributable]:
+            raise ConfigError(f"{unfit[0]} can't ablate a unit alone (--ablation.explain); leave it out")
+        return
+    attributed = min(sum(site.width for site in sites), sum(site.heads or 0 for site in sites) or explain)
+    count = attributed if attribution.methods else len(parts_of(sweep, sites))
+    if count < explain:
+        raise ConfigError(
+            f"explain is {explain}, and the run measures {count} single units; ablate each head alone "
+            "(--ablation.neurons EachHead), attribute them (--ablation.attribution.methods '[mean]'), or name those to "
+            "explain (--ablation.explain '[PATH head 0]')"
+        )
+
+
+def explaining(sweep: Sweep, attribution: Attribution) -> tuple[AblationMethod, ...]:
+    """The methods that ablate the units: those of the attribution, or of the sweep if there is none."""
+    return attribution.each or sweep.methods
+
+
+def parts_of(sweep: Sweep, sites: Sequence[Site]) -> dict[Selection, str]:
+    """The selections of a sweep that ablate a single unit, and its name."""
+    chosen = sweep.neurons.selections(sites, sorted(map(float, sweep.fractions)), sweep.seeds)
+    paths = {name for site in sites for name in (site.name, site.path, site.layer)}
+    named = {one: one.part if one.head is None else f"{one.part} head {one.head}" for one in chosen if one.part}
+    return {one: name for one, name in named.items() if _unit(name)[0] in paths}
