@@ -52,6 +52,7 @@ from .modules import PairedLM as PairedLM
 from .modules import Seq2SeqLM as Seq2SeqLM
 from .modules import SequenceClassifier as SequenceClassifier
 from .results import Results as Results
+from .results import difference as difference
 from .results import load as load
 from .sharding import ShardedStrategy as ShardedStrategy
 from .sites import Site as Site

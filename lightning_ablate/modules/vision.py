@@ -14,7 +14,7 @@ from lightning_ablate.errors import TargetError, loading
 from lightning_ablate.metrics import Scored
 from lightning_ablate.modules.base import exact_vectors
 from lightning_ablate.modules.hub import HubModule, last_states
-from lightning_ablate.modules.shown import shown_image
+from lightning_ablate.results.shown import shown_image
 from lightning_ablate.seeds import seed_of
 
 ImageBatch = Mapping[str, Tensor]

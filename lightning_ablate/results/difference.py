@@ -1,0 +1,73 @@
+"""What an ablation does to the tokens of any text, without a Trainer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_ablate.ablation import ablated
+from lightning_ablate.calibration import Calibration
+from lightning_ablate.errors import DataError
+from lightning_ablate.methods import AblationMethod
+from lightning_ablate.results.evidence import coloured
+from lightning_ablate.results.shown import shown_text
+from lightning_ablate.sites.site import device_of
+
+
+class Difference(pd.DataFrame):  # type: ignore[misc]
+    """One row per token: its text, the intact cross-entropy and what ablation adds, which a notebook shows as colour.
+
+    Columns: ``token`` (str), ``clean`` and ``change`` (float64, nats; NaN for the first token, which nothing predicts).
+    """
+
+    def _repr_html_(self) -> str:
+        added = f"<p>ablation adds {self['change'].mean():+.4f} nats a token; orange: it harms, blue: it helps</p>"
+        return added + coloured(zip(self["token"], self["change"], strict=True))
+
+
+def difference(
+    model: nn.Module,
+    tokenizer: Any,
+    text: str,
+    masks: Mapping[str, Tensor],
+    method: AblationMethod | str = "zero",
+    calibration: Calibration | None = None,
+) -> Difference:
+    """What an ablation of a causal language model adds to the cross-entropy of each token of a text.
+
+    Args:
+        model: of transformers, or another one whose output has ``logits`` ``(1, seq, vocabulary)``.
+        tokenizer: the model's.
+        text: of at least two tokens; DataError otherwise.
+        masks: path of a projection → mask ``(neurons,)`` bool, as for :func:`~lightning_ablate.ablated`, whose errors
+            it raises.
+        method: what takes the neurons' place, or its name.
+        calibration: the statistics that the method needs.
+
+    Example:
+        >>> from lightning_ablate import CausalLM
+        >>> module = CausalLM("demo:gpt2")
+        >>> module.configure_model()
+        >>> mask = {"transformer.h.0.attn.c_proj": torch.ones(128, dtype=torch.bool)}
+        >>> found = difference(module.target, module.tokenizer, "def parse(text):", mask)
+        >>> "".join(found["token"]), int(found["change"].notna().sum()) == len(found) - 1
+        ('def parse(text):', True)
+    """
+    inputs = tokenizer(text, return_tensors="pt").to(device_of(model))
+    ids, real = inputs["input_ids"][0].cpu(), inputs["attention_mask"][0].cpu().bool()
+    if len(ids) < 2:
+        raise DataError(f"the text {text!r:.60} is {len(ids)} tokens, expected at least 2, as one predicts the next")
+    with torch.no_grad():
+        clean = model(**inputs).logits
+        with ablated(model, masks, method, calibration):
+            changed = model(**inputs).logits
+    before, after = (
+        functional.cross_entropy(logits[0, :-1].cpu().double(), ids[1:], reduction="none").numpy()
+        for logits in (clean, changed)
+    )
+    columns = {"clean": [np.nan, *before], "change": [np.nan, *(after - before)]}
+    return Difference({"token": shown_text(tokenizer, ids, real)["tokens"], **columns})
