@@ -1,12 +1,22 @@
 """Evidence of single units against plain hooks, and what it tells of a head whose work is known."""
 
+import signal
+from types import SimpleNamespace
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
+from torch.utils.data import DataLoader
 
-from lightning_ablate import AblationCallback, ConditionalMean, EachHead
+from lightning_ablate import AblationCallback, Attribution, CausalLM, ConditionalMean, EachHead, EachLayer, Results
+from lightning_ablate.errors import ConfigError, DataError, SiteError
+from lightning_ablate.results.evidence import coloured
+from lightning_ablate.results.shown import shown_text
 from tests import demos, reference, tiny
+from tests.command import FEW, TWO, command, dying, found, python
 
 RIDGE = 0.01
 METHODS = ["zero", "mean", ConditionalMean(RIDGE)]
@@ -98,3 +108,179 @@ def test_changes_activations_and_classes_equal_those_of_plain_hooks(tmp_path, na
                 base = callback.results.baseline["cross_entropy"]
                 assert own["clean"].mean() + own["change"].mean() == pytest.approx(row.cross_entropy, abs=1e-9)
                 assert own["clean"].mean() == pytest.approx(base, abs=1e-9) and len(own) == row.n
+
+
+VOCABULARY, FIRST, LENGTH = 24, 12, 24
+
+
+def recalled(count, seed):
+    """Twelve different tokens, then six pairs of one of them and the token that came after it."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.stack([torch.randperm(VOCABULARY, generator=generator)[:FIRST] for _ in range(count)])
+    places = torch.stack([torch.randperm(FIRST - 1, generator=generator)[:6] for _ in range(count)])
+    pairs = torch.stack([first.gather(1, places), first.gather(1, places + 1)], 2).flatten(1)
+    return torch.cat([first, pairs], 1)
+
+
+class Induction(nn.Module):
+    """Two layers made by hand: the first tells each place the token before it, the second copies what came after.
+
+    A place holds its token, its position, the token before it, and what it predicts. A head that finds no earlier
+    occurrence looks at the first place, and gets nothing there.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Attention() for _ in range(2))
+        self.unused = nn.Parameter(torch.zeros(1))
+
+    def forward(self, input_ids, attention_mask=None):
+        token, places = (
+            functional.one_hot(input_ids, VOCABULARY).float(),
+            torch.eye(LENGTH).expand(len(input_ids), -1, -1),
+        )
+        before = self.layers[0](places, places.roll(-1, 1), token)  # a place asks for the one before it
+        sink = torch.zeros(*token.shape[:2], 1)
+        sink[:, 0] = 0.5
+        ones, real = torch.ones_like(sink), (torch.arange(LENGTH) > 0).view(1, -1, 1)
+        found = self.layers[1](torch.cat([token, ones], 2), torch.cat([before * real, sink], 2), token * real)
+        return SimpleNamespace(logits=10 * found)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(VOCABULARY, VOCABULARY, bias=False)
+        with torch.no_grad():
+            self.out.weight.copy_(torch.eye(VOCABULARY))
+
+    def forward(self, query, key, value):
+        query, key, value = (one.unsqueeze(1) for one in (query, key, value))
+        made = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=200.0)
+        return self.out(made.squeeze(1))
+
+
+class Recall(tiny.Own):
+    ahead = 1
+
+    def shown(self, batch):
+        return [{"tokens": [f" {token}" for token in row]} for row in batch["input_ids"].tolist()]
+
+    def repeated(self, batch):
+        ids = torch.randperm(VOCABULARY, generator=torch.Generator().manual_seed(1))[:FIRST].repeat(1, 2)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "index": torch.zeros(1, dtype=torch.int64)}
+
+    def hidden(self, batch):
+        return [self.logits(batch)]
+
+
+def explained(folder, model, **options):
+    rows = [
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids), "index": i} for i, ids in enumerate(recalled(40, 5))
+    ]
+    callback = AblationCallback(["zero", "mean"], neurons=EachHead(), explain_examples=30, **options)
+    tiny.fit(folder, Recall(model), DataLoader(rows[20:], 8), DataLoader(rows, 8), callback)
+    return callback.results
+
+
+def assert_found(results, induction, previous):
+    """The head's evidence lies where a token comes again, for the better where a pair asks for what came after it."""
+    own = results.evidence(induction).table
+    asked, again = (own["place"] > FIRST) & (own["place"] % 2 == 1), own["position"] >= FIRST
+    assert len(own) == 2 * 30 * (LENGTH - 1) and own.loc[asked, "change"].min() > 2
+    assert own.loc[~again & (own["method"] == "zero"), "change"].abs().max() < 1e-6
+    assert own.loc[~again, "change"].abs().mean() < 0.1 * own.loc[asked, "change"].mean()
+    top = results.evidence(induction).contexts(20)
+    assert ((top["position"] >= FIRST) & (top["position"] % 2 == 0)).all()
+    reads = results.gathered.reads.set_index("unit")
+    assert reads.loc[induction, "induction"] > 0.8 and reads.loc[previous, "previous"] > 0.4
+    for one in results.gathered.attention[results.gathered.attention["unit"] == induction].itertuples():
+        ids = recalled(40, 5)[one.example]
+        earlier = int((ids[: one.position] == ids[one.position]).nonzero()[0])
+        assert int(np.argmax(one.weights)) == earlier + 1
+
+
+def test_an_induction_head_is_found_at_repeated_tokens_and_nowhere_else(tmp_path):
+    results = explained(tmp_path, Induction(), explain=2)
+    heads = ["layers.1.out head 0", "layers.0.out head 0"]
+    assert sorted(results.gathered.units, reverse=True) == heads
+    assert_found(results, *heads)
+    reads = results.gathered.reads.set_index("unit")
+    assert reads.loc[heads[1], "previous"] == pytest.approx(1, abs=1e-6)
+    assert reads.loc[heads[0], "first"] == pytest.approx(0.5)  # where nothing came before
+    loaded = Results.load(tmp_path)
+    for name, table in results.gathered.tables.items():
+        pd.testing.assert_frame_equal(loaded.gathered.tables[name], table, check_dtype=False)
+
+
+def test_two_processes_and_a_run_that_died_find_the_same(tmp_path):
+    small = ["fit", *FEW, "--data.calibration_images=43", "--data.evaluation_images=37", "--ablation.neurons=EachHead"]
+    small += ["--ablation.methods=[mean]", "--ablation.explain=2", "--ablation.explain_examples=20"]
+    one = found(tmp_path / "one", *small)
+    assert len(one.gathered.evidence) == 2 * 20 and set(one.gathered.contexts["picture"].map(type)) == {bytes}
+    died = [*small, "--ablation.save_every=0"]
+    made = command(*died, *dying(None, 3, signal.SIGKILL), "--ablation.dirpath", tmp_path / "died")
+    python(*made[1:], cwd=tmp_path)
+    assert (tmp_path / "died" / "ablation.ckpt").exists() and not (tmp_path / "died" / "results.csv").exists()
+    for other, within in ((found(tmp_path / "two", *small, *TWO), 1e-6), (found(tmp_path / "died", *died), 0)):
+        for name in ("evidence", "promoted"):
+            pd.testing.assert_frame_equal(one.gathered.tables[name], other.gathered.tables[name], atol=within, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"explain": ["transformer.h.1.attn.c_prj head 0"]}, SiteError, "did you mean 'transformer.h.1.attn.c_proj'"),
+        ({"explain": "transformer.h.1.attn.c_proj head 9"}, SiteError, "c_proj has 4 heads"),
+        ({"explain": 3}, ConfigError, "the run measures 0 single units"),
+        ({"explain": 99, "neurons": EachHead()}, ConfigError, "the run measures 8 single units"),
+        ({"explain": -1}, ConfigError, "expected at least 0"),
+        ({"explain": 1, "explain_examples": 0}, ConfigError, "at least 1"),
+    ],
+)
+def test_units_that_can_not_be_explained_are_refused_in_a_line(tmp_path, options, error, said):
+    with pytest.raises(error) as caught:
+        tiny.fit(tmp_path, callback=AblationCallback(["zero"], fractions=[0.5], **options))
+    assert said in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_evidence_that_is_missing_or_of_another_run_is_refused(tmp_path):
+    callback = AblationCallback(["zero"], neurons=EachLayer(), explain=2, dirpath=tmp_path / "one")
+    tiny.fit(tmp_path, callback=callback)
+    assert callback.results.gathered.units == sorted(
+        callback.results.gathered.units, key=lambda unit: -mean_of(callback, unit)
+    )
+    with pytest.raises(ConfigError, match=r"did you mean 'transformer.h.[01]'"):
+        callback.results.evidence("transformer.h.7")
+    callback.results.gathered.tables["evidence"]["change"] += 1.0
+    callback.results.gathered.save(tmp_path / "one")
+    with pytest.raises(DataError, match="of another run"):
+        Results.load(tmp_path / "one")
+    with pytest.raises(ConfigError, match="--ablation.explain 12"):
+        tiny.fit(tmp_path, callback=AblationCallback(["zero"], fractions=[0.5]))[1].results.evidence("head 0")
+
+
+def mean_of(callback, unit):
+    return callback.results.evidence(unit).table["change"].mean()
+
+
+def test_the_largest_of_an_attribution_are_explained_as_many_heads_as_neurons(tmp_path):
+    options = {"attribution": Attribution(["mean"], draws=1), "explain": 2}
+    _, callback = tiny.fit(tmp_path, callback=AblationCallback(["zero"], fractions=[0.5], **options))
+    table, gathered = callback.attributions, callback.results.gathered
+    for level in ("head", "neuron"):
+        largest = table[table["level"] == level].nlargest(2, "estimate")
+        names = {f"{one.site} {level} {one.unit}" for one in largest.itertuples()}
+        assert names == {unit for unit in gathered.units if f" {level} " in unit}
+    assert gathered.methods == ["mean"]
+
+
+def test_colours_and_pieces_of_text_are_readable():
+    html = coloured([("<script>", 2.0), ("\n", np.nan), ("שלום", -1.0)])
+    assert "&lt;script&gt;" in html and "rgba(213,94,0,0.85)" in html and "rgba(0,114,178,0.42)" in html
+    assert 'title="+2.000 nats"' in html and "↵\n" in html and 'dir="auto"' in html
+    tokenizer = CausalLM("demo:gpt2").tokenizer
+    text = "naïve 😀 שלום"
+    ids = torch.tensor([0, *tokenizer(text)["input_ids"]])
+    tokens = shown_text(tokenizer, ids, torch.arange(len(ids)) > 0)["tokens"]
+    assert tokens[0] is None and "".join(tokens[1:]) == text and "" in tokens  # of a character in several tokens

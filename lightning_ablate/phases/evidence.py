@@ -79,9 +79,7 @@ class ExplainedSweep(SweepPhase):
             table = table[table["level"] != "site"]
             table["cost"] = table["verified"].fillna(table["estimate"]) if "verified" in table else table["estimate"]
             means = table.groupby(["level", "site", "unit"], sort=False)["cost"].mean().reset_index()
-            largest = means.groupby("level", sort=True, group_keys=False).apply(
-                lambda own: own.nlargest(self.explain, "cost")
-            )
+            largest = means.sort_values("cost", ascending=False, kind="stable").groupby("level").head(self.explain)
             return [f"{one.site} {one.level} {one.unit}" for one in largest.itertuples()]
         place = self.metrics.names.index("cross_entropy")
         costs = self.module.summed(self.each[0].sums[:, place].sum(1)).tolist()

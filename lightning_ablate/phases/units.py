@@ -28,31 +28,31 @@ class Units(Choice):
 
     def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
         """One for each unit; SiteError if the target has no such unit."""
-        known = list(dict.fromkeys(name for site in sites for name in (site.name, site.path, site.layer) if name))
+        known = {name: site for site in sites for name in (site.name, site.path, site.layer) if name}
         for name in self.names:
-            path, alone = _unit(name)
+            path, level, number = _unit(name)
             if path not in known:
                 (meant,) = get_close_matches(path, known, 1, 0.0)
                 raise SiteError(f"there is no unit {name!r} (--ablation.explain), did you mean {meant!r}?")
-            if alone is not None:
-                alone.selections(sites, fractions, seeds)
+            count = known[path].width if level == "neuron" else known[path].heads or 0
+            if level and number >= count:
+                raise SiteError(f"there is no unit {name!r} (--ablation.explain), {path} has {count} {level}s")
         return [Selection(1.0, None, name) for name in self.names]
 
     def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:
         """The neurons of the one unit."""
-        path, alone = _unit(selection.part)
-        if alone is not None:
-            return alone.mask(selection, site)
+        path, level, number = _unit(selection.part)
+        if level:
+            given = {path: [number]}
+            one = Only(heads=given) if level == "head" else Only(neurons=given)
+            return one.mask(selection, site)
         return torch.full((site.width,), path in (site.name, site.path, site.layer))
 
 
-def _unit(name: str) -> tuple[str, Only | None]:
-    """The path that a unit's name begins with, and its head or neuron; None for a whole site or layer."""
+def _unit(name: str) -> tuple[str, str, int]:
+    """The path, level (``head``, ``neuron``, or empty for a whole site or layer) and number in a unit's name."""
     match = _NAME.fullmatch(name)
-    if match is None:
-        return name, None
-    path, level, number = match[1], match[2], int(match[3])
-    return path, Only(heads={path: [number]}) if level == "head" else Only(neurons={path: [number]})
+    return (name, "", 0) if match is None else (match[1], match[2], int(match[3]))
 
 
 def check_explained(explain: Explain, sweep: Sweep, attribution: Attribution, sites: Sequence[Site]) -> None:
