@@ -37,7 +37,7 @@ class Evidence:
             is the neuron's value, or the norm of the head's deviation from its mean.
         promoted: the classes whose probability changes most. ``change`` is the mean over the positions of the clean
             log-probability minus the ablated one, nats: above 0 for a class that the unit promotes.
-        contexts: one row per example: its ``tokens`` (list of str), or its ``picture`` (bytes of a PNG file) and
+        contexts: one row per example: its ``tokens`` (list of str, None at padding), or its ``picture`` (bytes of a PNG file) and
             ``label``.
         attention: what heads read at the positions where they matter most: ``weights`` (list of float), one for each
             token. Empty where attention can't be seen.
@@ -148,7 +148,7 @@ class UnitEvidence:
         changes = dict(zip(here["place"], here["change"], strict=True))
         place = row["place"]
         first, last = max(0, place - _AROUND), min(len(tokens), place + _AROUND + 1)
-        pieces = [(tokens[i], changes.get(i, np.nan)) for i in range(first, last)]
+        pieces = [(tokens[i], changes.get(i, np.nan)) for i in range(first, last) if tokens[i] is not None]
         return pieces if place < len(tokens) else [*pieces, (row["text"], row["change"])]
 
     def _of(self, table: pd.DataFrame, method: str | None) -> pd.DataFrame:
