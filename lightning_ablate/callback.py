@@ -21,7 +21,7 @@ from lightning_ablate.methods import AblationMethod, method_of
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.phase import Phase
 from lightning_ablate.progress import say
-from lightning_ablate.report import named_scores, report_attribution, report_neurons, report_results, tabulated
+from lightning_ablate.report import log_scores, report_attribution, report_neurons, report_results, tabulated
 from lightning_ablate.results import Results
 from lightning_ablate.run import Run, Store, checkpoint_of, plain
 from lightning_ablate.seeds import digest
@@ -145,7 +145,7 @@ class AblationCallback(lightning.Callback):
         phase = cast(phases.SweepPhase, pl_module.phase)
         phase.end_epoch()
         self.results = tabulated(trainer, phase, self._facts | self.run.facts(self.sweep.methods, phase.classes))
-        pl_module.log_dict(named_scores(self.results), add_dataloader_idx=False, sync_dist=True)
+        log_scores(trainer, self.results)
         if trainer.is_global_zero:
             fitting = trainer.state.fn == TrainerFn.FITTING
             units = self.attributions if fitting else None
