@@ -38,7 +38,8 @@ class AblationCallback(lightning.Callback):
 
     Args:
         methods: what replaces a neuron: names such as ``zero``, ``mean`` and ``peak`` (all are in
-            lightning_ablate/methods/README.md), instances, or class paths of subclasses of AblationMethod.
+            lightning_ablate/methods/README.md), instances, or class paths of subclasses of AblationMethod; none for an
+            attribution without a sweep.
         fractions: shares of each site's units to ablate, 0 to 1, rounded to whole units.
         seeds: of the choice of neurons, and of what a method draws.
         sites: ``attention`` (the default), ``self-attention``, ``cross-attention``, ``mlp``, and shell-style patterns
@@ -75,6 +76,11 @@ class AblationCallback(lightning.Callback):
         self.attribution = Attribution() if attribution is None else attribution
         if not isinstance(self.attribution, Attribution):
             raise ConfigError(f"attribution is {attribution!r:.80}, expected Attribution(methods=[...])")
+        if not made and not self.attribution.methods:
+            raise ConfigError(
+                "methods is empty, expected at least one (--ablation.methods '[mean]'), or an attribution without a "
+                "sweep (--ablation.attribution.methods '[mean]')"
+            )
         self.dirpath, self.save_every, self.figures = dirpath, save_every, listed(figures)
         self.results: Results | None = None
         self.run, self.folder = Run(), cast(Path | None, None)

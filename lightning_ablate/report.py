@@ -128,7 +128,7 @@ def report_results(
                 writer.add_figure(name, picture())
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            if folder is not None and not results.parts:
+            if folder is not None and results.methods and not results.parts:
                 paths.append(_curves(results, folder))
             notes = ["", f"TensorBoard: tensorboard --logdir {logger.root_dir}"]
         else:

@@ -6,11 +6,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from scipy import stats
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_ablate import AblationCallback, AblationModule, Attribution, Optimal, Ranked, Scored, Site
+from lightning_ablate import (
+    AblationCallback,
+    AblationModule,
+    Attribution,
+    EachHead,
+    Optimal,
+    Ranked,
+    Results,
+    Scored,
+    Site,
+)
 from lightning_ablate import attribution as attributions
 from lightning_ablate.attribution import cotangents, orders, table_of, trust
 from lightning_ablate.errors import ConfigError, DataError, StatisticsError
@@ -351,6 +362,29 @@ def test_what_cannot_be_attributed_is_refused(tmp_path):
             Graphless(tiny.gpt2()),
             callback=AblationCallback(["zero"], [1.0], [1], attribution=Attribution(["zero"])),
         )
+
+
+@pytest.mark.parametrize("options", [{}, {"fractions": [], "seeds": [], "neurons": EachHead()}])
+def test_without_methods_units_are_attributed_and_the_intact_model_is_evaluated(tmp_path, capsys, options):
+    swept = attributed(tmp_path, tiny.Own(tiny.gpt2()), tiny.loader(seed=1), val=tiny.loader(seed=2), verify=2)
+    capsys.readouterr()
+    attribution = Attribution(["zero", "mean"], verify=2)
+    callback = AblationCallback([], attribution=attribution, dirpath=tmp_path / "alone", **options)
+    tiny.fit(tmp_path, tiny.Own(tiny.gpt2()), callback=callback, logger=TensorBoardLogger(tmp_path / "logs"))
+    found, shown = callback.results, capsys.readouterr().out
+    columns = ["method", "site", "level", "unit", *FOUND]
+    pd.testing.assert_frame_equal(callback.attributions[columns], swept.attributions[columns])
+    pd.testing.assert_frame_equal(found.table, swept.results.table[:1])
+    assert str(found) in shown and lines(callback.attributions) in shown and "nothing ablated: top-1" in shown
+    files = {path.name for path in (tmp_path / "alone").iterdir()}
+    assert {"heads.parquet", "attribution.png", "results.csv"} < files
+    assert not files & {"degradation.png", "comparisons.png", "importance.png", "curves"}
+    loaded = Results.load(tmp_path / "alone")
+    assert (
+        len(loaded.ranking()) == len(loaded.compare()) == 0
+        and len(loaded.summary()) == 1
+        and "1 conditions" in repr(found)
+    )
 
 
 def test_a_share_of_the_examples_is_attributed(tmp_path):

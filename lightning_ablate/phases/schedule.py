@@ -32,7 +32,7 @@ def schedule(sweep: Sweep, attribution: Attribution, amount: Amount) -> list[Epo
     calibrate = partial(CalibrationPhase, kinds=kinds)
     calibrating = [Epoch(number, calibrate, 1.0) for number in range(1 + max(kind.epoch() for kind in kinds))]
     preparing = [epoch for method, phase in prepared.items() for epoch in phase.scheduled(method, sweep, amount)]
-    attributing = _attributing(attribution, sweep.seeds[0], amount) if attribution.methods else []
+    attributing = _attributing(attribution, [*sweep.seeds, 0][0], amount) if attribution.methods else []
     waits = {method.name for method in prepared} & {method.name for method in attribution.each}
     return calibrating + (preparing + attributing if waits else attributing + preparing)
 
