@@ -27,8 +27,6 @@ from lightning_ablate.run import Run, Store, checkpoint_of, plain
 from lightning_ablate.seeds import digest
 from lightning_ablate.sweep import Sweep
 
-PAPER_FRACTIONS, PAPER_SEEDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), (42, 123, 456)
-
 
 class AblationCallback(lightning.Callback):
     """Runs the phases of an evaluation: calibration, attribution and learning in ``fit``, the sweep in validation.
@@ -61,8 +59,8 @@ class AblationCallback(lightning.Callback):
     def __init__(
         self,
         methods: Sequence[AblationMethod | str] | str = ("zero", "mean", "peak"),
-        fractions: Sequence[float] | float = PAPER_FRACTIONS,
-        seeds: Sequence[int] | int = PAPER_SEEDS,
+        fractions: Sequence[float] | float = (0.1, 0.5, 0.9),
+        seeds: Sequence[int] | int = (42,),
         sites: Sequence[str] | str = "attention",
         neurons: Choice | None = None,
         attribution: Attribution | None = None,
@@ -119,7 +117,7 @@ class AblationCallback(lightning.Callback):
         phase, run, seen = cast(Phase, pl_module.phase), self.run, trainer.fit_loop.batch_idx + 1
         if isinstance(phase, phases.CalibrationPhase) and seen == 1 and not run.epochs:
             batches = float(trainer.num_training_batches), float(sum(trainer.num_val_batches))
-            say(trainer, phases.plan(self._epochs, self.sweep, phase, batches))
+            say(trainer, phases.plan(self._epochs, self.sweep, self.attribution, phase, batches))
         if not trainer.is_last_batch:
             return
         phase.end_epoch()
