@@ -55,6 +55,7 @@ from .results import Results as Results
 from .results import load as load
 from .sharding import ShardedStrategy as ShardedStrategy
 from .sites import Site as Site
+from .sites import find_sites as find_sites
 from .statistics import ActivationStatistic as ActivationStatistic
 from .statistics import Covariance as Covariance
 from .statistics import Histogram as Histogram

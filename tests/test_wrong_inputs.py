@@ -203,7 +203,7 @@ CALLS = {  # what is called, and what its message names
         (lambda folder: Attribution(["zero"], examples=0), "examples 0"),
         (lambda folder: ConditionalMean(0), "ridge is 0, expected"),
         (lambda folder: Optimal(steps=0), "steps is 0"),
-        (lambda folder: Only(), "Only names no heads"),
+        (lambda folder: Only(), "no heads and no neurons are named"),
         (lambda folder: Ranked("size"), "by is 'size', expected one of sd, rms"),
         (lambda folder: MaskedLM("masked", mlm_probability=0), "mlm_probability is 0"),
         (lambda folder: MaskedLM("masked", mlm_probability=1.5), "mlm_probability is 1.5"),
