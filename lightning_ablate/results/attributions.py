@@ -14,6 +14,7 @@ from lightning_ablate.attribution import GROUP, trust
 from lightning_ablate.files import write_whole
 from lightning_ablate.results import figures
 from lightning_ablate.results.text import short
+from lightning_ablate.sites import Site
 
 _SHOWN = 5  # units of each method, in the terminal
 _COLUMNS = ("first", "second", "estimate", "se", "picked", "verified", "verified_se", "calibrated")
@@ -22,6 +23,7 @@ _COLOR = {"neuron": "#0072B2", "head": "#D55E00"}
 
 def lines(table: pd.DataFrame) -> str:
     """The largest estimates of each method, how many are within the noise, and how well they agree with the truth."""
+    sites = _sites(table)
     found = [
         f"what units are worth alone, {table.attrs.get('of', 'nats')} per scored position: estimate ± standard error"
     ]
@@ -31,8 +33,8 @@ def lines(table: pd.DataFrame) -> str:
         for _, row in own.nlargest(_SHOWN, "estimate").iterrows():
             digits = 4 if not 0 < row["se"] < 0.001 else 1 - math.floor(math.log10(row["se"]))  # two of the error's
             measured = "" if pd.isna(row.get("verified")) else f", verified {row['verified']:+.{digits}f}"
-            unit = f"{row['site']} {level} {row['unit']}"
-            found.append(f"  {unit}: {row['estimate']:+.{digits}f} ± {row['se']:.{digits}f}{measured}")
+            unit = sites[row["site"]].neuron(row["unit"]) if level == "neuron" else f"{level} {row['unit']}"
+            found.append(f"  {row['site']} {unit}: {row['estimate']:+.{digits}f} ± {row['se']:.{digits}f}{measured}")
     agreement = trust(table) if "verified" in table else pd.DataFrame()
     if len(agreement):
         shown = agreement.set_index(GROUP)
@@ -42,6 +44,12 @@ def lines(table: pd.DataFrame) -> str:
             cells[name] = ["-" if np.isnan(one) else f"{one:.2f} [{low:.2f}, {high:.2f}]" for one, low, high in ends]
         found += ["", "estimates against the truth", pd.DataFrame(cells).to_string()]
     return "\n".join(found)
+
+
+def _sites(table: pd.DataFrame) -> dict[str, Site]:
+    """The sites of a table, by their names."""
+    units = table.groupby(["site", "level"], sort=False)["unit"].nunique()
+    return {name: Site(name, units[name, "neuron"], units.get((name, "head"))) for name in table["site"].unique()}
 
 
 def wide(table: pd.DataFrame, level: str) -> pd.DataFrame:
