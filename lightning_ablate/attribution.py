@@ -175,8 +175,10 @@ def q_values(p: pd.Series, groups: Sequence[pd.Series]) -> pd.Series:
 
     By Benjamini & Hochberg 1995, which holds for units that depend on one another positively.
     """
-    known = p.dropna().groupby([group[p.notna()] for group in groups], sort=False, dropna=False)
-    return known.transform(lambda own: stats.false_discovery_control(own)).reindex(p.index)
+    found = p.astype(float)
+    for _, own in found.dropna().groupby([group[p.notna()] for group in groups], sort=False, dropna=False):
+        found[own.index] = stats.false_discovery_control(own)
+    return found
 
 
 def scale_of(sums: np.ndarray) -> np.ndarray:
