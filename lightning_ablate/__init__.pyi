@@ -56,6 +56,7 @@ from .results import difference as difference
 from .results import load as load
 from .sharding import ShardedStrategy as ShardedStrategy
 from .sites import Site as Site
+from .sites import find_sites as find_sites
 from .statistics import ActivationStatistic as ActivationStatistic
 from .statistics import Covariance as Covariance
 from .statistics import Histogram as Histogram

@@ -1,7 +1,7 @@
 """A target under an ablation: the edits of its sites, and `ablated`, which needs no Trainer."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ablate.calibration import Calibration
+from lightning_ablate.choices import Only
 from lightning_ablate.errors import ConfigError, SiteError, StatisticsError, few
 from lightning_ablate.methods import Ablation, AblationMethod, Batch, Edit, Replacement, Source, method_of
 from lightning_ablate.seeds import digest
@@ -22,10 +23,13 @@ from lightning_ablate.statistics.base import by_example
 @contextmanager
 def ablated(
     target: nn.Module,
-    masks: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor] | None = None,
     method: AblationMethod | str = "zero",
     calibration: Calibration | None = None,
     source: Mapping[str, Any] | None = None,
+    *,
+    heads: Mapping[str, Sequence[int]] | None = None,
+    neurons: Mapping[str, Sequence[int]] | None = None,
 ) -> Iterator[None]:
     """Ablates a target inside the block: forward passes, generation, a training loop of one's own.
 
@@ -37,10 +41,13 @@ def ablated(
         calibration: the statistics that the method needs, see :meth:`Calibration.load`; StatisticsError without them.
         source: another input, from which ``resample-partner`` and its like take activations, as keyword arguments of
             the target: as many examples as run inside, or one for all. Its ``attention_mask`` tells padding.
+        heads: path → which heads, beside the masks. A calibration knows how many heads a site has, also one without
+            statistics: ``Calibration(sites=find_sites(target, example))``.
+        neurons: path → which neurons, beside the masks.
 
     Raises:
-        SiteError: if a path names no projection, or a mask doesn't fit; at the end, if a projection never ran inside;
-            when a backward pass would undo the ablation (gradient checkpointing).
+        SiteError: if a path names no projection, or a mask, head or neuron isn't one of its own; at the end, if a
+            projection never ran inside; when a backward pass would undo the ablation (gradient checkpointing).
         ConfigError: if the method needs a source and got none, or goes by positions where a cache hides them.
     """
     chosen, calibration = method_of(method), calibration or Calibration()
@@ -51,14 +58,26 @@ def ablated(
     located = {site.path for site in calibration.sites}
     known = [Site(name, width) for name, width in widths.items() if width is not None and name not in located]
     known += calibration.sites
-    if strange := set(masks) - {name for site in known for name in (site.name, site.path)}:
+    units = Only(heads, neurons) if masks is None or heads or neurons else None
+    masks = masks or {}
+    given = {**masks, **(heads or {}), **(neurons or {})}
+    if strange := set(given) - {name for site in known for name in (site.name, site.path)}:
         raise SiteError(
             f"the target has no projection {min(strange)!r}; a site is named by the path of a linear module, and each "
             "use of one that runs several times (path#1) by a calibration that knows it"
         )
-    found = {site: torch.as_tensor(given) for site in known if (given := given_for(site, masks)) is not None}
-    for site, mask in found.items():
+    if unknown := {site.name for site in known if site not in calibration.sites} & set(heads or ()):
+        raise SiteError(
+            f"how many heads {min(unknown)} has isn't known here: give a mask in place of `heads`, or a calibration, "
+            "such as calibration=Calibration(sites=find_sites(target, example))"
+        )
+    found = dict[Site, Tensor]()
+    selections = [] if units is None else units.selections(known, [], [])
+    for site in (site for site in known if given_for(site, given) is not None):
+        own = given_for(site, masks)
+        mask = torch.zeros(site.width, dtype=torch.bool) if own is None else torch.as_tensor(own)
         check_mask(mask, site, "ablated()")
+        found[site] = mask if units is None else mask.cpu() | units.mask(selections[0], site)
     batch = Batch(torch.zeros(0))
     if source is not None:
         read = _read(target, found, source)

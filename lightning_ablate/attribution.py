@@ -22,6 +22,7 @@ from lightning_ablate.statistics import FOUND
 BOUND = 25.0  # nats of an example at which what one position does to it levels off
 _KEYS = ["method", "site", "level", "unit"]
 GROUP = ["method", "level", "kind"]  # what is picked and compared together
+FOUND_AT = 0.05  # the q up to which a unit counts as found
 SUMS = ("first", "second", "estimate", "square", "with_n")  # what is summed over the examples of each unit
 
 
@@ -142,8 +143,9 @@ def table_of(attributed: Mapping[str, Mapping[Site, Tensor]], measured: Sequence
 
     Columns: method, site, kind (of the site), level (neuron, head or site), unit (index in the site), and, in nats per
     scored position: first and second (order), estimate (their sum, bounded) and se (its standard error over examples).
-    If units were verified, also picked (``largest`` or ``random``), verified (the measured effect), verified_se, and
-    calibrated: the estimate with its second order times :func:`scale_of`.
+    q is of the test that the estimate is 0 (two-sided, estimate / se being normal), see :func:`q_values`, among the
+    units of one method, level and kind. If units were verified, also picked (``largest`` or ``random``), verified (the
+    measured effect), verified_se, and calibrated: the estimate with its second order times :func:`scale_of`.
 
     Args:
         attributed: method → site → ``(FOUND, units)`` float64.
@@ -156,6 +158,8 @@ def table_of(attributed: Mapping[str, Mapping[Site, Tensor]], measured: Sequence
             frame = pd.DataFrame(units, columns=["level", "unit"]).assign(method=method, site=site.name, kind=site.kind)
             frames.append(frame[[*_KEYS, "kind"]].assign(**dict(zip(FOUND, found.cpu().numpy(), strict=True))))
     table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*_KEYS, "kind", *FOUND])
+    p = 2 * stats.norm.sf((table["estimate"] / table["se"]).abs().mask(table["estimate"] == 0, 0.0).astype(float))
+    table["q"] = q_values(pd.Series(p, table.index), [table[name] for name in GROUP])
     if not measured:
         return table
     columns = [*_KEYS, "picked", "verified", "verified_se"]
@@ -164,6 +168,17 @@ def table_of(attributed: Mapping[str, Mapping[Site, Tensor]], measured: Sequence
         scale = float(scale_of(_weighed(own.dropna(subset="verified"), len(own)).sum(1)))
         table.loc[own.index, "calibrated"] = own["first"] + scale * (own["estimate"] - own["first"])
     return table
+
+
+def q_values(p: pd.Series, groups: Sequence[pd.Series]) -> pd.Series:
+    """The smallest rates of false discoveries, within each group, at which p-values count as found; NaN where p is NaN.
+
+    By Benjamini & Hochberg 1995, which holds for units that depend on one another positively.
+    """
+    found = p.astype(float)
+    for _, own in found.dropna().groupby([group[p.notna()] for group in groups], sort=False, dropna=False):
+        found[own.index] = stats.false_discovery_control(own)
+    return found
 
 
 def scale_of(sums: np.ndarray) -> np.ndarray:

@@ -21,13 +21,11 @@ from lightning_ablate.methods import AblationMethod, method_of
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.phase import Phase
 from lightning_ablate.progress import say
-from lightning_ablate.report import named_scores, report_attribution, report_neurons, report_results, tabulated
+from lightning_ablate.report import log_scores, report_attribution, report_neurons, report_results, tabulated
 from lightning_ablate.results import Results
 from lightning_ablate.run import Run, Store, checkpoint_of, plain
 from lightning_ablate.seeds import digest
 from lightning_ablate.sweep import Sweep
-
-PAPER_FRACTIONS, PAPER_SEEDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0), (42, 123, 456)
 
 
 class AblationCallback(lightning.Callback):
@@ -38,7 +36,8 @@ class AblationCallback(lightning.Callback):
 
     Args:
         methods: what replaces a neuron: names such as ``zero``, ``mean`` and ``peak`` (all are in
-            lightning_ablate/methods/README.md), instances, or class paths of subclasses of AblationMethod.
+            lightning_ablate/methods/README.md), instances, or class paths of subclasses of AblationMethod; none for an
+            attribution without a sweep.
         fractions: shares of each site's units to ablate, 0 to 1, rounded to whole units.
         seeds: of the choice of neurons, and of what a method draws.
         sites: ``attention`` (the default), ``self-attention``, ``cross-attention``, ``mlp``, and shell-style patterns
@@ -62,8 +61,8 @@ class AblationCallback(lightning.Callback):
     def __init__(
         self,
         methods: Sequence[AblationMethod | str] | str = ("zero", "mean", "peak"),
-        fractions: Sequence[float] | float = PAPER_FRACTIONS,
-        seeds: Sequence[int] | int = PAPER_SEEDS,
+        fractions: Sequence[float] | float = (0.1, 0.5, 0.9),
+        seeds: Sequence[int] | int = (42,),
         sites: Sequence[str] | str = "attention",
         neurons: Choice | None = None,
         attribution: Attribution | None = None,
@@ -79,12 +78,11 @@ class AblationCallback(lightning.Callback):
         self.attribution = Attribution() if attribution is None else attribution
         if not isinstance(self.attribution, Attribution):
             raise ConfigError(f"attribution is {attribution!r:.80}, expected Attribution(methods=[...])")
-        self.explain: phases.Explain = (explain,) if isinstance(explain, str) else explain
-        self.explain_examples = explain_examples
-        if (isinstance(explain, int) and explain < 0) or explain_examples < 1:
+        self.explain = phases.Explain(explain if isinstance(explain, int) else listed(explain), explain_examples)
+        if not made and not self.attribution.methods:
             raise ConfigError(
-                f"explain is {explain} and explain_examples {explain_examples}, expected at least 0, or the names of "
-                "units, and at least 1 (--ablation.explain)"
+                "methods is empty, expected at least one (--ablation.methods '[mean]'), or an attribution without a "
+                "sweep (--ablation.attribution.methods '[mean]')"
             )
         self.dirpath, self.save_every, self.figures = dirpath, save_every, listed(figures)
         self.results: Results | None = None
@@ -123,10 +121,9 @@ class AblationCallback(lightning.Callback):
         """Says at the first batch what the run amounts to; ends the epoch after its last one."""
         phase, run, seen = cast(Phase, pl_module.phase), self.run, trainer.fit_loop.batch_idx + 1
         if isinstance(phase, phases.CalibrationPhase) and seen == 1 and not run.epochs:
-            if self.explain:
-                phases.check_explained(self.explain, self.sweep, self.attribution, run.calibration.sites)
-            batches = float(trainer.num_training_batches), float(sum(trainer.num_val_batches))
-            say(trainer, phases.plan(self._epochs, self.sweep, phase, batches))
+            given, batches = (self.sweep, self.attribution), trainers.batches_of(trainer, self.explain.examples)
+            units = phases.check_explained(self.explain, *given, run.calibration.sites) if self.explain.units else 0
+            say(trainer, phases.plan(self._epochs, *given, phase, batches, units))
         if not trainer.is_last_batch:
             return
         phase.end_epoch()
@@ -145,9 +142,9 @@ class AblationCallback(lightning.Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             self._begin(trainer, pl_module)
         examples = [trainers.example_count(trainer, loader) for loader in trainers.evaluation_loaders(trainer)]
-        given = pl_module, self.run, self.sweep, examples
-        options: Any = {"explain": self.explain, "limit": self.explain_examples, "attribution": self.attribution}
-        phase = phases.ExplainedSweep(*given, **options) if self.explain else phases.SweepPhase(*given)
+        phase = phases.SweepPhase(pl_module, self.run, self.sweep, examples)
+        if self.explain.units:
+            phase = phases.ExplainedSweep(pl_module, self.run, self.sweep, examples, self.explain, self.attribution)
         pl_module.phase = self.run.resume(phase)
 
     def on_validation_batch_end(self, trainer: lightning.Trainer, pl_module: AblationModule, *_: Any) -> None:  # type: ignore[override]
@@ -161,7 +158,7 @@ class AblationCallback(lightning.Callback):
         phase = cast(phases.SweepPhase, pl_module.phase)
         phase.end_epoch()
         self.results = tabulated(trainer, phase, self._facts | self.run.facts(self.sweep.methods, phase.classes))
-        pl_module.log_dict(named_scores(self.results), add_dataloader_idx=False, sync_dist=True)
+        log_scores(trainer, self.results)
         if trainer.is_global_zero:
             fitting = trainer.state.fn == TrainerFn.FITTING
             units = self.attributions if fitting else None

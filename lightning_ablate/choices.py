@@ -242,7 +242,8 @@ class Only(Choice):
         self.heads, self.neurons = dict(heads or {}), dict(neurons or {})
         if not any(numbers for *_, numbers in self._given()):
             raise ConfigError(
-                "Only names no heads and no neurons, expected some: --ablation.neurons.heads '{SITE: [0]}'"
+                "no heads and no neurons are named, expected some: heads={SITE: [0]} (--ablation.neurons.heads "
+                "'{SITE: [0]}')"
             )
         self.label = label or self._listed()
 
@@ -252,10 +253,10 @@ class Only(Choice):
         for kind, name, numbers in self._given():
             if name not in known:
                 names = few(site.name for site in sites)
-                raise SiteError(f"Only names {name!r} (--ablation.neurons), expected one of {names}")
+                raise SiteError(f"there is no site {name!r} (--ablation.neurons), expected one of {names}")
             count = heads_of(known[name]) if kind == "head" else known[name].width
             if bad := [number for number in numbers if not 0 <= number < count]:
-                raise SiteError(f"Only names {kind} {bad[0]} of {name} (--ablation.neurons), expected 0 to {count - 1}")
+                raise SiteError(f"{name} has no {kind} {bad[0]} (--ablation.neurons), expected 0 to {count - 1}")
         return [Selection(1.0, None, self.label)]
 
     def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:

@@ -73,6 +73,21 @@ def named_scores(results: Results) -> dict[str, float]:
     return found
 
 
+def log_scores(trainer: lightning.Trainer, results: Results) -> None:
+    """Gives every score to callbacks and all loggers but TensorBoard, which would draw a chart of one point for each.
+
+    Every process must call it. Where TensorBoard is among the loggers, ``Trainer.validate`` returns no scores.
+    """
+    scores = named_scores(results)
+    others = [logger for logger in trainer.loggers if not isinstance(logger, TensorBoardLogger)]
+    alone = len(others) < len(trainer.loggers)
+    logged = False if alone else None  # None: by all loggers, if there are any
+    trainer.lightning_module.log_dict(scores, logger=logged, add_dataloader_idx=False, sync_dist=True)
+    for logger in others if alone and trainer.is_global_zero else ():
+        logger.log_metrics(scores, trainer.global_step)
+        logger.save()
+
+
 def report_neurons(
     trainer: lightning.Trainer, calibration: Calibration, model: str, folder: Path | None, forms: Sequence[str]
 ) -> None:
@@ -117,7 +132,7 @@ def report_results(
                 writer.add_figure(name, picture())
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            if folder is not None and not results.parts:
+            if folder is not None and results.methods and not results.parts:
                 paths.append(_curves(results, folder))
             notes = ["", f"TensorBoard: tensorboard --logdir {logger.root_dir}"]
         else:

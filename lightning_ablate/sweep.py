@@ -19,8 +19,8 @@ class Sweep:
     """The conditions of a run.
 
     Raises:
-        ConfigError: if one of them is empty, a fraction is outside 0 to 1, a seed isn't a whole number, or two methods
-            share a name.
+        ConfigError: if there are no sites, or methods without fractions or seeds; if a fraction is outside 0 to 1, a
+            seed isn't a whole number, or two methods share a name.
     """
 
     methods: tuple[AblationMethod, ...]
@@ -35,7 +35,7 @@ class Sweep:
             raise ConfigError(
                 f"neurons is {self.neurons!r:.80}, expected a Choice, such as EachHead() (--ablation.neurons)"
             )
-        for name in ("methods", "fractions", "seeds", "sites"):
+        for name in ("fractions", "seeds", "sites") if self.methods else ("sites",):
             if not getattr(self, name):
                 raise ConfigError(f"{name} is empty, expected at least one (--ablation.{name})")
         if odd := [seed for seed in self.seeds if type(seed) is not int]:

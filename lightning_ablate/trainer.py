@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence, Sized
 from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
+from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar, cast
@@ -112,6 +113,14 @@ def calibration_amount(trainer: lightning.Trainer) -> Amount:
     batch_size = _batch_size(trainer.train_dataloader) * trainer.world_size
     examples = example_count(trainer, trainer.train_dataloader)
     return Amount(trainer.num_training_batches, batch_size, examples, _is_dry(trainer))
+
+
+def batches_of(trainer: lightning.Trainer, examples: int) -> tuple[float, float, float]:
+    """The batches of each process: of the calibration, of all evaluation data, and of their first ``examples``."""
+    counts = [float(trainer.num_training_batches), float(sum(trainer.num_val_batches))]
+    loaders = evaluation_loaders(trainer)
+    size = _batch_size(loaders[0]) * trainer.world_size if loaders else 1
+    return counts[0], counts[1], min(counts[1], ceil(examples / size))
 
 
 def validate_at_once(trainer: lightning.Trainer) -> None:

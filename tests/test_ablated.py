@@ -23,6 +23,7 @@ from lightning_ablate import (
     Site,
     Zero,
     ablated,
+    find_sites,
 )
 from lightning_ablate.calibration import fingerprint
 from lightning_ablate.errors import ConfigError, SiteError, StatisticsError, TargetError
@@ -106,6 +107,34 @@ def test_each_use_of_a_module_that_runs_again_is_named_by_its_number():
     only = Only(neurons={path: range(8)}, heads={f"{path}#1": [3]})
     masks = [only.mask(only.selections(calibration.sites, [], [])[0], site) for site in calibration.sites]
     assert [mask.sum().item() for mask in masks] == [8, 12, 8]
+
+
+@pytest.mark.parametrize("method", ["zero", "mean"])
+def test_heads_and_neurons_are_named_by_numbers_beside_masks(method):
+    model = sharpened(tiny.gpt2)
+    other, calibration = PATH.replace("1", "0"), tiny.calibrated(model, Mean())
+    numbers = {PATH: [0, 1, 2, 3, 8, 9, 10, 11, 15], other: [0, 3]}  # heads 0 and 2 of 4, neurons 15, 3; 0 by its mask
+    masks = {path: torch.isin(torch.arange(16), torch.tensor(n)) for path, n in numbers.items()}
+    with ablated(model, masks, method, calibration):
+        expected = tiny.run(model)
+    options = {"heads": {PATH: [0, 2]}, "neurons": {PATH: [15, 8], other: [3]}}
+    with ablated(model, {other: torch.arange(16) < 1}, method, calibration, **options):
+        assert torch.equal(tiny.run(model), expected)
+    if method == "zero":  # which needs to know no more than the sites
+        sites = find_sites(model, tiny.tokens()["input_ids"])
+        assert sites == list(calibration.sites)
+        with ablated(model, {other: torch.arange(16) < 1}, calibration=Calibration(sites=sites), **options):
+            assert torch.equal(tiny.run(model), expected)
+    for given, message in (
+        ({"heads": {PATH: [4]}}, f"{PATH} has no head 4 .*, expected 0 to 3"),
+        ({"neurons": {PATH: [16]}}, f"{PATH} has no neuron 16 .*, expected 0 to 15"),
+        ({"heads": {"h.9": [0]}}, "the target has no projection 'h.9'"),
+        ({"heads": {PATH: [0]}, "calibration": None}, "has isn't known here: give a mask .*find_sites"),
+    ):
+        with pytest.raises(SiteError, match=message), ablated(model, **{"calibration": calibration, **given}):
+            pass
+    with pytest.raises(ConfigError, match="no heads and no neurons are named"), ablated(model):
+        pass
 
 
 def test_a_checkpoint_gives_what_the_calibration_in_memory_gives(tmp_path):

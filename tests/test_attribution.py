@@ -6,11 +6,22 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from scipy import stats
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_ablate import AblationCallback, AblationModule, Attribution, Optimal, Ranked, Scored, Site
+from lightning_ablate import (
+    AblationCallback,
+    AblationModule,
+    Attribution,
+    EachHead,
+    Optimal,
+    Ranked,
+    Results,
+    Scored,
+    Site,
+)
 from lightning_ablate import attribution as attributions
 from lightning_ablate.attribution import cotangents, orders, table_of, trust
 from lightning_ablate.errors import ConfigError, DataError, StatisticsError
@@ -299,8 +310,24 @@ def test_how_far_to_trust_a_map_is_what_scipy_says():
         assert said[f"{name}_low"] <= said[name] <= said[f"{name}_high"]
     assert said[["scale", "scale_low", "scale_high"]].isna().all()  # second orders don't add up to anything positive
     text = lines(table)
-    assert "estimates against the truth" in text and "within 2 standard errors of 0" in text
+    top = table[table["level"] == "neuron"].nlargest(1, "estimate").iloc[0]
+    head, dim = divmod(top["unit"], 4)
+    assert f"  {top['site']} neuron {top['unit']} (head {head}, dim {dim}): +" in text
+    assert "estimates against the truth" in text
+    own = table[table["level"] == "head"]
+    expected = stats.false_discovery_control(2 * stats.norm.sf((own["estimate"] / own["se"]).abs()))
+    assert own["q"].to_numpy() == pytest.approx(expected) and 0 < (own["q"] <= 0.05).sum() < len(own) / 2
+    count = f"{(own['q'] <= 0.05).sum()} of them found to differ from 0 (q ≤ 0.05)"
+    assert f"mean, 270 heads (self-attention), {count}" in text
+    assert wide(table, "head")["mean_q"].tolist() == own["q"].tolist()
     assert wide(table, "head").columns.tolist()[:4] == ["site", "head", "mean_first", "mean_second"]
+
+
+def test_units_that_do_nothing_are_not_found_and_those_of_one_example_have_no_q():
+    found = torch.tensor([[0.0, 1.0, 3.0, 1.0], [0.0] * 4, [0.0, 1.0, 3.0, 1.0], [0.0, 0.0, 1.0, torch.nan]])
+    table = table_of({"mean": {Site("p", 3): found.double()}})
+    assert table["q"].tolist() == pytest.approx([1.0, 0.0, 1.5 * 2 * stats.norm.sf(3), np.nan], nan_ok=True)
+    assert table_of({})["q"].empty
 
 
 def test_second_orders_are_scaled_until_the_measured_units_add_up():
@@ -351,6 +378,29 @@ def test_what_cannot_be_attributed_is_refused(tmp_path):
             Graphless(tiny.gpt2()),
             callback=AblationCallback(["zero"], [1.0], [1], attribution=Attribution(["zero"])),
         )
+
+
+@pytest.mark.parametrize("options", [{}, {"fractions": [], "seeds": [], "neurons": EachHead()}])
+def test_without_methods_units_are_attributed_and_the_intact_model_is_evaluated(tmp_path, capsys, options):
+    swept = attributed(tmp_path, tiny.Own(tiny.gpt2()), tiny.loader(seed=1), val=tiny.loader(seed=2), verify=2)
+    capsys.readouterr()
+    attribution = Attribution(["zero", "mean"], verify=2)
+    callback = AblationCallback([], attribution=attribution, dirpath=tmp_path / "alone", **options)
+    tiny.fit(tmp_path, tiny.Own(tiny.gpt2()), callback=callback, logger=TensorBoardLogger(tmp_path / "logs"))
+    found, shown = callback.results, capsys.readouterr().out
+    columns = ["method", "site", "level", "unit", *FOUND]
+    pd.testing.assert_frame_equal(callback.attributions[columns], swept.attributions[columns])
+    pd.testing.assert_frame_equal(found.table, swept.results.table[:1])
+    assert str(found) in shown and lines(callback.attributions) in shown and "nothing ablated: top-1" in shown
+    files = {path.name for path in (tmp_path / "alone").iterdir()}
+    assert {"heads.parquet", "attribution.png", "results.csv"} < files
+    assert not files & {"degradation.png", "comparisons.png", "importance.png", "curves"}
+    loaded = Results.load(tmp_path / "alone")
+    assert (
+        len(loaded.ranking()) == len(loaded.compare()) == 0
+        and len(loaded.summary()) == 1
+        and "1 conditions" in repr(found)
+    )
 
 
 def test_a_share_of_the_examples_is_attributed(tmp_path):

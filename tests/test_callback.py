@@ -12,10 +12,12 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_ablate import AblationCallback, CausalLM, EachHead, Results
+from lightning_ablate import AblationCallback, Attribution, CausalLM, EachHead, Results
 from lightning_ablate.calibration import fingerprint
 from lightning_ablate.errors import ConfigError, DataError, SiteError
 from lightning_ablate.methods import AblationMethod
+from lightning_ablate.modules.phase import Amount
+from lightning_ablate.phases import plan, schedule
 from lightning_ablate.sites import find_sites
 from lightning_ablate.trainer import check_counts_once
 from tests import tiny
@@ -100,6 +102,40 @@ def test_the_plan_says_how_many_passes_the_run_then_does(tmp_path, capsys):
     passes = 2 * 3 + 3 * (15 + 4)
     assert f"plan: 15 conditions, {passes} forward passes, about " in capsys.readouterr().out
     assert module.passes == passes + len(finding) + 2  # by which the axes are told
+
+
+@pytest.mark.parametrize(("examples", "used"), [(None, 5), (3, 2), (99, 5)])  # 5 batches of 2
+def test_the_plan_counts_a_pass_of_the_used_batches_for_each_unit_that_is_verified(tmp_path, capsys, examples, used):
+    module, attribution = (
+        tiny.Counting(tiny.gpt2()),
+        Attribution(["zero", "mean"], draws=3, verify=6, examples=examples),
+    )
+    callback = AblationCallback(["zero"], [0.5], [1], sites=["attention", "mlp"], attribution=attribution)
+    tiny.fit(tmp_path, module, tiny.loader(9, seed=1), tiny.loader(seed=2), callback)
+    # neurons and MLP neurons: the 6 largest and 6 others; heads: all 8
+    verified = 1 + 2 * (12 + 12 + 8)
+    assert callback.attributions["verified"].notna().sum() == 2 * (12 + 12 + 8)
+    forward = 5 + used * (1 + verified) + 3 * 2
+    assert f"plan: 2 conditions, {forward + used * 2 * 4} forward passes, about " in capsys.readouterr().out
+    assert module.passes == forward + 3  # by which the sites and the axes are found
+
+
+def test_a_plan_of_more_than_an_hour_names_the_options_that_shorten_it():
+    sites, data = tiny.sites(tiny.gpt2()), SimpleNamespace(unit="tokens")
+
+    def said(attribution=(), seconds=100.0, data=data, **options):
+        module = SimpleNamespace(trainer=SimpleNamespace(datamodule=data))
+        phase = SimpleNamespace(calibration=SimpleNamespace(sites=sites), seconds=seconds, module=module)
+        made = AblationCallback(["zero"], attribution=Attribution(attribution), **options)
+        epochs = schedule(made.sweep, made.attribution, Amount(5, 2, 9))
+        return plan(epochs, made.sweep, made.attribution, phase, (5.0, 20.0)).partition(" (h:mm:ss)")[2]
+
+    fewer = "; for a shorter run give fewer "
+    assert said() == fewer + "--ablation.fractions, --data.evaluation_tokens"
+    assert said(["mean"], fractions=[0.5], seeds=[1, 2]) == (
+        fewer + "--ablation.seeds, --data.evaluation_tokens, --ablation.attribution.examples"
+    )
+    assert said(neurons=EachHead(), data=None) == said(seconds=1.0) == ""
 
 
 def test_a_fit_that_is_stopped_before_its_last_epoch_does_not_sweep(tmp_path):

@@ -86,14 +86,14 @@ def test_only_the_given_heads_and_neurons_go():
     assert Only(heads={HEADS.name: [1]}, label="copying").selections([HEADS], [], [])[0].part == "copying"
     assert Only(heads={f"layers.{n}.self_attn.o_proj": [0, 1] for n in range(9)}).label == "18 heads of 9 sites"
     for wrong, message in (
-        (Only(heads={"h.9": [0]}), "Only names 'h.9' .*, expected one of h.0.attn.proj, h.0.mlp.down"),
-        (Only(heads={HEADS.name: [3]}), "Only names head 3 of h.0.attn.proj .*, expected 0 to 2"),
-        (Only(neurons={MLP.name: [-1]}), "Only names neuron -1 of h.0.mlp.down .*, expected 0 to 19"),
+        (Only(heads={"h.9": [0]}), "there is no site 'h.9' .*, expected one of h.0.attn.proj, h.0.mlp.down"),
+        (Only(heads={HEADS.name: [3]}), "h.0.attn.proj has no head 3 .*, expected 0 to 2"),
+        (Only(neurons={MLP.name: [-1]}), "h.0.mlp.down has no neuron -1 .*, expected 0 to 19"),
     ):
         with pytest.raises(SiteError, match=message):
             wrong.selections([HEADS, MLP], [], [])
     for heads in (None, {HEADS.name: []}):
-        with pytest.raises(ConfigError, match="Only names no heads and no neurons"):
+        with pytest.raises(ConfigError, match="no heads and no neurons are named"):
             Only(heads)
 
 

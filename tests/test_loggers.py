@@ -3,7 +3,8 @@
 import pandas as pd
 import pytest
 import yaml
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_ablate import AblationCallback
 from tests import tiny
@@ -35,3 +36,19 @@ def test_each_condition_is_in_csv_in_an_offline_wandb_run_in_callback_metrics_an
     assert list(tmp_path.glob("wandb/offline-*/files/media/images/degradation_*.png"))
     (returned,) = tiny.trainer(tmp_path / "again", callback).validate(module, tiny.loader(seed=2), verbose=False)
     assert_there(returned)
+
+
+def test_tensorboard_gets_a_curve_a_method_and_no_charts_of_one_point(tmp_path, drawn):
+    callback = AblationCallback(["zero", "mean"], [0.5, 1.0], [1])
+    loggers = [TensorBoardLogger(tmp_path, default_hp_metric=False), CSVLogger(tmp_path / "csv")]
+    trainer = tiny.trainer(tmp_path, callback, logger=loggers)
+    trainer.fit(tiny.Own(tiny.gpt2()), tiny.loader(seed=1), tiny.loader(seed=2))
+    table = callback.results.table
+    kept = pd.read_csv(loggers[1].experiment.metrics_file_path)
+    for found in (trainer.callback_metrics, kept.iloc[-1]):
+        assert float(found["top1/zero 0.5 seed 1"]) == pytest.approx(table["top1"][1])
+    folders = loggers[0].log_dir, callback.folder / "curves/zero"
+    own, zero = (EventAccumulator(str(folder)).Reload() for folder in folders)
+    assert own.Tags()["scalars"] == [] and own.Tags()["images"] == ["degradation"] and len(kept) == 1
+    points = {event.step: event.value for event in zero.Scalars("ablation/cross_entropy")}
+    assert points == pytest.approx(dict(zip((0, 50, 100), table["cross_entropy"], strict=False)))

@@ -13,7 +13,7 @@ import yaml
 from datasets import ClassLabel, Dataset, Features, Image
 
 from lightning_ablate import Results
-from lightning_ablate.cli import AblationCLI
+from lightning_ablate.cli import DEFAULT_CONFIG, AblationCLI
 from lightning_ablate.data.demo import python_texts
 from tests import tiny
 from tests.command import CONFIGS
@@ -73,13 +73,19 @@ def stand_ins(tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("path", [*sorted(CONFIGS.glob("*.yaml")), DEFAULT_CONFIG], ids=lambda path: path.stem)
+def test_the_configs_have_the_papers_shares_and_seeds(path):
+    ablation = yaml.safe_load(path.read_text())["ablation"]
+    fractions, seeds = [step / 10 for step in range(1, 10 if "smollm2" in path.stem else 11)], [42, 123, 456]
+    alone = ablation.get("neurons") == "EachHead"  # whatever the fractions and seeds
+    assert alone or (ablation["fractions"], ablation["seeds"]) == (fractions, seeds)
+
+
 def test_the_configs_name_what_the_paper_used():
     assert {path.stem for path in CONFIGS.glob("paper_*.yaml")} == {f"paper_{name}" for name in NAMES}
     for name, (_, model, data) in NAMES.items():
         config = yaml.safe_load((CONFIGS / f"paper_{name}.yaml").read_text())
         assert (config["model"]["init_args"]["name"], config["data"]["init_args"]["name"]) == (model, data)
-        assert config["ablation"]["seeds"] == [42, 123, 456]
-        assert config["ablation"]["fractions"] == [step / 10 for step in range(1, 11)]
         budgets = config["data"]["init_args"]
         if name == "vit_b16":
             assert (budgets["evaluation_images"], 197 * budgets["calibration_images"] // 1000) == (1000, 100)

@@ -1,5 +1,6 @@
 """Evidence: what ablating single units does at every scored position of some examples, once the sweep is done."""
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
 from typing import Any
@@ -30,20 +31,25 @@ _ROWS = 512  # of logits are summed at a time
 class ExplainedSweep(SweepPhase):
     """A sweep, and then the evidence of single units on the first examples, whose batches it holds until then.
 
-    Args:
-        explain: how many units, the largest ones, or the names of units. The largest of an attribution (of its heads,
-            and as many neurons), or of those that the sweep ablates alone.
-        limit: the number of evaluation examples, the first ones by their indices, on which units are explained.
-        attribution: its methods ablate the units; if it has none, those of the sweep.
+    The units are those named, or the largest of an attribution (of its heads, and as many neurons), or of those that
+    the sweep ablates alone. The attribution's methods ablate them; if it has none, those of the sweep.
 
     Attributes:
         evidence: the evidence, once the last batch is done.
         unread: why it doesn't tell what heads read; empty if it does.
     """
 
-    def __init__(self, *args: Any, explain: Explain, limit: int, attribution: Attribution) -> None:
-        super().__init__(*args)
-        self.explain, self.limit, self.attribution = explain, limit, attribution
+    def __init__(
+        self,
+        module: AblationModule,
+        run: Run,
+        sweep: Sweep,
+        examples: Sequence[int],
+        explain: Explain,
+        attribution: Attribution,
+    ) -> None:
+        super().__init__(module, run, sweep, examples)
+        self.explain, self.attribution = explain, attribution
         self.evidence: Evidence | None = None
         self.unread = ""
         self._held: list[tuple[Any, int]] = []
@@ -54,7 +60,7 @@ class ExplainedSweep(SweepPhase):
         module = self.module
         if module.loader_index == 0:
             examples = module.examples_of(batch, batch_idx)
-            wanted = (examples >= 0) & (examples < self.limit)
+            wanted = (examples >= 0) & (examples < self.explain.examples)
             if bool(module.summed(wanted.any().float())):  # of any process, as a sharded target needs them all
                 self._held.append((batch, batch_idx))
         super().step(batch, batch_idx)
@@ -63,7 +69,7 @@ class ExplainedSweep(SweepPhase):
             sweep, names = self.sweep, self._names()
             methods = explaining(sweep, self.attribution)
             alone = Sweep(methods, (1.0,), sweep.seeds[:1] or (0,), Units(names), sweep.sites)
-            recorder = _Recorder(module, self.run, alone, self.limit)
+            recorder = _Recorder(module, self.run, alone, self.explain.examples)
             recorder.announce = self.announce
             for held in self._held:
                 recorder.step(*held)
@@ -72,14 +78,15 @@ class ExplainedSweep(SweepPhase):
 
     def _names(self) -> list[str]:
         """The units to explain; of a number the largest, by what they were measured or estimated to cost."""
-        if not isinstance(self.explain, int):
-            return list(self.explain)
+        units = self.explain.units
+        if not isinstance(units, int):
+            return list(units)
         if self.attribution.methods:
             table = table_of(self.run.calibration.attributed, self.run.measured)
             table = table[table["level"] != "site"]
             table["cost"] = table["verified"].fillna(table["estimate"]) if "verified" in table else table["estimate"]
             means = table.groupby(["level", "site", "unit"], sort=False)["cost"].mean().reset_index()
-            largest = means.sort_values("cost", ascending=False, kind="stable").groupby("level").head(self.explain)
+            largest = means.sort_values("cost", ascending=False, kind="stable").groupby("level").head(units)
             return [f"{one.site} {one.level} {one.unit}" for one in largest.itertuples()]
         place = self.metrics.names.index("cross_entropy")
         costs = self.module.summed(self.each[0].sums[:, place].sum(1)).tolist()
@@ -88,7 +95,7 @@ class ExplainedSweep(SweepPhase):
             name = next((n for one, n in parts.items() if (one.part, one.head) == (condition.part, condition.head)), "")
             found[name] = found.get(name, 0.0) + cost
         found.pop("", None)
-        return sorted(found, key=lambda name: -found[name])[: self.explain]
+        return sorted(found, key=lambda name: -found[name])[:units]
 
 
 class _Recorder(SweepPhase):

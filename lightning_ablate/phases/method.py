@@ -18,6 +18,7 @@ class Epoch(NamedTuple):
     method: str = ""  # whose conditions are run, and what each costs beside that
     per_condition: float = 0.0
     note: str = ""  # what the plan must say of it
+    per_unit: float = 0.0  # what each unit costs that a verification measures
 
 
 class MethodPhase(Phase):

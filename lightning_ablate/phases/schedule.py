@@ -4,13 +4,15 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
+from math import ceil
 
-from lightning_ablate.attribution import Attribution
+from lightning_ablate.attribution import Attribution, levels_of
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.modules.phase import Amount
 from lightning_ablate.phases.attribution import AttributionPhase, VerificationPhase
 from lightning_ablate.phases.calibration import CalibrationPhase
 from lightning_ablate.phases.method import Epoch, phase_of
+from lightning_ablate.sites import Site
 from lightning_ablate.statistics import ActivationStatistic, Moments, with_needs
 from lightning_ablate.sweep import Sweep
 
@@ -32,7 +34,7 @@ def schedule(sweep: Sweep, attribution: Attribution, amount: Amount) -> list[Epo
     calibrate = partial(CalibrationPhase, kinds=kinds)
     calibrating = [Epoch(number, calibrate, 1.0) for number in range(1 + max(kind.epoch() for kind in kinds))]
     preparing = [epoch for method, phase in prepared.items() for epoch in phase.scheduled(method, sweep, amount)]
-    attributing = _attributing(attribution, sweep.seeds[0], amount) if attribution.methods else []
+    attributing = _attributing(attribution, [*sweep.seeds, 0][0], amount) if attribution.methods else []
     waits = {method.name for method in prepared} & {method.name for method in attribution.each}
     return calibrating + (preparing + attributing if waits else attributing + preparing)
 
@@ -67,32 +69,61 @@ def check_attribution(options: Attribution, sweep: Sweep, metrics: Sequence[str]
 
 
 def _attributing(options: Attribution, seed: int, amount: Amount) -> list[Epoch]:
+    used = amount.batches if options.examples is None else ceil(options.examples / amount.batch_size)
+    share = min(1.0, used / max(1, amount.batches))  # of the batches, the others are passed over
+    sources = len({method.source for method in options.each} - {None})
     attribute = partial(AttributionPhase, options=options, seed=seed)
-    found = [Epoch(0, attribute, 1.0 + 2.0 * (1 + options.draws))]
+    backward = 2.0 * (1 + options.draws if options.metric is None else 1)
+    found = [Epoch(0, attribute, share * (1 + sources + backward))]
     if options.verify:
         verify = partial(VerificationPhase, options=options, seed=seed, examples=amount.examples)
-        found.append(Epoch(0, verify, 1.0 + 4.0 * options.verify * len(options.each)))
+        found.append(Epoch(0, verify, share * (1 + sources), per_unit=share))
     return found
 
 
-def plan(epochs: Sequence[Epoch], sweep: Sweep, phase: CalibrationPhase, batches: tuple[float, float]) -> str:
-    """One line on what a run amounts to.
+def _verified(options: Attribution, sites: Sequence[Site]) -> int:
+    """How many units are measured, each under its method."""
+    units = Counter[tuple[str, str]]()
+    for site in sites:
+        units += {(site.kind, level): site.width // size for level, size in levels_of(site).items() if level != "site"}
+    return len(options.each) * sum(min(2 * options.verify, count) for count in units.values())
+
+
+def plan(
+    epochs: Sequence[Epoch],
+    sweep: Sweep,
+    attribution: Attribution,
+    phase: CalibrationPhase,
+    batches: tuple[float, float, float],
+    explained: int = 0,
+) -> str:
+    """One line on what a run amounts to; of more than an hour it says which options shorten it.
 
     Args:
         epochs: those of ``fit``.
         sweep: what is compared.
+        attribution: its options.
         phase: calibration, which has found the sites and timed a forward pass.
-        batches: of an epoch of ``fit`` and of the sweep, of each process.
+        batches: of an epoch of ``fit``, of the sweep and of what is explained, of each process.
+        explained: how many units evidence ablates, each under each method.
     """
     conditions, seconds = sweep.conditions(phase.calibration.sites), phase.seconds
+    units = _verified(attribution, phase.calibration.sites)
     sources = {method.name: method.source for method in sweep.methods}
     resampled = {(sources[c.method], c.seed) for c in conditions[1:] if sources[c.method] is not None}
     counts = Counter(condition.method for condition in conditions)
-    calibrating = sum(epoch.cost + epoch.per_condition * counts[epoch.method] for epoch in epochs)
+    calibrating = sum(one.cost + one.per_condition * counts[one.method] + one.per_unit * units for one in epochs)
     passes = batches[0] * calibrating + batches[1] * (len(conditions) + len(resampled))
+    passes += batches[2] * (1 + explained) if explained else 0.0
     about = f"plan: {len(conditions):,} conditions"
     notes = "".join(dict.fromkeys(epoch.note for epoch in epochs))
     if passes == float("inf"):
         return f"{about}, {seconds:.2g} s a forward pass; the data tell no length{notes}"
     lasts = timedelta(seconds=round(passes * seconds))
+    if lasts > timedelta(hours=1):
+        many = [name for name in ("fraction", "seed") if len({getattr(one, name) for one in conditions[1:]}) > 1]
+        unit = getattr(getattr(phase.module.trainer, "datamodule", None), "unit", None)
+        lower = [f"ablation.{name}s" for name in many] + [f"data.evaluation_{unit}"] * (unit is not None)
+        lower += ["ablation.attribution.examples"] * bool(attribution.methods)
+        notes += f"; for a shorter run give fewer {', '.join(f'--{name}' for name in lower)}" if lower else ""
     return f"{about}, {passes:,.0f} forward passes, about {lasts} (h:mm:ss){notes}"

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 
 import torch
@@ -16,8 +17,26 @@ from lightning_ablate.sites import Site
 from lightning_ablate.statistics import SiteStatistics
 from lightning_ablate.sweep import Sweep
 
-Explain = int | Sequence[str]
 _NAME = re.compile(r"(.+) (head|neuron) (\d+)")
+
+
+@dataclass(frozen=True)
+class Explain:
+    """Of which units evidence is gathered, and on how many evaluation examples, the first ones by their indices.
+
+    ``units`` is how many, the largest ones, or their names. ConfigError for a number that can't be.
+    """
+
+    units: int | Sequence[str] = 0
+    examples: int = 64
+
+    def __post_init__(self) -> None:
+        """Checks the numbers."""
+        if (isinstance(self.units, int) and self.units < 0) or self.examples < 1:
+            raise ConfigError(
+                f"explain is {self.units} and explain_examples {self.examples}, expected at least 0, or the names of "
+                "units, and at least 1 (--ablation.explain)"
+            )
 
 
 class Units(Choice):
@@ -55,22 +74,24 @@ def _unit(name: str) -> tuple[str, str, int]:
     return (name, "", 0) if match is None else (match[1], match[2], int(match[3]))
 
 
-def check_explained(explain: Explain, sweep: Sweep, attribution: Attribution, sites: Sequence[Site]) -> None:
-    """Raises ConfigError or SiteError unless the run will have the units that are to be explained."""
-    methods = explaining(sweep, attribution)
-    if not isinstance(explain, int):
-        Units(explain).selections(sites, (), ())
+def check_explained(explain: Explain, sweep: Sweep, attribution: Attribution, sites: Sequence[Site]) -> int:
+    """How many conditions evidence takes; ConfigError or SiteError unless the run will have the units to explain."""
+    methods, units = explaining(sweep, attribution), explain.units
+    if not isinstance(units, int):
+        Units(units).selections(sites, (), ())
         if unfit := [method.name for method in methods if not method.attributable]:
             raise ConfigError(f"{unfit[0]} can't ablate a unit alone (--ablation.explain); leave it out")
-        return
-    attributed = min(sum(site.width for site in sites), sum(site.heads or 0 for site in sites) or explain)
+        return len(units) * len(methods)
+    attributed = min(sum(site.width for site in sites), sum(site.heads or 0 for site in sites) or units)
     count = attributed if attribution.methods else len(parts_of(sweep, sites))
-    if count < explain:
+    if count < units:
         raise ConfigError(
-            f"explain is {explain}, and the run measures {count} single units; ablate each head alone "
+            f"explain is {units}, and the run measures {count} single units; ablate each head alone "
             "(--ablation.neurons EachHead), attribute them (--ablation.attribution.methods '[mean]'), or name those to "
             "explain (--ablation.explain '[PATH head 0]')"
         )
+    levels = 1 + any(site.heads for site in sites) if attribution.methods else 1
+    return levels * units * len(methods)
 
 
 def explaining(sweep: Sweep, attribution: Attribution) -> tuple[AblationMethod, ...]:

@@ -10,29 +10,31 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_ablate.attribution import GROUP, trust
+from lightning_ablate.attribution import FOUND_AT, GROUP, trust
 from lightning_ablate.files import write_whole
 from lightning_ablate.results import figures
-from lightning_ablate.results.text import short
+from lightning_ablate.results.text import CHANCE, short
+from lightning_ablate.sites import Site
 
 _SHOWN = 5  # units of each method, in the terminal
-_COLUMNS = ("first", "second", "estimate", "se", "picked", "verified", "verified_se", "calibrated")
+_COLUMNS = ("first", "second", "estimate", "se", "q", "picked", "verified", "verified_se", "calibrated")
 _COLOR = {"neuron": "#0072B2", "head": "#D55E00"}
 
 
 def lines(table: pd.DataFrame) -> str:
     """The largest estimates of each method, how many are within the noise, and how well they agree with the truth."""
+    sites = _sites(table)
     found = [
         f"what units are worth alone, {table.attrs.get('of', 'nats')} per scored position: estimate ± standard error"
     ]
     for (method, level, kind), own in table[table["level"] != "site"].groupby(GROUP, sort=False):
-        noise = int((own["estimate"].abs() < 2 * own["se"]).sum())
-        found.append(f"{method}, {len(own):,} {level}s ({kind}), {noise:,} of them within 2 standard errors of 0")
+        count = int((own["q"] <= FOUND_AT).sum())
+        found.append(f"{method}, {len(own):,} {level}s ({kind}), {count:,} of them found to differ from 0 ({CHANCE})")
         for _, row in own.nlargest(_SHOWN, "estimate").iterrows():
             digits = 4 if not 0 < row["se"] < 0.001 else 1 - math.floor(math.log10(row["se"]))  # two of the error's
             measured = "" if pd.isna(row.get("verified")) else f", verified {row['verified']:+.{digits}f}"
-            unit = f"{row['site']} {level} {row['unit']}"
-            found.append(f"  {unit}: {row['estimate']:+.{digits}f} ± {row['se']:.{digits}f}{measured}")
+            unit = sites[row["site"]].neuron(row["unit"]) if level == "neuron" else f"{level} {row['unit']}"
+            found.append(f"  {row['site']} {unit}: {row['estimate']:+.{digits}f} ± {row['se']:.{digits}f}{measured}")
     agreement = trust(table) if "verified" in table else pd.DataFrame()
     if len(agreement):
         shown = agreement.set_index(GROUP)
@@ -42,6 +44,12 @@ def lines(table: pd.DataFrame) -> str:
             cells[name] = ["-" if np.isnan(one) else f"{one:.2f} [{low:.2f}, {high:.2f}]" for one, low, high in ends]
         found += ["", "estimates against the truth", pd.DataFrame(cells).to_string()]
     return "\n".join(found)
+
+
+def _sites(table: pd.DataFrame) -> dict[str, Site]:
+    """The sites of a table, by their names."""
+    units = table.groupby(["site", "level"], sort=False)["unit"].nunique()
+    return {name: Site(name, units[name, "neuron"], units.get((name, "head"))) for name in table["site"].unique()}
 
 
 def wide(table: pd.DataFrame, level: str) -> pd.DataFrame:
@@ -78,9 +86,9 @@ def plot(table: pd.DataFrame, title: str = "") -> Figure:
     for axes, (method, own) in zip(panels[::across], table.groupby("method", sort=False), strict=True):
         if heads:
             found = own[own["level"] == "head"].rename(columns={"unit": "head", "estimate": "value"})
-            found["row"], found["known"] = found["site"].map(sites.index), found["value"].abs() > 2 * found["se"]
+            found["row"], found["known"] = found["site"].map(sites.index), found["q"] <= FOUND_AT
             image = figures.head_map(axes, found, names, found["value"].abs().max() or 1.0, 7)
-            axes.set_xlabel("head (dot: beyond 2 standard errors of 0)", fontsize=8)
+            axes.set_xlabel(f"head (dot: {CHANCE})", fontsize=8)
             axes.set_ylabel(figures.kind_of(names), fontsize=8)
             scale = figure.colorbar(image, ax=axes)
             scale.ax.tick_params(labelsize=7)

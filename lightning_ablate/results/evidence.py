@@ -37,8 +37,8 @@ class Evidence:
             is the neuron's value, or the norm of the head's deviation from its mean.
         promoted: the classes whose probability changes most. ``change`` is the mean over the positions of the clean
             log-probability minus the ablated one, nats: above 0 for a class that the unit promotes.
-        contexts: one row per example: its ``tokens`` (list of str, None at padding), or its ``picture`` (bytes of a PNG file) and
-            ``label``.
+        contexts: one row per example: its ``tokens`` (list of str, None at padding), or its ``picture`` (bytes of a
+            PNG file) and ``label``.
         attention: what heads read at the positions where they matter most: ``weights`` (list of float), one for each
             token. Empty where attention can't be seen.
         reads: of each head its mean attention to the ``previous`` token, the ``first`` one and ``itself``, and to the

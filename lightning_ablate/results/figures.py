@@ -16,10 +16,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
+from lightning_ablate.attribution import FOUND_AT
 from lightning_ablate.files import write_whole
 from lightning_ablate.results.frames import BASELINE
-from lightning_ablate.results.table import Scores
-from lightning_ablate.results.text import neighbours, short, title
+from lightning_ablate.results.table import Scores, q_name
+from lightning_ablate.results.text import CHANCE, neighbours, short, title
 
 # Colour-blind readers can tell these apart (Okabe & Ito, then Tol's muted palette); markers and dashes help in grey.
 _COLORS = (
@@ -95,9 +96,9 @@ def differences(scores: Scores) -> Figure:
 def importance(scores: Scores, metric: str = "cross_entropy") -> Figure:
     """How ablating one part alone changes the ``metric``: a map of heads per method, or a line of layers or sites.
 
-    A dot marks a head whose 95% interval leaves out 0; a band around a line is the interval.
+    A dot marks a head whose q is at most 0.05; a band around a line is the 95% interval.
     """
-    renamed = {metric: "value", f"{metric}_low": "low", f"{metric}_high": "high"}
+    renamed = {metric: "value", f"{metric}_low": "low", f"{metric}_high": "high", q_name(metric): "q"}
     damage = scores.compare(other=BASELINE)[["method", "part", "head", *renamed]].rename(columns=renamed)
     damage["row"] = damage["part"].map(scores.parts.index)
     label = "added cross-entropy (nats)" if metric == "cross_entropy" else f"change of {metric}"
@@ -218,7 +219,7 @@ def _share_ticks(axes: Axes, ablated: pd.Series, most: int) -> None:
 def _maps(scores: Scores, damage: pd.DataFrame, names: Sequence[str], kind: str, label: str) -> Figure:
     """One map of heads per method, with one scale of colours."""
     methods, damage = scores.methods, damage[damage["head"].notna()]
-    damage = damage.assign(known=(damage["low"] > 0) | (damage["high"] < 0))
+    damage = damage.assign(known=damage["q"] <= FOUND_AT)
     width = max(1.5, 0.6 + 0.17 * (1 + int(damage["head"].max())))
     titles = [textwrap.fill(method, int(width / 0.08)) for method in methods]
     height = 0.5 + 0.15 * max(name.count("\n") for name in titles) + max(1.2, 0.17 * len(names))
@@ -233,6 +234,6 @@ def _maps(scores: Scores, damage: pd.DataFrame, names: Sequence[str], kind: str,
     scale = figure.colorbar(image, ax=panels)
     scale.set_label(label, fontsize=9)
     scale.ax.tick_params(labelsize=8)
-    said = "\ndot: the 95% interval leaves out 0" if damage["low"].notna().any() else ""
+    said = f"\ndot: differs from 0 ({CHANCE})" if damage["q"].notna().any() else ""
     figure.suptitle(_title(scores, int(13 * figure.get_figwidth())) + said, fontsize=9)
     return figure

@@ -49,7 +49,8 @@ def plot(table: pd.DataFrame, calibration: Calibration, title: str) -> Figure:
         axes.set_yscale("log")
         axes.minorticks_off()  # they take long to draw
         shape = f"skewness {neuron['skewness']:.2f}, kurtosis {neuron['excess_kurtosis']:.1f}"
-        axes.set_title(f"{prefix}{names[site]}, neuron {neuron['neuron']}\n{shape}", fontsize=8)
+        unit = calibration.sites[site].neuron(neuron["neuron"])
+        axes.set_title(f"{prefix}{names[site]}, {unit}\n{shape}", fontsize=8)
         figures.plain(axes, 7)
     figure.suptitle(f"{title}: the least normal neurons (positions per bin, logarithmic)", fontsize=9)
     handles = panels[0].get_legend_handles_labels()

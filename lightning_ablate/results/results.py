@@ -47,8 +47,11 @@ class Results(Scores):
         return "importance" if self.parts else "degradation"
 
     def pictures(self) -> dict[str, Callable[[], Figure]]:
-        """All figures that are saved: a file's name without its ending → a function that draws the figure."""
-        made: dict[str, Callable[[], Figure]] = {self.figure_name: self.plot}
+        """All figures that are saved: a file's name without its ending → a function that draws the figure.
+
+        Without methods there are none.
+        """
+        made: dict[str, Callable[[], Figure]] = {self.figure_name: self.plot} if self.methods else {}
         for index, one in enumerate(self.each):
             if self.parts:
                 name = self.suffixed(self.figure_name, index)

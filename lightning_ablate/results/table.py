@@ -8,14 +8,20 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 
+from lightning_ablate.attribution import q_values
 from lightning_ablate.errors import ConfigError, DataError
 from lightning_ablate.files import base_name
 from lightning_ablate.metrics import METRICS
 from lightning_ablate.results import frames
-from lightning_ablate.results.bootstrap import intervals
+from lightning_ablate.results.bootstrap import intervals, p_values
 from lightning_ablate.results.frames import BASELINE, Cell, Contrast, by_data
 
 _COMPARED = ("top1", "cross_entropy")
+
+
+def q_name(metric: str) -> str:
+    """The column of a metric's q-values."""
+    return "q" if metric == "cross_entropy" else f"{metric}_q"
 
 
 class Scores:
@@ -140,7 +146,10 @@ class Scores:
         """The difference of two methods' scores, ``method`` minus ``other``, with the same units ablated.
 
         One row per pair and share that both methods ablated; columns as in :meth:`summary`. Conditions are paired by
-        seed. A condition without a seed is paired with each of the other method's conditions.
+        seed. A condition without a seed is paired with each of the other method's conditions. If there are parts and
+        ``other`` is ``none``, also ``q`` of the cross-entropy, and ``m_q`` of other metrics m: among the parts of one
+        method and kind whose q is as small, this share is expected to be chance
+        (:func:`~lightning_ablate.attribution.q_values`, of :func:`~lightning_ablate.results.bootstrap.p_values`).
 
         Args:
             method: None for every method.
@@ -167,7 +176,8 @@ class Scores:
                 if rows:
                     keys.append((one, two, *cell))
                     contrasts.append((np.array(rows), np.array([1.0, -1.0])))
-        return self._frame(["method", "other", *Cell._fields], keys, contrasts, [*_COMPARED, *self.own])
+        tested = bool(self.parts) and other == BASELINE
+        return self._frame(["method", "other", *Cell._fields], keys, contrasts, [*_COMPARED, *self.own], tested)
 
     @by_data
     def ranking(self) -> pd.DataFrame:
@@ -189,25 +199,37 @@ class Scores:
         return ranked.sort_values("cross_entropy", kind="stable", ignore_index=True)
 
     def _frame(
-        self, names: list[str], keys: list[tuple[Any, ...]], contrasts: list[Contrast], metrics: Sequence[str]
+        self,
+        names: list[str],
+        keys: list[tuple[Any, ...]],
+        contrasts: list[Contrast],
+        metrics: Sequence[str],
+        tested: bool = False,
     ) -> pd.DataFrame:
-        """One row per key and contrast: the key, and of each metric the mean over seeds, interval and deviation."""
+        """One row per key and contrast: the key, and of each metric the mean over seeds, interval, deviation and q."""
         frame = pd.DataFrame(keys, columns=names)
         if "head" in names:
             frame = frame.astype({"head": "Int64"}) if self.parts else frame.drop(columns=["part", "head"])
             frame["seeds"] = [len(rows) for rows, _ in contrasts]
             frame["n"] = [self.table["n"].iloc[rows[0, 0]] for rows, _ in contrasts]
             frame["clusters"] = self.counts[1]
-        ends = np.full((2, len(metrics), len(keys)), np.nan)
+        ends, p = np.full((2, len(metrics), len(keys)), np.nan), np.full((len(metrics), len(keys)), np.nan)
         if self.examples is not None and keys:
             own = {metric: self.examples[metric].to_numpy().reshape(len(self.table), -1) for metric in metrics}
             sums = [weights @ own[metric][rows].mean(0) for metric in metrics for rows, weights in contrasts]
             positions, clusters = (self.examples[name].to_numpy()[: len(sums[0])] for name in ("n", "cluster"))
             ends = intervals(np.stack(sums), positions, clusters).reshape(ends.shape)
+            if tested and self.counts[1] > 1:
+                p = p_values(np.stack(sums), positions, clusters).reshape(p.shape)
         for metric, (low, high) in zip(metrics, ends.swapaxes(0, 1), strict=True):
             scores = self.table[metric].to_numpy()
             by_seed = [scores[rows] @ weights for rows, weights in contrasts]
             frame[metric] = np.array([values.mean() for values in by_seed])
             frame[f"{metric}_low"], frame[f"{metric}_high"] = low, high
             frame[f"{metric}_sd"] = np.array([v.std(ddof=1) if len(v) > 1 else np.nan for v in by_seed])
+        if tested:
+            kinds = {site["name"]: site["kind"] for site in self.facts.get("sites", ())}
+            groups = [frame["method"], frame["part"].map(lambda part: kinds.get(part, ""))]
+            for metric, values in zip(metrics, p, strict=True):
+                frame[q_name(metric)] = q_values(pd.Series(values, frame.index), groups)
         return frame

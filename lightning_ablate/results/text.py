@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from lightning_ablate.attribution import FOUND_AT
 from lightning_ablate.files import base_name
 from lightning_ablate.results.bootstrap import ENOUGH
-from lightning_ablate.results.table import Scores
+from lightning_ablate.results.table import Scores, q_name
 
 _METHODS = 4  # with more methods, only neighbours in rank are compared
 _PARTS = 5  # of each method are shown
+CHANCE = f"q ≤ {FOUND_AT}"
 
 
 def title(scores: Scores) -> str:
@@ -140,6 +142,9 @@ def _parts(scores: Scores) -> str:
                 cells[method, name] = _with_interval(row, metric, 1, 4)
         label = "added cross-entropy, nats" if metric == "cross_entropy" else f"change of {metric}"
         found.append(f"largest first: {label}\n{pd.Series(cells).to_frame().to_string(header=False)}")
+        tested = damage.dropna(subset=q_name(metric)).groupby("method", sort=False)[q_name(metric)]
+        counts = [f"{(q <= FOUND_AT).sum()} of {len(q)} under {method}" for method, q in tested]
+        found[-1] += f"\nfound to differ from 0 ({CHANCE}): {', '.join(counts)}" if counts else ""
     return "\n\n".join(found)
 
 

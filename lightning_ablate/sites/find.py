@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +26,44 @@ _NUMBERED = re.compile(r"(^|_)\d+$")
 _CROSS_PATH = re.compile(r"(^|[._])(cross|encoder_att|encdecatt)", re.IGNORECASE)
 
 
-def find_sites(target: nn.Module, run: Callable[[], object], which: Sequence[str] = ("attention",)) -> list[Site]:
-    """The sites of a target, in the order in which they run.
+class Sites(list[Site]):
+    """Sites, which print as a table: a line each."""
+
+    def __repr__(self) -> str:
+        """Names, kinds, and how many neurons and heads they have."""
+        rows = [("site", "kind", "neurons", "heads")]
+        rows += [(site.name, site.kind, str(site.width), str(site.heads or "-")) for site in self]
+        name, kind = (max(len(row[place]) for row in rows) for place in (0, 1))
+        return "\n".join(f"{row[0]:{name}}  {row[1]:{kind}}  {row[2]:>7}  {row[3]:>5}" for row in rows)
+
+
+def find_sites(
+    target: nn.Module,
+    example: Tensor | Mapping[str, Any] | Callable[[], object],
+    which: Sequence[str] | str = ("attention",),
+) -> Sites:
+    """The sites of a target, in the order in which they run; they print as a table.
 
     One forward pass of any architecture shows which projections read what attention or an MLP made, see
-    :func:`~lightning_ablate.sites.dataflow.trace`; ``run`` does it, on any input. ``which`` holds ``attention``,
-    ``self-attention``, ``cross-attention``, ``mlp``, and shell-style patterns of module paths (``*.0.attn.c_proj``) for
-    projections of any kind. SiteError if the target has none of these, or if they can't be found in what runs.
+    :func:`~lightning_ablate.sites.dataflow.trace`.
+
+    Args:
+        target: the model.
+        example: any input: a tensor, keyword arguments of the target, or a function that runs the target.
+        which: ``attention``, ``self-attention``, ``cross-attention``, ``mlp``, and shell-style patterns of module paths
+            (``*.0.attn.c_proj``) for projections of any kind.
+
+    Raises:
+        SiteError: if the target has none of these, or if they can't be found in what runs.
+
+    Example:
+        >>> find_sites(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)), torch.rand(1, 3, 4), "*2")
+        site  kind   neurons  heads
+        2     other        8      -
     """
+    which = [which] if isinstance(which, str) else which
+    given = partial(target, **example) if isinstance(example, Mapping) else partial(target, example)
+    run = example if callable(example) else given
     with torch.no_grad():
         seen = trace(target, run)
     if seen.runs > 1:
@@ -39,7 +71,7 @@ def find_sites(target: nn.Module, run: Callable[[], object], which: Sequence[str
     found = _sites(target, seen)
     for word in which:
         _check_kind(target, seen, found, word) if word in KINDS else _check_pattern(target, found, word)
-    return [site for site in found if any(is_asked(site, word) for word in which)]
+    return Sites(site for site in found if any(is_asked(site, word) for word in which))
 
 
 def is_asked(site: Site, word: str) -> bool:

@@ -53,6 +53,11 @@ class Site:
         """Which use of the module it is, from 0."""
         return int(self.name.partition("#")[2] or 0)
 
+    def neuron(self, number: int) -> str:
+        """What a person calls a neuron: ``neuron 563``, of a site with heads followed by ``(head 8, dim 51)``."""
+        place = divmod(number, self.width // self.heads) if self.heads else ()
+        return f"neuron {number}" + (f" (head {place[0]}, dim {place[1]})" if place else "")
+
 
 def given_for(site: Site, given: Mapping[str, T]) -> T | None:
     """The value of a mapping for a site's name, or for its path, which stands for all uses of a module."""

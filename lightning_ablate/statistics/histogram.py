@@ -128,6 +128,32 @@ class Histogram(ActivationStatistic):
         """See :class:`Places`."""
         return Places(*self.described())
 
+    def quantile(self, q: float | Tensor) -> Tensor:
+        """The quantiles of each neuron's values, to half a bin: 0.0005 of the range from minimum to maximum.
+
+        Like :func:`torch.quantile`: of n values in ascending order it is the one at rank ``q * (n - 1)``, from 0, and
+        between two ranks linear. Each value counts as the centre of its bin.
+
+        Args:
+            q: shares of the values, 0 to 1.
+
+        Returns:
+            ``(neurons,)`` float32, or ``(len(q), neurons)`` for a tensor with one axis.
+
+        Raises:
+            StatisticsError: after :meth:`reduce`, or from a checkpoint, where the counts are no longer there.
+        """
+        if not self.counts.numel():
+            raise StatisticsError("has no counts: ask for quantiles before `fit` has reduced its calibration")
+        shares, upto = torch.as_tensor(q, dtype=torch.float64, device=self.counts.device), self.counts.cumsum(1)
+        if not bool(((shares >= 0) & (shares <= 1)).all()):
+            raise ValueError(f"q is {q}, expected shares from 0 to 1")
+        rank = (upto[:, -1:] - 1) * shares.flatten()  # (neurons, shares)
+        below, above = (torch.searchsorted(upto, one.long(), right=True) for one in (rank.floor(), rank.ceil()))
+        bins = 0.5 + below + (above - below) * rank.frac()
+        found = self.low.unsqueeze(1) + bins * ((self.high - self.low) / self.bins).unsqueeze(1)
+        return found.float().T.reshape(*shares.shape, self.neurons)
+
     def check(self) -> None:
         """Computes the places; StatisticsError if activations fell outside the range of the epoch before."""
         if int(self.outside):

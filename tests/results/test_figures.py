@@ -1,6 +1,7 @@
 """What the figures hold."""
 
 import itertools
+from itertools import product
 
 import pytest
 
@@ -68,7 +69,9 @@ def test_importance_draws_each_heads_damage_where_it_belongs_and_marks_what_is_k
     assert maps[1].images[0].norm.vmin == -maps[1].images[0].norm.vmax == pytest.approx(-max(losses))
     assert [label.get_text() for label in maps[0].get_yticklabels()] == ["0", "1"]
     dots = list(zip(maps[0].lines[0].get_ydata(), maps[0].lines[0].get_xdata(), strict=True))
-    assert dots == [(0, 0), (0, 2), (1, 0), (1, 1), (1, 2)] and "dot: the 95% interval" in figure.get_suptitle()
+    known = results.compare("zero", "none")["q"] <= 0.05
+    assert dots == [place for place, found in zip(product((0, 1), (0, 1, 2)), known, strict=True) if found]
+    assert not known[1] and known.sum() >= 4 and "dot: differs from 0 (q ≤ 0.05)" in figure.get_suptitle()
     assert "dot" not in Results(results.table).plot().get_suptitle()
 
 

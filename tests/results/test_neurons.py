@@ -12,8 +12,8 @@ from lightning_ablate.statistics import Histogram, Moments
 from tests import reference, tiny
 
 
-def calibrated(activations, kinds=(Moments, Histogram)):
-    made = Calibration(sites=[Site(name, x.shape[1]) for name, x in activations.items()])
+def calibrated(activations, kinds=(Moments, Histogram), heads=None):
+    made = Calibration(sites=[Site(name, x.shape[1], heads) for name, x in activations.items()])
     for site, x in zip(made.sites, activations.values(), strict=True):
         found = tiny.gathered(site, [x.unsqueeze(0)], *kinds)
         for kind in kinds:
@@ -60,6 +60,8 @@ def test_the_histograms_are_those_of_the_least_normal_neurons(tmp_path):
     distance = stats.skew(x.double()) ** 2 / 6 + stats.kurtosis(x.double()) ** 2 / 24
     shown = [int(axes.get_title().partition("neuron ")[2].partition("\n")[0]) for axes in panels]
     assert shown == distance.argsort()[::-1][:8].tolist() and shown[0] == 7
+    of_heads = neurons.plot(table, calibrated({"here": x}, heads=3), "a model").axes[0]
+    assert of_heads.get_title().startswith("here, neuron 7 (head 1, dim 3)\n")
     assert f"neuron 7\nskewness {table['skewness'][7]:.2f}" in panels[0].get_title()
     counts, edges = np.histogram(x[:, 7].numpy(), 125)
     heights, drawn_edges, _ = panels[0].patches[0].get_data()

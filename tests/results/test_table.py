@@ -10,6 +10,7 @@ from scipy import stats
 
 from lightning_ablate.errors import ConfigError, DataError
 from lightning_ablate.results import Results
+from lightning_ablate.results.bootstrap import p_values
 from tests.results.conftest import HEADS, by_example, own, plain
 
 HEADER = "model,data,method,fraction,ablated,seed,part,head,n,top1,top5,cross_entropy,kl"
@@ -218,3 +219,36 @@ def test_ranking_has_the_interval_of_the_examples_own_areas(made):
     expected, found = area.compare(other="none").iloc[0], results.ranking().iloc[0]
     for end in ("low", "high"):  # a triangle
         assert found[f"cross_entropy_{end}"] == pytest.approx(expected[f"cross_entropy_{end}"] / 2)
+
+
+def adjusted(p):
+    """Benjamini and Hochberg's step-up procedure by loops: the smallest rate at which each is found."""
+    count, order = len(p), sorted(range(len(p)), key=lambda place: p[place])
+    return [min(p[order[k]] * count / (k + 1) for k in range(order.index(place), count)) for place in range(count)]
+
+
+def test_the_q_of_parts_is_of_t_tests_over_clusters_among_the_parts_of_a_method_and_kind(made):
+    sites = [{"name": "h.0.attn.proj", "kind": "self-attention"}, {"name": "h.1.attn.proj", "kind": "cross-attention"}]
+    results = made(places=HEADS, sites=sites)
+    examples = results.examples.assign(n=6, cluster=results.examples["example"] % 7)  # of 6 examples or of 5
+    examples = examples[examples["example"] < 3 * 35]
+    results = Results(results.table, examples, results.facts)
+    found = results.compare(other="none")
+    sums = examples.pivot_table("cross_entropy", "condition", "cluster", aggfunc="sum").to_numpy() / 30
+    p = [stats.ttest_1samp(sums[row] - sums[0], 0).pvalue for row in range(1, 13)]
+    expected = [q for start in range(0, 12, 3) for q in adjusted(p[start : start + 3])]
+    assert found["q"].tolist() == pytest.approx(expected) and 1e-6 < min(expected) < max(expected)
+    assert results.ranking().set_index(["method", "part", "head"])["q"].to_dict() == pytest.approx(
+        found.set_index(["method", "part", "head"])["q"].to_dict()
+    )
+    assert "q" not in results.compare() and "q" not in made().compare(other="none")
+    assert Results(results.table).compare(other="none")["q"].isna().all()
+
+
+def test_p_values_of_nothing_are_uniform_also_where_clusters_are_unequal():
+    generator = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(40), generator.integers(1, 9, 40))
+    positions = generator.integers(0, 30, len(clusters))
+    shared = generator.normal(size=(4000, 40))[:, clusters]
+    p = p_values(positions * (shared + generator.normal(size=shared.shape)), positions, clusters)
+    assert np.mean(p <= 0.05) == pytest.approx(0.05, abs=0.015) and np.mean(p <= 0.5) == pytest.approx(0.5, abs=0.03)

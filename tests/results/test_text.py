@@ -54,7 +54,8 @@ def test_str_of_parts_shows_the_most_important_first(made):
     results = made(("zero",), places=HEADS)
     losses = results.table["cross_entropy"].tolist()
     ranked = sorted(range(6), key=lambda place: -losses[1 + place])[:5]
-    lines = str(results).partition("largest first: added cross-entropy, nats\n")[2].splitlines()
+    *lines, found = str(results).partition("largest first: added cross-entropy, nats\n")[2].splitlines()
+    assert found == f"found to differ from 0 (q ≤ 0.05): {(results.ranking()['q'] <= 0.05).sum()} of 6 under zero"
     for place, line in zip(ranked, lines, strict=True):
         assert "{} head {} ".format(*HEADS[place]) in line and f" {losses[1 + place] - losses[0]:+.4f} [" in line
     ranks = results.ranking()[["part", "head", "cross_entropy"]].values.tolist()

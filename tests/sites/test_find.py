@@ -30,6 +30,20 @@ def test_find_sites_takes_every_output_and_down_projection(make, layer, projecti
     assert tiny.sites(model, "mlp", "attention") == [heads[0], mlps[0], heads[1], mlps[1]]
 
 
+def test_find_sites_takes_any_example_and_prints_a_table():
+    model, batch = tiny.gpt2(), tiny.tokens()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    which = ["attention", "*.1.mlp.c_proj"]
+    for example in (batch["input_ids"], inputs, lambda: model(**inputs)):
+        assert find_sites(model, example, which) == tiny.sites(model, *which)
+    assert str(find_sites(model, inputs, which)).splitlines() == [
+        "site                         kind            neurons  heads",
+        "transformer.h.0.attn.c_proj  self-attention       16      4",
+        "transformer.h.1.attn.c_proj  self-attention       16      4",
+        "transformer.h.1.mlp.c_proj   mlp                  64      -",
+    ]
+
+
 def test_encoder_decoders_tell_self_from_cross_attention():
     model = tiny.t5()
     kinds = [(site.name.split(".")[0], site.kind) for site in tiny.sites(model)]

@@ -86,3 +86,25 @@ def test_the_median_of_heavy_tails_is_exact_to_a_bin_of_the_middle(gathered):
     few = torch.tensor([[-1.0, 0.0], [1.0, 1e30], [1.0, 3.0], [5.0, 3.0]])
     places = gathered(Histogram, [few]).places.median
     assert places[0].item() == pytest.approx(1.0, abs=0.01) and places[1] < 1e27
+
+
+def test_quantiles_are_those_of_torch_to_half_a_bin_and_the_values_rank_by_rank(adversarial, gathered):
+    histogram, x, shares = gathered(Histogram, adversarial.split(50)), adversarial.double(), torch.linspace(0, 1, 41)
+    found, expected = histogram.quantile(shares), torch.quantile(x, shares.double(), dim=0)
+    assert found.shape == (41, 10) and found.dtype == torch.float32
+    bins = (histogram.high - histogram.low) / 1000
+    rounding = 1e-6 * expected.abs() + torch.finfo(torch.float32).tiny
+    assert bool(((found - expected).abs() <= (0.5 + 1e-6) * bins + rounding)[:, :8].all())  # the rest is beyond float32
+    assert torch.equal(histogram.quantile(0.5), histogram.quantile(torch.tensor([0.5]))[0])
+
+
+def test_quantiles_by_hand_and_where_there_are_none(gathered):
+    histogram = gathered(Histogram, [torch.tensor([[0.0], [0.2505], [0.2505], [1.0]])])
+    # the centres of bins 0, 250 and 999; 0.9 is the rank 2.7
+    expected = [0.0005, 0.2505, 0.3 * 0.2505 + 0.7 * 0.9995]
+    assert histogram.quantile(torch.tensor([0.0, 0.5, 0.9])).flatten().tolist() == pytest.approx(expected)
+    with pytest.raises(ValueError, match="q is 1.5, expected shares from 0 to 1"):
+        histogram.quantile(1.5)
+    histogram.reduce()
+    with pytest.raises(StatisticsError, match="ask for quantiles before"):
+        histogram.quantile(0.5)
