@@ -11,7 +11,16 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from lightning_ablate import AblationCallback, Attribution, CausalLM, ConditionalMean, EachHead, EachLayer, Results
+from lightning_ablate import (
+    AblationCallback,
+    Attribution,
+    CausalLM,
+    ConditionalMean,
+    EachHead,
+    EachLayer,
+    Results,
+    difference,
+)
 from lightning_ablate.errors import ConfigError, DataError, SiteError
 from lightning_ablate.results.evidence import coloured
 from lightning_ablate.results.shown import shown_text
@@ -284,3 +293,21 @@ def test_colours_and_pieces_of_text_are_readable():
     ids = torch.tensor([0, *tokenizer(text)["input_ids"]])
     tokens = shown_text(tokenizer, ids, torch.arange(len(ids)) > 0)["tokens"]
     assert tokens[0] is None and "".join(tokens[1:]) == text and "" in tokens  # of a character in several tokens
+
+
+def test_a_difference_is_that_of_plain_hooks_and_shows_as_coloured_text():
+    module, path = demos.module_of("gpt2"), SITES["gpt2"]
+    text = "def parse(text):\n    return text"
+    found = difference(module.target, module.tokenizer, text, heads={path: [1]})
+    ids = module.tokenizer(text, return_tensors="pt")["input_ids"]
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    width = module.target.get_submodule(path).weight.shape[0]
+    mask = torch.arange(width) // (width // module.target.config.n_head) == 1
+    with torch.no_grad():
+        before = reference.losses(module.target, batch, 0, {})
+        after = reference.losses(module.target, batch, 0, {path: reference.put(mask, torch.zeros(width))})
+    assert "".join(found["token"]) == text and np.isnan(found["change"][0])
+    assert np.abs(found["change"][1:] - (after - before).numpy()).max() < 1e-5
+    assert found._repr_html_().count("nats") == len(found)  # one for each token but the first, and the mean
+    with pytest.raises(DataError, match="at least 2"):
+        difference(module.target, module.tokenizer, "x", heads={path: [1]})

@@ -1,6 +1,6 @@
 """What an ablation does to the tokens of any text, without a Trainer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from lightning_ablate.errors import DataError
 from lightning_ablate.methods import AblationMethod
 from lightning_ablate.results.evidence import coloured
 from lightning_ablate.results.shown import shown_text
+from lightning_ablate.sites import find_sites
 from lightning_ablate.sites.site import device_of
 
 
@@ -33,9 +34,12 @@ def difference(
     model: nn.Module,
     tokenizer: Any,
     text: str,
-    masks: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor] | None = None,
     method: AblationMethod | str = "zero",
     calibration: Calibration | None = None,
+    *,
+    heads: Mapping[str, Sequence[int]] | None = None,
+    neurons: Mapping[str, Sequence[int]] | None = None,
 ) -> Difference:
     """What an ablation of a causal language model adds to the cross-entropy of each token of a text.
 
@@ -47,13 +51,15 @@ def difference(
             it raises.
         method: what takes the neurons' place, or its name.
         calibration: the statistics that the method needs.
+        heads: path → which heads; without a calibration one pass over the text finds how many there are.
+        neurons: path → which neurons.
 
     Example:
         >>> from lightning_ablate import CausalLM
         >>> module = CausalLM("demo:gpt2")
         >>> module.configure_model()
-        >>> mask = {"transformer.h.0.attn.c_proj": torch.ones(128, dtype=torch.bool)}
-        >>> found = difference(module.target, module.tokenizer, "def parse(text):", mask)
+        >>> head = {"transformer.h.0.attn.c_proj": [1]}
+        >>> found = difference(module.target, module.tokenizer, "def parse(text):", heads=head)
         >>> "".join(found["token"]), int(found["change"].notna().sum()) == len(found) - 1
         ('def parse(text):', True)
     """
@@ -61,9 +67,11 @@ def difference(
     ids, real = inputs["input_ids"][0].cpu(), inputs["attention_mask"][0].cpu().bool()
     if len(ids) < 2:
         raise DataError(f"the text {text!r:.60} is {len(ids)} tokens, expected at least 2, as one predicts the next")
+    if heads and calibration is None:
+        calibration = Calibration(sites=find_sites(model, inputs))
     with torch.no_grad():
         clean = model(**inputs).logits
-        with ablated(model, masks, method, calibration):
+        with ablated(model, masks, method, calibration, heads=heads, neurons=neurons):
             changed = model(**inputs).logits
     before, after = (
         functional.cross_entropy(logits[0, :-1].cpu().double(), ids[1:], reduction="none").numpy()
