@@ -104,7 +104,7 @@ def differences(scores: Scores) -> Figure:
     metrics, size = ("top1", "cross_entropy", *scores.own), across * -(-len(pairs) // across)
     figure, panels = grid(len(metrics) * size, across, (2.2, height), (1.2, 1.0), sharex=True)
     for start, metric in zip(range(0, len(panels), size), metrics, strict=True):
-        label, scale, _, unit = harm(metric)
+        label, scale, _ = harm(metric)
         for place, (panel, pair, name) in enumerate(zip(panels[start : start + size], pairs, titles, strict=False)):
             if place:
                 panel.sharey(panels[start])
@@ -118,7 +118,7 @@ def differences(scores: Scores) -> Figure:
             plain(panel, 7)
             panel.tick_params(labelbottom=place >= len(pairs) - across, labelleft=place % across == 0)
             if place % across == 0:
-                panel.set_ylabel(f"{label} ({unit})" if unit else label, fontsize=8)
+                panel.set_ylabel(label, fontsize=8)
         for unused in panels[start + len(pairs) : start + size]:
             unused.remove()
     _share_ticks(panels[0], compared["ablated"], most=6)
@@ -130,17 +130,14 @@ def differences(scores: Scores) -> Figure:
 def importance(scores: Scores, metric: str = "cross_entropy") -> Figure:
     """What ablating one part alone does to the ``metric``: a map of heads per method, or a line of layers or sites.
 
-    More is worse, see :func:`~lightning_ablate.results.text.harm`.
-
-    A dot marks a head whose q is at most 0.05; a band around a line is the 95% interval.
+    More is worse. A dot marks a head whose q is at most 0.05; a band around a line is the 95% interval.
     """
     renamed = {metric: "value", f"{metric}_low": "low", f"{metric}_high": "high", q_name(metric): "q"}
     damage = scores.compare(other=BASELINE)[["method", "part", "head", *renamed]].rename(columns=renamed)
     damage["row"] = damage["part"].map(scores.parts.index)
-    label, scale, _, unit = harm(metric)
+    label, scale, _ = harm(metric)
     damage["value"] *= scale
     damage[["low", "high"]] = np.sort(scale * damage[["low", "high"]].to_numpy(), axis=1)
-    label += f" ({unit})" if unit else ""
     names = short(scores.parts)
     kind = kind_of(names)
     if damage["head"].notna().any():

@@ -28,13 +28,13 @@ def short(parts: Sequence[str]) -> list[str]:
     return [".".join(name) for name in names]
 
 
-def harm(metric: str) -> tuple[str, float, int, str]:
-    """How tables and figures show differences of a metric, so that more is worse: label, factor, digits and unit.
+def harm(metric: str) -> tuple[str, float, int]:
+    """How tables and figures show differences of a metric, so that more is worse: label, factor and digits.
 
     Of a metric of the user's own, as of accuracy, more is taken to be better.
     """
-    known = {"top1": ("lost top-1", -100.0, 2, "points"), "cross_entropy": ("added cross-entropy", 1.0, 4, "nats")}
-    return known.get(metric, (f"lost {metric}", -1.0, 4, ""))
+    known = {"top1": ("lost top-1, points", -100.0, 2), "cross_entropy": ("added cross-entropy, nats", 1.0, 4)}
+    return known.get(metric, (f"lost {metric}", -1.0, 4))
 
 
 def neighbours(scores: Scores, compared: pd.DataFrame) -> pd.DataFrame:
@@ -110,7 +110,7 @@ def _ranks(scores: Scores) -> str:
         return ""
     ranking = scores.ranking()
     rows = [row for _, row in ranking.iterrows()]
-    cells = {_named(m): [_with_interval(row, m) for row in rows] for m in ("cross_entropy", "top1", *scores.own)}
+    cells = {harm(m)[0]: [_with_interval(row, m) for row in rows] for m in ("cross_entropy", "top1", *scores.own)}
     frame = pd.DataFrame(cells, index=ranking["method"].tolist())
     frame.columns.name = f"mean over 0 to {100 * ranking['to'].iloc[0]:.3g}%"
     return str(frame.to_string())
@@ -146,20 +146,15 @@ def _parts(scores: Scores) -> str:
             for _, row in own.head(_PARTS).iterrows():
                 name = row["part"] if pd.isna(row["head"]) else f"{row['part']} head {row['head']}"
                 cells[method, name] = _with_interval(row, metric)
-        found.append(f"largest first: {_named(metric)}\n{pd.Series(cells).to_frame().to_string(header=False)}")
+        found.append(f"largest first: {harm(metric)[0]}\n{pd.Series(cells).to_frame().to_string(header=False)}")
         tested = damage.dropna(subset=q_name(metric)).groupby("method", sort=False)[q_name(metric)]
         counts = [f"{(q <= FOUND_AT).sum()} of {len(q)} under {method}" for method, q in tested]
         found[-1] += f"\nfound to differ from 0 ({CHANCE}): {', '.join(counts)}" if counts else ""
     return "\n\n".join(found)
 
 
-def _named(metric: str) -> str:
-    label, _, _, unit = harm(metric)
-    return f"{label}, {unit}" if unit else label
-
-
 def _with_interval(row: pd.Series, metric: str, unit: str = "") -> str:
-    _, scale, digits, _ = harm(metric)
+    _, scale, digits = harm(metric)
     mean, *ends = (round(scale * row[name], digits) + 0.0 for name in (metric, f"{metric}_low", f"{metric}_high"))
     known = "" if pd.isna(ends[0]) else f" [{', '.join(f'{end:+.{digits}f}' for end in sorted(ends))}]"
     return f"{mean:+.{digits}f}{unit}{known}"

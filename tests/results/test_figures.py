@@ -75,7 +75,7 @@ def test_differences_show_every_pair_with_its_interval(made):
     results = made(("zero", "mean", "peak"), [0.1, 0.5])
     figure = figures.differences(results)
     assert [axes.get_title() for axes in figure.axes] == ["zero − mean", "zero − peak", "mean − peak"] * 2
-    assert [axes.get_ylabel() for axes in figure.axes[::3]] == ["lost top-1 (points)", "added cross-entropy (nats)"]
+    assert [axes.get_ylabel() for axes in figure.axes[::3]] == ["lost top-1, points", "added cross-entropy, nats"]
     assert all(len(axes.containers) == 1 for axes in figure.axes)
     assert figure.get_suptitle() == "a model on some, data"
     means = results.table.groupby("method")["top1"].mean()
