@@ -296,6 +296,16 @@ def test_figures_of_any_size(layers, heads, verified, tmp_path):
     figure.savefig(tmp_path / "figure.png")
     ticks = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert ticks[:2] == ["0", "1"] and len(ticks) <= 32
+    assert figure.get_figwidth() <= 7.0  # inches: a page's width
+    assert figure.axes[0].get_title() == "mean: heads" and figure.axes[0].get_ylabel() == "layer"
+
+
+def test_maps_of_several_methods_have_the_same_colours():
+    table = pd.concat([synthetic(5, 5, False), synthetic(5, 5, False).assign(method="zero")], ignore_index=True)
+    table.loc[table["method"] == "zero", "estimate"] *= 0.5
+    limits = [axes.images[0].norm.vmax for axes in plot(table).axes if axes.get_xlabel().startswith("head")]
+    heads = table[table["level"] == "head"]["estimate"].abs().sort_values(ascending=False)
+    assert limits == [pytest.approx(heads.iloc[0])] * 2
 
 
 def test_how_far_to_trust_a_map_is_what_scipy_says():

@@ -55,7 +55,7 @@ def test_it_has_the_digits_of_the_built_in_one_in_memory_on_disk_and_in_what_is_
     own = {name: value for name, value in flat.items() if name.startswith("right/")}
     assert own and all(value == flat[name.replace("right", "top1")] for name, value in own.items())
     text = str(results)
-    assert "change of right" in text and text.count("half") >= 4
+    assert "lost right" in text and text.count("half") >= 4
     assert [axes.get_ylabel() for axes in results.plot().axes][2:] == ["right", "half"]
 
 
@@ -68,7 +68,9 @@ def test_a_killed_run_goes_on_and_parts_have_a_map_of_it(tmp_path, drawn):
     tiny.fit(tmp_path, Own(), callback=callback)
     pictures = {path.name for path in (tmp_path / "heads").glob("importance*")}
     assert pictures == {"importance.png", "importance_right.png", "importance_half.png"}
-    assert "largest first: change of half" in str(callback.results)
+    table, drawn = callback.results.table, callback.results.plot("right").axes[0].images[0].get_array().ravel()
+    assert drawn.tolist() == pytest.approx((table["right"][0] - table["right"][1:9]).tolist())  # red is what is lost
+    assert "largest first: lost half" in str(callback.results)
 
 
 def test_two_processes_find_what_one_does(tmp_path):

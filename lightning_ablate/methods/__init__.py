@@ -52,6 +52,12 @@ def method_of(given: AblationMethod | str, option: str = "--ablation.methods") -
     return known[name]()
 
 
+def shipped() -> list[str]:
+    """The names of this package's own methods, the shortest and plainest first."""
+    own = {kind.name for kind in _concrete(AblationMethod) if kind.__module__.startswith(__name__)}  # type: ignore[type-abstract]
+    return sorted(own, key=lambda name: (len(name), name))
+
+
 def _concrete(kind: type[AblationMethod]) -> Iterator[type[AblationMethod]]:
     for subclass in kind.__subclasses__():
         if not inspect.isabstract(subclass) and "name" in vars(subclass):

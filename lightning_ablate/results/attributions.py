@@ -18,7 +18,7 @@ from lightning_ablate.sites import Site
 
 _SHOWN = 5  # units of each method, in the terminal
 _COLUMNS = ("first", "second", "estimate", "se", "q", "picked", "verified", "verified_se", "calibrated")
-_COLOR = {"neuron": "#0072B2", "head": "#D55E00"}
+_COLOR = {"neuron": "0.6", "head": "black"}  # other colours are of methods
 
 
 def lines(table: pd.DataFrame) -> str:
@@ -81,24 +81,25 @@ def plot(table: pd.DataFrame, title: str = "") -> Figure:
     """A row of panels per method: a map of the heads, and estimates against what was verified."""
     sites = table.loc[table["level"] == "head", "site"].unique().tolist()
     heads, verified, names = bool(sites), "verified" in table, short(sites)
-    across, tall = heads + verified, max(2.6, min(9.0, 0.8 + 0.16 * len(sites)))
-    figure, panels = figures.grid(across * table["method"].nunique(), across, (4.2, tall), (0, 0.5))
-    for axes, (method, own) in zip(panels[::across], table.groupby("method", sort=False), strict=True):
-        if heads:
-            found = own[own["level"] == "head"].rename(columns={"unit": "head", "estimate": "value"})
-            found["row"], found["known"] = found["site"].map(sites.index), found["q"] <= FOUND_AT
-            image = figures.head_map(axes, found, names, found["value"].abs().max() or 1.0, 7)
-            axes.set_xlabel(f"head (dot: {CHANCE})", fontsize=8)
-            axes.set_ylabel(figures.kind_of(names), fontsize=8)
-            scale = figure.colorbar(image, ax=axes)
-            scale.ax.tick_params(labelsize=7)
-            scale.set_label(table.attrs.get("of", "nats"), fontsize=8)
-        axes.set_title(method, fontsize=9)
-    for axes, (_, own) in zip(panels[across - 1 :: across], table.groupby("method", sort=False), strict=True):
-        if verified:
-            _agreement(axes, own.dropna(subset="verified"))
-    if title:
-        figure.suptitle(f"{title}: what units are worth alone", fontsize=9)
+    methods, tall = table["method"].unique().tolist(), max(2.6, min(9.0, 0.8 + 0.16 * len(sites)))
+    figure, panels = figures.grid((heads + verified) * len(methods), 2, (3.5, tall), (0, 0.6))
+    own = table[table["level"] == "head"].rename(columns={"unit": "head", "estimate": "value"})
+    (largest, beyond), of = figures.color_range(own["value"].astype(float)), table.attrs.get("of", "nats")
+    for axes, method in zip(panels[:: heads + verified], methods if heads else (), strict=heads):
+        found = own[own["method"] == method]
+        found = found.assign(row=found["site"].map(sites.index), known=found["q"] <= FOUND_AT)
+        image = figures.head_map(axes, found, names, largest, 8)
+        axes.set_xlabel(f"head (dot: {CHANCE})", fontsize=9)
+        axes.set_ylabel(figures.kind_of(names), fontsize=9)
+        scale = figure.colorbar(image, ax=axes, extend="both" if beyond else "neither")
+        scale.ax.tick_params(labelsize=8)
+        scale.set_label(f"estimate ({of})", fontsize=9)
+        axes.set_title(f"{method}: heads", fontsize=9)
+    for axes, method in zip(panels[heads :: heads + verified], methods if verified else (), strict=verified):
+        _agreement(axes, table[table["method"] == method].dropna(subset="verified"))
+        axes.set_title(f"{method}: estimate and measurement", fontsize=9)
+    said = [f"{title}: what units are worth alone"] * bool(title) + [beyond] * bool(beyond)
+    figure.suptitle("\n".join(said), fontsize=9)
     return figure
 
 
@@ -113,11 +114,11 @@ def _agreement(axes: Axes, verified: pd.DataFrame) -> None:
     linear = 10 ** np.floor(np.log10(np.median(np.abs(both[:, 1])) or 1e-9))  # the scale is logarithmic beyond
     ends = both.min() - linear, both.max() + 0.3 * np.abs(both).max()
     axes.plot(ends, ends, **figures.ZERO)
-    for axis, label in (("x", "estimate (± 2 standard errors)"), ("y", "verified (± 2 standard errors)")):
+    for axis, label in (("x", "estimate (± 2 se)"), ("y", "verified (± 2 se)")):
         getattr(axes, f"set_{axis}scale")("symlog", linthresh=linear)
         getattr(axes, f"set_{axis}lim")(ends)
-        getattr(axes, f"{axis}axis").get_major_locator().set_params(numticks=6)
-        getattr(axes, f"set_{axis}label")(label, fontsize=8)
+        getattr(axes, f"{axis}axis").get_major_locator().set_params(numticks=5)
+        getattr(axes, f"set_{axis}label")(label, fontsize=9)
     axes.minorticks_off()
-    axes.legend(fontsize=6, frameon=False)
-    figures.plain(axes, 7)
+    axes.legend(fontsize=7, frameon=False)
+    figures.plain(axes, 8)

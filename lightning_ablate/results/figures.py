@@ -5,7 +5,7 @@ import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import cycle, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,99 +18,135 @@ from matplotlib.image import AxesImage
 
 from lightning_ablate.attribution import FOUND_AT
 from lightning_ablate.files import write_whole
+from lightning_ablate.methods import shipped
 from lightning_ablate.results.frames import BASELINE
 from lightning_ablate.results.table import Scores, q_name
-from lightning_ablate.results.text import CHANCE, neighbours, short, title
+from lightning_ablate.results.text import CHANCE, harm, neighbours, short, title
+from lightning_ablate.seeds import seed_of
 
 # Colour-blind readers can tell these apart (Okabe & Ito, then Tol's muted palette); markers and dashes help in grey.
 _COLORS = (
     *("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"),
-    *("#882255", "#332288", "#117733", "#AA4499", "#DDCC77", "#661100"),
+    *("#882255", "#117733", "#332288", "#AA4499", "#DDCC77", "#661100"),
 )
-_STYLES: list[dict[str, Any]] = [
-    {"color": color, "marker": marker, "linestyle": line, "markersize": 3.5, "linewidth": 1.2}
-    for color, marker, line in zip(_COLORS, "os^DvPX<>*phd1", cycle(("-", "--", "-.", ":")))
-]
+_MARKERS, _DASHES = "os^DvPX<>*phd1", ("-", "--", "-.", ":")
 ZERO: dict[str, Any] = {"color": "0.35", "linewidth": 0.9, "linestyle": (0, (5, 2))}
 _CHANCE: dict[str, Any] = ZERO | {"linestyle": (0, (1, 1.5))}
+
+
+def styles(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """How each method is drawn: a method of this package has its colour and marker in every figure.
+
+    A user's own method takes those that its name's hash says, or the next ones that no other method here has. In joined
+    runs ``METHOD (RUN)`` looks like ``METHOD``, and the runs differ by their dashes.
+    """
+    bases, known, count = [method.partition(" (")[0] for method in methods], shipped(), len(_COLORS)
+    places = {base: known.index(base) for base in bases if base in known}
+    for base in bases:
+        start, taken = seed_of("style", base), {place % count for place in places.values()}
+        places.setdefault(base, next((n for n in range(start, start + count) if n % count not in taken), start))
+    runs = [places[base] + bases[:number].count(base) for number, base in enumerate(bases)]
+    return {
+        method: {
+            **{"color": _COLORS[places[base] % count], "marker": _MARKERS[places[base] % count]},
+            **{"linestyle": _DASHES[run % len(_DASHES)], "markersize": 3.5, "linewidth": 1.2},
+        }
+        for method, base, run in zip(methods, bases, runs, strict=True)
+    }
 
 
 def degradation(*targets: Scores) -> Figure:
     """Top-1 accuracy, cross-entropy and the user's own metrics by ablated share: one column per target.
 
-    Bands are 95% intervals over clusters. Bars are ± 1 standard deviation over the seeds.
+    Bands are 95% intervals over clusters. Bars are ± 1 standard deviation over the seeds. Chance is drawn where it is
+    among the curves, and said elsewhere.
     """
     methods = list(dict.fromkeys(method for one in targets for method in one.methods))
     own = list(dict.fromkeys(metric for one in targets for metric in one.own))
     columns = len(targets) * (2 if max(map(len, methods), default=0) <= 20 else 1)
-    figure = blank(0.4 + 3.1 * len(targets), 4.4 + 2 * len(own) + 0.17 * -(-(len(methods) + 2) // columns))
+    figure = blank(0.4 + 3.1 * len(targets), 4.6 + 2 * len(own) + 0.17 * -(-(len(methods) + 2) // columns))
     axes = figure.subplots(2 + len(own), len(targets), sharex="col", squeeze=False)
     handles: dict[str, Any] = {}
+    seeds = bands = 0
     for column, one in zip(axes.T, targets, strict=True):
-        classes = one.facts.get("classes")
+        summary, classes = one.summary(), one.facts.get("classes")
+        seeds, bands = max(seeds, summary["seeds"].max()), bands + summary["cross_entropy_low"].notna().sum()
         chance = {"top1": 1 / classes, "cross_entropy": math.log(classes)} if classes else {}
         for panel, metric in zip(column, ("top1", "cross_entropy", *own), strict=True):
             scale = 100 if metric == "top1" else 1
             if metric not in one.metrics:
                 continue
-            _curves(panel, one.summary(), methods, metric, scale)
+            _curves(panel, summary, methods, metric, scale)
             panel.axhline(scale * one.baseline[metric], **ZERO, label="nothing ablated")
             if metric in chance:
-                panel.axhline(scale * chance[metric], **_CHANCE, label="chance")
+                _chance(panel, scale * chance[metric], "%" if metric == "top1" else " nats")
+            handles |= {name: handle for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)}
         column[-1].set_xlabel("neurons ablated (%)", fontsize=9)
         column[0].set_title(_title(one, 40), fontsize=9)
-        handles |= {name: handle for handle, name in zip(*column[0].get_legend_handles_labels(), strict=True)}
     for panel, label in zip(axes[:, 0], ("top-1 accuracy (%)", "cross-entropy (nats)", *own), strict=True):
         panel.set_ylabel(label, fontsize=9)
     names = [name for name in (*methods, "nothing ablated", "chance") if name in handles]
+    said = ["band: 95% interval"] * bool(bands) + [f"bar: ± sd over {seeds} seeds"] * bool(seeds > 1)
     shown = [handles[name] for name in names], names
-    figure.legend(*shown, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    _legend(figure, columns, "; ".join(said), *shown)
     return figure
 
 
 def differences(scores: Scores) -> Figure:
-    """The difference of two methods' top-1 accuracy by ablated share, with 95% intervals: one panel per pair.
+    """What one method loses more than another by ablated share, with 95% intervals: for each metric a panel per pair.
 
     ``scores`` are of two or more methods, which ablated some shares in common.
     """
     compared = neighbours(scores, scores.compare())
     pairs = list(dict.fromkeys(zip(compared["method"], compared["other"], strict=True)))
     titles = [textwrap.fill(f"{one} − {other}", 32) for one, other in pairs]
-    height = 1.7 + 0.13 * max(name.count("\n") for name in titles)
-    figure, panels = grid(len(pairs), 3, (2.2, height), (1.2, 1.0), sharex=True, sharey=True)
-    for panel, pair, name in zip(panels, pairs, titles, strict=True):
-        own = compared[(compared["method"] == pair[0]) & (compared["other"] == pair[1])]
-        x, y, low, high = 100 * own[["ablated", "top1", "top1_low", "top1_high"]].to_numpy().T
-        ends, line = np.clip([y - low, high - y], 0, None), "o-" if len(own) > 1 else "o"
-        panel.errorbar(x, y, yerr=ends, fmt=line, color="#0072B2", markersize=3, linewidth=1)
-        panel.axhline(0, **ZERO)
-        panel.set_title(name, fontsize=8)
-        plain(panel, 7)
+    height, across = 1.7 + 0.13 * max(name.count("\n") for name in titles), min(3, len(pairs))
+    metrics, size = ("top1", "cross_entropy", *scores.own), across * -(-len(pairs) // across)
+    figure, panels = grid(len(metrics) * size, across, (2.2, height), (1.2, 1.0), sharex=True)
+    for start, metric in zip(range(0, len(panels), size), metrics, strict=True):
+        label, scale, _ = harm(metric)
+        for place, (panel, pair, name) in enumerate(zip(panels[start : start + size], pairs, titles, strict=False)):
+            if place:
+                panel.sharey(panels[start])
+            own = compared[(compared["method"] == pair[0]) & (compared["other"] == pair[1])]
+            x, y, *ends = own[["ablated", metric, f"{metric}_low", f"{metric}_high"]].to_numpy().T
+            low, high = np.sort(scale * np.stack(ends), axis=0)
+            bars, line = np.clip([scale * y - low, high - scale * y], 0, None), "o-" if len(own) > 1 else "o"
+            panel.errorbar(100 * x, scale * y, yerr=bars, fmt=line, color="0.15", markersize=3, linewidth=1)
+            panel.axhline(0, **ZERO)
+            panel.set_title(name, fontsize=8)
+            plain(panel, 7)
+            panel.tick_params(labelbottom=place >= len(pairs) - across, labelleft=place % across == 0)
+            if place % across == 0:
+                panel.set_ylabel(label, fontsize=8)
+        for unused in panels[start + len(pairs) : start + size]:
+            unused.remove()
     _share_ticks(panels[0], compared["ablated"], most=6)
     figure.suptitle(_title(scores, int(13 * figure.get_figwidth())), fontsize=9)
-    figure.supxlabel("neurons ablated (%)", fontsize=8)
-    figure.supylabel("top-1 difference (points)", fontsize=8)
+    figure.supxlabel("neurons ablated (%); bars: 95% intervals; above 0 the first method loses more", fontsize=8)
     return figure
 
 
 def importance(scores: Scores, metric: str = "cross_entropy") -> Figure:
-    """How ablating one part alone changes the ``metric``: a map of heads per method, or a line of layers or sites.
+    """What ablating one part alone does to the ``metric``: a map of heads per method, or a line of layers or sites.
 
-    A dot marks a head whose q is at most 0.05; a band around a line is the 95% interval.
+    More is worse. A dot marks a head whose q is at most 0.05; a band around a line is the 95% interval.
     """
     renamed = {metric: "value", f"{metric}_low": "low", f"{metric}_high": "high", q_name(metric): "q"}
     damage = scores.compare(other=BASELINE)[["method", "part", "head", *renamed]].rename(columns=renamed)
     damage["row"] = damage["part"].map(scores.parts.index)
-    label = "added cross-entropy (nats)" if metric == "cross_entropy" else f"change of {metric}"
+    label, scale, _ = harm(metric)
+    damage["value"] *= scale
+    damage[["low", "high"]] = np.sort(scale * damage[["low", "high"]].to_numpy(), axis=1)
     names = short(scores.parts)
     kind = kind_of(names)
     if damage["head"].notna().any():
         return _maps(scores, damage, names, kind, label)
     columns = max(1, min(3, 66 // (6 + max(map(len, scores.methods)))))
-    below = 0.055 * max(map(len, names)) + 0.17 * -(-len(scores.methods) // columns)
+    below = 0.2 + 0.055 * max(map(len, names)) + 0.17 * -(-len(scores.methods) // columns)
     figure = blank(max(5.0, 1.0 + 0.2 * len(names)), 3.0 + below)
     axes = figure.subplots()
-    for method, style in zip(scores.methods, cycle(_STYLES)):
+    for method, style in styles(scores.methods).items():
         x, y, low, high = damage.loc[damage["method"] == method, ["row", "value", "low", "high"]].to_numpy().T
         axes.plot(x, y, label=method, **style)
         axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
@@ -119,7 +155,7 @@ def importance(scores: Scores, metric: str = "cross_entropy") -> Figure:
     axes.set_xlabel(kind, fontsize=9)
     axes.set_ylabel(label, fontsize=9)
     plain(axes, 8)
-    figure.legend(loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    _legend(figure, columns, "band: 95% interval" if damage["low"].notna().any() else "")
     figure.suptitle(_title(scores, 70), fontsize=9)
     return figure
 
@@ -127,6 +163,18 @@ def importance(scores: Scores, metric: str = "cross_entropy") -> Figure:
 def kind_of(names: Sequence[str]) -> str:
     """What an axis of shortened names of sites holds: ``layer`` if all are numbers, ``site`` otherwise."""
     return "layer" if all(name.isdigit() for name in names) else "site"
+
+
+def color_range(values: pd.Series) -> tuple[float, str]:
+    """Where the colours of maps end, and what must be said of values beyond; ``values`` are of all maps of a model.
+
+    The colours end before the 2% of largest values, and at least one, if the largest is more than twice as large.
+    """
+    sizes = np.sort(values.abs().dropna())[::-1]
+    largest, inner = (sizes[min(place, len(sizes) - 1)] if len(sizes) else 0.0 for place in (0, 1 + len(sizes) // 50))
+    if 0 < 2 * inner < largest:
+        return inner, f"darkest: {(sizes > inner).sum()} beyond ±{inner:.2g}, up to {largest:.2g}"
+    return largest or 1.0, ""
 
 
 def head_map(axes: Axes, heads: pd.DataFrame, names: Sequence[str], largest: float, size: int) -> AxesImage:
@@ -191,6 +239,23 @@ def plain(axes: Axes, size: int) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _legend(figure: Figure, columns: int, said: str, *shown: Any) -> None:
+    """Puts the legend below the figure, under a line on what else is drawn."""
+    options: Any = {"ncols": columns, "fontsize": 8, "title": said or None, "title_fontsize": 8, "frameon": False}
+    figure.legend(*shown, loc="outside lower center", **options)
+
+
+def _chance(axes: Axes, value: float, unit: str) -> None:
+    """Draws a line where it doesn't squash the curves, or says where it would be."""
+    low, high = axes.get_ylim()
+    if low <= value <= high:
+        axes.axhline(value, **_CHANCE, label="chance")
+    else:
+        end, arrow = ("bottom", "↓") if value < low else ("top", "↑")
+        place: Any = {"va": end, "fontsize": 8, "color": _CHANCE["color"], "transform": axes.transAxes}
+        axes.text(0.02, 0.02 if value < low else 0.98, f"{arrow} chance: {value:.3g}{unit}", **place)
+
+
 def _title(scores: Scores, width: int) -> str:
     return textwrap.fill(title(scores) + (" (partial run)" if scores.partial else ""), width)
 
@@ -198,7 +263,7 @@ def _title(scores: Scores, width: int) -> str:
 def _curves(axes: Axes, summary: pd.DataFrame, methods: Sequence[str], metric: str, scale: float) -> None:
     """Draws a curve per method, from the baseline on."""
     columns = ["ablated", metric, f"{metric}_low", f"{metric}_high", f"{metric}_sd"]
-    for method, style in zip(methods, cycle(_STYLES)):
+    for method, style in styles(methods).items():
         own = summary.loc[summary["method"].isin([BASELINE, method]), columns]
         if len(own) > 1:
             x, y, low, high, sd = own.to_numpy().T * np.array([[100], *[[scale]] * 4])
@@ -225,15 +290,15 @@ def _maps(scores: Scores, damage: pd.DataFrame, names: Sequence[str], kind: str,
     height = 0.5 + 0.15 * max(name.count("\n") for name in titles) + max(1.2, 0.17 * len(names))
     margin = 1.2 + 0.065 * max(map(len, names)), 1.2
     figure, panels = grid(len(methods), 4, (width, height), margin, sharex=True, sharey=True)
-    largest = damage["value"].abs().max() or 1.0
+    largest, beyond = color_range(damage["value"])
     for panel, method, name in zip(panels, methods, titles, strict=True):
         image = head_map(panel, damage[damage["method"] == method], names, largest, 8)
         panel.set_title(name, fontsize=9)
     figure.supxlabel("head", fontsize=9)
     figure.supylabel(kind, fontsize=9)
-    scale = figure.colorbar(image, ax=panels)
+    scale = figure.colorbar(image, ax=panels, extend="both" if beyond else "neither")
     scale.set_label(label, fontsize=9)
     scale.ax.tick_params(labelsize=8)
-    said = f"\ndot: differs from 0 ({CHANCE})" if damage["q"].notna().any() else ""
-    figure.suptitle(_title(scores, int(13 * figure.get_figwidth())) + said, fontsize=9)
+    said = [f"dot: differs from 0 ({CHANCE})"] * bool(damage["q"].notna().any()) + [beyond] * bool(beyond)
+    figure.suptitle("\n".join([_title(scores, int(13 * figure.get_figwidth())), *said]), fontsize=9)
     return figure

@@ -16,7 +16,7 @@ from lightning_ablate.statistics import Histogram, Moments, SiteStatistics
 
 _SHOWN = 8  # histograms in the figure
 _BINS = 125  # of each
-_LINES = {"mean": ("#0072B2", "--"), "peak": ("#009E73", "-."), "mode": ("#CC79A7", ":")}
+_LINES = ("mean", "peak", "mode")  # in the colours of these methods
 
 
 def save(calibration: Calibration, title: str, folder: Path, forms: Sequence[str] = ("png",)) -> pd.DataFrame:
@@ -44,8 +44,8 @@ def plot(table: pd.DataFrame, calibration: Calibration, title: str) -> Figure:
         counts = calibration[calibration.sites[site]][Histogram].counts[neuron["neuron"]].cpu().numpy()
         edges = np.linspace(neuron["minimum"], neuron["maximum"], _BINS + 1)
         axes.stairs(counts.reshape(_BINS, -1).sum(1), edges, fill=True, color="0.7")
-        for name, (color, line) in _LINES.items():
-            axes.axvline(neuron[name], color=color, linestyle=line, linewidth=1.2, label=name)
+        for name, style in figures.styles(_LINES).items():
+            axes.axvline(neuron[name], **style | {"marker": ""}, label=name)
         axes.set_yscale("log")
         axes.minorticks_off()  # they take long to draw
         shape = f"skewness {neuron['skewness']:.2f}, kurtosis {neuron['excess_kurtosis']:.1f}"

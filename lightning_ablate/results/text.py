@@ -28,6 +28,15 @@ def short(parts: Sequence[str]) -> list[str]:
     return [".".join(name) for name in names]
 
 
+def harm(metric: str) -> tuple[str, float, int]:
+    """How tables and figures show differences of a metric, so that more is worse: label, factor and digits.
+
+    Of a metric of the user's own, as of accuracy, more is taken to be better.
+    """
+    known = {"top1": ("lost top-1, points", -100.0, 2), "cross_entropy": ("added cross-entropy, nats", 1.0, 4)}
+    return known.get(metric, (f"lost {metric}", -1.0, 4))
+
+
 def neighbours(scores: Scores, compared: pd.DataFrame) -> pd.DataFrame:
     """The rows of :meth:`Scores.compare`; of many methods only those of neighbours in rank."""
     if len(scores.methods) <= _METHODS:
@@ -100,11 +109,8 @@ def _ranks(scores: Scores) -> str:
     if scores.summary()["ablated"].nunique() <= 2:
         return ""
     ranking = scores.ranking()
-    cells = {
-        "added cross-entropy": [_with_interval(row, "cross_entropy", 1, 4) for _, row in ranking.iterrows()],
-        "lost top-1, points": [_with_interval(row, "top1", -100, 2) for _, row in ranking.iterrows()],
-        **{f"change of {m}": [_with_interval(row, m, 1, 4) for _, row in ranking.iterrows()] for m in scores.own},
-    }
+    rows = [row for _, row in ranking.iterrows()]
+    cells = {harm(m)[0]: [_with_interval(row, m) for row in rows] for m in ("cross_entropy", "top1", *scores.own)}
     frame = pd.DataFrame(cells, index=ranking["method"].tolist())
     frame.columns.name = f"mean over 0 to {100 * ranking['to'].iloc[0]:.3g}%"
     return str(frame.to_string())
@@ -122,9 +128,9 @@ def _differences(scores: Scores) -> str:
         note = f"{note}; all {len(here)} pairs: Results.compare()"
     for _, row in shown.iterrows():
         first = f"{row['method']} − {row['other']} at {100 * row['ablated']:.3g}%: "
-        others = [_with_interval(row, metric, 1, 4, f" {metric}") for metric in scores.own]
-        told = "   ".join([_with_interval(row, "cross_entropy", 1, 4, " nats"), *others])
-        lines[first + _with_interval(row, "top1", 100, 2, " points")] = told
+        others = [_with_interval(row, metric, f" lost {metric}") for metric in scores.own]
+        told = "   ".join([_with_interval(row, "cross_entropy", " nats added"), *others])
+        lines[first + _with_interval(row, "top1", " points lost")] = told
     width = max(map(len, lines))
     return "\n".join([*(f"{first:{width}}   {second}" for first, second in lines.items()), "", note])
 
@@ -139,16 +145,16 @@ def _parts(scores: Scores) -> str:
             own = damage[damage["method"] == method].sort_values(metric, key=size, ascending=False, kind="stable")
             for _, row in own.head(_PARTS).iterrows():
                 name = row["part"] if pd.isna(row["head"]) else f"{row['part']} head {row['head']}"
-                cells[method, name] = _with_interval(row, metric, 1, 4)
-        label = "added cross-entropy, nats" if metric == "cross_entropy" else f"change of {metric}"
-        found.append(f"largest first: {label}\n{pd.Series(cells).to_frame().to_string(header=False)}")
+                cells[method, name] = _with_interval(row, metric)
+        found.append(f"largest first: {harm(metric)[0]}\n{pd.Series(cells).to_frame().to_string(header=False)}")
         tested = damage.dropna(subset=q_name(metric)).groupby("method", sort=False)[q_name(metric)]
         counts = [f"{(q <= FOUND_AT).sum()} of {len(q)} under {method}" for method, q in tested]
         found[-1] += f"\nfound to differ from 0 ({CHANCE}): {', '.join(counts)}" if counts else ""
     return "\n\n".join(found)
 
 
-def _with_interval(row: pd.Series, metric: str, scale: float, digits: int, unit: str = "") -> str:
+def _with_interval(row: pd.Series, metric: str, unit: str = "") -> str:
+    _, scale, digits = harm(metric)
     mean, *ends = (round(scale * row[name], digits) + 0.0 for name in (metric, f"{metric}_low", f"{metric}_high"))
     known = "" if pd.isna(ends[0]) else f" [{', '.join(f'{end:+.{digits}f}' for end in sorted(ends))}]"
     return f"{mean:+.{digits}f}{unit}{known}"

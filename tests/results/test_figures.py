@@ -1,10 +1,12 @@
 """What the figures hold."""
 
 import itertools
+import math
 from itertools import product
 
 import pytest
 
+from lightning_ablate.methods import shipped
 from lightning_ablate.results import Results, figures
 from tests.results.conftest import HEADS
 
@@ -17,17 +19,49 @@ def test_degradation_draws_a_curve_a_method_the_baseline_and_chance(made):
     assert top.get_title() == "gpt2 on some, data"
     for axes, metric, scale in ((top, "top1", 100), (bottom, "cross_entropy", 1)):
         labels = [line.get_label() for line in axes.lines if line.get_label()[0] != "_"]
-        assert labels == ["zero", "peak", "nothing ablated", "chance"]
+        assert labels == ["zero", "peak", "nothing ablated", *["chance"] * (axes is bottom)]
         assert axes.lines[0].get_xdata() == pytest.approx([0, 10, 50, 90, 100])
         last = table[(table["method"] == "zero") & (table["fraction"] == 1.0)][metric].item()
         assert axes.lines[0].get_ydata()[[0, -1]] == pytest.approx([scale * table[metric][0], scale * last])
         for label in (*axes.get_xticklabels(), *axes.get_yticklabels(), axes.yaxis.label, axes.title):
             assert label.get_fontsize() >= 8
     assert [label.get_text() for label in bottom.get_xticklabels()] == ["0", "10", "50", "90", "100"]
-    assert top.lines[-1].get_ydata()[0] == pytest.approx(10)
+    assert bottom.lines[-1].get_ydata()[0] == pytest.approx(math.log(10))
+    assert top.texts[0].get_text() == "↓ chance: 10%" and not bottom.texts
+    assert figure.legends[0].get_title().get_text() == "band: 95% interval; bar: ± sd over 3 seeds"
     assert all(text.get_fontsize() >= 8 for text in figure.legends[0].get_texts())
     assert figure.get_figwidth() <= 3.5  # inches: a column's width, so that 8 points stay 8 points
     assert figures.degradation(results, results).get_figwidth() <= 7.0
+
+
+def test_chance_is_a_line_among_the_curves_and_does_not_stretch_the_axis(made):
+    for classes, lines in ((2, 1), (1000, 0)):
+        top, _ = figures.degradation(made(classes=classes)).axes
+        assert [line.get_label() for line in top.lines].count("chance") == lines and len(top.texts) == 1 - lines
+        assert top.get_ylim() == figures.degradation(made(classes=None)).axes[0].get_ylim()
+        assert not lines or top.lines[-1].get_ydata()[0] == pytest.approx(50)
+
+
+def test_a_method_looks_the_same_in_every_figure_and_in_joined_runs():
+    look = ("color", "marker")
+    alone, few, joined = (figures.styles(names) for names in (["mean"], ["zero", "mean"], ["mean (A)", "mean (B)"]))
+    assert alone["mean"] == few["mean"] == joined["mean (A)"]
+    assert [joined["mean (B)"][key] for key in look] == [alone["mean"][key] for key in look]
+    assert joined["mean (A)"]["linestyle"] != joined["mean (B)"]["linestyle"]
+    assert len({tuple(style.values()) for style in figures.styles(shipped()).values()}) == len(shipped())
+    own = figures.styles(["zero", "my-own", "another", "a-third"])
+    assert len({style["color"] for style in own.values()}) == 4
+
+
+def test_maps_of_a_model_share_their_colours_which_an_outlier_does_not_wash_out(made):
+    results = made(places=HEADS)
+    assert "darkest" not in results.plot().get_suptitle()
+    results.table.loc[3, "cross_entropy"] += 9.0
+    figure = results.plot()
+    losses = results.table["cross_entropy"] - results.baseline["cross_entropy"]
+    inner = losses.drop(3).max()
+    assert [axes.images[0].norm.vmax for axes in figure.axes[:2]] == pytest.approx([inner, inner])
+    assert f"darkest: 1 beyond ±{inner:.2g}, up to {losses[3]:.2g}" in figure.get_suptitle()
 
 
 def test_degradation_of_one_fraction_draws_a_line_from_the_baseline(made):
@@ -40,12 +74,16 @@ def test_degradation_of_one_fraction_draws_a_line_from_the_baseline(made):
 def test_differences_show_every_pair_with_its_interval(made):
     results = made(("zero", "mean", "peak"), [0.1, 0.5])
     figure = figures.differences(results)
-    assert [axes.get_title() for axes in figure.axes] == ["zero − mean", "zero − peak", "mean − peak"]
+    assert [axes.get_title() for axes in figure.axes] == ["zero − mean", "zero − peak", "mean − peak"] * 2
+    assert [axes.get_ylabel() for axes in figure.axes[::3]] == ["lost top-1, points", "added cross-entropy, nats"]
     assert all(len(axes.containers) == 1 for axes in figure.axes)
     assert figure.get_suptitle() == "a model on some, data"
     means = results.table.groupby("method")["top1"].mean()
     line = figure.axes[0].containers[0].lines[0].get_ydata()
-    assert line.mean() == pytest.approx(100 * (means["zero"] - means["mean"]))
+    assert line.mean() == pytest.approx(100 * (means["mean"] - means["zero"]))
+    means = results.table.groupby("method")["cross_entropy"].mean()
+    line = figure.axes[5].containers[0].lines[0].get_ydata()
+    assert line.mean() == pytest.approx(means["mean"] - means["peak"])
 
 
 def test_differences_of_many_methods_are_those_of_neighbours_in_rank(made):

@@ -32,7 +32,9 @@ def test_str_shows_scores_ranks_and_differences(made):
     assert f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" in scores
     assert [word for word in scores.split() if word.endswith("%")][-6:] == ["10%", "50%", "90%"] * 2
     assert ranks.startswith("mean over 0 to 100%") and ranks.count("[") == 4
-    assert differences.startswith("zero − peak at 50%: +") and " points [+" in differences and " nats [-" in differences
+    lost = results.compare("zero", "peak").set_index("fraction")["top1"][0.5] * -100
+    assert differences.startswith(f"zero − peak at 50%: {lost:+.2f} points lost [-") and lost < 0
+    assert " nats added [-" in differences
     assert note.startswith("[95% interval over 37 examples; for these draws")
     assert repr(results).count("\n") == 0 and f"<pre>{first}\n" in results._repr_html_()
 
