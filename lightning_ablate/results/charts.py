@@ -65,7 +65,9 @@ def unit_map(worths: pd.DataFrame, explained: Sequence[str], higher_is_better: b
         bars = {"type": "bar", "x": names, "y": value, "customdata": own[ends].to_numpy()} | hover
         bars["marker"] = {"color": np.where(value > 0, harm, help_).tolist()}
         bars["error_y"] = {"array": own["high"] - value, "arrayminus": value - own["low"], "thickness": 1}
-        return _chart([bars], _axis(kind_of(names), type="category"), _axis("worth"))
+        return _chart(
+            [bars], _axis(kind_of(names), type="category"), _axis("change" if higher_is_better else "added nats")
+        )
     rows, columns = own["site"].map(sites.index), own["index"].astype(int)
     grid = np.full((len(sites), columns.max() + 1, 3), np.nan)
     grid[rows, columns] = own[["value", *ends]]

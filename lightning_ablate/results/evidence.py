@@ -1,7 +1,7 @@
 """Evidence: where single units matter, what they promote, and the same as coloured text."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from difflib import get_close_matches
 from html import escape
 from pathlib import Path
@@ -37,8 +37,8 @@ class Evidence:
             is the neuron's value, or the norm of the head's deviation from its mean.
         promoted: the classes whose probability changes most. ``change`` is the mean over the positions of the clean
             log-probability minus the ablated one, nats: above 0 for a class that the unit promotes.
-        contexts: one row per example: its ``tokens`` (list of str), or its ``picture`` (bytes of a PNG file) and
-            ``label``.
+        contexts: one row per example: its ``tokens`` (list of str, None at padding), or its ``picture`` (bytes of a
+            PNG file) and ``label``.
         attention: what heads read at the positions where they matter most: ``weights`` (list of float), one for each
             token. Empty where attention can't be seen.
         reads: of each head its mean attention to the ``previous`` token, the ``first`` one and ``itself``, and to the
@@ -112,7 +112,7 @@ class Evidence:
         if not paths[0].is_file():
             return None
         with loading(str(folder), DataError):
-            return cls(*(pd.read_parquet(path) if path.is_file() else None for path in paths))  # type: ignore[arg-type]
+            return cls(*(pd.read_parquet(path) if path.is_file() else None for path in paths))
 
 
 class UnitEvidence:
@@ -148,7 +148,7 @@ class UnitEvidence:
         changes = dict(zip(here["place"], here["change"], strict=True))
         place = row["place"]
         first, last = max(0, place - _AROUND), min(len(tokens), place + _AROUND + 1)
-        pieces = [(tokens[i], changes.get(i, np.nan)) for i in range(first, last)]
+        pieces = [(tokens[i], changes.get(i, np.nan)) for i in range(first, last) if tokens[i] is not None]
         return pieces if place < len(tokens) else [*pieces, (row["text"], row["change"])]
 
     def _of(self, table: pd.DataFrame, method: str | None) -> pd.DataFrame:
@@ -161,12 +161,14 @@ class UnitEvidence:
         return f"<p>{escape(self.unit)}</p>{self.contexts()._repr_html_()}{self.promoted().to_html(index=False)}"
 
 
-class Contexts(pd.DataFrame):
+class Contexts(pd.DataFrame):  # type: ignore[misc]
     """Contexts as a DataFrame, which a notebook shows as coloured text."""
 
     def _repr_html_(self) -> str:
         rows = zip(self["change"], self["clean"], self.attrs.get("html", self["context"].map(escape)), strict=False)
-        cells = "".join(f"<tr><td>{change:+.3f}</td><td>{clean:.3f}</td><td>{html}</td></tr>" for change, clean, html in rows)
+        cells = "".join(
+            f"<tr><td>{change:+.3f}</td><td>{clean:.3f}</td><td>{html}</td></tr>" for change, clean, html in rows
+        )
         return f"<table><tr><th>added nats</th><th>intact</th><th>text</th></tr>{cells}</table>"
 
 

@@ -47,7 +47,7 @@ function table(place, { columns, rows, count = rows.length }, units = false) {
   const whole = make("table", {}, make("thead", {}, make("tr", {}, ...heads)), body);
   if (units) {
     const search = make("input", { type: "search", oninput: () => { sought = search.value.toLowerCase(); fill(); } });
-    const said = count > rows.length ? ` The ${rows.length} largest of ${count} are listed.` : "";
+    const said = count > rows.length ? `the ${rows.length} largest of ${count} units` : `${count} units, the largest first`;
     place.append(make("label", { className: "choice" }, "Search ", search), said);
     place.append(make("div", { className: "scroll", tabIndex: 0 }, whole));
   } else place.replaceChildren(whole);
@@ -76,6 +76,7 @@ function draw(place, { data, layout }) {
 /** Text whose tokens are coloured by their values, orange above 0 and blue below; the one of index `asked` is framed. */
 function coloured(pieces, largest, unit, asked, [above, below] = [page.harm, page.help]) {
   return make("span", { className: "text", dir: "auto" }, ...pieces.map(([word, value], index) => {
+    if (word === null) return ""; // padding
     const token = make("span", { textContent: word.replaceAll("\n", "↵\n").replaceAll("\t", "⇥\t") || "·" });
     if (index === asked) token.className = "asked";
     if (value === null) return token;
@@ -88,7 +89,7 @@ function coloured(pieces, largest, unit, asked, [above, below] = [page.harm, pag
 
 page.targets.forEach((target, number) => {
   const section = find(`#target-${number}`), curves = section.querySelector(".curves"), off = new Set();
-  table(section.querySelector(".methods"), target.methods);
+  if (target.methods.rows.length) table(section.querySelector(".methods"), target.methods);
   if (!Object.keys(target.curves).length) return;
   const controls = make("div"), plot = make("div"), boxes = make("fieldset", { ariaLabel: "Methods that are drawn" });
   curves.append(controls, boxes, plot);
@@ -122,8 +123,8 @@ function showMethod({ contexts, promoted, dots }) {
 
 /** What an attention head reads, or why that isn't known. */
 function showAttention({ attention, reads }) {
-  const place = find("#attention"), why = page.attention || "Attention is known of attention heads only, where the model shows it.";
-  place.replaceChildren(...(attention ? [] : [make("p", { className: "note", textContent: why })]));
+  const place = find("#attention"), why = page.attention || "this unit is no attention head with evidence";
+  place.replaceChildren(...(attention ? [] : [make("p", { className: "note", textContent: `Attention isn't shown: ${why}` })]));
   if (!attention) return;
   const scores = make("div"), names = { previous: "previous token", first: "first token", itself: "itself", induction: "induction" };
   table(scores, { columns: Object.keys(reads).map((name) => names[name] ?? name), rows: [Object.values(reads)] });
@@ -138,7 +139,7 @@ function showUnit(name) {
   find("#unit").hidden = false;
   find("#unit-head").textContent = name;
   const known = columns.map((column, index) => [column, row[index]]).slice(1), marks = known.filter(([, value]) => typeof value === "number");
-  table(find("#worth"), { columns: ["under, and how it is known", "nats"], rows: known.filter(([, value]) => Array.isArray(value)) });
+  table(find("#worth"), { columns: ["under, and how it is known", "worth"], rows: known.filter(([, value]) => Array.isArray(value)) });
   if (marks.length) find("#worth").append(`Its activations: ${marks.map(([column, value]) => `${column} ${digits(value)}`).join(", ")}.`);
   find("#evidence").hidden = !panel;
   find("#no-evidence").hidden = Boolean(panel);

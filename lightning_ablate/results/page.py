@@ -82,7 +82,7 @@ def _written(
 def _head(one: Scores) -> _Json:
     title = text.title(one)
     first, *notes = text.head(one).removeprefix(f"{title}: ").splitlines()
-    return {"title": title, "first": first, "notes": notes}
+    return {"title": title, "first": first, "notes": notes, "swept": bool(one.methods)}
 
 
 def _methods(one: Scores) -> _Json:

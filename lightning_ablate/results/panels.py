@@ -28,8 +28,8 @@ def worth(scores: Scores, attribution: pd.DataFrame | None, evidence: Evidence |
     """What units are worth alone: one row per ``unit``, ``method`` and ``how`` it is known.
 
     Columns: method, site, level (neuron, head or part), index, how (``measured`` in the sweep, ``estimated`` and
-    ``verified`` by attribution, ``in the evidence`` over its positions, ``change of METRIC``), value, low and high (the
-    ends of its 95% interval), unit (its name).
+    ``verified`` by attribution, with the metric if it isn't the cross-entropy, ``in the evidence`` over its positions,
+    ``change of METRIC``), value, low and high (the ends of its 95% interval), unit (its name).
     """
     found = [pd.DataFrame(columns=[*_KEYS, "how", *_CELL]).astype(dict.fromkeys(_CELL, float))]
     if scores.parts:
@@ -37,10 +37,12 @@ def worth(scores: Scores, attribution: pd.DataFrame | None, evidence: Evidence |
         damage["level"] = np.where(damage["index"].isna(), "part", "head")
         found.append(_known(damage, "measured", cells(damage, "cross_entropy")))
         found += [_known(damage, _OWN + metric, cells(damage, metric)) for metric in scores.own]
+    of = "nats" if attribution is None else attribution.attrs.get("of", "nats")
     for how, name, error in (("estimated", "estimate", "se"), ("verified", "verified", "verified_se")):
         if attribution is not None and name in attribution:
             own = attribution.dropna(subset=name).rename(columns={"unit": "index"}).replace({"level": {"site": "part"}})
-            found.append(_known(own, how, own[[name]].to_numpy() + np.outer(own[error], [0, -1.96, 1.96])))
+            said = how if of == "nats" else f"{how}, {of}"
+            found.append(_known(own, said, own[[name]].to_numpy() + np.outer(own[error], [0, -1.96, 1.96])))
     if evidence is not None:
         found.append(_mean_changes(evidence, scores))
     table = pd.concat([frame for frame in found if len(frame)] or found, ignore_index=True)
@@ -60,9 +62,8 @@ def content(
     explained = [] if evidence is None else evidence.units
     of_neurons = worths["level"] == "neuron"
     maps, others = dict[str, charts.Chart](), worths[~of_neurons]
-    for (method, how), own in others[~others["how"].isin(["verified", _EVIDENCE])].groupby(
-        ["method", "how"], sort=False
-    ):
+    mapped = others[~others["how"].str.startswith(("verified", _EVIDENCE))]
+    for (method, how), own in mapped.groupby(["method", "how"], sort=False):
         maps[f"{method}, {how}"] = charts.unit_map(own, explained, how.startswith(_OWN))
     found: _Json = {"maps": maps, "units": _list(others, explained, rows, pd.DataFrame())}
     found["neurons"] = _list(worths[of_neurons], explained, rows, marks)
@@ -113,7 +114,7 @@ def _marks(neurons: pd.DataFrame) -> pd.DataFrame:
 
 def _list(worths: pd.DataFrame, explained: Sequence[str], rows: int, marks: pd.DataFrame) -> _Json:
     """The ``rows`` units that are worth most, the largest first, and those with evidence."""
-    most = worths[worths["how"].isin(["measured", "estimated"])].groupby("unit")["value"].max()
+    most = worths[worths["how"].str.startswith(("measured", "estimated"))].groupby("unit")["value"].max()
     largest = most.sort_values(ascending=False, kind="stable").index
     every = list(dict.fromkeys([*largest, *worths["unit"], *marks.index]))
     kept = {*every[:rows], *explained}
@@ -165,8 +166,8 @@ def _reads(evidence: Evidence, name: str, contexts: int) -> _Json:
     seen = []
     for row in attention.head((contexts + 1) // 2).to_dict("records"):
         tokens = evidence.contexts.at[row["example"], "tokens"]
-        names = range(len(row["weights"])) if tokens is None or not len(tokens) else tokens
-        pieces = list(zip(map(str, names), row["weights"], strict=False))
+        names = list(map(str, range(len(row["weights"])))) if tokens is None or not len(tokens) else tokens
+        pieces = list(zip(names, row["weights"], strict=False))
         seen.append({"example": row["example"], "at": row["position"], "pieces": pieces})
     known = scores.drop(columns="unit").to_dict("records")
     return {"attention": seen, "reads": known[0] if known else {}} if seen else {}

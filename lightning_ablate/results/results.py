@@ -28,7 +28,9 @@ class Results(Scores):
     def evidence(self, unit: str) -> UnitEvidence:
         """What ablating one unit does token by token, such as ``blocks.0.attn.proj head 2``; ConfigError if unknown."""
         if self.gathered is None:
-            raise ConfigError("the run gathered no evidence; ask for that of the 12 largest units: --ablation.explain 12")
+            raise ConfigError(
+                "the run gathered no evidence; ask for that of the 12 largest units: --ablation.explain 12"
+            )
         return self.gathered.of(unit)
 
     def plot(self, metric: str = "cross_entropy") -> Figure:
@@ -45,8 +47,11 @@ class Results(Scores):
         return "importance" if self.parts else "degradation"
 
     def pictures(self) -> dict[str, Callable[[], Figure]]:
-        """All figures that are saved: a file's name without its ending → a function that draws the figure."""
-        made: dict[str, Callable[[], Figure]] = {self.figure_name: self.plot}
+        """All figures that are saved: a file's name without its ending → a function that draws the figure.
+
+        Without methods there are none.
+        """
+        made: dict[str, Callable[[], Figure]] = {self.figure_name: self.plot} if self.methods else {}
         for index, one in enumerate(self.each):
             if self.parts:
                 name = self.suffixed(self.figure_name, index)

@@ -103,7 +103,7 @@ def test_a_click_opens_a_unit_and_its_methods_switch(made, opened, tmp_path):
     tab.get_by_role("link", name=NEURON).press("Enter")
     assert tab.locator("#unit-head").inner_text() == NEURON
     assert "mean 0.5, peak 0.25" in tab.locator("#worth").inner_text()
-    assert "only" in tab.locator("#attention").inner_text()
+    assert "no attention head" in tab.locator("#attention").inner_text()
     legend = tab.locator("#distribution .legendtext").all_text_contents()
     assert legend == ["positions", "zero 0", "mean 0.5", "peak 0.25"]
 
