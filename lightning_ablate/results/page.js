@@ -9,10 +9,18 @@ function make(tag, properties, ...children) {
   return made;
 }
 
+const dark = matchMedia("(prefers-color-scheme: dark)");
 const digits = (value) => (value === null ? "–" : String(+value.toPrecision(3)).replace("-", "−"));
 const link = (name) => make("a", { href: `#unit=${encodeURIComponent(name)}`, textContent: name });
 const swatch = (method) => make("span", { className: "swatch", style: `background: ${inked(page.colours[method])}` });
-const inked = (colour) => (colour === "#000000" ? getComputedStyle(document.body).color : colour);
+
+/** The colour of a method, lighter where it is too dark for dark paper. */
+function inked(colour) {
+  const parts = colour.startsWith("#") ? colour.match(/[0-9a-f]{2}/gi).map((part) => parseInt(part, 16)) : [];
+  const bright = parts.reduce((sum, part) => sum + part, 0);
+  if (!parts.length || bright > 260 || !dark.matches) return colour;
+  return bright ? `rgb(${parts.map((part) => (part + 255) >> 1)})` : "#ffffff";
+}
 
 /** What a cell of a table shows: text, a number, or a value with the ends of its interval. */
 function cell(value) {
@@ -48,7 +56,7 @@ function table(place, { columns, rows, count = rows.length }, units = false) {
   if (units) {
     const search = make("input", { type: "search", oninput: () => { sought = search.value.toLowerCase(); fill(); } });
     const said = count > rows.length ? `the ${rows.length} largest of ${count} units` : `${count} units, the largest first`;
-    place.append(make("label", { className: "choice" }, "Search ", search), said);
+    place.append(make("label", { className: "choice" }, "Search ", search), make("span", { className: "ends", textContent: said }));
     place.append(make("div", { className: "scroll", tabIndex: 0 }, whole));
   } else place.replaceChildren(whole);
   fill();
@@ -173,4 +181,4 @@ if (find("#unit")) {
   if (location.hash.startsWith("#unit=")) openUnit();
   else showUnit(Object.keys(page.panels)[0] ?? (page.units.rows[0] ?? page.neurons.rows[0])[0]);
 }
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => location.reload());
+dark.addEventListener("change", () => location.reload());
