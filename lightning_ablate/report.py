@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_ablate.calibration import Calibration
 from lightning_ablate.errors import DataError
@@ -19,7 +20,7 @@ from lightning_ablate.files import base_name, versions
 from lightning_ablate.metrics import SweepMetrics
 from lightning_ablate.modules.base import evaluation_loaders
 from lightning_ablate.phases import ExplainedSweep, SweepPhase
-from lightning_ablate.results import Results, attributions, neurons
+from lightning_ablate.results import Results, attributions, neurons, page
 from lightning_ablate.results.frames import BASELINE
 from lightning_ablate.run import CHECKPOINT
 from lightning_ablate.trainer import cut_short, data_name, data_names
@@ -140,8 +141,22 @@ def report_results(
         pictures = [str(path) for path in paths if path.suffix == ".png"]
         if pictures and hasattr(logger, "log_image"):  # Weights & Biases and loggers like it
             logger.log_image(results.figure_name, pictures)
+    opened = [] if folder is None else _page(results, attribution, folder)
     told = [str(results), *([attributions.lines(attribution)] if attribution is not None and len(attribution) else [])]
-    return "\n".join(["", "\n\n".join(told), "", *map(str, paths), *notes])
+    return "\n".join(["", "\n\n".join(told), "", *opened, *map(str, paths), *notes])
+
+
+def _page(results: Results, attribution: pd.DataFrame | None, folder: Path) -> list[str]:
+    """Writes report.html; returns the command that opens it, or warns and returns none."""
+    known = folder / "neurons.parquet"
+    try:
+        table = pd.read_parquet(known) if known.is_file() else None
+        return [f"open {shlex.quote(str(page.write(folder, results, attribution, table)))}"]
+    except Exception as error:  # of any kind: all that was measured is in the other files
+        rank_zero_warn(
+            f"could not write {folder / 'report.html'}: {' '.join(f'{type(error).__name__}: {error}'.split())}"
+        )
+        return []
 
 
 def _tensorboards(trainer: lightning.Trainer) -> list[Any]:

@@ -37,6 +37,16 @@ def test_the_table_the_text_and_the_facts_are_left(tmp_path, capsys):
     assert facts["target"]["sha256"] == fingerprint(tiny.gpt2()) and facts["partial"] == []
 
 
+def test_a_page_is_told_first_and_one_that_fails_loses_nothing(tmp_path, capsys, monkeypatch):
+    tiny.fit(tmp_path)
+    paths = [line for line in capsys.readouterr().out.splitlines() if str(tmp_path) in line]
+    assert paths[0] == f"open {tmp_path / 'report.html'}" and (tmp_path / "report.html").is_file()
+    monkeypatch.setattr("lightning_ablate.results.page.LARGEST", None)
+    with pytest.warns(UserWarning, match=r"^could not write .*report.html: TypeError: [^\n]*$"):
+        tiny.fit(tmp_path / "again")
+    assert "open " not in capsys.readouterr().out and len(Results.load(tmp_path / "again").table) == 10
+
+
 def test_twice_the_same_run_gives_the_same_bytes(tmp_path, gpt2_folder):
     for seed, name in enumerate(("first", "second")):
         module = tiny.built(CausalLM(gpt2_folder))

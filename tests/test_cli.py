@@ -15,7 +15,7 @@ from tests.command import QUIET, assert_same_bytes, here
 SHORT = ["--data.calibration_images=60", "--data.evaluation_images=40", "--data.batch_size=20"]
 GPT2 = ["--model=CausalLM", "--model.name=demo:gpt2"]
 FEW = ["--ablation.fractions=[0.5,1.0]", "--ablation.seeds=[1,2]"]
-FILES = {"results.csv", "run.json", "examples.parquet", "degradation.png", "comparisons.png"}
+FILES = {"report.html", "results.csv", "run.json", "examples.parquet", "degradation.png", "comparisons.png"}
 FILES |= {"neurons.parquet", "neurons.png", "ablation.ckpt", "config.yaml"}
 
 

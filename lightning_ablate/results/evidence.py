@@ -74,12 +74,12 @@ class Evidence:
     @property
     def units(self) -> list[str]:
         """The units, the largest mean change first."""
-        return list(dict.fromkeys(self.evidence["unit"]))
+        return self.evidence["unit"].unique().tolist()
 
     @property
     def methods(self) -> list[str]:
         """The methods by which they were ablated."""
-        return list(dict.fromkeys(self.evidence["method"]))
+        return self.evidence["method"].unique().tolist()
 
     def of(self, unit: str) -> "UnitEvidence":
         """That of one unit; ConfigError if there is none."""

@@ -45,11 +45,20 @@ def neighbours(scores: Scores, compared: pd.DataFrame) -> pd.DataFrame:
     return compared[(compared["method"].map(ranks) - compared["other"].map(ranks)).abs() == 1]
 
 
+def shares(summary: pd.DataFrame) -> list[float]:
+    """Up to three shares that most methods ablated, near 10%, 50% and 90%; ``summary`` is without the baseline."""
+    shared = summary.groupby("ablated")["method"].nunique()
+    shown = shared.index[shared == shared.max()].tolist()
+    if len(shown) <= 3:
+        return shown
+    return list(dict.fromkeys(min(shown, key=lambda share: abs(share - usual)) for usual in (0.1, 0.5, 0.9)))
+
+
 def tables(scores: Scores) -> str:
     """For each data set: the baseline, and the methods' scores, ranks and differences, or the most important parts."""
     if len(scores.data) > 1:
         return "\n\n\n".join(map(tables, scores.each))
-    found = [_head(scores)]
+    found = [head(scores)]
     if scores.parts:
         found.append(_parts(scores))
     elif scores.methods:
@@ -64,7 +73,8 @@ def interval(scores: Scores) -> str:
     return f"95% interval over {_counted(scores)}{doubt}"
 
 
-def _head(scores: Scores) -> str:
+def head(scores: Scores) -> str:
+    """What was evaluated and what the intact target scores, then what limits the run, a line each."""
     base, facts = scores.baseline, scores.facts
     where = f" of {_counted(scores)}" if scores.counts[0] else ""
     first = (
@@ -85,11 +95,7 @@ def _counted(scores: Scores) -> str:
 def _scores(scores: Scores) -> str:
     """The scores at up to three shares, mean ± standard deviation over the seeds."""
     summary = scores.summary().iloc[1:]
-    shared = summary.groupby("ablated")["method"].nunique()
-    shown = shared.index[shared == shared.max()].tolist()
-    if len(shown) > 3:
-        nearest = (min(shown, key=lambda share: abs(share - usual)) for usual in (0.1, 0.5, 0.9))
-        shown = list(dict.fromkeys(nearest))
+    shown = shares(summary)
     heads = [("top-1 %", "top1", 100, 2), ("cross-entropy", "cross_entropy", 1, 4)]
     heads += [(metric, metric, 1, 4) for metric in scores.own]
     columns = [(head, f"{100 * share:.3g}%") for head, *_ in heads for share in shown]
