@@ -25,7 +25,7 @@ from lightning_ablate.statistics.base import by_example
 from lightning_ablate.sweep import Sweep
 
 _PROMOTED = 10  # classes at either end
-_ROWS = 512  # of logits are summed at a time
+_ROWS = 64  # of logits are summed in float32, and their sums in float64
 
 
 class ExplainedSweep(SweepPhase):
@@ -210,7 +210,7 @@ class _Recorder(SweepPhase):
             classes = scored.logits.shape[1]
             self._told = torch.zeros(len(self.conditions), classes, dtype=torch.float64, device=exact)
         right = scored.logits.gather(1, scored.targets.unsqueeze(1)).squeeze(1).to(exact).double()
-        sums = sum(scored.logits[rows].to(exact).sum(0, dtype=torch.float64) for rows in torch.split(kept, _ROWS))
+        sums = sum(scored.logits[rows].float().sum(0).to(exact).double() for rows in torch.split(kept, _ROWS))
         # log p = logit - log Z, and log Z = cross-entropy + the right logit
         self._told[index] += sums - (own + right)[kept].sum()
         return torch.stack([own, *(values.to(exact).double() for values in scored.extra.values())])[:, kept]

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +102,7 @@ def _methods(one: Scores) -> _Json:
 
 
 def _colours(methods: Iterable[str]) -> dict[str, str]:
-    return dict(zip(dict.fromkeys(methods), cycle(figures._COLORS), strict=False))
+    return {method: style["color"] for method, style in figures.styles(list(dict.fromkeys(methods))).items()}
 
 
 def _plain(value: Any) -> Any:
