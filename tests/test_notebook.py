@@ -12,6 +12,7 @@ CELLS = [
     # a second fit of the same callback and module
     "lightning.Trainer(max_epochs=1, callbacks=[callback]).fit(module, datamodule=Digits(batch_size=225))",
     "callback.results",
+    'difference(other.target, other.tokenizer, "<script> שלום 😀", heads={"transformer.h.1.attn.c_proj": [0]})',
     "callback.results.plot()",
     """
 from lightning_ablate import CausalLM
@@ -40,7 +41,10 @@ def test_the_example_runs_in_a_kernel_and_all_that_follows(tmp_path, monkeypatch
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    first, second, shown, picture, generated = (cell["outputs"] for cell in notebook.cells)
+    first, second, shown, hostile, picture, generated = (cell["outputs"] for cell in notebook.cells)
+    coloured, other = (cell[-1]["data"]["text/html"] for cell in (first, hostile))
+    assert coloured.count('title="') > 5 and "rgba(213,94,0," in coloured and "rgba(0,114,178," in coloured
+    assert "<script" not in other and "&lt;" in other and "😀" in other and "שלום" in re.sub(r"<[^>]*>", "", other)
     assert "cross_entropy_low" in str(first)
     assert all("demo:vit on digits: 449 scored positions" in str(one) for one in (first, second))
     assert "<table" in shown[-1]["data"]["text/html"] and "449 scored positions" in shown[-1]["data"]["text/html"]

@@ -182,11 +182,12 @@ def coloured(pieces: Iterable[tuple[str, float]], largest: float | None = None) 
     largest = largest or max(known, default=0) or 1.0
     spans = []
     for text, change in pieces:
-        shown = escape(text.replace("\n", "↵\n").replace("\t", "⇥\t")) or "·"
+        shown = escape(text.replace("\n", "↵\n").replace("\t", "⇥\t"))
         if np.isnan(change):
             spans.append(f"<span>{shown}</span>")
             continue
         red, green, blue = HARM if change > 0 else HELP
         style = f"background:rgba({red},{green},{blue},{min(1.0, abs(change) / largest) * 0.85:.2f})"
+        style += "" if text else ";padding-left:3px"  # a part of a character, which the next token completes
         spans.append(f'<span style="{style}" title="{change:+.3f} nats">{shown}</span>')
     return f'<span dir="auto" style="white-space:pre-wrap">{"".join(spans)}</span>'

@@ -85,7 +85,8 @@ function draw(place, { data, layout }) {
 function coloured(pieces, largest, unit, asked, [above, below] = [page.harm, page.help]) {
   return make("span", { className: "text", dir: "auto" }, ...pieces.map(([word, value], index) => {
     if (word === null) return ""; // padding
-    const token = make("span", { textContent: word.replaceAll("\n", "↵\n").replaceAll("\t", "⇥\t") || "·" });
+    const token = make("span", { textContent: word.replaceAll("\n", "↵\n").replaceAll("\t", "⇥\t") });
+    if (!word) token.style.paddingLeft = "3px"; // a part of a character, which the next token completes
     if (index === asked) token.className = "asked";
     if (value === null) return token;
     const strength = (0.85 * Math.min(1, Math.abs(value) / largest)).toFixed(2);
