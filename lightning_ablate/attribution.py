@@ -135,17 +135,19 @@ def per_position(sums: Tensor, n: Tensor) -> Tensor:
     if n[1] == n[0].square():  # a single example
         square = square + torch.nan
     spread = square - 2 * estimate * with_n + estimate.square() * n[1] / n[0]
-    return torch.stack([first, second, estimate, (spread.clamp_min(0) / n[0]).sqrt()])
+    examples = (n[0].square() / n[1]).expand_as(first)  # of equal length, whose mean would spread as much
+    return torch.stack([first, second, estimate, (spread.clamp_min(0) / n[0]).sqrt(), examples])
 
 
 def table_of(attributed: Mapping[str, Mapping[Site, Tensor]], measured: Sequence[Sequence[Any]] = ()) -> pd.DataFrame:
     """One row per method and unit: what ablating the unit alone is estimated to cost.
 
     Columns: method, site, kind (of the site), level (neuron, head or site), unit (index in the site), and, in nats per
-    scored position: first and second (order), estimate (their sum, bounded) and se (its standard error over examples).
-    q is of the test that the estimate is 0 (two-sided, estimate / se being normal), see :func:`q_values`, among the
-    units of one method, level and kind. If units were verified, also picked (``largest`` or ``random``), verified (the
-    measured effect), verified_se, and calibrated: the estimate with its second order times :func:`scale_of`.
+    scored position: first and second (order), estimate (their sum, bounded) and se (its standard error over examples),
+    and how many examples there were, counted as equally long ones. q is of the two-sided t test over examples that the
+    estimate is 0, see :func:`q_values`, among the units of one method, level and kind. If units were verified, also
+    picked (``largest`` or ``random``), verified (the measured effect), verified_se, and calibrated: the estimate with
+    its second order times :func:`scale_of`.
 
     Args:
         attributed: method → site → ``(FOUND, units)`` float64.
@@ -158,7 +160,9 @@ def table_of(attributed: Mapping[str, Mapping[Site, Tensor]], measured: Sequence
             frame = pd.DataFrame(units, columns=["level", "unit"]).assign(method=method, site=site.name, kind=site.kind)
             frames.append(frame[[*_KEYS, "kind"]].assign(**dict(zip(FOUND, found.cpu().numpy(), strict=True))))
     table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*_KEYS, "kind", *FOUND])
-    p = 2 * stats.norm.sf((table["estimate"] / table["se"]).abs().mask(table["estimate"] == 0, 0.0).astype(float))
+    free = table["examples"].astype(float) - 1  # degrees of freedom
+    z = (table["estimate"] / table["se"]).abs().mask(table["estimate"] == 0, 0.0).astype(float)
+    p = 2 * stats.t.sf(z * (free / (free + 1)) ** 0.5, free)
     table["q"] = q_values(pd.Series(p, table.index), [table[name] for name in GROUP])
     if not measured:
         return table
@@ -173,7 +177,8 @@ def table_of(attributed: Mapping[str, Mapping[Site, Tensor]], measured: Sequence
 def q_values(p: pd.Series, groups: Sequence[pd.Series]) -> pd.Series:
     """The smallest rates of false discoveries, within each group, at which p-values count as found; NaN where p is NaN.
 
-    By Benjamini & Hochberg 1995, which holds for units that depend on one another positively.
+    By Benjamini & Hochberg 1995. The rate is guaranteed where tests are independent or depend on one another
+    positively.
     """
     found = p.astype(float)
     for _, own in found.dropna().groupby([group[p.notna()] for group in groups], sort=False, dropna=False):

@@ -45,7 +45,8 @@ class AblationCallback(lightning.Callback):
         neurons: which units are ablated together: ``Random`` (the default), ``Ranked``, ``EachHead``, ``EachLayer``,
             ``Only``, or a subclass of Choice.
         attribution: options of the estimated effect of every neuron, head and site alone, which ``fit`` makes.
-        explain: of how many units to gather evidence, the largest ones, or the names of units (``PATH head 0``).
+        explain: how many of the largest units to explain (of an attribution so many heads and so many neurons), or the
+            names of units, such as ``PATH head 0``.
         explain_examples: how many evaluation examples, the first ones, they are explained on.
         dirpath: the folder for the run's files; None takes the logger's. A run that died there goes on.
         save_every: seconds from one save of an unfinished sweep to the next.
@@ -66,7 +67,7 @@ class AblationCallback(lightning.Callback):
         sites: Sequence[str] | str = "attention",
         neurons: Choice | None = None,
         attribution: Attribution | None = None,
-        explain: int | Sequence[str] = 0,
+        explain: int | Sequence[str] | str = 0,
         explain_examples: int = 64,
         dirpath: str | Path | None = None,
         save_every: float = 60.0,
@@ -79,10 +80,10 @@ class AblationCallback(lightning.Callback):
         if not isinstance(self.attribution, Attribution):
             raise ConfigError(f"attribution is {attribution!r:.80}, expected Attribution(methods=[...])")
         self.explain = phases.Explain(explain if isinstance(explain, int) else listed(explain), explain_examples)
-        if not made and not self.attribution.methods:
+        if not made and not self.attribution.methods and not isinstance(self.explain.units, tuple):
             raise ConfigError(
-                "methods is empty, expected at least one (--ablation.methods '[mean]'), or an attribution without a "
-                "sweep (--ablation.attribution.methods '[mean]')"
+                "methods is empty, expected at least one (--ablation.methods '[mean]'), an attribution "
+                "(--ablation.attribution.methods '[mean]'), or names of units (--ablation.explain '[PATH head 0]')"
             )
         self.dirpath, self.save_every, self.figures = dirpath, save_every, listed(figures)
         self.results: Results | None = None
@@ -145,6 +146,7 @@ class AblationCallback(lightning.Callback):
         phase = phases.SweepPhase(pl_module, self.run, self.sweep, examples)
         if self.explain.units:
             phase = phases.ExplainedSweep(pl_module, self.run, self.sweep, examples, self.explain, self.attribution)
+            phase.save = lambda: self._save(trainer, phase.state_dict())
         pl_module.phase = self.run.resume(phase)
 
     def on_validation_batch_end(self, trainer: lightning.Trainer, pl_module: AblationModule, *_: Any) -> None:  # type: ignore[override]
@@ -161,8 +163,7 @@ class AblationCallback(lightning.Callback):
         log_scores(trainer, self.results)
         if trainer.is_global_zero:
             fitting = trainer.state.fn == TrainerFn.FITTING
-            units = self.attributions if fitting else None
-            self._told = report_results(trainer, self.results, units, self.folder, self.figures)
+            self._told = report_results(trainer, self.results, self.attributions, self.folder, self.figures)
             if fitting:
                 self._save(trainer, {}, finished=True)
             if self._store is not None:

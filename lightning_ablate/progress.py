@@ -113,10 +113,11 @@ class SweepProgressBar(TQDMProgressBar):
             bar.unit = " passes"
 
         def announce(condition: Condition) -> None:
-            bar.set_postfix_str(str(condition), refresh=condition not in number)
-            if condition not in number:  # once the sweep is done, single units are explained
-                bar.set_description("Evidence", refresh=False)
-            bar.update(number.get(condition, bar.total or bar.n) - bar.n)
+            bar.set_postfix_str(str(condition), refresh=False)
+            if phase.title == type(phase).title:
+                bar.update(number[condition] - bar.n)
+            else:  # the sweep is done, and single units are explained
+                bar.set_description(phase.title)
 
         phase.announce = announce
 

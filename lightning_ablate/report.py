@@ -41,7 +41,8 @@ def tabulated(trainer: lightning.Trainer, phase: SweepPhase, facts: Mapping[str,
             examples.append(_examples(metrics, range(index * len(rows), (index + 1) * len(rows)), clusters))
     cut = cut_short("evaluation", trainer.num_val_batches, loaders)
     finished = datetime.now(UTC).isoformat(timespec="seconds")
-    now = {"words": shlex.join(sys.argv), "finished": finished, "versions": versions()}
+    program = ["python", "-m", "lightning_ablate"] if sys.argv[0].endswith("__main__.py") else sys.argv[:1]
+    now = {"words": shlex.join([*program, *sys.argv[1:]]), "finished": finished, "versions": versions()}
     made = {**facts, **now, "partial": [*facts["partial"], *cut]}
     results = Results(pd.concat(tables), pd.concat(examples) if examples else None, made)
     if isinstance(phase, ExplainedSweep) and phase.evidence is not None:
@@ -77,7 +78,8 @@ def named_scores(results: Results) -> dict[str, float]:
 def log_scores(trainer: lightning.Trainer, results: Results) -> None:
     """Gives every score to callbacks and all loggers but TensorBoard, which would draw a chart of one point for each.
 
-    Every process must call it. Where TensorBoard is among the loggers, ``Trainer.validate`` returns no scores.
+    Every process must call it. With TensorBoard among the loggers, ``Trainer.validate`` returns empty dictionaries;
+    ``callback.results`` and ``trainer.callback_metrics`` hold the scores.
     """
     scores = named_scores(results)
     others = [logger for logger in trainer.loggers if not isinstance(logger, TensorBoardLogger)]
@@ -143,6 +145,7 @@ def report_results(
             logger.log_image(results.figure_name, pictures)
     opened = [] if folder is None else _page(results, attribution, folder)
     told = [str(results), *([attributions.lines(attribution)] if attribution is not None and len(attribution) else [])]
+    told += [] if results.gathered is None else [results.gathered.lines()]
     return "\n".join(["", "\n\n".join(told), "", *opened, *map(str, paths), *notes])
 
 

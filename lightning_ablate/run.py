@@ -127,7 +127,10 @@ class Store:
         if not self.path.exists():
             return {}
         state = saved_state(self.path)
-        here, there = plain(facts), state["facts"]
+        here, there = (
+            {name: fact for name, fact in known.items() if name != "explain"}
+            for known in (plain(facts), state["facts"])
+        )
         if here != there:
             name, here, there = _difference(here, there)
             raise ConfigError(

@@ -22,7 +22,7 @@ from lightning_ablate import (
     difference,
 )
 from lightning_ablate.errors import ConfigError, DataError, SiteError
-from lightning_ablate.results.evidence import coloured
+from lightning_ablate.results.evidence import Evidence, coloured
 from lightning_ablate.results.shown import shown_text
 from tests import demos, reference, tiny
 from tests.command import FEW, TWO, command, dying, found, python
@@ -216,7 +216,7 @@ def test_an_induction_head_is_found_at_repeated_tokens_and_nowhere_else(tmp_path
     assert_found(results, *heads)
     reads = results.gathered.reads.set_index("unit")
     assert reads.loc[heads[1], "previous"] == pytest.approx(1, abs=1e-6)
-    assert reads.loc[heads[0], "first"] == pytest.approx(0.5)  # where nothing came before
+    assert reads.loc[heads[0], "first"] > 0.4  # where nothing came before
     loaded = Results.load(tmp_path)
     for name, table in results.gathered.tables.items():
         pd.testing.assert_frame_equal(loaded.gathered.tables[name], table, check_dtype=False)
@@ -239,10 +239,14 @@ def test_two_processes_and_a_run_that_died_find_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        ({"explain": ["transformer.h.1.attn.c_prj head 0"]}, SiteError, "did you mean 'transformer.h.1.attn.c_proj'"),
+        (
+            {"explain": ["transformer.h.1.attn.c_prj head 0"]},
+            SiteError,
+            "did you mean 'transformer.h.1.attn.c_proj head 0'",
+        ),
         ({"explain": "transformer.h.1.attn.c_proj head 9"}, SiteError, "c_proj has 4 heads"),
-        ({"explain": 3}, ConfigError, "the run measures 0 single units"),
-        ({"explain": 99, "neurons": EachHead()}, ConfigError, "the run measures 8 single units"),
+        ({"explain": 3}, ConfigError, "the run measures no single units"),
+        ({"explain": 99, "neurons": EachHead()}, ConfigError, "expected at most 8"),
         ({"explain": -1}, ConfigError, "expected at least 0"),
         ({"explain": 1, "explain_examples": 0}, ConfigError, "at least 1"),
     ],
@@ -311,3 +315,34 @@ def test_a_difference_is_that_of_plain_hooks_and_shows_as_coloured_text():
     assert found._repr_html_().count("nats") == len(found)  # one for each token but the first, and the mean
     with pytest.raises(DataError, match="at least 2"):
         difference(module.target, module.tokenizer, "x", heads={path: [1]})
+
+
+def test_a_named_unit_needs_no_sweep_and_is_told_in_the_terminal_and_on_its_page(tmp_path, capsys):
+    unit = "transformer.h.1.attn.c_proj head 0"
+    _, callback = tiny.fit(tmp_path, callback=AblationCallback([], explain=unit, dirpath=tmp_path / "run"))
+    assert len(callback.results.table) == 1 and callback.results.gathered.methods == ["mean"]
+    change = callback.results.evidence(unit).table["change"]
+    assert f"  {unit}: mean {change.mean():+.4f}, at " in capsys.readouterr().out
+    assert unit in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_evidence_that_can_not_be_had_leaves_the_results_and_says_why(tmp_path):
+    class Reversed(tiny.Own):
+        def examples_of(self, batch, batch_idx):
+            return super().examples_of(batch, batch_idx) + 3
+
+    callback = AblationCallback(["zero"], fractions=[1.0], explain="transformer.h.1", explain_examples=9)
+    with pytest.warns(UserWarning, match="there is no evidence: Scored's `example` names examples that aren't in the"):
+        tiny.fit(tmp_path, Reversed(tiny.gpt2()), callback=callback)
+    assert callback.results.gathered is None and len(callback.results.table) == 2
+    assert any("there is no evidence" in note for note in callback.results.facts["notes"])
+
+
+def test_an_answer_behind_the_padding_is_shown_after_the_text():
+    contexts = pd.DataFrame([{"example": 0, "label": None, "tokens": ["a", " b", None], "picture": None}])
+    row = {"unit": "h", "method": "zero", "example": 0, "target": 7, "text": " c", "clean": 1.0, "activation": 0.0}
+    for position, place, shown in ((1, 2, ["a", " b", " c"]), (-1, -1, ["a", " b", " → c"])):
+        table = pd.DataFrame([{**row, "position": position, "place": place, "change": 0.5}])
+        unit = Evidence(table, pd.DataFrame(columns=["unit", "method", "class", "text", "change"]), contexts).of("h")
+        pieces = unit.around(table.iloc[0], table)
+        assert [text for text, _ in pieces] == [s.replace("→ c", "→  c") for s in shown] and pieces[-1][1] == 0.5

@@ -34,6 +34,11 @@ class SequenceClassifier(LanguageModel):
         with self._padded():
             return last_states(self.target(**self.inputs(batch), output_hidden_states=True))
 
+    def shown(self, batch: TextBatch) -> list[dict[str, Any]]:
+        """The text of each token, and the class."""
+        labels = self.class_texts(batch["label"].tolist())
+        return [{**one, "label": label} for one, label in zip(super().shown(batch), labels, strict=True)]
+
     def class_texts(self, classes: Sequence[int]) -> list[str]:
         """The names of the classes."""
         return HubModule.class_texts(self, classes)

@@ -21,6 +21,7 @@ class Seq2SeqLM(LanguageModel):
     """
 
     auto_class = "AutoModelForSeq2SeqLM"
+    ahead = 1  # the decoder reads the label before
 
     def inputs(self, batch: TextBatch) -> dict[str, Tensor]:
         """The target's arguments for a batch, its decoder's among them; its logits are at the labels' positions."""
@@ -43,10 +44,10 @@ class Seq2SeqLM(LanguageModel):
         return None if self.target.get_submodule(site.path) in self._encoder else position
 
     def shown(self, batch: TextBatch) -> list[dict[str, Any]]:
-        """The text of each token of the second text, None at padding."""
+        """The text of each token that the decoder reads, the first of which is the start token; None at padding."""
         labels = batch["labels"]
         pairs = zip(labels.clamp_min(0), labels >= 0, strict=True)
-        return [shown_text(self.tokenizer, *one) for one in pairs]
+        return [{"tokens": ["", *shown_text(self.tokenizer, *one)["tokens"]]} for one in pairs]
 
     def valid_at(self, site: Site, batch: TextBatch) -> Tensor:
         """Everything but padding: of the first text within the encoder, of the second one anywhere else."""

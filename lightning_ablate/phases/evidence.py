@@ -1,6 +1,6 @@
 """Evidence: what ablating single units does at every scored position of some examples, once the sweep is done."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_ablate.attribution import Attribution, table_of
-from lightning_ablate.errors import DataError
+from lightning_ablate.errors import AblationError, ConfigError, DataError, NonFiniteError
 from lightning_ablate.metrics import Clean, Scored, checked, scores
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.phases.reading import Reader, heads_among
@@ -25,11 +25,11 @@ from lightning_ablate.statistics.base import by_example
 from lightning_ablate.sweep import Sweep
 
 _PROMOTED = 10  # classes at either end
-_ROWS = 64  # of logits are summed in float32, and their sums in float64
+_ROWS = 64  # so many rows of logits are summed at a time in float32; these sums are added in float64
 
 
 class ExplainedSweep(SweepPhase):
-    """A sweep, and then the evidence of single units on the first examples, whose batches it holds until then.
+    """Sweeps, then gathers the evidence of single units. The explained batches stay on the device until then.
 
     The units are those named, or the largest of an attribution (of its heads, and as many neurons), or of those that
     the sweep ablates alone. The attribution's methods ablate them; if it has none, those of the sweep.
@@ -54,6 +54,13 @@ class ExplainedSweep(SweepPhase):
         self.unread = ""
         self._held: list[tuple[Any, int]] = []
         check_explained(explain, self.sweep, attribution, self.run.calibration.sites)
+        self.save: Callable[[], None] = lambda: None  # is called before evidence begins
+        lost = {method.name for method in attribution.each} - set(self.run.calibration.attributed)
+        if isinstance(explain.units, int) and lost:
+            raise ConfigError(
+                f"the checkpoint has no attribution under {min(lost)}; run `fit` with it, name the units to explain "
+                "(--ablation.explain), or ablate each head alone"
+            )
 
     def step(self, batch: Any, batch_idx: int) -> None:
         """Evaluates every condition on one batch; after the last one, gathers the evidence."""
@@ -65,16 +72,23 @@ class ExplainedSweep(SweepPhase):
                 self._held.append((batch, batch_idx))
         super().step(batch, batch_idx)
         if module.is_last_batch:
-            module.loader_index = 0
-            sweep, names = self.sweep, self._names()
-            methods = explaining(sweep, self.attribution)
-            alone = Sweep(methods, (1.0,), sweep.seeds[:1] or (0,), Units(names), sweep.sites)
-            recorder = _Recorder(module, self.run, alone, self.explain.examples)
-            recorder.announce = self.announce
-            for held in self._held:
-                recorder.step(*held)
+            self.save()
+            self.title, module.loader_index = "Evidence", 0
+            try:
+                self._gather()
+            except AblationError as error:  # the sweep's results are there
+                self.run.note(f"there is no evidence: {error}")
             self._held = []
-            self.evidence, self.unread = recorder.evidence(), recorder.unread
+
+    def _gather(self) -> None:
+        sweep = self.sweep
+        methods, units = explaining(sweep, self.attribution), Units(self._names())
+        alone = Sweep(methods, (1.0,), sweep.seeds[:1] or (0,), units, sweep.sites)
+        recorder = _Recorder(self.module, self.run, alone, self.explain.examples)
+        recorder.announce = self.announce
+        for held in self._held:
+            recorder.step(*held)
+        self.evidence, self.unread = recorder.evidence(), recorder.unread
 
     def _names(self) -> list[str]:
         """The units to explain; of a number the largest, by what they were measured or estimated to cost."""
@@ -120,13 +134,19 @@ class _Recorder(SweepPhase):
             self._reader.repeated(batch)
             examples = self.begin(batch, batch_idx)
             reading = {site: partial(_keep, found, site) for masks in self._masks.values() for site in masks}
-            sites = self._reader.sites
-            with hooked(module.target, reading, once=True), attended(module.target, sites) as weights:
+            heads = self._reader.by_site
+            with hooked(module.target, reading, once=True), attended(module.target, heads) as weights:
                 scored = checked(module.evaluate(batch), module.metrics)
             clean, counts = Clean.of(scored), (scored.example >= 0) & (scored.example < self.limit)
             kept = counts.nonzero().squeeze(1)
             before = self._scored(0, scored, clean, kept)
-            rows = (scored.example[kept].unsqueeze(1) == examples).int().argmax(1)
+            same = scored.example[kept].unsqueeze(1) == examples
+            if not bool(same.any(1).all()):
+                raise DataError(
+                    "Scored's `example` names examples that aren't in the batch; give batches an `index`, or override "
+                    "`examples_of`"
+                )
+            rows = same.int().argmax(1)
             position = torch.full_like(rows, -1) if scored.position is None else scored.position[kept]
             columns = {
                 "example": scored.example[kept],
@@ -174,6 +194,8 @@ class _Recorder(SweepPhase):
         columns = {name: np.concatenate([one[name] for one in batches], -1) for name in batches[0]}
         order = np.lexsort((columns["place"], columns["example"]))
         columns = {name: column[..., order] for name, column in columns.items()}
+        if not np.isfinite(columns["change cross_entropy"]).all():
+            raise NonFiniteError("a unit alone makes logits NaN or infinite; try another precision (--model.dtype)")
         shown = {example: contexts[example] for example in sorted(contexts)}
         texts = self._texts(columns, shown)
         changes = [name.removeprefix("change ") for name in columns if name.startswith("change ")]

@@ -12,7 +12,10 @@ from lightning_ablate.modules import AblationModule
 from lightning_ablate.sites import Site, attended
 
 SHOWN = 10  # positions of each unit and method whose attention is kept
-_NONE = "attention can't be seen: a fused kernel, windows, or no position that predicts (--model.attn_implementation)"
+_NONE = (
+    "its kernel is fused, it works in windows, the site isn't self-attention, or no single position predicts; "
+    "--model.attn_implementation eager may help"
+)
 
 
 class Head(NamedTuple):
@@ -20,6 +23,10 @@ class Head(NamedTuple):
 
     site: Site
     number: int
+
+
+Weights = Mapping[tuple[Site, int], Tensor]
+"""Of each head its attention, ``(batch, queries, keys)`` float32."""
 
 
 class Reader:
@@ -33,37 +40,41 @@ class Reader:
         self.module, self.why = module, _NONE if heads else "no single head is explained"
         self.heads = {unit: head for unit, head in heads.items() if head.site.kind == "self-attention"}
         self._sums = {unit: np.zeros(4) for unit in self.heads}  # previous, first, itself, and how many positions
-        self._induction: dict[str, float] = {}
+        self._induction, self._tried = dict[str, float](), False
         self._maps: dict[str, dict[tuple[int, int], np.ndarray]] = {unit: {} for unit in self.heads}
 
     @property
-    def sites(self) -> set[Site]:
-        """Those whose attention is read."""
-        return {head.site for head in self.heads.values()}
+    def by_site(self) -> dict[Site, list[int]]:
+        """The numbers of the heads of each site."""
+        found: dict[Site, list[int]] = {}
+        for site, number in self.heads.values():
+            found.setdefault(site, []).append(number)
+        return found
 
     def repeated(self, batch: Any) -> None:
         """Scores induction: the attention of a random text's second run to what followed each token in the first."""
-        twice = self.module.repeated(batch)
-        if self._induction or twice is None or not self.heads:
+        twice = None if self._tried or not self.heads else self.module.repeated(batch)
+        self._tried = True
+        if twice is None:
             return
-        with attended(self.module.target, self.sites) as weights:
+        with attended(self.module.target, self.by_site) as weights:
             self.module.hidden(twice)
-        for unit, (site, number) in self.heads.items():
-            if site in weights:
-                own = weights[site][0, number]
+        for unit, head in self.heads.items():
+            if head in weights:
+                own = weights[head][0]
                 half = len(own) // 2
                 places = torch.arange(half, 2 * half, device=own.device)
                 self._induction[unit] = float(own[places, places - half + 1].mean())
 
-    def add(self, batch: Any, weights: Mapping[Site, Tensor], rows: Tensor, examples: Tensor, position: Tensor) -> None:
+    def add(self, batch: Any, weights: Weights, rows: Tensor, examples: Tensor, position: Tensor) -> None:
         """Adds the scores of the scored positions: their rows in the batch, examples and places, ``(n,)`` int64."""
-        for unit, (site, number) in self.heads.items():
-            own = self._at(weights, site, number, rows, position)
+        for unit, head in self.heads.items():
+            own = self._at(weights, head, rows, position)
             if own is None:
                 continue
-            valid = self.module.valid_at(site, batch)
+            valid = self.module.valid_at(head.site, batch)
             first = torch.zeros_like(rows) if valid is None else valid.expand(-1, own.shape[1]).int().argmax(1)[rows]
-            later = (position > first).nonzero().squeeze(1)
+            later = (position > first + 1).nonzero().squeeze(1)
             keys = torch.stack([position - 1, first, position])[:, later]
             read = own[later].gather(1, keys.T).double().sum(0)
             self._sums[unit] += np.array([*read.tolist(), len(later)])
@@ -72,7 +83,7 @@ class Reader:
     def keep(
         self,
         unit: str,
-        weights: Mapping[Site, Tensor],
+        weights: Weights,
         rows: Tensor,
         examples: Tensor,
         position: Tensor,
@@ -82,7 +93,7 @@ class Reader:
         if unit not in self.heads:
             return
         largest = change.topk(min(SHOWN, len(change))).indices.to(rows.device)
-        own = self._at(weights, *self.heads[unit], rows[largest], position[largest])
+        own = self._at(weights, self.heads[unit], rows[largest], position[largest])
         if own is not None:
             keys = zip(examples[largest].tolist(), position[largest].tolist(), strict=True)
             self._maps[unit] |= dict(zip(keys, own.cpu().numpy(), strict=True))
@@ -107,14 +118,12 @@ class Reader:
         attention = pd.DataFrame(rows, columns=["unit", "example", "position", "weights"])
         return attention, pd.DataFrame(reads, columns=["unit", "previous", "first", "itself", "induction"])
 
-    def _at(
-        self, weights: Mapping[Site, Tensor], site: Site, number: int, rows: Tensor, position: Tensor
-    ) -> Tensor | None:
+    def _at(self, weights: Weights, head: Head, rows: Tensor, position: Tensor) -> Tensor | None:
         """The attention of a head from scored positions, ``(n, keys)``; None where it can't be known."""
-        places = self.module.position_at(site, position)
-        if site not in weights or places is None or not len(places) or int(places.min()) < 0:
+        places = self.module.position_at(head.site, position)
+        if head not in weights or places is None or not len(places) or int(places.min()) < 0:
             return None
-        own = weights[site][:, number]
+        own = weights[head]
         return own[rows, places] if own.shape[1] == own.shape[2] > int(places.max()) else None
 
 

@@ -12,7 +12,7 @@ from lightning_ablate.attribution import Attribution
 from lightning_ablate.choices import Choice, Only
 from lightning_ablate.conditions import Selection
 from lightning_ablate.errors import ConfigError, SiteError
-from lightning_ablate.methods import AblationMethod
+from lightning_ablate.methods import AblationMethod, Mean
 from lightning_ablate.sites import Site
 from lightning_ablate.statistics import SiteStatistics
 from lightning_ablate.sweep import Sweep
@@ -32,11 +32,10 @@ class Explain:
 
     def __post_init__(self) -> None:
         """Checks the numbers."""
-        if (isinstance(self.units, int) and self.units < 0) or self.examples < 1:
-            raise ConfigError(
-                f"explain is {self.units} and explain_examples {self.examples}, expected at least 0, or the names of "
-                "units, and at least 1 (--ablation.explain)"
-            )
+        if isinstance(self.units, int) and self.units < 0:
+            raise ConfigError(f"explain is {self.units}, expected at least 0, or names of units (--ablation.explain)")
+        if self.examples < 1:
+            raise ConfigError(f"explain_examples is {self.examples}, expected at least 1 (--ablation.explain_examples)")
 
 
 class Units(Choice):
@@ -52,7 +51,9 @@ class Units(Choice):
             path, level, number = _unit(name)
             if path not in known:
                 (meant,) = get_close_matches(path, known, 1, 0.0)
-                raise SiteError(f"there is no unit {name!r} (--ablation.explain), did you mean {meant!r}?")
+                raise SiteError(
+                    f"there is no unit {name!r} (--ablation.explain), did you mean {name.replace(path, meant)!r}?"
+                )
             count = known[path].width if level == "neuron" else known[path].heads or 0
             if level and number >= count:
                 raise SiteError(f"there is no unit {name!r} (--ablation.explain), {path} has {count} {level}s")
@@ -86,7 +87,9 @@ def check_explained(explain: Explain, sweep: Sweep, attribution: Attribution, si
     count = attributed if attribution.methods else len(parts_of(sweep, sites))
     if count < units:
         raise ConfigError(
-            f"explain is {units}, and the run measures {count} single units; ablate each head alone "
+            f"explain is {units}, expected at most {count}, as many single units as the run measures"
+            if count
+            else f"explain is {units}, and the run measures no single units; ablate each head alone "
             "(--ablation.neurons EachHead), attribute them (--ablation.attribution.methods '[mean]'), or name those to "
             "explain (--ablation.explain '[PATH head 0]')"
         )
@@ -95,8 +98,8 @@ def check_explained(explain: Explain, sweep: Sweep, attribution: Attribution, si
 
 
 def explaining(sweep: Sweep, attribution: Attribution) -> tuple[AblationMethod, ...]:
-    """The methods that ablate the units: those of the attribution, or of the sweep if there is none."""
-    return attribution.each or sweep.methods
+    """The methods that ablate the units: those of the attribution, else of the sweep, else the mean."""
+    return attribution.each or sweep.methods or (Mean(),)
 
 
 def parts_of(sweep: Sweep, sites: Sequence[Site]) -> dict[Selection, str]:

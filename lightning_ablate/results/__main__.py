@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lightning_ablate.errors import AblationError
+from lightning_ablate.errors import AblationError, ConfigError
 from lightning_ablate.files import write_whole
 from lightning_ablate.results import figures, page
 from lightning_ablate.results.join import load
@@ -25,6 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         targets = load(given.runs, given.names)
+        if (given.out / "results.csv").exists():
+            raise ConfigError(
+                f"{str(given.out)!r} is the folder of a run, whose page would be lost; name another (--out)"
+            )
         given.out.mkdir(parents=True, exist_ok=True)
         table = given.out / "joined.csv"
         write_whole(table, pd.concat([one.table for one in targets]).to_csv(index=False, lineterminator="\n"))

@@ -1,6 +1,7 @@
 """What an ablation does to the tokens of any text, without a Trainer."""
 
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,8 @@ from torch.nn import functional
 
 from lightning_ablate.ablation import ablated
 from lightning_ablate.calibration import Calibration
-from lightning_ablate.errors import DataError
-from lightning_ablate.methods import AblationMethod
+from lightning_ablate.errors import ConfigError, DataError
+from lightning_ablate.methods import AblationMethod, method_of
 from lightning_ablate.results.evidence import coloured
 from lightning_ablate.results.shown import shown_text
 from lightning_ablate.sites import find_sites
@@ -26,8 +27,10 @@ class Difference(pd.DataFrame):  # type: ignore[misc]
     """
 
     def _repr_html_(self) -> str:
-        added = f"<p>ablation adds {self['change'].mean():+.4f} nats a token; orange: it harms, blue: it helps</p>"
-        return added + coloured(zip(self["token"], self["change"], strict=True))
+        said = f"{self.attrs.get('said', 'ablation')} adds {self['change'].mean():+.4f} nats a token"
+        return f"<p>{escape(said)}; orange: it harms, blue: it helps</p>" + coloured(
+            zip(self["token"], self["change"], strict=True)
+        )
 
 
 def difference(
@@ -46,10 +49,10 @@ def difference(
     Args:
         model: of transformers, or another one whose output has ``logits`` ``(1, seq, vocabulary)``.
         tokenizer: the model's.
-        text: of at least two tokens; DataError otherwise.
+        text: of at least two tokens; DataError otherwise, and ConfigError for a model that isn't causal, or trains.
         masks: path of a projection → mask ``(neurons,)`` bool, as for :func:`~lightning_ablate.ablated`, whose errors
             it raises.
-        method: what takes the neurons' place, or its name.
+        method: what takes the neurons' place, or its name; ``zero`` needs no calibration.
         calibration: the statistics that the method needs.
         heads: path → which heads; without a calibration one pass over the text finds how many there are.
         neurons: path → which neurons.
@@ -67,10 +70,15 @@ def difference(
     ids, real = inputs["input_ids"][0].cpu(), inputs["attention_mask"][0].cpu().bool()
     if len(ids) < 2:
         raise DataError(f"the text {text!r:.60} is {len(ids)} tokens, expected at least 2, as one predicts the next")
+    if model.training:
+        raise ConfigError("the model is in training mode, whose dropout would count as a difference; call model.eval()")
     if heads and calibration is None:
         calibration = Calibration(sites=find_sites(model, inputs))
     with torch.no_grad():
         clean = model(**inputs).logits
+        before = model(**{name: given[:, :-1] for name, given in inputs.items()}).logits
+        if float((before - clean[:, :-1]).norm()) > 0.1 * float(clean.norm()):
+            raise ConfigError("the model's predictions see later tokens, expected a causal language model")
         with ablated(model, masks, method, calibration, heads=heads, neurons=neurons):
             changed = model(**inputs).logits
     before, after = (
@@ -78,4 +86,11 @@ def difference(
         for logits in (clean, changed)
     )
     columns = {"clean": [np.nan, *before], "change": [np.nan, *(after - before)]}
-    return Difference({"token": shown_text(tokenizer, ids, real)["tokens"], **columns})
+    found = Difference({"token": shown_text(tokenizer, ids, real)["tokens"], **columns})
+    units = [
+        f"{path} {kind} {list(some)}"
+        for kind, given in (("heads", heads), ("neurons", neurons))
+        for path, some in (given or {}).items()
+    ]
+    found.attrs["said"] = f"{method_of(method).name} at {', '.join([*(masks or {}), *units])}"
+    return found

@@ -88,6 +88,18 @@ class Evidence:
             raise ConfigError(f"there is no evidence of {unit!r}, did you mean {meant[0]!r}? (--ablation.explain)")
         return UnitEvidence(self, unit)
 
+    def lines(self) -> str:
+        """A line for each unit: what it adds under each method, and where most."""
+        found = [f"explained on {self.evidence['example'].nunique()} examples: added nats, and where most"]
+        for unit in self.units:
+            told = []
+            for method in self.methods:
+                own = self.of(unit).table[lambda table, method=method: table["method"] == method]
+                most = own.loc[own["change"].idxmax()]
+                told.append(f"{method} {own['change'].mean():+.4f}, at {most['text']!r} {most['change']:+.2f}")
+            found.append(f"  {unit}: {'; '.join(told)}")
+        return "\n".join(found)
+
     def sha256(self) -> str:
         """A digest of the evidence, by which a run knows its own."""
         numbers = self.evidence[["example", "position", "target", "clean", "change"]].to_numpy(dtype=np.float64)
@@ -146,10 +158,12 @@ class UnitEvidence:
             return [(row["text"], row["change"])]
         here = own[own["example"] == row["example"]]
         changes = dict(zip(here["place"], here["change"], strict=True))
-        place = row["place"]
+        place, last_piece = row["place"], (row["text"], row["change"])
+        if place < 0:  # the example as a whole
+            return [*((text, np.nan) for text in tokens if text is not None), (f" → {row['text']}", row["change"])]
         first, last = max(0, place - _AROUND), min(len(tokens), place + _AROUND + 1)
         pieces = [(tokens[i], changes.get(i, np.nan)) for i in range(first, last) if tokens[i] is not None]
-        return pieces if place < len(tokens) else [*pieces, (row["text"], row["change"])]
+        return pieces if place < len(tokens) and tokens[place] is not None else [*pieces, last_piece]
 
     def _of(self, table: pd.DataFrame, method: str | None) -> pd.DataFrame:
         method = self._all.methods[0] if method is None else method

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from lightning_ablate.calibration import Calibration
 from lightning_ablate.files import write_whole
 from lightning_ablate.results import figures
+from lightning_ablate.results.styles import styles
 from lightning_ablate.results.text import short
 from lightning_ablate.statistics import Histogram, Moments, SiteStatistics
 
@@ -44,7 +45,7 @@ def plot(table: pd.DataFrame, calibration: Calibration, title: str) -> Figure:
         counts = calibration[calibration.sites[site]][Histogram].counts[neuron["neuron"]].cpu().numpy()
         edges = np.linspace(neuron["minimum"], neuron["maximum"], _BINS + 1)
         axes.stairs(counts.reshape(_BINS, -1).sum(1), edges, fill=True, color="0.7")
-        for name, style in figures.styles(_LINES).items():
+        for name, style in styles(_LINES).items():
             axes.axvline(neuron[name], **style | {"marker": ""}, label=name)
         axes.set_yscale("log")
         axes.minorticks_off()  # they take long to draw

@@ -55,7 +55,7 @@ function table(place, { columns, rows, count = rows.length }, units = false) {
   const whole = make("table", {}, make("thead", {}, make("tr", {}, ...heads)), body);
   if (units) {
     const search = make("input", { type: "search", oninput: () => { sought = search.value.toLowerCase(); fill(); } });
-    const said = count > rows.length ? `the ${rows.length} largest of ${count} units` : `${count} units, the largest first`;
+    const said = count > rows.length ? `the first ${rows.length} of ${count} units` : `${count} units`;
     place.append(make("label", { className: "choice" }, "Search ", search), make("span", { className: "ends", textContent: said }));
     place.append(make("div", { className: "scroll", tabIndex: 0 }, whole));
   } else place.replaceChildren(whole);
@@ -123,10 +123,11 @@ function about(example, ...told) {
 function showMethod({ contexts, promoted, dots }) {
   const largest = Math.max(...contexts.flatMap(({ pieces }) => pieces.map(([, value]) => Math.abs(value ?? 0)))) || 1;
   find("#contexts").replaceChildren(...contexts.map(({ example, change, clean, activation, pieces }) => {
-    const told = [`adds ${digits(change)} to ${digits(clean)} nats`, `activation ${digits(activation)}`];
+    const told = [`${digits(clean)} → ${digits(clean + change)} nats`, `activation ${digits(activation)}`];
     return make("div", { className: "context" }, ...about(example, ...told), coloured(pieces, largest, "nats", pieces.findIndex(([, value]) => value === change)));
   }));
-  table(find("#promoted"), { columns: ["class", "nats"], rows: promoted });
+  table(find("#promoted"), { columns: ["promotes", "nats"], rows: promoted.filter(([, nats]) => nats > 0) });
+  table(find("#held"), { columns: ["holds down", "nats"], rows: promoted.filter(([, nats]) => nats < 0).reverse() });
   draw(find("#dots"), dots);
 }
 
@@ -138,23 +139,26 @@ function showAttention({ attention, reads }) {
   const scores = make("div"), names = { previous: "previous token", first: "first token", itself: "itself", induction: "induction" };
   table(scores, { columns: Object.keys(reads).map((name) => names[name] ?? name), rows: [Object.values(reads)] });
   const green = [[0, 158, 115], [0, 158, 115]];
-  place.append("Mean attention, 0 to 1:", scores, ...attention.map(({ example, at, pieces }) =>
-    make("div", { className: "context" }, ...about(example, `read from token ${at}`), coloured(pieces, 1, "of the attention", at, green))));
+  place.append("Mean attention, 0 to 1:", scores, "Green: what the framed token reads.", ...attention.map(({ example, at, pieces }) =>
+    make("div", { className: "context" }, ...about(example), coloured(pieces, 1, "of the attention", at, green))));
 }
 
 function showUnit(name) {
+  if (![...page.units.rows, ...page.neurons.rows].some(([unit]) => unit === name)) return; // of another page
   const { columns, rows } = [page.units, page.neurons].find((list) => list.rows.some(([unit]) => unit === name)) ?? { columns: [], rows: [] };
   const row = rows.find(([unit]) => unit === name), panel = page.panels[name];
   find("#unit").hidden = false;
   find("#unit-head").textContent = name;
   const known = columns.map((column, index) => [column, row[index]]).slice(1), marks = known.filter(([, value]) => typeof value === "number");
-  table(find("#worth"), { columns: ["under, and how it is known", "worth"], rows: known.filter(([, value]) => Array.isArray(value)) });
+  table(find("#worth"), { columns: ["method, and how it is known", "worth"], rows: known.filter(([, value]) => Array.isArray(value)) });
   if (marks.length) find("#worth").append(`Its activations: ${marks.map(([column, value]) => `${column} ${digits(value)}`).join(", ")}.`);
   find("#evidence").hidden = !panel;
   find("#no-evidence").hidden = Boolean(panel);
+  find("#option").textContent = `--ablation.explain '[${name}]'`;
   find("#of-method").replaceChildren();
   if (!panel) return;
   choose(find("#of-method"), "Replacement", Object.keys(panel.methods), (method) => showMethod(panel.methods[method]));
+  find("#disagree").hidden = panel.compared.length === 0;
   find("#compared").replaceChildren(...panel.compared.map((textContent) => make("p", { textContent })));
   draw(find("#distribution"), panel.distribution);
   showAttention(panel);
@@ -169,17 +173,19 @@ function openUnit() {
 if (find("#units")) {
   const controls = make("div"), plot = make("div");
   find("#maps").append(controls, plot);
-  choose(controls, "Worth under", Object.keys(page.maps), (name) => draw(plot, page.maps[name]));
-  plot.on("plotly_click", ({ points: [{ data, pointNumber, x }] }) => {
-    const name = Array.isArray(pointNumber) ? `${data.sites[pointNumber[0]]} head ${x}` : data.sites[pointNumber];
-    location.hash = `unit=${encodeURIComponent(name)}`;
-  });
+  if (Object.keys(page.maps).length) {
+    choose(controls, "Worth under", Object.keys(page.maps), (name) => draw(plot, page.maps[name]));
+    plot.on("plotly_click", ({ points: [{ data, pointNumber, x }] }) => {
+      const name = Array.isArray(pointNumber) ? `${data.sites[pointNumber[0]]} head ${x}` : data.sites[pointNumber];
+      location.hash = `unit=${encodeURIComponent(name)}`;
+    });
+  }
   table(find("#unit-list"), page.units, true);
 }
 if (find("#neuron-list")) table(find("#neuron-list"), page.neurons, true);
 if (find("#unit")) {
   addEventListener("hashchange", openUnit);
   if (location.hash.startsWith("#unit=")) openUnit();
-  else showUnit(Object.keys(page.panels)[0] ?? (page.units.rows[0] ?? page.neurons.rows[0])[0]);
+  else showUnit(Object.keys(page.panels)[0] ?? page.units.rows[0]?.[0]);
 }
 dark.addEventListener("change", () => location.reload());

@@ -13,9 +13,10 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from lightning_ablate.files import write_whole
-from lightning_ablate.results import charts, figures, panels, text
+from lightning_ablate.results import charts, panels, text
 from lightning_ablate.results.evidence import HARM, HELP
 from lightning_ablate.results.results import Results
+from lightning_ablate.results.styles import styles
 from lightning_ablate.results.table import Scores
 
 LARGEST = 6_000_000  # bytes of a page; plotly.js takes 4.8 million of them
@@ -42,18 +43,19 @@ def write(
     def content(contexts: int, rows: int) -> _Json:
         return panels.content(worth, evidence, neurons, colours, contexts, rows)
 
-    return _written(folder, results.each, colours, results.facts, content)
+    return _written(folder / "report.html", results.each, colours, results.facts, content)
 
 
 def joined(targets: Sequence[Results], folder: Path) -> Path:
     """Writes report.html of several runs, their methods and curves; returns its path."""
     each = [one for target in targets for one in target.each]
     facts = {f"{number}. {text.title(one)}": one.facts for number, one in enumerate(each, 1)}
-    return _written(folder, each, _colours(method for one in each for method in one.methods), facts)
+    colours = _colours(method for one in each for method in one.methods)
+    return _written(folder / "report.html", each, colours, facts)
 
 
 def _written(
-    folder: Path,
+    path: Path,
     targets: Sequence[Scores],
     colours: Mapping[str, str],
     facts: Mapping[str, Any],
@@ -74,8 +76,8 @@ def _written(
         page = made.get_template("page.html").render(data=_plain(data | units), units=units, contexts=contexts, **given)
         if len(page.encode()) <= LARGEST:
             break
-    write_whole(folder / "report.html", page)
-    return folder / "report.html"
+    write_whole(path, page)
+    return path
 
 
 def _head(one: Scores) -> _Json:
@@ -102,7 +104,7 @@ def _methods(one: Scores) -> _Json:
 
 
 def _colours(methods: Iterable[str]) -> dict[str, str]:
-    return {method: style["color"] for method, style in figures.styles(list(dict.fromkeys(methods))).items()}
+    return {method: style["color"] for method, style in styles(list(dict.fromkeys(methods))).items()}
 
 
 def _plain(value: Any) -> Any:

@@ -164,7 +164,7 @@ def _reads(evidence: Evidence, name: str, contexts: int) -> _Json:
     """What a head reads: its scores, and its attention at some positions; empty where that isn't known."""
     scores, attention = (table[table["unit"] == name] for table in (evidence.reads, evidence.attention))
     seen = []
-    for row in attention.head((contexts + 1) // 2).to_dict("records"):
+    for row in attention.head(contexts).to_dict("records"):
         tokens = evidence.contexts.at[row["example"], "tokens"]
         names = list(map(str, range(len(row["weights"])))) if tokens is None or not len(tokens) else tokens
         pieces = list(zip(names, row["weights"], strict=False))

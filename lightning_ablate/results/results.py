@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
+from typing import Self
 
 from matplotlib.figure import Figure
 
@@ -32,6 +33,11 @@ class Results(Scores):
                 "the run gathered no evidence; ask for that of the 12 largest units: --ablation.explain 12"
             )
         return self.gathered.of(unit)
+
+    def _of(self, data: str) -> Self:
+        found = super()._of(data)
+        found.gathered = self.gathered if data == self.data[0] else None
+        return found
 
     def plot(self, metric: str = "cross_entropy") -> Figure:
         """A figure of curves by the share ablated, with a column for each data set.

@@ -31,7 +31,7 @@ def shown_text(tokenizer: Any, ids: Tensor, real: Tensor) -> dict[str, Any]:
 def text_of(tokenizer: Any, token: int) -> str:
     """The text of one token; of a part of a character, the tokenizer's own name in angle brackets."""
     text = _decoded(tokenizer, [token])
-    return f"\u27e8{tokenizer.convert_ids_to_tokens(token)}\u27e9" if _BROKEN in text or not text else text
+    return f"\u27e8{tokenizer.convert_ids_to_tokens(token) or token}\u27e9" if _BROKEN in text or not text else text
 
 
 def shown_image(pixels: Tensor) -> bytes:

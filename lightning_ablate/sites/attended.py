@@ -1,7 +1,7 @@
 """What attention looks at: the weights of the attention whose output each site reads."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,22 +14,22 @@ from lightning_ablate.sites.site import Site, hooked
 
 
 @contextmanager
-def attended(target: nn.Module, sites: Iterable[Site]) -> Iterator[dict[Site, Tensor]]:
-    """Fills a mapping with the attention weights of each site, ``(batch, heads, queries, keys)`` float32.
+def attended(target: nn.Module, heads: Mapping[Site, Sequence[int]]) -> Iterator[dict[tuple[Site, int], Tensor]]:
+    """Fills a mapping with the attention weights of each of these heads, ``(batch, queries, keys)`` float32.
 
     They are those of the last ``scaled_dot_product_attention`` or softmax before the site runs. A site is missing where
-    neither can be seen (a fused kernel), or where the weights aren't one matrix an example and head (windows).
+    neither can be seen (a fused kernel), and where the weights aren't one matrix an example and head (windows).
     """
-    seen, found = _Seen(), dict[Site, Tensor]()
+    seen, found = _Seen(), dict[tuple[Site, int], Tensor]()
 
     def read(site: Site, activations: Tensor) -> None:
         weights = seen.weights()
         if weights is not None and site.heads and weights.ndim >= 3:
             weights = weights.float().reshape(-1, site.heads, *weights.shape[-2:])
             if len(weights) == len(activations):
-                found[site] = weights
+                found.update({(site, head): weights[:, head].clone() for head in heads[site]})
 
-    with hooked(target, {site: partial(read, site) for site in sites}), seen:
+    with hooked(target, {site: partial(read, site) for site in heads}), seen:
         yield found
 
 
@@ -44,7 +44,7 @@ class _Seen(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         output, name = func(*args, **(kwargs or {})), getattr(func, "__name__", "")
-        if name == "softmax":
+        if name == "softmax" and (self._last is None or len(self._last) == 1):  # a gate's isn't attention
             self._last = (output,)
         elif name == "scaled_dot_product_attention":
             self._last = (args, dict(kwargs or {}))

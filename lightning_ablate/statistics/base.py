@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from lightning_ablate.errors import StatisticsError
 from lightning_ablate.sites import Site
 
-FOUND = ("first", "second", "estimate", "se")  # what an attribution finds of each unit
+FOUND = ("first", "second", "estimate", "se", "examples")  # what an attribution finds of each unit
 S = TypeVar("S", bound="ActivationStatistic")
 _MISSING = (
     "which `fit` has not found: run `fit` with this method, or give its checkpoint: --ckpt_path on the command line, "

@@ -8,6 +8,7 @@ import pytest
 
 from lightning_ablate.methods import shipped
 from lightning_ablate.results import Results, figures
+from lightning_ablate.results.styles import styles
 from tests.results.conftest import HEADS
 
 
@@ -44,12 +45,12 @@ def test_chance_is_a_line_among_the_curves_and_does_not_stretch_the_axis(made):
 
 def test_a_method_looks_the_same_in_every_figure_and_in_joined_runs():
     look = ("color", "marker")
-    alone, few, joined = (figures.styles(names) for names in (["mean"], ["zero", "mean"], ["mean (A)", "mean (B)"]))
+    alone, few, joined = (styles(names) for names in (["mean"], ["zero", "mean"], ["mean (A)", "mean (B)"]))
     assert alone["mean"] == few["mean"] == joined["mean (A)"]
     assert [joined["mean (B)"][key] for key in look] == [alone["mean"][key] for key in look]
     assert joined["mean (A)"]["linestyle"] != joined["mean (B)"]["linestyle"]
-    assert len({tuple(style.values()) for style in figures.styles(shipped()).values()}) == len(shipped())
-    own = figures.styles(["zero", "my-own", "another", "a-third"])
+    assert len({tuple(style.values()) for style in styles(shipped()).values()}) == len(shipped())
+    own = styles(["zero", "my-own", "another", "a-third"])
     assert len({style["color"] for style in own.values()}) == 4
 
 
