@@ -51,6 +51,7 @@ from .modules import MaskedLM as MaskedLM
 from .modules import PairedLM as PairedLM
 from .modules import Seq2SeqLM as Seq2SeqLM
 from .modules import SequenceClassifier as SequenceClassifier
+from .phases import Units as Units
 from .results import Results as Results
 from .results import difference as difference
 from .results import load as load

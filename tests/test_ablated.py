@@ -285,7 +285,7 @@ def test_what_was_fitted_for_a_condition_is_found_by_its_masks(tmp_path):
     batch, sites = tiny.tokens(6, seed=2), made.run.calibration.sites
     masks = {site.name: Random().mask(Selection(0.5, 1), site) for site in sites}
     with torch.no_grad(), ablated(module.target, masks, ConditionalTuned(steps=1), made.run.calibration):
-        logits, targets, example, _ = module.evaluate(batch)
+        logits, targets, example, *_ = module.evaluate(batch)
     found = torch.nn.functional.cross_entropy(logits[example >= 0].double(), targets[example >= 0])
     assert float(found) == pytest.approx(made.results.table["cross_entropy"].iloc[1], abs=1e-6)
     with pytest.raises(StatisticsError, match="needs the values it learns"):

@@ -282,6 +282,7 @@ def synthetic(layers, heads, verified=True):
         site = Site(f"model.layers.{layer}.self_attn.o_proj", 4 * heads, heads=heads)
         units = 4 * heads + heads + 1
         found = torch.randn(4, units, generator=generator).double().abs().pow(3) * 0.01
+        found = torch.cat([found, torch.full((1, units), 9.0)])  # examples
         by_site[site] = found
         measured.append(["mean", site.name, "head", 0, "largest", float(found[2, 4 * heads]) * 1.1, 0.001])
         measured.append(["mean", site.name, "head", 1, "random", float(found[2, 4 * heads + 1]) * 0.9, 0.001])
@@ -325,7 +326,7 @@ def test_how_far_to_trust_a_map_is_what_scipy_says():
     assert f"  {top['site']} neuron {top['unit']} (head {head}, dim {dim}): +" in text
     assert "estimates against the truth" in text
     own = table[table["level"] == "head"]
-    expected = stats.false_discovery_control(2 * stats.norm.sf((own["estimate"] / own["se"]).abs()))
+    expected = stats.false_discovery_control(2 * stats.t.sf((own["estimate"] / own["se"]).abs() * (8 / 9) ** 0.5, 8))
     assert own["q"].to_numpy() == pytest.approx(expected) and 0 < (own["q"] <= 0.05).sum() < len(own) / 2
     count = f"{(own['q'] <= 0.05).sum()} of them found to differ from 0 (q ≤ 0.05)"
     assert f"mean, 270 heads (self-attention), {count}" in text
@@ -334,9 +335,9 @@ def test_how_far_to_trust_a_map_is_what_scipy_says():
 
 
 def test_units_that_do_nothing_are_not_found_and_those_of_one_example_have_no_q():
-    found = torch.tensor([[0.0, 1.0, 3.0, 1.0], [0.0] * 4, [0.0, 1.0, 3.0, 1.0], [0.0, 0.0, 1.0, torch.nan]])
+    found = torch.tensor([[0.0, 1.0, 3.0, 1.0], [0.0] * 4, [0.0, 1.0, 3.0, 1.0], [0.0, 0.0, 1.0, torch.nan], [4.0] * 4])
     table = table_of({"mean": {Site("p", 3): found.double()}})
-    assert table["q"].tolist() == pytest.approx([1.0, 0.0, 1.5 * 2 * stats.norm.sf(3), np.nan], nan_ok=True)
+    assert table["q"].tolist() == pytest.approx([1.0, 0.0, 1.5 * 2 * stats.t.sf(3 * 0.75**0.5, 3), np.nan], nan_ok=True)
     assert table_of({})["q"].empty
 
 
@@ -344,7 +345,7 @@ def test_second_orders_are_scaled_until_the_measured_units_add_up():
     """A third of the units has been measured; on average over the samples the scale is that of all."""
     generator, site = np.random.default_rng(0), Site("p", 60)
     first, second = generator.normal(size=61), generator.exponential(size=61) ** 2
-    found = torch.tensor(np.stack([first, 9 * second, first + second, second]))
+    found = torch.tensor(np.stack([first, 9 * second, first + second, second, 9 + 0 * second]))
     true = first + second * generator.uniform(1, 2, size=61)
     whole, plain = (true - first)[:60].sum() / second[:60].sum(), table_of({"mean": {site: found}})
     sums, ends = [], []

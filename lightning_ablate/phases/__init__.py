@@ -7,4 +7,4 @@ from lightning_ablate.phases.evidence import ExplainedSweep
 from lightning_ablate.phases.method import Epoch, MethodPhase
 from lightning_ablate.phases.schedule import check_attribution, kinds_of, plan, schedule
 from lightning_ablate.phases.sweep import SweepPhase
-from lightning_ablate.phases.units import Explain, check_explained
+from lightning_ablate.phases.units import Explain, Units, check_explained

@@ -51,12 +51,10 @@ class Units(Choice):
             path, level, number = _unit(name)
             if path not in known:
                 (meant,) = get_close_matches(path, known, 1, 0.0)
-                raise SiteError(
-                    f"there is no unit {name!r} (--ablation.explain), did you mean {name.replace(path, meant)!r}?"
-                )
+                raise SiteError(f"there is no unit {name!r}, did you mean {name.replace(path, meant)!r}?")
             count = known[path].width if level == "neuron" else known[path].heads or 0
             if level and number >= count:
-                raise SiteError(f"there is no unit {name!r} (--ablation.explain), {path} has {count} {level}s")
+                raise SiteError(f"there is no unit {name!r}, {path} has {count} {level}s")
         return [Selection(1.0, None, name) for name in self.names]
 
     def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:

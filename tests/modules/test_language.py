@@ -184,7 +184,7 @@ def test_padding_before_a_text_changes_no_score(make):
             for rows in (texts, [torch.ones_like(text) for text in texts])
         )
         batch = {"input_ids": ids, "attention_mask": mask, "index": torch.arange(3)}
-        logits, targets, example, _ = module.evaluate(module.on_before_batch_transfer(batch, 0))
+        logits, targets, example, *_ = module.evaluate(module.on_before_batch_transfer(batch, 0))
         counts = example >= 0
         found = torch.nn.functional.cross_entropy(logits[counts].double(), targets[counts], reduction="sum")
         expected = sum(reference.losses(module.target, batch_of(text), 0, {}).sum() for text in texts[1:])

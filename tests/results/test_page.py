@@ -94,7 +94,7 @@ def test_a_click_opens_a_unit_and_its_methods_switch(made, opened, tmp_path):
     assert tab.locator("#unit-head").inner_text() == HEAD and tab.locator("#evidence").is_visible()
     how = [f"{method}, {how}" for how in ("measured", "in the evidence") for method in ("zero", "peak")]
     assert set(column(tab, "#worth")) == {*how, "zero, estimated"}
-    assert HOSTILE in tab.locator("#contexts").inner_text() and column(tab, "#promoted") == [HOSTILE, "down"]
+    assert HOSTILE in tab.locator("#contexts").inner_text() and column(tab, "#promoted") == [HOSTILE]
     assert "0.7" in tab.locator("#attention").inner_text() and "peak" in tab.locator("#compared").inner_text()
     assert "adds 9 " not in tab.locator("#contexts").inner_text()
     tab.get_by_label("Replacement").select_option("peak")
