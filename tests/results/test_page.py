@@ -132,6 +132,16 @@ def test_pictures_layers_and_runs_without_methods_have_pages(made, opened, tmp_p
     opened(page.write(tmp_path, Results(results.table[:1], None, {})))
 
 
+def test_units_that_were_named_alone_have_a_page_and_unknown_ones_none(made, opened, tmp_path):
+    results = made()
+    results.gathered = evidence()
+    tab = opened(page.write(tmp_path, results, None, neurons()))
+    assert tab.locator("#maps .plotly").count() == 0 and tab.locator("#unit-head").inner_text() == HEAD
+    assert column(tab, "#unit-list") == [HEAD] and tab.locator("#contexts .context").count() == 10
+    tab.evaluate("location.hash = 'unit=nothing'")
+    assert tab.locator("#unit-head").inner_text() == HEAD
+
+
 def test_a_page_holds_fewer_rows_where_all_would_not_fit(made, tmp_path, monkeypatch):
     given = tmp_path, made(places=HEADS), attribution(), neurons()
     whole = page.write(*given).stat().st_size
@@ -146,3 +156,5 @@ def test_joined_runs_have_one_page(made, opened, tmp_path, capsys):
     main([str(tmp_path / "one"), str(tmp_path / "two"), "--names", "A", "B", "--out", str(tmp_path)])
     assert f"open {tmp_path / 'report.html'}\n" in capsys.readouterr().out
     assert column(opened(tmp_path / "report.html"), ".methods") == ["zero (A)", "zero (B)"]
+    with pytest.raises(SystemExit, match="is the folder of a run"):
+        main([str(tmp_path / "one"), "--out", str(tmp_path / "two")])
