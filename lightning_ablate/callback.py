@@ -49,7 +49,7 @@ class AblationCallback(lightning.Callback):
             names of units, such as ``PATH head 0``.
         explain_examples: how many evaluation examples, the first ones, they are explained on.
         dirpath: the folder for the run's files; None takes the logger's. A run that died there goes on.
-        save_every: seconds from one save of an unfinished sweep to the next.
+        save_every: seconds from one save of a sweep to the next, also within a batch; 0 saves after each batch.
         figures: the forms in which figures are saved: ``png``, ``pdf``, ``svg``.
 
     Attributes:
@@ -147,13 +147,13 @@ class AblationCallback(lightning.Callback):
         if self.explain.units:
             phase = phases.ExplainedSweep(pl_module, self.run, self.sweep, examples, self.explain, self.attribution)
             phase.save = lambda: self._save(trainer, phase.state_dict())
+        if self.save_every:  # 0 saves after every batch, not after every condition
+            phase.pause = partial(self._save_if_due, trainer, phase)
         pl_module.phase = self.run.resume(phase)
 
     def on_validation_batch_end(self, trainer: lightning.Trainer, pl_module: AblationModule, *_: Any) -> None:  # type: ignore[override]
         """Saves the progress now and then."""
-        due = trainer.received_sigterm or (self._store is not None and self._store.due)
-        if self.folder is not None and trainer.strategy.broadcast(due):
-            self._save(trainer, cast(phases.SweepPhase, pl_module.phase).state_dict())
+        self._save_if_due(trainer, cast(phases.SweepPhase, pl_module.phase))
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
         """Computes the results on every process, and writes them on the first."""
@@ -226,6 +226,11 @@ class AblationCallback(lightning.Callback):
             self.run.phase = earlier["phase"]
             done = f"{self.run.epochs} epochs of `fit` and {sum(self.run.phase.get('done', ()))} batches of the sweep"
             say(trainer, f"going on with the run in {self.folder}: {done} are done")
+
+    def _save_if_due(self, trainer: lightning.Trainer, phase: phases.SweepPhase) -> None:
+        due = trainer.received_sigterm or (self._store is not None and self._store.due)
+        if self.folder is not None and trainer.strategy.broadcast(due):
+            self._save(trainer, phase.state_dict())
 
     def _save(self, trainer: lightning.Trainer, phase: dict[str, Any], finished: bool = False) -> None:
         if self._store is not None:

@@ -57,6 +57,30 @@ def test_a_run_that_died_goes_on_from_the_end_of_an_epoch_or_the_last_batch_of_i
     assert {path.name for path in (tmp_path / "run").iterdir()} == {path.name for path in whole[0].iterdir()}
 
 
+def test_a_run_that_dies_within_batches_20_times_goes_on_at_the_conditions_it_had_reached(tmp_path, whole, monkeypatch):
+    monkeypatch.setattr("lightning_ablate.run._SHARE", 0)  # or saving would take too large a part of the time
+
+    class DiesWithin(Callback):
+        begun = 0
+
+        def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+            pl_module.phase.announce = self.announce
+
+        def announce(self, condition):
+            self.begun += 1
+            if self.begun > 3:  # the intact target again, and two conditions
+                raise Death
+
+    died = 0
+    while not (tmp_path / "run" / "results.csv").exists():
+        try:
+            tiny.fit(tmp_path, callback=callback(tmp_path / "run", save_every=1e-9), more=[DiesWithin()])
+        except Death:
+            died += 1
+    assert died >= 20
+    assert_same_bytes(tmp_path / "run", whole[0])
+
+
 def test_a_run_that_died_in_its_sweep_reads_no_calibration_data(tmp_path, whole, monkeypatch):
     read, fetch = [], _MapDatasetFetcher.fetch
     monkeypatch.setattr(_MapDatasetFetcher, "fetch", lambda self, rows: read.append(self.dataset) or fetch(self, rows))

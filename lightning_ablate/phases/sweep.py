@@ -38,6 +38,7 @@ class SweepPhase(Phase):
 
     Attributes:
         announce: is called with each condition before it is evaluated.
+        pause: is called after each condition, and may save the progress.
         ablated: the share of all sites' neurons that each condition ablates.
     """
 
@@ -55,11 +56,12 @@ class SweepPhase(Phase):
         calibration, self.run, self.sweep, self.classes = run.calibration, run, sweep, 0
         self.conditions = tuple(conditions or sweep.conditions(calibration.sites))
         self.ablated: dict[Condition, float] = {}
-        self.done = [0] * len(examples)  # batches of each data set
+        self.done, self.within = [0] * len(examples), 0  # batches of each data set, and conditions of the next one
         self.each = [
             SweepMetrics(len(self.conditions), n, module.metrics).to(exact_device(module.device)) for n in examples
         ]
         self.announce: Callable[[Condition], None] = lambda condition: None
+        self.pause: Callable[[], None] = lambda: None
         self._calibration, self._batch = calibration, Batch()
         drawn = [(sweep.method(c.method).source, c.seed or 0) for c in self.conditions[1:]]
         self._sources = [(kind, seed) for kind, seed in dict.fromkeys(drawn) if kind is not None]  # resampled from
@@ -89,22 +91,28 @@ class SweepPhase(Phase):
         """Evaluates every condition on one batch; DataError or NonFiniteError if what ``evaluate`` gives is wrong."""
         if batch_idx < self.done[self.module.loader_index]:  # of an earlier run
             return
-        clean = None
+        clean, known = None, self.within
         with torch.no_grad():
             self.begin(batch, batch_idx)
             for index, condition in enumerate(self.conditions):
+                if 0 < index < known:  # evaluated by an earlier process
+                    continue
                 self.announce(condition)
                 with self.applied(condition):
                     scored = self.module.evaluate(batch)
                 if clean is None:
                     scored = checked(scored, self.module.metrics)
-                    self._check_examples(scored.example)
+                    if not known:
+                        self._check_examples(scored.example)
                     clean, self.classes = Clean.of(scored), scored.logits.shape[1]
-                with record_function("scoring"):
-                    self.metrics.update(index, Scored(*scored), clean)
+                if index >= known:
+                    with record_function("scoring"):
+                        self.metrics.update(index, Scored(*scored), clean)
+                    self.within = index + 1
+                    self.pause()
                 del scored  # or the next pass would hold the logits of two conditions
         self._check_finite()
-        self.done[self.module.loader_index] = batch_idx + 1
+        self.done[self.module.loader_index], self.within = batch_idx + 1, 0
 
     def begin(self, batch: Any, batch_idx: int) -> Tensor:
         """Tells methods what they may know of a batch; returns the indices of its examples, ``(batch,)`` int64."""
@@ -136,11 +144,11 @@ class SweepPhase(Phase):
         for metrics in self.each:
             with metrics.sync_context():
                 merged.append({name: value.cpu() for name, value in metrics.state_dict().items()})
-        return {"done": self.done, "classes": self.classes, "metrics": merged}
+        return {"done": self.done, "within": self.within, "classes": self.classes, "metrics": merged}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a :meth:`state_dict`; the first process takes the scores."""
-        self.done, self.classes = list(state["done"]), state["classes"]
+        self.done, self.within, self.classes = list(state["done"]), int(state["within"]), state["classes"]
         for metrics, saved in zip(self.each, state["metrics"], strict=True):
             if self.module.global_rank == 0:
                 metrics.load_state_dict(dict(saved))
