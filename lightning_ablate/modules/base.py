@@ -79,10 +79,9 @@ class AblationModule(lightning.LightningModule, ABC):
         return position
 
     def shown(self, batch: Any) -> list[dict[str, Any]]:
-        """What a person can read of each example of a batch.
+        """What a person reads of an example: the texts of its ``tokens`` (None at padding), or a ``picture`` (PNG).
 
-        It is the texts of its ``tokens``, None at padding, or its ``picture``, the bytes of a PNG file, and its
-        ``label``; by default nothing.
+        Also the name of its class, ``label``; by default nothing.
         """
         return [{} for _ in self.examples_of(batch, 0)]
 
