@@ -153,7 +153,7 @@ class AblationCallback(lightning.Callback):
 
     def on_validation_batch_end(self, trainer: lightning.Trainer, pl_module: AblationModule, *_: Any) -> None:  # type: ignore[override]
         """Saves the progress now and then."""
-        self._save_if_due(trainer, cast(phases.SweepPhase, pl_module.phase))
+        self._save_if_due(trainer, cast(phases.SweepPhase, pl_module.phase), now=trainer.received_sigterm)
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: AblationModule) -> None:  # type: ignore[override]
         """Computes the results on every process, and writes them on the first."""
@@ -227,8 +227,8 @@ class AblationCallback(lightning.Callback):
             done = f"{self.run.epochs} epochs of `fit` and {sum(self.run.phase.get('done', ()))} batches of the sweep"
             say(trainer, f"going on with the run in {self.folder}: {done} are done")
 
-    def _save_if_due(self, trainer: lightning.Trainer, phase: phases.SweepPhase) -> None:
-        due = trainer.received_sigterm or (self._store is not None and self._store.due)
+    def _save_if_due(self, trainer: lightning.Trainer, phase: phases.SweepPhase, now: bool = False) -> None:
+        due = now or (self._store is not None and self._store.due)
         if self.folder is not None and trainer.strategy.broadcast(due):
             self._save(trainer, phase.state_dict())
 

@@ -23,7 +23,7 @@ from lightning_ablate import (
 )
 from lightning_ablate.errors import ConfigError, DataError, SiteError
 from lightning_ablate.results.evidence import Evidence, coloured
-from lightning_ablate.results.shown import shown_text
+from lightning_ablate.shown import shown_text
 from tests import demos, reference, tiny
 from tests.command import FEW, TWO, command, dying, found, python
 

@@ -15,8 +15,8 @@ from lightning_ablate.errors import DataError, TargetError
 from lightning_ablate.metrics import Scored
 from lightning_ablate.modules.checks import check_length, check_vocabulary, effect_of_later, vocabulary_of
 from lightning_ablate.modules.hub import HubModule
-from lightning_ablate.results.shown import shown_text, text_of
 from lightning_ablate.seeds import seed_of
+from lightning_ablate.shown import shown_text, text_of
 
 TextBatch = Mapping[str, Tensor]
 _INPUTS = "input_ids", "attention_mask", "token_type_ids", "position_ids"

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lightning_ablate.metrics import Scored
 from lightning_ablate.modules.language import LanguageModel, TextBatch, places_of
-from lightning_ablate.results.shown import shown_text
 from lightning_ablate.seeds import seed_of
+from lightning_ablate.shown import shown_text
 from lightning_ablate.sites import Site
 
 

@@ -14,8 +14,8 @@ from lightning_ablate.errors import TargetError, loading
 from lightning_ablate.metrics import Scored
 from lightning_ablate.modules.base import exact_vectors
 from lightning_ablate.modules.hub import HubModule, last_states
-from lightning_ablate.results.shown import shown_image
 from lightning_ablate.seeds import seed_of
+from lightning_ablate.shown import shown_image
 
 ImageBatch = Mapping[str, Tensor]
 

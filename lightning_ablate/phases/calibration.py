@@ -13,7 +13,7 @@ from lightning_ablate.metrics import checked
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.phase import Phase
 from lightning_ablate.run import Run
-from lightning_ablate.sites import KINDS, Site, check_mixing, exact_device, find_sites, hooked
+from lightning_ablate.sites import KINDS, Site, check_mixing, exact_device, find_sites, hooked, keep
 from lightning_ablate.statistics import ActivationStatistic, Moments
 
 
@@ -86,7 +86,7 @@ class CalibrationPhase(Phase):
             if (some := module.first(batch, count)) is None:
                 return
             found: dict[Site, Tensor] = {}
-            with hooked(module.target, {s: partial(_keep, found, s) for s in self.calibration.sites}, once=True):
+            with hooked(module.target, {s: partial(keep, found, s) for s in self.calibration.sites}, once=True):
                 module.evaluate(some)
             passes.append(found)
         for site in self.calibration.sites:
@@ -109,7 +109,3 @@ class CalibrationPhase(Phase):
                 f"activations at {bad[0]} are NaN or infinite ({len(bad)} of {len(moments)} sites); "
                 "try another precision (--trainer.precision, --model.dtype), or look for it in the data or weights"
             )
-
-
-def _keep(found: dict[Site, Tensor], site: Site, activations: Tensor) -> None:
-    found[site] = activations.clone()

@@ -19,7 +19,7 @@ from lightning_ablate.phases.sweep import SweepPhase
 from lightning_ablate.phases.units import Explain, Units, check_explained, explaining, parts_of
 from lightning_ablate.results.evidence import Evidence
 from lightning_ablate.run import Run
-from lightning_ablate.sites import Site, attended, exact_device, hooked
+from lightning_ablate.sites import Site, attended, exact_device, hooked, keep
 from lightning_ablate.statistics import Moments
 from lightning_ablate.statistics.base import by_example
 from lightning_ablate.sweep import Sweep
@@ -86,8 +86,15 @@ class ExplainedSweep(SweepPhase):
         alone = Sweep(methods, (1.0,), sweep.seeds[:1] or (0,), units, sweep.sites)
         recorder = _Recorder(self.module, self.run, alone, self.explain.examples)
         recorder.announce = self.announce
-        for held in self._held:
-            recorder.step(*held)
+        failed = ""
+        try:
+            for held in self._held:
+                recorder.step(*held)
+        except AblationError as error:
+            failed = str(error)
+        # all processes go on, or none, as those that went on would wait for the others
+        for said in filter(None, self.module.gathered(failed)):
+            raise DataError(said)
         self.evidence, self.unread = recorder.evidence(), recorder.unread
 
     def _names(self) -> list[str]:
@@ -97,8 +104,8 @@ class ExplainedSweep(SweepPhase):
             return list(units)
         if self.attribution.methods:
             table = table_of(self.run.calibration.attributed, self.run.measured)
-            table = table[table["level"] != "site"]
-            table["cost"] = table["verified"].fillna(table["estimate"]) if "verified" in table else table["estimate"]
+            known = table["verified"].fillna(table["estimate"]) if "verified" in table else table["estimate"]
+            table = table.assign(cost=known)[table["level"] != "site"]
             means = table.groupby(["level", "site", "unit"], sort=False)["cost"].mean().reset_index()
             largest = means.sort_values("cost", ascending=False, kind="stable").groupby("level").head(units)
             return [f"{one.site} {one.level} {one.unit}" for one in largest.itertuples()]
@@ -124,8 +131,7 @@ class _Recorder(SweepPhase):
         self._rows: list[dict[str, np.ndarray]] = []  # of each batch
         self._contexts: dict[int, dict[str, Any]] = {}
         self._told: Tensor | None = None  # (conditions, classes) float64, sums of log-probabilities
-        self._count = 0
-        self._reader = Reader(module, heads_among(self._masks.items()))
+        self._reader = Reader(module, heads_among(self._masks))
 
     def step(self, batch: Any, batch_idx: int) -> None:
         """Runs the intact target, then each unit under each method."""
@@ -133,7 +139,7 @@ class _Recorder(SweepPhase):
         with torch.no_grad():
             self._reader.repeated(batch)
             examples = self.begin(batch, batch_idx)
-            reading = {site: partial(_keep, found, site) for masks in self._masks.values() for site in masks}
+            reading = {site: partial(keep, found, site) for masks in self._masks.values() for site in masks}
             heads = self._reader.by_site
             with hooked(module.target, reading, once=True), attended(module.target, heads) as weights:
                 scored = checked(module.evaluate(batch), module.metrics)
@@ -158,22 +164,20 @@ class _Recorder(SweepPhase):
                     [self._activation(name, found, batch, rows, position) for name in self._masks]
                 ),
             }
-            where = rows, columns["example"], position
-            self._reader.add(batch, weights, *where)
+            self._reader.add(batch, weights, rows, position)
             changes = []
             for index, condition in enumerate(self.conditions[1:], start=1):
                 self.announce(condition)
                 with self.applied(condition):
                     after = Scored(*module.evaluate(batch))
                 changes.append(self._scored(index, after, clean, kept) - before)
-                self._reader.keep(condition.part, weights, *where, changes[-1][0])
+                self._reader.keep(condition.part, weights, rows, columns["example"], position, changes[-1][0])
                 del after
         columns |= dict(zip([f"change {name}" for name in names], torch.stack(changes, 1), strict=True))
         self._rows.append({name: column.cpu().numpy() for name, column in columns.items()})
         for example, shown in zip(examples.tolist(), module.shown(batch), strict=True):
             if 0 <= example < self.limit:
                 self._contexts[example] = shown
-        self._count += len(kept)
 
     @property
     def unread(self) -> str:
@@ -182,12 +186,12 @@ class _Recorder(SweepPhase):
 
     def evidence(self) -> Evidence:
         """What all processes have kept; every process must call it."""
-        module, count = self.module, self._count
+        module = self.module
         batches, contexts = [], dict[int, dict[str, Any]]()
         for rows, shown in module.gathered((self._rows, self._contexts)):
             batches += rows
             contexts |= shown
-        total = int(module.summed(torch.tensor(float(count), device=module.device)))
+        total = sum(len(one["example"]) for one in batches)
         if self._told is None or not total:
             raise DataError("none of the examples to explain has a scored position (--ablation.explain_examples)")
         told = module.summed(self._told).cpu() / total
@@ -272,7 +276,3 @@ class _Recorder(SweepPhase):
         classes = ends.tolist()
         columns = {"class": classes, "text": self.module.class_texts(classes), "change": change[ends].numpy()}
         return pd.DataFrame(columns)
-
-
-def _keep(found: dict[Site, Tensor], site: Site, activations: Tensor) -> None:
-    found[site] = activations.clone()

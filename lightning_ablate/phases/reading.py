@@ -1,6 +1,6 @@
 """What single heads read: four scores of their attention, and its maps where they matter most."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_ablate.modules import AblationModule
+from lightning_ablate.phases.units import parsed
 from lightning_ablate.sites import Site, attended
 
 SHOWN = 10  # positions of each unit and method whose attention is kept
@@ -66,8 +67,8 @@ class Reader:
                 places = torch.arange(half, 2 * half, device=own.device)
                 self._induction[unit] = float(own[places, places - half + 1].mean())
 
-    def add(self, batch: Any, weights: Weights, rows: Tensor, examples: Tensor, position: Tensor) -> None:
-        """Adds the scores of the scored positions: their rows in the batch, examples and places, ``(n,)`` int64."""
+    def add(self, batch: Any, weights: Weights, rows: Tensor, position: Tensor) -> None:
+        """Adds the scores of the scored positions: their rows in the batch and places, ``(n,)`` int64."""
         for unit, head in self.heads.items():
             own = self._at(weights, head, rows, position)
             if own is None:
@@ -127,14 +128,11 @@ class Reader:
         return own[rows, places] if own.shape[1] == own.shape[2] > int(places.max()) else None
 
 
-def heads_among(units: Iterable[tuple[str, Mapping[Site, Tensor]]]) -> dict[str, Head]:
-    """Which units, given with the masks of their sites, are single heads."""
+def heads_among(masks: Mapping[str, Mapping[Site, Tensor]]) -> dict[str, Head]:
+    """The units that are heads of a single site, from the masks of all units."""
     found = {}
-    for unit, masks in units:
-        if len(masks) == 1:
-            ((site, mask),) = masks.items()
-            width = site.width // site.heads if site.heads else 0
-            places = mask.nonzero().squeeze(1)
-            if width > 0 and len(places) == width and int(places[0]) % width == 0 and " head " in unit:
-                found[unit] = Head(site, int(places[0]) // width)
+    for unit, by_site in masks.items():
+        _, level, number = parsed(unit)
+        if level == "head" and len(by_site) == 1:
+            found[unit] = Head(next(iter(by_site)), number)
     return found

@@ -48,7 +48,7 @@ class Units(Choice):
         """One for each unit; SiteError if the target has no such unit."""
         known = {name: site for site in sites for name in (site.name, site.path, site.layer) if name}
         for name in self.names:
-            path, level, number = _unit(name)
+            path, level, number = parsed(name)
             if path not in known:
                 (meant,) = get_close_matches(path, known, 1, 0.0)
                 raise SiteError(f"there is no unit {name!r}, did you mean {name.replace(path, meant)!r}?")
@@ -59,7 +59,7 @@ class Units(Choice):
 
     def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:
         """The neurons of the one unit."""
-        path, level, number = _unit(selection.part)
+        path, level, number = parsed(selection.part)
         if level:
             given = {path: [number]}
             one = Only(heads=given) if level == "head" else Only(neurons=given)
@@ -67,7 +67,7 @@ class Units(Choice):
         return torch.full((site.width,), path in (site.name, site.path, site.layer))
 
 
-def _unit(name: str) -> tuple[str, str, int]:
+def parsed(name: str) -> tuple[str, str, int]:
     """The path, level (``head``, ``neuron``, or empty for a whole site or layer) and number in a unit's name."""
     match = _NAME.fullmatch(name)
     return (name, "", 0) if match is None else (match[1], match[2], int(match[3]))
@@ -105,4 +105,4 @@ def parts_of(sweep: Sweep, sites: Sequence[Site]) -> dict[Selection, str]:
     chosen = sweep.neurons.selections(sites, sorted(map(float, sweep.fractions)), sweep.seeds)
     paths = {name for site in sites for name in (site.name, site.path, site.layer)}
     named = {one: one.part if one.head is None else f"{one.part} head {one.head}" for one in chosen if one.part}
-    return {one: name for one, name in named.items() if _unit(name)[0] in paths}
+    return {one: name for one, name in named.items() if parsed(name)[0] in paths}

@@ -15,7 +15,7 @@ from lightning_ablate.calibration import Calibration
 from lightning_ablate.errors import ConfigError, DataError
 from lightning_ablate.methods import AblationMethod, method_of
 from lightning_ablate.results.evidence import coloured
-from lightning_ablate.results.shown import shown_text
+from lightning_ablate.shown import shown_text
 from lightning_ablate.sites import find_sites
 from lightning_ablate.sites.site import device_of
 
@@ -76,8 +76,8 @@ def difference(
         calibration = Calibration(sites=find_sites(model, inputs))
     with torch.no_grad():
         clean = model(**inputs).logits
-        before = model(**{name: given[:, :-1] for name, given in inputs.items()}).logits
-        if float((before - clean[:, :-1]).norm()) > 0.1 * float(clean.norm()):
+        prefix = model(**{name: given[:, :-1] for name, given in inputs.items()}).logits
+        if float((prefix - clean[:, :-1]).norm()) > 0.1 * float(clean.norm()):
             raise ConfigError("the model's predictions see later tokens, expected a causal language model")
         with ablated(model, masks, method, calibration, heads=heads, neurons=neurons):
             changed = model(**inputs).logits

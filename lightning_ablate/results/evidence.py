@@ -93,8 +93,7 @@ class Evidence:
         found = [f"explained on {self.evidence['example'].nunique()} examples: added nats, and where most"]
         for unit in self.units:
             told = []
-            for method in self.methods:
-                own = self.of(unit).table[lambda table, method=method: table["method"] == method]
+            for method, own in self.of(unit).table.groupby("method", sort=False, observed=True):
                 most = own.loc[own["change"].idxmax()]
                 told.append(f"{method} {own['change'].mean():+.4f}, at {most['text']!r} {most['change']:+.2f}")
             found.append(f"  {unit}: {'; '.join(told)}")

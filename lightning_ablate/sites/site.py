@@ -185,6 +185,11 @@ def hooked(target: nn.Module, hooks: Mapping[Site, Hook], *, once: bool = False)
             )
 
 
+def keep(found: dict[Site, Tensor], site: Site, activations: Tensor) -> None:
+    """Puts a copy of the activations of a site into ``found``; a hook once the first two arguments are given."""
+    found[site] = activations.clone()
+
+
 def _repeats() -> bool | None:
     """True while gradient checkpointing recomputes this; False if it will do that later; None without it."""
     frame = sys._getframe(2)
