@@ -19,11 +19,13 @@ from lightning_ablate import (
     EachHead,
     EachLayer,
     Results,
+    Site,
     difference,
 )
 from lightning_ablate.errors import ConfigError, DataError, SiteError
 from lightning_ablate.results.evidence import Evidence, coloured
 from lightning_ablate.shown import shown_text
+from lightning_ablate.sites import attended
 from tests import demos, reference, tiny
 from tests.command import FEW, TWO, command, dying, found, python
 
@@ -346,3 +348,38 @@ def test_an_answer_behind_the_padding_is_shown_after_the_text():
         unit = Evidence(table, pd.DataFrame(columns=["unit", "method", "class", "text", "change"]), contexts).of("h")
         pieces = unit.around(table.iloc[0], table)
         assert [text for text, _ in pieces] == [s.replace("→ c", "→  c") for s in shown] and pieces[-1][1] == 0.5
+
+
+def test_evidence_that_one_process_can_not_have_is_had_by_none(tmp_path, monkeypatch):
+    """Or those that went on would wait for the other."""
+    monkeypatch.setattr(tiny.Own, "gathered", lambda self, own: ["", "no logits"] if isinstance(own, str) else [own])
+    with pytest.warns(UserWarning, match="there is no evidence: no logits"):
+        _, callback = tiny.fit(tmp_path, callback=AblationCallback([], explain="transformer.h.1"))
+    assert callback.results.gathered is None and callback.results.baseline["n"] > 0
+
+
+def test_evidence_belongs_to_the_first_data_set(tmp_path):
+    callback = AblationCallback([], explain="transformer.h.1")
+    tiny.fit(tmp_path, val={"one": tiny.loader(seed=2), "two": tiny.loader(seed=3)}, callback=callback)
+    assert callback.results.on("one").gathered is callback.results.gathered is not None
+    assert callback.results.on("two").gathered is None
+
+
+def test_a_gate_is_not_taken_for_attention_and_queries_that_share_keys_are_read_right():
+    site, generator = Site("out", 8, heads=2), torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(3, heads, 4, 4, generator=generator) for heads in (2, 1, 1))
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(8, 8)
+
+        def forward(self):
+            made = functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+            return self.out((made * query.softmax(-1)).transpose(1, 2).flatten(2))
+
+    model = Gated()
+    with torch.no_grad(), attended(model, {site: [1]}) as weights:
+        model()
+    scores = (query[:, 1] @ key[:, 0].transpose(1, 2) / 2).masked_fill(~torch.ones(4, 4).tril().bool(), -torch.inf)
+    assert list(weights) == [(site, 1)] and torch.allclose(weights[site, 1], scores.softmax(-1), atol=1e-6)

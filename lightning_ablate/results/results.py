@@ -34,9 +34,11 @@ class Results(Scores):
             )
         return self.gathered.of(unit)
 
-    def _of(self, data: str) -> Self:
-        found = super()._of(data)
-        found.gathered = self.gathered if data == self.data[0] else None
+    def on(self, data: str) -> Self:
+        """The results on one data set, see :meth:`Scores.on`; evidence goes with the first."""
+        found = super().on(data)
+        if found.data[0] == self.data[0]:
+            found.gathered = self.gathered
         return found
 
     def plot(self, metric: str = "cross_entropy") -> Figure:
