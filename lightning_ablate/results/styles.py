@@ -7,7 +7,7 @@ from lightning_ablate.methods import shipped
 from lightning_ablate.seeds import seed_of
 
 # Colour-blind readers can tell these apart (Okabe & Ito, then Tol's muted palette); markers and dashes help in grey.
-# Orange and blue aren't among them: they mean harm and help.
+# The orange and blue that mean harm and help aren't among them.
 _COLORS = (
     *("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#882255", "#117733"),
     *("#332288", "#AA4499", "#DDCC77", "#661100", "#44AA99", "#999933"),
