@@ -142,7 +142,7 @@ class _Recorder(SweepPhase):
             reading = {site: partial(keep, found, site) for masks in self._masks.values() for site in masks}
             heads = self._reader.by_site
             with hooked(module.target, reading, once=True), attended(module.target, heads) as weights:
-                scored = checked(module.evaluate(batch), module.metrics)
+                scored = checked(self.evaluated(0, batch), module.metrics)
             clean, counts = Clean.of(scored), (scored.example >= 0) & (scored.example < self.limit)
             kept = counts.nonzero().squeeze(1)
             before = self._scored(0, scored, clean, kept)
@@ -165,15 +165,14 @@ class _Recorder(SweepPhase):
                 ),
             }
             self._reader.add(batch, weights, rows, position)
-            changes = []
-            for index, condition in enumerate(self.conditions[1:], start=1):
-                self.announce(condition)
-                with self.applied(condition):
-                    after = Scored(*module.evaluate(batch))
-                changes.append(self._scored(index, after, clean, kept) - before)
-                self._reader.keep(condition.part, weights, rows, columns["example"], position, changes[-1][0])
+            changes = before.new_empty(len(before), len(self.conditions) - 1, before.shape[1])
+            for index in self._order[1:]:
+                after = Scored(*self.evaluated(index, batch))
+                own = changes[:, index - 1] = self._scored(index, after, clean, kept) - before
+                part = self.conditions[index].part
+                self._reader.keep(part, weights, rows, columns["example"], position, own[0])
                 del after
-        columns |= dict(zip([f"change {name}" for name in names], torch.stack(changes, 1), strict=True))
+        columns |= dict(zip([f"change {name}" for name in names], changes, strict=True))
         self._rows.append({name: column.cpu().numpy() for name, column in columns.items()})
         for example, shown in zip(examples.tolist(), module.shown(batch), strict=True):
             if 0 <= example < self.limit:

@@ -17,7 +17,7 @@ from lightning_ablate.metrics import METRICS, Clean, Scored, SweepMetrics, check
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.phase import Phase
 from lightning_ablate.run import Run
-from lightning_ablate.sites import Site, exact_device, hooked
+from lightning_ablate.sites import Prefix, Site, exact_device, hooked
 from lightning_ablate.statistics.base import by_example
 from lightning_ablate.sweep import Sweep
 
@@ -27,7 +27,9 @@ _ROOM = 2**30  # bytes
 class SweepPhase(Phase):
     """Evaluates every condition of a sweep on a calibrated target, and keeps the scores.
 
-    A batch is loaded once and all conditions see it, the baseline first, so they are compared on the same positions.
+    A batch is loaded once and all conditions see it, so they are compared on the same positions. The baseline comes
+    first, then those that begin to ablate in the last layers: a :class:`~lightning_ablate.sites.Prefix` answers the
+    layers before.
 
     Args:
         module: whose target is evaluated.
@@ -70,12 +72,17 @@ class SweepPhase(Phase):
         # kept while they take less memory than the target, or 1 GiB; others are made again for every batch
         room = max(_ROOM, sum(parameter.nbytes for parameter in module.target.parameters()))
         width = max(1, sum(site.width for site in calibration.sites))
+        places = {site: place for place, site in enumerate(calibration.sites)}
+        self._begins: list[int] = []  # the place of the first site that a condition ablates
         for condition in self.conditions:
             edits = self._edits_of(condition)
             self.ablated[condition] = sum(int(edit.mask.sum()) for edit in edits.values()) / width
+            self._begins.append(min(map(places.__getitem__, edits), default=0))
             if (size := sum(edit.nbytes for edit in edits.values())) <= room:
                 room -= size
                 self._edits[condition] = edits
+        self._prefix, self._proven = Prefix(module.target, calibration.sites, max(self._begins), room), False
+        self._order = [0, *sorted(range(1, len(self.conditions)), key=lambda index: -self._begins[index])]
 
     @property
     def metrics(self) -> SweepMetrics:
@@ -94,21 +101,19 @@ class SweepPhase(Phase):
         clean, known = None, self.within
         with torch.no_grad():
             self.begin(batch, batch_idx)
-            for index, condition in enumerate(self.conditions):
-                if 0 < index < known:  # evaluated by an earlier process
+            for done, index in enumerate(self._order):
+                if 0 < done < known:  # evaluated by an earlier process
                     continue
-                self.announce(condition)
-                with self.applied(condition):
-                    scored = self.module.evaluate(batch)
+                scored = self.evaluated(index, batch)
                 if clean is None:
                     scored = checked(scored, self.module.metrics)
                     if not known:
                         self._check_examples(scored.example)
                     clean, self.classes = Clean.of(scored), scored.logits.shape[1]
-                if index >= known:
+                if done >= known:
                     with record_function("scoring"):
                         self.metrics.update(index, Scored(*scored), clean)
-                    self.within = index + 1
+                    self.within = done + 1
                     self.pause()
                 del scored  # or the next pass would hold the logits of two conditions
         self._check_finite()
@@ -130,6 +135,27 @@ class SweepPhase(Phase):
             metrics.sync()
             if not int(metrics.n.sum()):
                 raise DataError("the evaluation data have no scored position; is everything padding, or too short?")
+
+    def evaluated(self, index: int, batch: Any) -> Scored:
+        """What the module gives for a batch under the condition of this index; the baseline comes first."""
+        condition = self.conditions[index]
+        self.announce(condition)
+        skips = self._prefix.reused(self._begins[index]) if index else self._prefix.recorded()
+        if index == 0 or self._proven or not self._prefix:
+            with self.applied(condition), skips:
+                return self.module.evaluate(batch)
+        # the first pass that may skip layers is made twice, and must be equal to the bit
+        try:
+            with self.applied(condition), skips:
+                skipped = self.module.evaluate(batch)[0]
+        except Exception:  # a layer may need what an earlier one leaves in another way than by what it returns
+            skipped = None
+        with self.applied(condition):
+            whole = self.module.evaluate(batch)
+        if skipped is None or not torch.equal(skipped, whole[0]):
+            self._prefix.refuse()
+        self._proven = True
+        return whole
 
     @contextmanager
     def applied(self, condition: Condition) -> Iterator[None]:

@@ -1,0 +1,120 @@
+"""What the intact pass of a batch returned, for passes that change nothing until a later place."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lightning_ablate.sites.site import Site
+
+_NUMBER = re.compile(r"(?:^|(?<=[._]))\d+$")
+_PLAIN = (Tensor, bool, int, float, str, type(None))
+
+
+class _Kept(NamedTuple):
+    output: Any  # of a block
+    after: int  # how many sites had run when the block ended
+
+
+class Prefix:
+    """Answers blocks of a target with what they returned in the intact pass of the same batch.
+
+    A pass whose first ablated site is the one at place ``first`` repeats the intact pass until that site runs. Blocks
+    that end before it return copies of what they did then, so the results are the same to the bit. Blocks are the
+    numbered modules around sites (``h.3``) and their siblings; of what else an architecture does nothing is assumed.
+    One that runs several times in a pass, or returns anything but tensors and plain values, always runs.
+
+    Args:
+        target: the model.
+        sites: its sites, in the order in which they run.
+        last: the largest ``first`` of all passes to come.
+        room: how many bytes may be held.
+    """
+
+    def __init__(self, target: nn.Module, sites: Sequence[Site], last: int, room: float) -> None:
+        self._last, self._room, paths = last, room, [site.path for site in sites]
+        late = {name for path in paths[last:] for name in _within(path)}  # what ends after all these passes begin
+        self._modules = {name: target.get_submodule(name) for name in blocks_of(target, sites) if name not in late}
+        self._projections = [target.get_submodule(path) for path in dict.fromkeys(paths)]
+        self._kept: dict[str, _Kept] = {}
+
+    def __bool__(self) -> bool:
+        """Whether any block is answered."""
+        return bool(self._kept)
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Keeps what the blocks return in the one intact pass inside."""
+        self._kept, room, runs, begun = {}, self._room, Counter[str](), 0
+
+        def begins(*_: Any) -> None:
+            nonlocal begun
+            begun += 1
+
+        def ends(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+            nonlocal room
+            runs[name] += 1
+            leaves = tree_leaves(output)
+            size = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+            if begun <= self._last and size <= room and all(isinstance(leaf, _PLAIN) for leaf in leaves):
+                room -= size
+                self._kept[name] = _Kept(_copy(output), begun)
+
+        with ExitStack() as stack:
+            for module in self._projections if self._modules else ():
+                stack.callback(module.register_forward_pre_hook(begins).remove)
+            for name, module in self._modules.items():
+                stack.callback(module.register_forward_hook(partial(ends, name)).remove)
+            yield
+        self._kept = {name: kept for name, kept in self._kept.items() if runs[name] == 1}
+
+    @contextmanager
+    def reused(self, first: int) -> Iterator[None]:
+        """Answers, in the pass inside, the blocks that ended before the site at place ``first`` ran.
+
+        What other blocks returned is let go, so passes come in descending order of ``first``.
+        """
+        self._kept = {name: kept for name, kept in self._kept.items() if kept.after <= first}
+        with ExitStack() as stack:
+            for name, kept in self._kept.items():
+                module = self._modules[name]
+                own = vars(module).get("forward")  # accelerate's, for example
+                undo = partial(delattr, module, "forward") if own is None else partial(setattr, module, "forward", own)
+                module.forward = partial(_answer, kept.output)
+                stack.callback(undo)
+            yield
+
+    def refuse(self) -> None:
+        """Answers no block any more."""
+        self._kept, self._modules = {}, {}
+
+
+def blocks_of(target: nn.Module, sites: Iterable[Site]) -> list[str]:
+    """The paths of the numbered modules around sites, such as ``h.3``, and of the modules numbered beside them."""
+    around = {_series(name) for site in sites for name in _within(site.path)} - {None}
+    return [name for name, _ in target.named_modules() if _series(name) in around]
+
+
+def _within(path: str) -> list[str]:
+    """The paths of the modules around a module, outermost first, and its own."""
+    parts = path.split(".")
+    return [".".join(parts[: end + 1]) for end in range(len(parts))]
+
+
+def _series(name: str) -> str | None:
+    """The path of a numbered module without its number; None for another module."""
+    return _NUMBER.sub("", name) if _NUMBER.search(name) else None
+
+
+def _copy(output: Any) -> Any:
+    return tree_map_only(Tensor, torch.clone, output)  # as a target may write into it
+
+
+def _answer(output: Any, *_: Any, **__: Any) -> Any:
+    return _copy(output)
