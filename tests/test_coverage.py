@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_ablate.errors import SiteError
-from lightning_ablate.sites import check_mixing, find_sites
+from lightning_ablate.sites import Prefix, check_mixing, find_sites, hooked
 from tests import coverage
 from tests.coverage import COVERED, REFUSED, Case, moved, tiny
 
@@ -35,6 +35,23 @@ def test_sites_and_mlps_are_as_counted_by_hand_and_sites_hold_all_mixing(case):
         reason = "experts" if case.mlps == coverage.EXPERTS else "found no MLP down projection in"
         with pytest.raises(SiteError, match=reason):
             find_sites(target.model, lambda: target.run(0), ["mlp"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", COVERED, ids=names(COVERED))
+def test_layers_before_the_first_ablated_site_are_answered_to_the_bit(case):
+    target = tiny(case)
+    sites = find_sites(target.model, lambda: target.run(0))
+    prefix = Prefix(target.model, sites, len(sites) - 1, 2**30)
+    with hooked(target.model, {}), prefix.recorded():
+        target.run(0)
+    assert bool(prefix) == (sites[0].uses == 1)  # layers that share their weights run several times
+    for place, site in reversed(list(enumerate(sites))):
+        with hooked(target.model, {site: torch.zeros_like}, once=True):
+            whole = target.run(0)
+        with hooked(target.model, {site: torch.zeros_like}, once=True), prefix.reused(place):
+            found = target.run(0)
+        assert all(torch.equal(*pair) for pair in zip(found, whole, strict=True))
 
 
 @pytest.mark.parametrize(("case", "why"), REFUSED, ids=names([case for case, _ in REFUSED]))

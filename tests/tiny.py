@@ -78,6 +78,9 @@ class Own(AblationModule):
     def valid(self, batch):
         return CausalLM.valid(self, batch)
 
+    def logits_at(self, batch, rows, places):
+        return self.logits(batch)[rows, places]
+
     def logits(self, batch):
         return self.target(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 

@@ -14,6 +14,7 @@ from lightning_ablate.data.text import padding_id, special_frame
 from lightning_ablate.errors import DataError, TargetError
 from lightning_ablate.metrics import Scored
 from lightning_ablate.modules.checks import check_length, check_vocabulary, effect_of_later, vocabulary_of
+from lightning_ablate.modules.head import logits_at, may_select
 from lightning_ablate.modules.hub import HubModule
 from lightning_ablate.seeds import seed_of
 from lightning_ablate.shown import shown_text, text_of
@@ -36,6 +37,7 @@ class LanguageModel(HubModule):
 
     auto_class: ClassVar[str]
     causal: ClassVar[bool | None] = None
+    selects: bool = False  # whether the output embedding may read the scored positions alone; the first batch shows it
 
     def build_target(self) -> nn.Module:
         """Loads it with its ``auto_class``."""
@@ -57,6 +59,11 @@ class LanguageModel(HubModule):
     def logits(self, batch: TextBatch) -> Tensor:
         """The target's logits, ``(batch, seq, vocabulary)``."""
         return self.target(**self.inputs(batch)).logits
+
+    def logits_at(self, batch: TextBatch, rows: Tensor, places: Tensor) -> Tensor:
+        """The target's logits at the positions ``rows``, ``places`` ``(n,)`` int64 of a batch, ``(n, vocabulary)``."""
+        head = cast(Any, self.target).get_output_embeddings() if self.selects else None
+        return logits_at(lambda: self.logits(batch), head, rows, places)
 
     def inputs(self, batch: TextBatch) -> dict[str, Any]:
         """The target's arguments for a batch. It needn't fill a cache."""
@@ -114,6 +121,7 @@ class LanguageModel(HubModule):
             row = int(self.valid(batch).sum(1).argmax())
             one = {name: tensor[row : row + 1] for name, tensor in batch.items()}
             check_length(self.logits, one)
+            self.selects = may_select(self.target, lambda: self.logits(one))
             if self.causal is not None:
                 self._check_kind(one, self.valid(one)[0])
 
@@ -199,14 +207,11 @@ class CausalLM(LanguageModel):
         return {**batch, "position_ids": (real.cumsum(1) - 1).clamp_min(0)}
 
     def evaluate(self, batch: TextBatch) -> Scored:
-        """Every position, marked as not scored where it or the next one is padding."""
+        """Every position, unless it or the next one is padding."""
         real = self.valid(batch)
-        scored = real & real.roll(-1, 1)
-        scored[:, -1] = False
-        example = torch.where(scored, batch["index"].unsqueeze(1), -1)
-        targets = batch["input_ids"].roll(-1, 1)
-        logits = self.logits(batch).flatten(0, 1)
-        return Scored(logits, targets.flatten(), example.flatten(), position=places_of(real))
+        rows, places = (real[:, :-1] & real[:, 1:]).nonzero(as_tuple=True)
+        logits = self.logits_at(batch, rows, places)
+        return Scored(logits, batch["input_ids"][rows, places + 1], batch["index"][rows], position=places)
 
     def _generated(self, seed: int, length: int) -> Tensor:
         """Sampled from the target itself, after its first special token."""
@@ -217,11 +222,6 @@ class CausalLM(LanguageModel):
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed)
             return cast(Any, self.target).generate(ids, **options)[0, :length]
-
-
-def places_of(scored: Tensor) -> Tensor:
-    """The place in its sequence of each element of ``(batch, seq)``, ``(batch * seq,)`` int64."""
-    return torch.arange(scored.shape[1], device=scored.device).expand_as(scored).flatten()
 
 
 class PairedLM(CausalLM):
@@ -238,7 +238,7 @@ class PairedLM(CausalLM):
         if "last" not in batch:
             raise DataError("PairedLM reads pairs of texts, and these are none; expected --data PairedTexts or alike")
         rows = torch.arange(len(batch["last"]), device=batch["last"].device)
-        logits = self.logits(batch)[rows, batch["last"]]
+        logits = self.logits_at(batch, rows, batch["last"])
         difference = (logits[rows, batch["answer"]] - logits[rows, batch["foil"]]).float()
         extra = {"logit_difference": difference, "preferred": (difference > 0).float()}
         return Scored(logits, batch["answer"], batch["index"], extra, batch["last"])

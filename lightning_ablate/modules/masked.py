@@ -53,7 +53,7 @@ class MaskedLM(LanguageModel):
         rows = torch.arange(len(position), device=position.device).unsqueeze(1)
         targets = batch["labels"].gather(1, position).clamp_min(0)
         example = torch.where(chosen < 0, -1, batch["index"].unsqueeze(1))
-        logits = self.logits(batch)[rows, position].flatten(0, 1)
+        logits = self.logits_at(batch, rows.expand_as(position).flatten(), position.flatten())
         return Scored(logits, targets.flatten(), example.flatten(), position=position.flatten())
 
     def _masked(self, batch: TextBatch) -> dict[str, Tensor]:

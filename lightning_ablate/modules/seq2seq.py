@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from lightning_ablate.metrics import Scored
-from lightning_ablate.modules.language import LanguageModel, TextBatch, places_of
+from lightning_ablate.modules.language import LanguageModel, TextBatch
 from lightning_ablate.seeds import seed_of
 from lightning_ablate.shown import shown_text
 from lightning_ablate.sites import Site
@@ -32,12 +31,12 @@ class Seq2SeqLM(LanguageModel):
         return {**super().inputs(batch), "decoder_input_ids": decoded}
 
     def evaluate(self, batch: TextBatch) -> Scored:
-        """Every position of the second text, marked as not scored where it or the one before is padding."""
+        """Every position of the second text, unless it or the one before is padding."""
         scored = self._decoded(batch)
         scored[:, 1:] &= batch["labels"][:, :-1] >= 0  # a decoder reads the label before
-        example = torch.where(scored, batch["index"].unsqueeze(1), -1)
-        logits, targets = self.logits(batch).flatten(0, 1), batch["labels"].clamp_min(0)
-        return Scored(logits, targets.flatten(), example.flatten(), position=places_of(scored))
+        rows, places = scored.nonzero(as_tuple=True)
+        logits = self.logits_at(batch, rows, places)
+        return Scored(logits, batch["labels"][rows, places], batch["index"][rows], position=places)
 
     def position_at(self, site: Site, position: Tensor) -> Tensor | None:
         """None within the encoder, which reads the first text."""

@@ -12,9 +12,16 @@ from lightning_ablate.modules.phase import Amount
 from lightning_ablate.phases.attribution import AttributionPhase, VerificationPhase
 from lightning_ablate.phases.calibration import CalibrationPhase
 from lightning_ablate.phases.method import Epoch, phase_of
-from lightning_ablate.sites import Site
+from lightning_ablate.phases.units import parsed
+from lightning_ablate.sites import Site, left_of
 from lightning_ablate.statistics import ActivationStatistic, Moments, with_needs
 from lightning_ablate.sweep import Sweep
+
+
+def begins_of(sites: Sequence[Site]) -> dict[str, int]:
+    """Name of a site, its module or its layer → the place of the first such site."""
+    pairs = [(name, place) for place, one in enumerate(sites) for name in (one.name, one.path, one.layer) if name]
+    return dict(reversed(pairs))
 
 
 def kinds_of(sweep: Sweep, attribution: Attribution) -> list[type[ActivationStatistic]]:
@@ -107,16 +114,20 @@ def plan(
         batches: of an epoch of ``fit``, of the sweep and of what is explained, of each process.
         explained: how many units evidence ablates, each under each method.
     """
-    conditions, seconds = sweep.conditions(phase.calibration.sites), phase.seconds
-    units = _verified(attribution, phase.calibration.sites)
+    sites, seconds = phase.calibration.sites, phase.seconds
+    conditions, units = sweep.conditions(sites), _verified(attribution, sites)
     sources = {method.name: method.source for method in sweep.methods}
     resampled = {(sources[c.method], c.seed) for c in conditions[1:] if sources[c.method] is not None}
     counts = Counter(condition.method for condition in conditions)
     calibrating = sum(one.cost + one.per_condition * counts[one.method] + one.per_unit * units for one in epochs)
-    passes = batches[0] * calibrating + batches[1] * (len(conditions) + len(resampled))
+    left, begins = left_of(phase.module.target, sites), begins_of(sites)
+    sweeping = sum(left[begins.get(parsed(condition.part)[0], 0)] for condition in conditions)
+    passes = batches[0] * calibrating + batches[1] * (sweeping + len(resampled))
     passes += batches[2] * (1 + explained) if explained else 0.0
     about = f"plan: {len(conditions):,} conditions"
     notes = "".join(dict.fromkeys(epoch.note for epoch in epochs))
+    if sweeping < len(conditions):
+        notes += f"; a condition takes {sweeping / len(conditions):.0%} of a pass, as layers before it aren't run again"
     if passes == float("inf"):
         return f"{about}, {seconds:.2g} s a forward pass; the data tell no length{notes}"
     lasts = timedelta(seconds=round(passes * seconds))

@@ -190,7 +190,7 @@ class SweepPhase(Phase):
     def _check_examples(self, example: Tensor) -> None:
         """Raises DataError unless a batch's examples are new and of the data, as the intervals are over examples."""
         known = self.metrics.by_example
-        if self.metrics.examples and int(example.max()) >= self.metrics.examples:
+        if self.metrics.examples and len(example) and int(example.max()) >= self.metrics.examples:
             raise DataError(
                 f"example {int(example.max())} is beyond the {self.metrics.examples} of the evaluation data: Scored's "
                 "`example`, or a batch's `index`, must be its place in them, from 0"

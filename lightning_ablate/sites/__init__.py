@@ -2,5 +2,5 @@
 
 from lightning_ablate.sites.attended import attended
 from lightning_ablate.sites.find import KINDS, check_mixing, find_sites, is_asked, is_covered
-from lightning_ablate.sites.prefix import Prefix, blocks_of
+from lightning_ablate.sites.prefix import Prefix, blocks_of, left_of
 from lightning_ablate.sites.site import Site, check_mask, exact_device, given_for, heads_of, hooked, keep, weights_of

@@ -101,6 +101,17 @@ def blocks_of(target: nn.Module, sites: Iterable[Site]) -> list[str]:
     return [name for name, _ in target.named_modules() if _series(name) in around]
 
 
+def left_of(target: nn.Module, sites: Sequence[Site]) -> list[float]:
+    """For each site, about how much of a pass is left if that is the first one ablated: 0 to 1, by parameters."""
+    blocks = blocks_of(target, sites)
+    outermost = {name for name in blocks if not {*_within(name)[:-1]} & {*blocks}}
+    ends = {name: place for place, site in enumerate(sites) for name in _within(site.path) if name in outermost}
+    sizes = {name: sum(own.numel() for own in target.get_submodule(name).parameters()) for name in ends}
+    whole = max(1, sum(own.numel() for own in target.parameters()))
+    before = [sum(size for name, size in sizes.items() if ends[name] < place) for place in range(len(sites))]
+    return [1 - size / whole for size in before]
+
+
 def _within(path: str) -> list[str]:
     """The paths of the modules around a module, outermost first, and its own."""
     parts = path.split(".")
