@@ -1,7 +1,7 @@
 """What a run knows of a target's sites: statistics, learned values, and what units are worth."""
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +16,25 @@ from lightning_ablate.errors import StatisticsError, TargetError, loading
 from lightning_ablate.sites import Site, exact_device, is_asked, is_covered, weights_of
 from lightning_ablate.sites.site import device_of
 from lightning_ablate.statistics import ActivationStatistic, Covariance, SiteStatistics
+
+
+class AtSite(Mapping[str, Tensor]):
+    """Of values by name and site, those of one site by name; nothing is copied."""
+
+    def __init__(self, values: Mapping[str, Mapping[Site, Tensor]], site: Site) -> None:
+        self._values, self._site = values, site
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The site's value of this name; KeyError if there is none."""
+        return self._values[name][self._site]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names under which the site has a value."""
+        return (name for name, by_site in self._values.items() if self._site in by_site)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return sum(1 for _ in self)
 
 
 class Calibration:
@@ -41,14 +60,13 @@ class Calibration:
 
     def __getitem__(self, site: Site) -> SiteStatistics:
         """The statistics of a site, and the values learned for it."""
-        return self.with_learned(site, {name: values[site] for name, values in self.learned.items() if site in values})
+        return self.with_learned(site, AtSite(self.learned, site))
 
     def with_learned(self, site: Site, learned: Mapping[str, Tensor]) -> SiteStatistics:
         """The statistics of a site, with these values in place of the learned ones."""
-        attributed = {name: values[site] for name, values in self.attributed.items()}
         weights = self._weights.get(site)
         weight = None if weights is None else weights[0].detach() if weights[2] else weights[0].detach().T
-        return SiteStatistics(site.name, self.statistics[site], learned, attributed, weight)
+        return SiteStatistics(site.name, self.statistics[site], learned, AtSite(self.attributed, site), weight)
 
     def locate(self, sites: Iterable[Site], target: nn.Module | None = None) -> None:
         """Takes the sites that were found in a target, and their projections' weights."""
@@ -83,7 +101,7 @@ class Calibration:
             {
                 "site": asdict(site),
                 "statistics": {
-                    _key(kind): {name: value.detach().cpu().clone() for name, value in found.state_dict().items()}
+                    _key(kind): {name: _alone(value) for name, value in found.state_dict().items()}
                     for kind, found in statistics.items()
                 },
                 "learned": {name: values[site].cpu() for name, values in self.learned.items() if site in values},
@@ -210,6 +228,12 @@ def _offloaded(target: nn.Module, name: str) -> Tensor:
     path, _, own = name.rpartition(".")
     with align_module_device(module := target.get_submodule(path), "cpu"):
         return getattr(module, own).clone()
+
+
+def _alone(value: Tensor) -> Tensor:
+    """On the CPU; a part of a larger tensor is copied, as a file would hold the whole."""
+    value = value.detach().cpu()
+    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
 def _key(kind: type[ActivationStatistic]) -> str:

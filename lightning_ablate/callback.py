@@ -48,6 +48,8 @@ class AblationCallback(lightning.Callback):
         explain: how many of the largest units to explain (of an attribution so many heads and so many neurons), or the
             names of units, such as ``PATH head 0``.
         explain_examples: how many evaluation examples, the first ones, they are explained on.
+        until: nats; the sweep ends once the interval of each condition's added cross-entropy is narrower. Intervals are
+            then confidence sequences, which hold although one looks on the way. None evaluates all data.
         dirpath: the folder for the run's files; None takes the logger's. A run that died there goes on.
         save_every: seconds from one save of a sweep to the next, also within a batch; 0 saves after each batch.
         figures: the forms in which figures are saved: ``png``, ``pdf``, ``svg``.
@@ -69,6 +71,7 @@ class AblationCallback(lightning.Callback):
         attribution: Attribution | None = None,
         explain: int | Sequence[str] | str = 0,
         explain_examples: int = 64,
+        until: float | None = None,
         dirpath: str | Path | None = None,
         save_every: float = 60.0,
         figures: Sequence[Literal["png", "pdf", "svg"]] = ("png",),
@@ -85,6 +88,9 @@ class AblationCallback(lightning.Callback):
                 "methods is empty, expected at least one (--ablation.methods '[mean]'), an attribution "
                 "(--ablation.attribution.methods '[mean]'), or names of units (--ablation.explain '[PATH head 0]')"
             )
+        if until is not None and not until > 0:
+            raise ConfigError(f"until is {until}, expected nats above 0, or none (--ablation.until)")
+        self.until = until
         self.dirpath, self.save_every, self.figures = dirpath, save_every, listed(figures)
         self.results: Results | None = None
         self.run, self.folder = Run(), cast(Path | None, None)
@@ -143,9 +149,10 @@ class AblationCallback(lightning.Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             self._begin(trainer, pl_module)
         examples = [trainers.example_count(trainer, loader) for loader in trainers.evaluation_loaders(trainer)]
-        phase = phases.SweepPhase(pl_module, self.run, self.sweep, examples)
+        given = pl_module, self.run, self.sweep, examples
+        phase = phases.SweepPhase(*given, until=self.until)
         if self.explain.units:
-            phase = phases.ExplainedSweep(pl_module, self.run, self.sweep, examples, self.explain, self.attribution)
+            phase = phases.ExplainedSweep(*given, self.explain, self.attribution, self.until)
             phase.save = lambda: self._save(trainer, phase.state_dict())
         if self.save_every:  # 0 saves after every batch, not after every condition
             phase.pause = partial(self._save_if_due, trainer, phase)
@@ -211,6 +218,7 @@ class AblationCallback(lightning.Callback):
         given = {} if fitting else self.run.state_dict()  # of a checkpoint, or of this callback's own `fit`
         self.results, module.phase, self._store, earlier = None, None, None, dict[str, Any]()
         options = {**vars(self.sweep), "attribution": self.attribution, "explain": self.explain}
+        options |= {} if self.until is None else {"until": self.until}
         self._facts = trainers.run_facts(trainer, module, options) | {"calibration": digest(given)}
         known = self._facts["target"]["sha256"]
         if self.folder is not None:

@@ -151,8 +151,9 @@ class SweepMetrics(Metric):
     def __init__(self, conditions: int, examples: int = 0, extra: Sequence[str] = ()) -> None:
         super().__init__()
         self.examples, self.names = examples, (*METRICS, *extra)
-        sums = torch.zeros(conditions, len(self.names), examples + 1, dtype=torch.float64)
-        self.add_state("sums", sums, dist_reduce_fx="sum", persistent=True)
+        self.add_state("sums", torch.zeros(0, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
+        # made here, as torchmetrics keeps a copy of a state's first value
+        self.sums = torch.zeros(conditions, len(self.names), examples + 1, dtype=torch.float64)
         self.add_state("n", torch.zeros(examples + 1, dtype=torch.int64), dist_reduce_fx="sum", persistent=True)
 
     def update(self, condition: int, scored: Scored, clean: Clean) -> None:

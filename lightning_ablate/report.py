@@ -15,10 +15,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_ablate.calibration import Calibration
-from lightning_ablate.errors import DataError
 from lightning_ablate.files import base_name, versions
 from lightning_ablate.metrics import SweepMetrics
-from lightning_ablate.modules.base import evaluation_loaders
+from lightning_ablate.modules.base import clusters_of, evaluation_loaders
 from lightning_ablate.phases import ExplainedSweep, SweepPhase
 from lightning_ablate.results import Results, attributions, neurons, page
 from lightning_ablate.results.frames import BASELINE
@@ -37,9 +36,8 @@ def tabulated(trainer: lightning.Trainer, phase: SweepPhase, facts: Mapping[str,
         table = pd.DataFrame(rows, columns=["method", "fraction", "seed", "part", "head"])
         tables.append(table.assign(data=data, **own, **found))
         if metrics.by_example is not None:
-            clusters = getattr(getattr(loader, "dataset", None), "clusters", None)
-            examples.append(_examples(metrics, range(index * len(rows), (index + 1) * len(rows)), clusters))
-    cut = cut_short("evaluation", trainer.num_val_batches, loaders)
+            examples.append(_examples(metrics, range(index * len(rows), (index + 1) * len(rows)), loader))
+    cut = cut_short("evaluation", trainer.num_val_batches, loaders) + [stop.said for stop in phase.stops if stop.said]
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     program = ["python", "-m", "lightning_ablate"] if sys.argv[0].endswith("__main__.py") else sys.argv[:1]
     now = {"words": shlex.join([*program, *sys.argv[1:]]), "finished": finished, "versions": versions()}
@@ -51,12 +49,10 @@ def tabulated(trainer: lightning.Trainer, phase: SweepPhase, facts: Mapping[str,
     return results
 
 
-def _examples(metrics: SweepMetrics, conditions: Sequence[int], clusters: Sequence[int] | None) -> pd.DataFrame:
+def _examples(metrics: SweepMetrics, conditions: Sequence[int], loader: Any) -> pd.DataFrame:
     """One row per condition and example of a data set."""
     n, sums = (values.cpu().numpy() for values in metrics.by_example or ())
-    clusters = range(len(n)) if clusters is None else clusters
-    if len(clusters) != len(n):
-        raise DataError(f"the data's `clusters` are {len(clusters)}, expected one for each of {len(n)} examples")
+    clusters = clusters_of(loader, len(n))
     pairs = pd.MultiIndex.from_product([conditions, range(len(n))], names=["condition", "example"])
     scores = {name: sums[:, index].ravel() for index, name in enumerate(metrics.names)}
     same = {"cluster": np.tile(clusters, len(conditions)), "n": np.tile(n, len(conditions))}

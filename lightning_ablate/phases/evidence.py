@@ -47,8 +47,9 @@ class ExplainedSweep(SweepPhase):
         examples: Sequence[int],
         explain: Explain,
         attribution: Attribution,
+        until: float | None = None,
     ) -> None:
-        super().__init__(module, run, sweep, examples)
+        super().__init__(module, run, sweep, examples, until=until)
         self.explain, self.attribution = explain, attribution
         self.evidence: Evidence | None = None
         self.unread = ""

@@ -15,7 +15,9 @@ from lightning_ablate.errors import DataError, NonFiniteError
 from lightning_ablate.methods import Batch, Edit, Replacement, Source
 from lightning_ablate.metrics import METRICS, Clean, Scored, SweepMetrics, checked
 from lightning_ablate.modules import AblationModule
+from lightning_ablate.modules.base import evaluation_loaders
 from lightning_ablate.modules.phase import Phase
+from lightning_ablate.phases.stopping import Stop
 from lightning_ablate.run import Run
 from lightning_ablate.sites import Prefix, Site, exact_device, hooked
 from lightning_ablate.statistics.base import by_example
@@ -37,6 +39,7 @@ class SweepPhase(Phase):
         sweep: what is compared.
         examples: how many are evaluated, of each data set, to keep what each of them scores; 0 where it isn't known.
         conditions: those that are evaluated, the baseline first; None takes all of the sweep.
+        until: nats; the sweep over a data set ends early once its intervals are narrower, see :class:`Stop`.
 
     Attributes:
         announce: is called with each condition before it is evaluated.
@@ -53,6 +56,7 @@ class SweepPhase(Phase):
         sweep: Sweep,
         examples: Sequence[int] = (0,),
         conditions: Sequence[Condition] | None = None,
+        until: float | None = None,
     ) -> None:
         super().__init__(module)
         calibration, self.run, self.sweep, self.classes = run.calibration, run, sweep, 0
@@ -62,6 +66,8 @@ class SweepPhase(Phase):
         self.each = [
             SweepMetrics(len(self.conditions), n, module.metrics).to(exact_device(module.device)) for n in examples
         ]
+        loaders = [] if until is None else evaluation_loaders(module.trainer)
+        self.stops = [Stop(module, one, until or 0.0, loader) for one, loader in zip(self.each, loaders, strict=False)]
         self.announce: Callable[[Condition], None] = lambda condition: None
         self.pause: Callable[[], None] = lambda: None
         self._calibration, self._batch = calibration, Batch()
@@ -96,7 +102,9 @@ class SweepPhase(Phase):
 
     def step(self, batch: Any, batch_idx: int) -> None:
         """Evaluates every condition on one batch; DataError or NonFiniteError if what ``evaluate`` gives is wrong."""
-        if batch_idx < self.done[self.module.loader_index]:  # of an earlier run
+        number = self.module.loader_index
+        stop = self.stops[number] if self.stops else None
+        if batch_idx < self.done[number] or (stop is not None and stop.at is not None):  # of an earlier run, or ended
             return
         clean, known = None, self.within
         with torch.no_grad():
@@ -117,7 +125,9 @@ class SweepPhase(Phase):
                     self.pause()
                 del scored  # or the next pass would hold the logits of two conditions
         self._check_finite()
-        self.done[self.module.loader_index], self.within = batch_idx + 1, 0
+        self.done[number], self.within = batch_idx + 1, 0
+        if stop is not None:
+            stop.look(self._batch.examples)
 
     def begin(self, batch: Any, batch_idx: int) -> Tensor:
         """Tells methods what they may know of a batch; returns the indices of its examples, ``(batch,)`` int64."""
@@ -170,7 +180,8 @@ class SweepPhase(Phase):
         for metrics in self.each:
             with metrics.sync_context():
                 merged.append({name: value.cpu() for name, value in metrics.state_dict().items()})
-        return {"done": self.done, "within": self.within, "classes": self.classes, "metrics": merged}
+        stops = [stop.state_dict() for stop in self.stops]
+        return {"done": self.done, "within": self.within, "classes": self.classes, "metrics": merged, "stops": stops}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a :meth:`state_dict`; the first process takes the scores."""
@@ -179,6 +190,8 @@ class SweepPhase(Phase):
             if self.module.global_rank == 0:
                 metrics.load_state_dict(dict(saved))
                 metrics.to(exact_device(self.module.device))
+        for stop, saved in zip(self.stops, state["stops"], strict=True):
+            stop.load_state_dict(saved)
 
     def _edits_of(self, condition: Condition) -> dict[Site, Edit]:
         if condition == BASELINE:

@@ -4,7 +4,7 @@ import numpy as np
 from scipy.special import ndtr, stdtr, stdtrit
 
 ENOUGH = 20  # clusters; with fewer, the true coverage of a 95% interval is below 95%
-_RESAMPLES, _AT_A_TIME, _LEVEL = 2_000, 100, 0.95
+_RESAMPLES, _AT_A_TIME, _MISSED = 2_000, 100, 0.05
 _COLUMNS = 4_096  # scores whose resampled ratios are in memory at a time
 
 
@@ -28,7 +28,7 @@ def intervals(sums: np.ndarray, positions: np.ndarray, clusters: np.ndarray) -> 
     count = len(firsts)
     if count < 2:
         return ends
-    low = ndtr(np.sqrt(count / (count - 1)) * stdtrit(count - 1, (1 - _LEVEL) / 2))
+    low = ndtr(np.sqrt(count / (count - 1)) * stdtrit(count - 1, _MISSED / 2))
     for start in range(0, len(sums), _COLUMNS):
         own = slice(start, start + _COLUMNS)
         columns = np.column_stack([positions[order], sums[own, order].T]).astype(np.float64)
@@ -43,18 +43,51 @@ def intervals(sums: np.ndarray, positions: np.ndarray, clusters: np.ndarray) -> 
     return ends
 
 
+def sequences(sums: np.ndarray, positions: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """The ends of 95% confidence sequences: intervals that hold together at however many examples one looks.
+
+    They are those of Waudby-Smith et al. 2024 ("Time-uniform central limit theory and asymptotic confidence
+    sequences"), with the linearised error of :func:`p_values` and clusters in the order of their first examples. They
+    are tightest where half of all clusters are seen. Arguments and return are as for :func:`intervals`; the examples
+    seen are those with scored positions, and one that was not seen counts as a cluster to come.
+    """
+    means, errors, left = _linear(sums, positions, clusters)
+    total = 2 * np.log(1 / _MISSED)
+    shape = 1 + (total + np.log(total + 1)) * left.shape[1] / (len(np.unique(clusters)) / 2)
+    half = errors * np.sqrt(2 * shape / (shape - 1) * np.log(np.sqrt(shape) / _MISSED))
+    return np.stack([means - half, means + half])
+
+
+def carrying(sums: np.ndarray, positions: np.ndarray, clusters: np.ndarray) -> np.ndarray:
+    """How many clusters the standard errors rest on, ``(scores,)``; arguments as for :func:`intervals`.
+
+    It is ``(Σ r²)² / Σ r⁴``, with the deviations r of the clusters: all of them if they are alike, and one if one
+    outweighs all others. Where few carry an error, more of their kind may come, and the error is too small.
+    """
+    squares = np.square(_linear(sums, positions, clusters)[2])
+    with np.errstate(invalid="ignore"):
+        return np.nan_to_num(squares.sum(1) ** 2 / np.square(squares).sum(1))
+
+
 def p_values(sums: np.ndarray, positions: np.ndarray, clusters: np.ndarray) -> np.ndarray:
     """Two-sided p-values ``(scores,)`` of scores per position against 0; arguments as for :func:`intervals`.
 
     The standard error is that of a ratio of sums over clusters, linearised (Cochran 1977, "Sampling techniques"). The
     score divided by it is compared with a t distribution of one degree of freedom less than there are clusters.
     """
+    means, errors, left = _linear(sums, positions, clusters)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(means == 0, 1.0, 2 * stdtr(left.shape[1] - 1, -np.abs(means / errors)))
+
+
+def _linear(sums: np.ndarray, positions: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Scores per position, their standard errors, ``(scores,)`` each, and what clusters deviate by ``(scores, n)``."""
     order, firsts = _clustered(positions, clusters)
     n, totals = (np.add.reduceat(one[..., order], firsts, axis=-1) for one in (positions.astype(float), sums))
-    means, count = totals.sum(-1, keepdims=True) / n.sum(), len(firsts)
-    errors = np.sqrt(count / (count - 1) * np.square(totals - means * n).sum(-1)) / n.sum()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(means[:, 0] == 0, 1.0, 2 * stdtr(count - 1, -np.abs(means[:, 0] / errors)))
+    means, count = totals.sum(-1) / n.sum(), len(firsts)
+    left = totals - means[:, None] * n
+    with np.errstate(divide="ignore", invalid="ignore"):  # a single cluster has no error
+        return means, np.sqrt(count / np.float64(count - 1) * np.square(left).sum(-1)) / n.sum(), left
 
 
 def _clustered(positions: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

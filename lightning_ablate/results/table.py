@@ -13,7 +13,7 @@ from lightning_ablate.errors import ConfigError, DataError
 from lightning_ablate.files import base_name
 from lightning_ablate.metrics import METRICS
 from lightning_ablate.results import frames
-from lightning_ablate.results.bootstrap import intervals, p_values
+from lightning_ablate.results.bootstrap import intervals, p_values, sequences
 from lightning_ablate.results.frames import BASELINE, Cell, Contrast, by_data
 
 _COMPARED = ("top1", "cross_entropy")
@@ -28,7 +28,8 @@ class Scores:
     """What every condition of a sweep scored, and what follows from it.
 
     With several data sets, tables begin with a column ``data``, and :meth:`on` gives the results on one data set.
-    Intervals are of 95%, by a bootstrap over clusters of examples. They are NaN where the examples aren't known.
+    Intervals are of 95%, by a bootstrap over clusters of examples. They are NaN where the examples aren't known. In a
+    run with ``until`` they are confidence sequences, and there are no q.
 
     Args:
         table: one row per condition; of each data set the baseline is the first row. README.md describes its columns.
@@ -218,8 +219,9 @@ class Scores:
             own = {metric: self.examples[metric].to_numpy().reshape(len(self.table), -1) for metric in metrics}
             sums = [weights @ own[metric][rows].mean(0) for metric in metrics for rows, weights in contrasts]
             positions, clusters = (self.examples[name].to_numpy()[: len(sums[0])] for name in ("n", "cluster"))
-            ends = intervals(np.stack(sums), positions, clusters).reshape(ends.shape)
-            if tested and self.counts[1] > 1:
+            until = self.facts.get("until") is not None  # so that looking on the way does no harm
+            ends = (sequences if until else intervals)(np.stack(sums), positions, clusters).reshape(ends.shape)
+            if tested and not until and self.counts[1] > 1:
                 p = p_values(np.stack(sums), positions, clusters).reshape(p.shape)
         for metric, (low, high) in zip(metrics, ends.swapaxes(0, 1), strict=True):
             scores = self.table[metric].to_numpy()

@@ -30,8 +30,8 @@ class SiteStatistics:
         attributed: Mapping[str, Tensor] | None = None,
         weight: Tensor | None = None,
     ) -> None:
-        self.site, self.attributed, self._weight = site, dict(attributed or {}), weight
-        self._statistics, self._learned = dict(statistics), dict(learned or {})
+        self.site, self.attributed, self._weight = site, attributed or {}, weight
+        self._statistics, self._learned = dict(statistics), learned or {}
 
     def __getitem__(self, kind: type[S]) -> S:
         """The statistic of that class; StatisticsError if it was not gathered."""

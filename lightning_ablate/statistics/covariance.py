@@ -10,7 +10,7 @@ from lightning_ablate.errors import StatisticsError
 from lightning_ablate.sites import Site, heads_of
 from lightning_ablate.statistics.base import ActivationStatistic, SiteStatistics, positions
 
-_DOUBLE = 2048  # neurons up to which sums are float64; above, float32 keeps 32 sites of 4096 neurons at 2.1 GB
+_DOUBLE = 1024  # neurons up to which sums are float64; above, float32 keeps 32 sites of 4096 neurons at 2.1 GB
 RIDGES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
 _UNKNOWN = 0.01  # the ridge if no example can be held out
 
@@ -19,7 +19,7 @@ class Covariance(ActivationStatistic):
     """Means and covariances of all neurons of a site over the valid positions, in one pass.
 
     Every batch gives its mean and the products of the deviations from it. Batches merge by the pairwise formula of
-    Chan, Golub & LeVeque (1979). Sums are float64 up to 2,048 neurons, and float32 above: 67 MB a site of 4,096
+    Chan, Golub & LeVeque (1979). Sums are float64 up to 1,024 neurons, and float32 above: 67 MB a site of 4,096
     neurons. While they are gathered they take twice that, as examples with even and with odd indices are kept apart to
     choose the :attr:`ridge`. With ``blocks``, equally wide and side by side, covariances are kept within each alone.
     """
@@ -34,8 +34,9 @@ class Covariance(ActivationStatistic):
         self._unexplained: Tensor | None = None
         self._orders = dict[int, Tensor]()
         dtype = torch.float64 if neurons <= _DOUBLE else torch.float32
-        sums = torch.zeros(2 * blocks, width + 2, width, dtype=dtype)
-        self.add_state("sums", sums, dist_reduce_fx=_merged, persistent=True)
+        self.add_state("sums", torch.zeros(0, dtype=dtype), dist_reduce_fx=_merged, persistent=True)
+        # made here, as torchmetrics keeps a copy of a state's first value
+        self.sums = torch.zeros(2 * blocks, width + 2, width, dtype=dtype)
         self.add_state("chosen", torch.zeros((), dtype=torch.float64), dist_reduce_fx="max", persistent=True)
 
     def update(self, activations: Tensor, valid: Tensor | None = None, examples: Tensor | None = None) -> None:

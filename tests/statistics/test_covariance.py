@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from lightning_ablate.errors import SiteError
+from lightning_ablate.metrics import SweepMetrics
 from lightning_ablate.sites import Site
 from lightning_ablate.statistics import Covariance, HeadCovariance, Moments
 from lightning_ablate.statistics.covariance import RIDGES
@@ -35,8 +36,15 @@ def test_what_a_model_of_seven_billion_parameters_takes():
     site = Site("attn.proj", 4096, heads=32)
     with torch.device("meta"):
         whole, heads = 32 * Covariance.of(site).sums.nbytes, 32 * HeadCovariance.of(site).sums.nbytes
-        assert Covariance(2049).mean.dtype == torch.float32 and Covariance(2048).mean.dtype == torch.float64
+        assert Covariance(1025).mean.dtype == torch.float32 and Covariance(1024).mean.dtype == torch.float64
     assert round(whole / 2 / 1e9, 1) == 2.1 and 67e6 < heads / 2 < 69e6  # and twice that while they are gathered
+
+
+def test_no_large_state_is_kept_twice():
+    """Torchmetrics keeps a copy of what a state is at first."""
+    for metric in (Covariance(512), SweepMetrics(100, 1000)):
+        first = sum(value.nbytes for value in metric._defaults.values())
+        assert first < 0.02 * metric.sums.nbytes
 
 
 def test_fewer_positions_than_neurons_are_noted(gathered):
