@@ -5,17 +5,21 @@ import platform
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import BinaryIO
 
 _PACKAGES = "lightning-ablate lightning torch torchmetrics transformers timm datasets numpy pandas pyarrow"
 _KEPT = ("results.csv", "ablation.ckpt")  # one of these files shows a run
 
 
-def write_whole(path: Path, content: str | bytes | memoryview) -> None:
-    """Writes a file; after a failure the earlier file is still there, whole."""
+def write_whole(path: Path, content: str | bytes | memoryview | Callable[[BinaryIO], object]) -> None:
+    """Writes a file, or has it written; after a failure the earlier file is still there, whole."""
     temporary = path.with_name(path.name + ".part")
     try:
         with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -20,6 +20,7 @@ from lightning_ablate.metrics import SweepMetrics
 from lightning_ablate.modules.base import clusters_of, evaluation_loaders
 from lightning_ablate.phases import ExplainedSweep, SweepPhase
 from lightning_ablate.results import Results, attributions, neurons, page
+from lightning_ablate.results.byexample import ByExample
 from lightning_ablate.results.frames import BASELINE
 from lightning_ablate.run import CHECKPOINT
 from lightning_ablate.trainer import cut_short, data_name, data_names
@@ -29,34 +30,35 @@ _OPTIONS = ("methods", "fractions", "seeds", "sites", "neurons", "attribution") 
 
 def tabulated(trainer: lightning.Trainer, phase: SweepPhase, facts: Mapping[str, Any]) -> Results:
     """The results of a sweep that has ended, with the time, the versions and the command added to ``facts``."""
-    rows, tables, examples = [(c.method, c.fraction, c.seed, c.part, c.head) for c in phase.conditions], [], []
+    rows, tables, known = (
+        [(c.method, c.fraction, c.seed, c.part, c.head) for c in phase.conditions],
+        [],
+        list[ByExample | None](),
+    )
     loaders, own = evaluation_loaders(trainer), {"ablated": list(phase.ablated.values()), "model": phase.module.name}
-    for index, (loader, data, metrics) in enumerate(zip(loaders, data_names(trainer), phase.each, strict=True)):
+    for loader, data, metrics in zip(loaders, data_names(trainer), phase.each, strict=True):
         found = {name: values.cpu().numpy() for name, values in metrics.means.items()}
         table = pd.DataFrame(rows, columns=["method", "fraction", "seed", "part", "head"])
         tables.append(table.assign(data=data, **own, **found))
-        if metrics.by_example is not None:
-            examples.append(_examples(metrics, range(index * len(rows), (index + 1) * len(rows)), loader))
+        known.append(_by_example(metrics, loader))
     cut = cut_short("evaluation", trainer.num_val_batches, loaders) + [stop.said for stop in phase.stops if stop.said]
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     program = ["python", "-m", "lightning_ablate"] if sys.argv[0].endswith("__main__.py") else sys.argv[:1]
     now = {"words": shlex.join([*program, *sys.argv[1:]]), "finished": finished, "versions": versions()}
     made = {**facts, **now, "partial": [*facts["partial"], *cut]}
-    results = Results(pd.concat(tables), pd.concat(examples) if examples else None, made)
+    results = Results(pd.concat(tables), known, made)
     if isinstance(phase, ExplainedSweep) and phase.evidence is not None:
         results.gathered = phase.evidence
         results.facts |= {"evidence": phase.evidence.sha256(), "attention": phase.unread}
     return results
 
 
-def _examples(metrics: SweepMetrics, conditions: Sequence[int], loader: Any) -> pd.DataFrame:
-    """One row per condition and example of a data set."""
-    n, sums = (values.cpu().numpy() for values in metrics.by_example or ())
-    clusters = clusters_of(loader, len(n))
-    pairs = pd.MultiIndex.from_product([conditions, range(len(n))], names=["condition", "example"])
-    scores = {name: sums[:, index].ravel() for index, name in enumerate(metrics.names)}
-    same = {"cluster": np.tile(clusters, len(conditions)), "n": np.tile(n, len(conditions))}
-    return pd.DataFrame(same | scores, index=pairs).reset_index()
+def _by_example(metrics: SweepMetrics, loader: Any) -> ByExample | None:
+    if metrics.by_example is None:
+        return None
+    n, sums = (values.cpu().numpy() for values in metrics.by_example)
+    clusters = np.asarray(clusters_of(loader, len(n)), dtype=np.int64)
+    return ByExample(np.arange(len(n)), clusters, n, metrics.names, sums)
 
 
 def named_scores(results: Results) -> dict[str, float]:

@@ -5,7 +5,7 @@ from scipy.special import ndtr, stdtr, stdtrit
 
 ENOUGH = 20  # clusters; with fewer, the true coverage of a 95% interval is below 95%
 _RESAMPLES, _AT_A_TIME, _MISSED = 2_000, 100, 0.05
-_COLUMNS = 4_096  # scores whose resampled ratios are in memory at a time
+_COLUMNS = 1_024  # scores whose resampled ratios are in memory at a time
 
 
 def intervals(sums: np.ndarray, positions: np.ndarray, clusters: np.ndarray) -> np.ndarray:

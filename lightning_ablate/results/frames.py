@@ -15,7 +15,6 @@ BASELINE = "none"  # the method of the row with nothing ablated
 _SCORES = dict.fromkeys(METRICS, "float64")
 TABLE = {"model": "str", "data": "str", "method": "str", "fraction": "float64", "ablated": "float64", "seed": "Int64"}
 TABLE |= {"part": "str", "head": "Int64", "n": "int64"} | _SCORES
-EXAMPLES = dict.fromkeys(("condition", "example", "cluster", "n"), "int64") | _SCORES
 # Rows of the table, (seeds, conditions) int64, and weights (conditions,) float64: a weighted sum of scores per seed.
 Contrast = tuple[np.ndarray, np.ndarray]
 _Made = Callable[..., pd.DataFrame]
@@ -35,24 +34,13 @@ def typed(frame: pd.DataFrame, types: Mapping[str, str], name: str) -> pd.DataFr
 
 
 def read(path: Path, types: Mapping[str, str]) -> pd.DataFrame:
-    """The table in a csv or parquet file, bit for bit as it was written; DataError if the file can't be read."""
+    """The table in a csv file, bit for bit as it was written; DataError if the file can't be read."""
     with loading(str(path), DataError):
-        if path.suffix == ".parquet":
-            return typed(pd.read_parquet(path), types, str(path))
         floats = [name for name in pd.read_csv(path, nrows=0).columns if types.get(name, "float64") == "float64"]
         kinds = {name: kind for name, kind in types.items() if name not in floats}
         empty = {name: [""] for name in ("seed", "head")}  # elsewhere "NA" is text: a model may be called so
         read: Any = {"converters": dict.fromkeys(floats, lambda cell: float(cell or "nan")), "na_values": empty}
         return typed(pd.read_csv(path, dtype=kinds, keep_default_na=False, **read), types, str(path))
-
-
-def rectangular(examples: pd.DataFrame, conditions: int) -> bool:
-    """Whether every condition has the same examples in the same order."""
-    if len(examples) % conditions:
-        return False
-    condition = examples["condition"].to_numpy().reshape(conditions, -1)
-    same = examples[["example", "cluster", "n"]].to_numpy().reshape(*condition.shape, 3)
-    return bool((condition.T == np.arange(conditions)).all() and (same == same[0]).all())
 
 
 class Cell(NamedTuple):

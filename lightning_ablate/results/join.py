@@ -3,14 +3,15 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from lightning_ablate.errors import ConfigError, DataError, few
+from lightning_ablate.results.byexample import ByExample
 from lightning_ablate.results.frames import BASELINE
 from lightning_ablate.results.results import Results
 
 _SAME = 1e-4  # nats by which baselines of the same data may differ, on other machines
-_EXAMPLES = ["example", "cluster", "n"]  # equal in runs on the same data
 
 
 def load(folders: Sequence[Path | str] | Path | str, names: Sequence[str] | None = None) -> list[Results]:
@@ -35,7 +36,7 @@ def load(folders: Sequence[Path | str] | Path | str, names: Sequence[str] | None
             if name:
                 known = results.table["method"]
                 table = results.table.assign(method=known.where(known == BASELINE, known + f" ({name})"))
-                results = Results(table, results.examples, results.facts)
+                results = Results(table, results.known, results.facts)
             runs.append(results)
     return [_joined(runs) if len(runs) > 1 else runs[0] for runs in found.values()]
 
@@ -69,16 +70,15 @@ def _joined(runs: Sequence[Results]) -> Results:
     return Results(pd.concat([runs[0].table.iloc[:1], *own]), _examples(runs), facts)
 
 
-def _examples(runs: Sequence[Results]) -> pd.DataFrame | None:
+def _examples(runs: Sequence[Results]) -> list[ByExample] | None:
     """The examples of all conditions; None unless all runs have the same examples in the same order."""
-    known = [run.examples for run in runs if run.examples is not None]
-    baselines = [examples[examples["condition"] == 0] for examples in known]
-    same = [one[_EXAMPLES].equals(baselines[0][_EXAMPLES]) for one in baselines]
-    if len(known) < len(runs) or not all(same):
+    known = [run.known[0] for run in runs if run.known[0] is not None]
+    if len(known) < len(runs) or any(not _alike(one, known[0]) for one in known):
         return None
-    pieces, start = [baselines[0]], 0
-    for run, examples in zip(runs, known, strict=True):
-        own = examples[examples["condition"] > 0]
-        pieces.append(own.assign(condition=own["condition"] + start))
-        start += len(run.table) - 1
-    return pd.concat(pieces)
+    sums = [known[0].sums[:1], *(one.sums[1:] for one in known)]
+    return [known[0]._replace(sums=np.concatenate(sums))]
+
+
+def _alike(one: ByExample, other: ByExample) -> bool:
+    same = zip(one[:3], other[:3], strict=True)
+    return one.names == other.names and all(np.array_equal(*pair) for pair in same)

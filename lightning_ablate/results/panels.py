@@ -94,10 +94,10 @@ def _named(frame: pd.DataFrame) -> pd.Series:
 
 def _mean_changes(evidence: Evidence, scores: Scores) -> pd.DataFrame:
     """The mean change over the positions of the evidence, with its interval over clusters."""
-    keys, known = ["unit", "method", "example"], scores.examples
+    keys, known = ["unit", "method", "example"], scores.known[0]
     by_example = evidence.evidence.groupby(keys, sort=False, observed=True)["change"].agg(["sum", "size"]).unstack()
     sums, n = by_example["sum"].to_numpy(), by_example["size"].iloc[0].to_numpy()
-    clusters = {} if known is None else dict(zip(known["example"], known["cluster"], strict=True))
+    clusters = {} if known is None else dict(zip(known.example, known.cluster, strict=True))
     ends = intervals(sums, n, np.array([clusters.get(example, example) for example in by_example["sum"].columns]))
     frame = by_example.index.to_frame(index=False).astype("string")
     frame[["site", "level", "index"]] = frame["unit"].str.extract(r"^(.*?)(?: (head|neuron) (\d+))?$")

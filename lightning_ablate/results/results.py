@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from lightning_ablate.errors import ConfigError, DataError, loading
 from lightning_ablate.files import write_whole
-from lightning_ablate.results import figures, frames, text
+from lightning_ablate.results import byexample, figures, frames, text
 from lightning_ablate.results.evidence import Evidence, UnitEvidence
 from lightning_ablate.results.table import Scores
 
@@ -64,7 +64,7 @@ class Results(Scores):
             if self.parts:
                 name = self.suffixed(self.figure_name, index)
                 made |= {name: one.plot, **{f"{name}_{metric}": partial(one.plot, metric) for metric in self.own}}
-            elif one.examples is not None and len(one.methods) > 1:
+            elif one.known[0] is not None and len(one.methods) > 1:
                 made[self.suffixed("comparisons", index)] = partial(figures.differences, one)
         return made
 
@@ -82,10 +82,10 @@ class Results(Scores):
         paths = [folder / name for name in ("results.csv", "run.json", "examples.parquet")]
         write_whole(paths[0], self.table.to_csv(index=False, lineterminator="\n"))
         write_whole(paths[1], json.dumps(self.facts, indent=2, default=str) + "\n")
-        if self.examples is None:
+        if not any(self.known):
             paths.pop().unlink(missing_ok=True)  # left by another run
         else:
-            write_whole(paths[2], self.examples.to_parquet(index=False, compression="zstd"))
+            write_whole(paths[2], partial(byexample.write, self.pieces()))
         if self.gathered is not None:
             paths += self.gathered.save(folder)
         return paths + figures.write(folder, self.pictures(), forms)
@@ -97,9 +97,11 @@ class Results(Scores):
         table = frames.read(paths[0], frames.TABLE)
         with loading(str(paths[1]), DataError):
             facts = dict(json.loads(paths[1].read_text(encoding="utf-8")))
-        examples = frames.read(paths[2], frames.EXAMPLES) if paths[2].is_file() else None
+        conditions = table.groupby("data", sort=False).size().tolist()
         try:
-            found = cls(table, examples, facts)
+            found = cls(table, None, facts)
+            if paths[2].is_file():
+                found.known = byexample.read(paths[2], conditions)
         except DataError as error:
             raise DataError(f"could not load {str(folder)!r}: {error}") from error
         if "evidence" in facts:

@@ -1,6 +1,6 @@
 """The scores of a sweep, and the tables that follow from them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import combinations, product
 from typing import Any, Self
@@ -12,8 +12,9 @@ from lightning_ablate.attribution import q_values
 from lightning_ablate.errors import ConfigError, DataError
 from lightning_ablate.files import base_name
 from lightning_ablate.metrics import METRICS
-from lightning_ablate.results import frames
+from lightning_ablate.results import byexample, frames
 from lightning_ablate.results.bootstrap import intervals, p_values, sequences
+from lightning_ablate.results.byexample import ByExample
 from lightning_ablate.results.frames import BASELINE, Cell, Contrast, by_data
 
 _COMPARED = ("top1", "cross_entropy")
@@ -34,8 +35,9 @@ class Scores:
     Args:
         table: one row per condition; of each data set the baseline is the first row. README.md describes its columns.
             A numeric column that isn't listed there is a metric of the user's own.
-        examples: one row per condition and example, with the same examples in the same order for every condition.
-            None where the data don't tell which example a position belongs to.
+        examples: one row per condition and example, with the same examples in the same order for every condition; or
+            what is known of the examples of each data set. None where the data don't tell which example a position
+            belongs to.
         facts: the contents of run.json.
 
     Raises:
@@ -43,21 +45,23 @@ class Scores:
     """
 
     def __init__(
-        self, table: pd.DataFrame, examples: pd.DataFrame | None = None, facts: Mapping[str, Any] | None = None
+        self,
+        table: pd.DataFrame,
+        examples: pd.DataFrame | Sequence[ByExample | None] | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.table = frames.typed(table, frames.TABLE, "the table")
-        self.examples = None if examples is None else frames.typed(examples, frames.EXAMPLES, "the table of examples")
         self.facts = dict(facts or {})
         if not len(self.table) or self.baseline["method"] != BASELINE:
             raise DataError(f"the first row of the table must be the baseline, of the method {BASELINE!r}")
         self.data = self.table["data"].unique().tolist()
         self.own = [name for name in self.table.columns if name not in frames.TABLE]  # the user's own metrics
         self.metrics = [*METRICS, *self.own]
-        if len(self.each) > 1:
-            return
-        if self.examples is not None and not frames.rectangular(self.examples, len(self.table)):
-            raise DataError("every condition needs a row for each example, the same ones in the same order")
-        self._cells = frames.cells(self.table)
+        conditions = self.table.groupby("data", sort=False).size().tolist()
+        given = byexample.of_frame(examples, conditions) if isinstance(examples, pd.DataFrame) else examples
+        self.known: list[ByExample | None] = [None] * len(self.data) if given is None else list(given)
+        if len(self.data) == 1:
+            self._cells = frames.cells(self.table)
 
     @cached_property
     def each(self) -> list[Self]:
@@ -66,11 +70,19 @@ class Scores:
 
     def _of(self, data: str) -> Self:
         """The results on one of several data sets."""
-        rows, examples = self.table.index[self.table["data"] == data], self.examples
-        if examples is not None:
-            examples = examples[examples["condition"].between(rows[0], rows[-1])]
-            examples = examples.assign(condition=examples["condition"] - rows[0]) if len(examples) else None
-        return type(self)(self.table.loc[rows], examples, self.facts)
+        return type(self)(self.table[self.table["data"] == data], [self.known[self.data.index(data)]], self.facts)
+
+    @property
+    def examples(self) -> pd.DataFrame | None:
+        """One row per condition and example, with the sums of its scores; None where no examples are known."""
+        return pd.concat(self.pieces(), ignore_index=True) if any(self.known) else None
+
+    def pieces(self) -> Iterator[pd.DataFrame]:
+        """The table of examples in pieces, which need less memory."""
+        start = 0
+        for known, count in zip(self.known, self.table.groupby("data", sort=False).size(), strict=True):
+            yield from [] if known is None else known.pieces(start)
+            start += count
 
     @property
     def baseline(self) -> pd.Series:
@@ -103,10 +115,8 @@ class Scores:
     @property
     def counts(self) -> tuple[int, int]:
         """The number of scored examples and of their clusters; 0 and 0 where examples aren't known."""
-        if self.examples is None:
-            return 0, 0
-        scored = self.examples[(self.examples["condition"] == 0) & (self.examples["n"] > 0)]
-        return len(scored), scored["cluster"].nunique()
+        known = [one.cluster[one.n > 0] for one in self.known if one is not None]
+        return sum(map(len, known)), len(np.unique(np.concatenate(known))) if known else 0
 
     @property
     def partial(self) -> list[str]:
@@ -214,20 +224,21 @@ class Scores:
             frame["seeds"] = [len(rows) for rows, _ in contrasts]
             frame["n"] = [self.table["n"].iloc[rows[0, 0]] for rows, _ in contrasts]
             frame["clusters"] = self.counts[1]
-        ends, p = np.full((2, len(metrics), len(keys)), np.nan), np.full((len(metrics), len(keys)), np.nan)
-        if self.examples is not None and keys:
-            own = {metric: self.examples[metric].to_numpy().reshape(len(self.table), -1) for metric in metrics}
-            sums = [weights @ own[metric][rows].mean(0) for metric in metrics for rows, weights in contrasts]
-            positions, clusters = (self.examples[name].to_numpy()[: len(sums[0])] for name in ("n", "cluster"))
-            until = self.facts.get("until") is not None  # so that looking on the way does no harm
-            ends = (sequences if until else intervals)(np.stack(sums), positions, clusters).reshape(ends.shape)
-            if tested and not until and self.counts[1] > 1:
-                p = p_values(np.stack(sums), positions, clusters).reshape(p.shape)
-        for metric, (low, high) in zip(metrics, ends.swapaxes(0, 1), strict=True):
+        known, until = self.known[0], self.facts.get("until") is not None
+        between = sequences if until else intervals  # so that looking on the way does no harm
+        p = np.full((len(metrics), len(keys)), np.nan)
+        for place, metric in enumerate(metrics):
+            ends = np.full((2, len(keys)), np.nan)
+            if known is not None and keys:
+                own = known.of_metric(metric)
+                sums = np.stack([weights @ own[rows].mean(0) for rows, weights in contrasts])
+                ends = between(sums, known.n, known.cluster)
+                if tested and not until and self.counts[1] > 1:
+                    p[place] = p_values(sums, known.n, known.cluster)
             scores = self.table[metric].to_numpy()
             by_seed = [scores[rows] @ weights for rows, weights in contrasts]
             frame[metric] = np.array([values.mean() for values in by_seed])
-            frame[f"{metric}_low"], frame[f"{metric}_high"] = low, high
+            frame[f"{metric}_low"], frame[f"{metric}_high"] = ends
             frame[f"{metric}_sd"] = np.array([v.std(ddof=1) if len(v) > 1 else np.nan for v in by_seed])
         if tested:
             kinds = {site["name"]: site["kind"] for site in self.facts.get("sites", ())}

@@ -125,7 +125,7 @@ def _ranks(scores: Scores) -> str:
 
 def _differences(scores: Scores) -> str:
     """One line per pair of methods at the share closest to a half; with many pairs, only neighbours in rank."""
-    compared = scores.compare() if scores.examples is not None else pd.DataFrame({"ablated": []})
+    compared = scores.compare() if scores.known[0] is not None else pd.DataFrame({"ablated": []})
     here = compared[compared["ablated"] == min(compared["ablated"], key=lambda one: abs(one - 0.5), default=None)]
     if here.empty or here["top1_low"].isna().all():
         return ""

@@ -99,7 +99,9 @@ def test_importance_draws_each_heads_damage_where_it_belongs_and_marks_what_is_k
     results = made(places=HEADS)
     results.table.loc[2, "cross_entropy"] = results.baseline["cross_entropy"]
     same = results.examples["condition"] == 2
-    results.examples.loc[same, "cross_entropy"] = results.examples["cross_entropy"][:40].to_numpy()
+    examples = results.examples
+    examples.loc[same, "cross_entropy"] = examples["cross_entropy"][:40].to_numpy()
+    results = Results(results.table, examples, results.facts)
     figure = results.plot()
     maps = [axes for axes in figure.axes if axes.images]
     losses = (results.table["cross_entropy"] - results.baseline["cross_entropy"]).tolist()
