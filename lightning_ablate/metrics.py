@@ -150,11 +150,16 @@ class SweepMetrics(Metric):
 
     def __init__(self, conditions: int, examples: int = 0, extra: Sequence[str] = ()) -> None:
         super().__init__()
-        self.examples, self.names = examples, (*METRICS, *extra)
+        self.conditions, self.examples, self.names = conditions, examples, (*METRICS, *extra)
+        # made in `reset`, as torchmetrics keeps a copy of a state's first value
         self.add_state("sums", torch.zeros(0, dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
-        # made here, as torchmetrics keeps a copy of a state's first value
-        self.sums = torch.zeros(conditions, len(self.names), examples + 1, dtype=torch.float64)
         self.add_state("n", torch.zeros(examples + 1, dtype=torch.int64), dist_reduce_fx="sum", persistent=True)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all scores, see :meth:`torchmetrics.Metric.reset`."""
+        super().reset()
+        self.sums = self.sums.new_zeros(self.conditions, len(self.names), self.examples + 1)
 
     def update(self, condition: int, scored: Scored, clean: Clean) -> None:
         """Adds the scores of one batch under the condition of this index; 0 is the baseline."""

@@ -127,7 +127,7 @@ def test_the_plan_counts_a_pass_of_the_used_batches_for_each_unit_that_is_verifi
     assert callback.attributions["verified"].notna().sum() == 2 * (12 + 12 + 8)
     forward = 5 + used * (1 + verified) + 3 * 2
     assert f"plan: 2 conditions, {forward + used * 2 * 4} forward passes, about " in capsys.readouterr().out
-    # 3 find the sites and the axes, and 1 proves that layers needn't run again
+    # 3 find the sites and the axes, and 1 proves that the first layer needn't run again
     assert module.passes == forward + 3 + 1
 
 

@@ -75,10 +75,11 @@ class Stop:
         positions[:count] = self.module.summed(self.metrics.n[:count]).cpu().numpy()
         whole = np.zeros((len(sums) - 1, len(positions)))
         whole[:, :count] = sums[1:] - sums[0]
+        if len(np.unique(self.clusters[positions > 0])) < _LEAST:
+            return
         known = whole, positions, self.clusters
         low, high = sequences(*known)
-        enough = len(np.unique(self.clusters[positions > 0])) >= _LEAST and bool((carrying(*known) >= ENOUGH).all())
-        if enough and bool((high - low <= self.width).all()):
+        if bool((carrying(*known) >= ENOUGH).all()) and bool((high - low <= self.width).all()):
             self.at = count
             self.metrics.sums[..., count:] = 0
             self.metrics.n[count:] = 0

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -87,7 +87,9 @@ class SweepPhase(Phase):
             if (size := sum(edit.nbytes for edit in edits.values())) <= room:
                 room -= size
                 self._edits[condition] = edits
-        self._prefix, self._proven = Prefix(module.target, calibration.sites, max(self._begins), room), False
+        self._prefix = Prefix(module.target, calibration.sites, max(self._begins), _left(room, module))
+        self._proven = {frozenset[str]()}  # which sets of layers may be answered
+        self._intact: Scored | None = None  # of a batch with sets that aren't proven
         self._order = [0, *sorted(range(1, len(self.conditions)), key=lambda index: -self._begins[index])]
 
     @property
@@ -125,6 +127,7 @@ class SweepPhase(Phase):
                     self.pause()
                 del scored  # or the next pass would hold the logits of two conditions
         self._check_finite()
+        self._intact = None
         self.done[number], self.within = batch_idx + 1, 0
         if stop is not None:
             stop.look(self._batch.examples)
@@ -150,22 +153,32 @@ class SweepPhase(Phase):
         """What the module gives for a batch under the condition of this index; the baseline comes first."""
         condition = self.conditions[index]
         self.announce(condition)
-        skips = self._prefix.reused(self._begins[index]) if index else self._prefix.recorded()
-        if index == 0 or self._proven or not self._prefix:
-            with self.applied(condition), skips:
-                return self.module.evaluate(batch)
-        # the first pass that may skip layers is made twice, and must be equal to the bit
-        try:
-            with self.applied(condition), skips:
-                skipped = self.module.evaluate(batch)[0]
-        except Exception:  # a layer may need what an earlier one leaves in another way than by what it returns
-            skipped = None
+        if index == 0:
+            with self.applied(condition), self._prefix.recorded():
+                scored = self.module.evaluate(batch)
+            proven = all(self._prefix.answered(begins) in self._proven for begins in {*self._begins})
+            self._intact = None if proven else scored
+            return scored
+        answered = self._prefix.answered(self._begins[index])
+        with self._prefix.reused(self._begins[index]):
+            if answered in self._proven or self._is_exact(batch):
+                self._proven.add(answered)
+                with self.applied(condition):
+                    return self.module.evaluate(batch)
+        self._prefix.refuse()
         with self.applied(condition):
-            whole = self.module.evaluate(batch)
-        if skipped is None or not torch.equal(skipped, whole[0]):
-            self._prefix.refuse()
-        self._proven = True
-        return whole
+            return self.module.evaluate(batch)
+
+    def _is_exact(self, batch: Any) -> bool:
+        """Whether the intact pass, with the layers answered that are, gives what it gave, to the bit."""
+        try:
+            with self.applied(BASELINE):
+                logits, _, _, extra, *_ = Scored(*self.module.evaluate(batch))
+        except Exception:  # a layer may need what an earlier one leaves in another way than by what it returns
+            return False
+        before = Scored(*cast(Any, self._intact))
+        pairs = [(logits, before.logits), *((extra[name], before.extra[name]) for name in extra)]
+        return all(torch.equal(*pair) for pair in pairs)
 
     @contextmanager
     def applied(self, condition: Condition) -> Iterator[None]:
@@ -225,6 +238,13 @@ class SweepPhase(Phase):
                 f"the {what} under {bad[0]!r} are NaN or infinite ({len(bad)} of {len(self.conditions)} conditions); "
                 "try another precision (--trainer.precision, --model.dtype)"
             )
+
+
+def _left(room: float, module: AblationModule) -> float:
+    """How many bytes the answers of layers may take: none where processes that share a target must run it as often."""
+    if module.device_mesh is not None:
+        return 0
+    return min(room, torch.cuda.mem_get_info(module.device)[0] / 4) if module.device.type == "cuda" else room
 
 
 def read_source(module: AblationModule, sites: Iterable[Site], kind: str, seed: int, batch: Any) -> dict[Site, Source]:

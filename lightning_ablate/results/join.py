@@ -67,6 +67,7 @@ def _joined(runs: Sequence[Results]) -> Results:
     own = [run.table[run.table["method"] != BASELINE] for run in runs]
     partial = dict.fromkeys(reason for run in runs for reason in run.partial)
     facts = {"classes": runs[0].facts.get("classes"), "partial": list(partial)}
+    facts["until"] = next((run.facts["until"] for run in runs if run.facts.get("until") is not None), None)
     return Results(pd.concat([runs[0].table.iloc[:1], *own]), _examples(runs), facts)
 
 

@@ -20,15 +20,17 @@ _PLAIN = (Tensor, bool, int, float, str, type(None))
 class _Kept(NamedTuple):
     output: Any  # of a block
     after: int  # how many sites had run when the block ended
+    nbytes: int
 
 
 class Prefix:
     """Answers blocks of a target with what they returned in the intact pass of the same batch.
 
     A pass whose first ablated site is the one at place ``first`` repeats the intact pass until that site runs. Blocks
-    that end before it return copies of what they did then, so the results are the same to the bit. Blocks are the
-    numbered modules around sites (``h.3``) and their siblings; of what else an architecture does nothing is assumed.
-    One that runs several times in a pass, or returns anything but tensors and plain values, always runs.
+    that end before it return copies of what they did then. So the results are the same to the bit, unless a block hands
+    on more than it returns: whoever answers blocks proves that an intact pass is still the same. Blocks are the
+    numbered modules around sites (``h.3``) and their siblings. One that runs several times in a pass, or returns
+    anything but tensors and plain values, always runs.
 
     Args:
         target: the model.
@@ -39,14 +41,16 @@ class Prefix:
 
     def __init__(self, target: nn.Module, sites: Sequence[Site], last: int, room: float) -> None:
         self._last, self._room, paths = last, room, [site.path for site in sites]
-        late = {name for path in paths[last:] for name in _within(path)}  # what ends after all these passes begin
+        # what ends after all these passes begin, or holds a use of a module that is counted by its runs
+        late = {name for path in paths[last:] for name in _within(path)}
+        late |= {name for site in sites if site.uses > 1 for name in _within(site.path)}
         self._modules = {name: target.get_submodule(name) for name in blocks_of(target, sites) if name not in late}
         self._projections = [target.get_submodule(path) for path in dict.fromkeys(paths)]
         self._kept: dict[str, _Kept] = {}
 
-    def __bool__(self) -> bool:
-        """Whether any block is answered."""
-        return bool(self._kept)
+    def answered(self, first: int) -> frozenset[str]:
+        """The blocks that are answered where the first ablated site is the one at place ``first``."""
+        return frozenset(name for name, kept in self._kept.items() if kept.after <= first)
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -63,8 +67,11 @@ class Prefix:
             leaves = tree_leaves(output)
             size = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
             if begun <= self._last and size <= room and all(isinstance(leaf, _PLAIN) for leaf in leaves):
+                for inner in [one for one in self._kept if one.startswith(f"{name}.")]:
+                    if self._kept[inner].after == begun:  # whenever it is answered, the block around it is
+                        room += self._kept.pop(inner).nbytes
                 room -= size
-                self._kept[name] = _Kept(_copy(output), begun)
+                self._kept[name] = _Kept(_copy(output), begun, size)
 
         with ExitStack() as stack:
             for module in self._projections if self._modules else ():
@@ -76,11 +83,11 @@ class Prefix:
 
     @contextmanager
     def reused(self, first: int) -> Iterator[None]:
-        """Answers, in the pass inside, the blocks that ended before the site at place ``first`` ran.
+        """Answers, in passes inside, the blocks that ended before the site at place ``first`` ran.
 
         What other blocks returned is let go, so passes come in descending order of ``first``.
         """
-        self._kept = {name: kept for name, kept in self._kept.items() if kept.after <= first}
+        self._kept = {name: self._kept[name] for name in self.answered(first)}
         with ExitStack() as stack:
             for name, kept in self._kept.items():
                 module = self._modules[name]

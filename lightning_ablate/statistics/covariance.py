@@ -30,14 +30,20 @@ class Covariance(ActivationStatistic):
 
     def __init__(self, neurons: int, earlier: SiteStatistics | None = None, blocks: int = 1) -> None:
         super().__init__(neurons, earlier)
-        self.blocks, width = blocks, neurons // blocks
+        self.blocks = blocks
         self._unexplained: Tensor | None = None
         self._orders = dict[int, Tensor]()
         dtype = torch.float64 if neurons <= _DOUBLE else torch.float32
+        # made in `reset`, as torchmetrics keeps a copy of a state's first value
         self.add_state("sums", torch.zeros(0, dtype=dtype), dist_reduce_fx=_merged, persistent=True)
-        # made here, as torchmetrics keeps a copy of a state's first value
-        self.sums = torch.zeros(2 * blocks, width + 2, width, dtype=dtype)
         self.add_state("chosen", torch.zeros((), dtype=torch.float64), dist_reduce_fx="max", persistent=True)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all positions, see :meth:`torchmetrics.Metric.reset`."""
+        super().reset()
+        width = self.neurons // self.blocks
+        self.sums = self.sums.new_zeros(2 * self.blocks, width + 2, width)
 
     def update(self, activations: Tensor, valid: Tensor | None = None, examples: Tensor | None = None) -> None:
         """Adds a batch; ``examples`` are the indices of its examples, ``(batch,)`` int64, None counts them from 0."""

@@ -94,3 +94,14 @@ def test_the_command_draws_several_targets_and_says_in_a_line_what_is_wrong(made
     shutil.rmtree(folders[1])
     with pytest.raises(SystemExit, match="^error: [^\n]*$"):
         main([str(folders[1])])
+
+
+def test_runs_that_ended_early_keep_their_confidence_sequences(runs, made):
+    """A bootstrap's intervals are too narrow where one looked on the way."""
+    one, other = made(["zero"], until=0.1), made(["peak"])
+    (joined,) = load([runs("one", one), runs("other", other)])
+    assert joined.facts["until"] == 0.1
+    ends = ["cross_entropy_low", "cross_entropy_high"]
+    whole = one.compare(other="none")[ends].to_numpy()
+    own = joined.compare("zero", "none")[ends].to_numpy()
+    assert own == pytest.approx(whole)

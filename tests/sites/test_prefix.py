@@ -53,9 +53,17 @@ class Module(tiny.Ran):
         return Scored(logits, torch.zeros(6, dtype=torch.int64), torch.arange(6) // 3)
 
 
+def swept_alone(model, room=2**30):
+    calibration = Run("", tiny.Calibration(sites=SITES))
+    phase = SweepPhase(Module(model), calibration, Sweep((Zero(),), (1.0,), (0,), EachLayer()), [0])
+    phase._prefix._room = room
+    phase.step(None, 0)
+    return phase
+
+
 def swept(model, choice, module=None, room=2**30):
     """The sweep of each unit alone after its one batch, with so many bytes for what is kept."""
-    module = module or tiny.Ran(model)
+    module = module(model) if isinstance(module, type) else module or tiny.Ran(model)
     sites = SITES if isinstance(model, Stack) else tiny.sites(model)
     calibration = Run("", tiny.Calibration(sites=sites))
     phase = SweepPhase(module, calibration, Sweep((Zero(),), (1.0,), (0,), choice), [0])
@@ -72,8 +80,8 @@ def swept(model, choice, module=None, room=2**30):
 def test_each_layer_alone_runs_no_layer_before_it_again(kind):
     model = Stack(kind)
     phase = swept(model, EachLayer(), Module(model))
-    # the intact pass; the last layer alone, which is proven by a whole pass; the one before it
-    assert [layer.runs for layer in model.layers] == [2, 3, 4]
+    # the intact pass; an intact pass and the last layer alone, from there on; the same for the layer before it
+    assert [layer.runs for layer in model.layers] == [1, 3, 5]
     whole = swept(model, EachLayer(), Module(model), room=0)
     assert [layer.runs for layer in model.layers] == [3, 3, 3]
     assert torch.equal(phase.metrics.sums, whole.metrics.sums)
@@ -83,8 +91,50 @@ def test_each_layer_alone_runs_no_layer_before_it_again(kind):
 def test_what_a_layer_hands_on_in_other_ways_than_it_returns_is_noticed():
     model = Stack("leaves more")
     phase = swept(model, EachLayer(), Module(model))
-    assert not phase._prefix
+    assert not phase._prefix.answered(9)
     assert [layer.runs for layer in model.layers] == [3, 3, 4]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["hook", "shared"])
+def test_each_set_of_layers_is_proven_by_itself(kind):
+    """What the second set does wrong, the first one hides: its layer is answered there."""
+
+    class Hands(Stack):
+        def forward(self, x):
+            left, made = {}, x
+            for number, layer in enumerate(self.layers):
+                if kind == "shared" and number == 1:
+                    made = made + left.get("first", 0)  # what the layer before left, and not returned
+                self.layers[0].leaves = left
+                made = layer(made)
+            return made
+
+    model, whole = Hands(), Hands()
+    for one in (model, whole):
+        own = one.layers[0].forward
+        if kind == "hook":
+            one.layers[0].register_forward_hook(lambda module, inputs, output: output + 1)
+        else:
+            one.layers[0].forward = lambda x, own=own, one=one: one.layers[0].leaves.update(first=x) or own(x)
+    found = swept_alone(model)
+    assert torch.equal(found.metrics.sums, swept_alone(whole, room=0).metrics.sums)
+    assert not found._prefix.answered(9)
+
+
+@torch.no_grad()
+def test_a_metric_of_ones_own_must_be_the_same_too():
+    class Counts(Module):
+        metrics = ("runs",)
+
+        def evaluate(self, batch):
+            before = sum(layer.runs for layer in self.target.layers)
+            scored = super().evaluate(batch)
+            count = sum(layer.runs for layer in self.target.layers) - before
+            return scored._replace(extra={"runs": torch.full((6,), float(count))})
+
+    phase = swept(Stack(), EachLayer(), Counts)
+    assert phase.metrics.means["runs"].tolist() == [3, 3, 3]
 
 
 @torch.no_grad()
@@ -103,7 +153,7 @@ def test_a_layer_that_fails_where_an_earlier_one_did_not_run_is_run_whole():
     phase = SweepPhase(module, calibration, Sweep((Zero(),), (1.0,), (0,), EachLayer()), [3])
     own = model.layers[0].forward
     phase.step(None, 0)
-    assert not phase._prefix and model.layers[0].forward is own
+    assert not phase._prefix.answered(9) and model.layers[0].forward is own
 
 
 @torch.no_grad()
@@ -112,7 +162,7 @@ def test_a_layer_that_runs_twice_or_returns_an_object_is_never_answered():
     prefix = Prefix(model, TWICE, 3, 1e9)
     with prefix.recorded():
         model(INPUT)
-    assert not prefix
+    assert not prefix.answered(9)
     model = Stack()
     prefix = Prefix(model, SITES, 1, 1e9)
     model.layers[0].register_forward_hook(lambda *_: [INPUT, object()])

@@ -102,3 +102,14 @@ def test_heads_share_a_ridge():
     both = tiny.gathered(Site("attn.proj", 12, heads=2), [x], HeadCovariance)[HeadCovariance]
     alone = [tiny.gathered(one, [half], HeadCovariance)[HeadCovariance] for half in x.split(6, -1)]
     assert min(own.ridge for own in alone) <= both.ridge <= max(own.ridge for own in alone)
+
+
+def test_a_reset_forgets_and_goes_on():
+    batch = tiny.mixed().unsqueeze(0)
+    once, again = Covariance(12), Covariance(12)
+    once.update(batch)
+    again.update(batch + 1)
+    again.reset()
+    again.update(batch)
+    assert torch.equal(once.covariance, again.covariance)
+    assert torch.equal(Covariance(12)(batch), once.covariance)
