@@ -17,7 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_ablate.calibration import Calibration
 from lightning_ablate.files import base_name, versions
 from lightning_ablate.metrics import SweepMetrics
-from lightning_ablate.modules.base import clusters_of, evaluation_loaders
+from lightning_ablate.modules.loaders import clusters_of, evaluation_loaders
 from lightning_ablate.phases import ExplainedSweep, SweepPhase
 from lightning_ablate.results import Results, attributions, neurons, page
 from lightning_ablate.results.byexample import ByExample

@@ -23,7 +23,7 @@ from lightning_ablate.errors import AblationError, ConfigError
 from lightning_ablate.files import fresh_folder
 from lightning_ablate.identity import content, described, options_of
 from lightning_ablate.modules import AblationModule
-from lightning_ablate.modules.base import evaluation_loaders
+from lightning_ablate.modules.loaders import evaluation_loaders
 from lightning_ablate.modules.phase import Amount
 from lightning_ablate.run import is_unfinished
 from lightning_ablate.sharding import check_strategy

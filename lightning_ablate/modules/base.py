@@ -9,13 +9,13 @@ from typing import Any, ClassVar, cast
 import lightning
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_ablate.errors import ConfigError, DataError
 from lightning_ablate.methods import others_of
 from lightning_ablate.metrics import Scored
+from lightning_ablate.modules.loaders import evaluation_loaders
 from lightning_ablate.modules.phase import Phase
 from lightning_ablate.sharding import sharded
 from lightning_ablate.sites import Site
@@ -272,18 +272,3 @@ def exact_vectors(target: nn.Module) -> Iterator[None]:
         made = module._buffers[name]
         if exact is not None and made is not None and exact.ndim == 1 and made.dtype.itemsize < exact.dtype.itemsize:
             module._buffers[name] = exact.to(made.device)
-
-
-def evaluation_loaders(trainer: lightning.Trainer) -> list[Any]:
-    """The validation loaders, in the order in which they are run."""
-    loaders = trainer.val_dataloaders
-    return [] if loaders is None else CombinedLoader(loaders, "sequential").flattened
-
-
-def clusters_of(loader: Any, count: int) -> Sequence[int]:
-    """The clusters of a loader's ``count`` examples: its data's ``clusters``, or each example by itself; DataError."""
-    clusters = getattr(getattr(loader, "dataset", None), "clusters", None)
-    clusters = range(count) if clusters is None else clusters
-    if len(clusters) != count:
-        raise DataError(f"the data's `clusters` are {len(clusters)}, expected one for each of {count} examples")
-    return clusters

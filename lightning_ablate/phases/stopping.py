@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.metrics import METRICS, SweepMetrics
 from lightning_ablate.modules import AblationModule
-from lightning_ablate.modules.base import clusters_of
+from lightning_ablate.modules.loaders import clusters_of
 from lightning_ablate.results.bootstrap import ENOUGH, carrying, sequences
 
 _LOOKS = 20  # in the whole data, evenly

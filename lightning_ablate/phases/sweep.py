@@ -15,7 +15,7 @@ from lightning_ablate.errors import DataError, NonFiniteError
 from lightning_ablate.methods import Batch, Edit, Replacement, Source
 from lightning_ablate.metrics import METRICS, Clean, Scored, SweepMetrics, checked
 from lightning_ablate.modules import AblationModule
-from lightning_ablate.modules.base import evaluation_loaders
+from lightning_ablate.modules.loaders import evaluation_loaders
 from lightning_ablate.modules.phase import Phase
 from lightning_ablate.phases.stopping import Stop
 from lightning_ablate.run import Run
