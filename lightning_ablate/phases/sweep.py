@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,8 +88,7 @@ class SweepPhase(Phase):
                 room -= size
                 self._edits[condition] = edits
         self._prefix = Prefix(module.target, calibration.sites, max(self._begins), _left(room, module))
-        self._proven = {frozenset[str]()}  # which sets of layers may be answered
-        self._intact: Scored | None = None  # of a batch with sets that aren't proven
+        self._proven = set[str]()  # layers that may be answered
         self._order = [0, *sorted(range(1, len(self.conditions)), key=lambda index: -self._begins[index])]
 
     @property
@@ -127,7 +126,6 @@ class SweepPhase(Phase):
                     self.pause()
                 del scored  # or the next pass would hold the logits of two conditions
         self._check_finite()
-        self._intact = None
         self.done[number], self.within = batch_idx + 1, 0
         if stop is not None:
             stop.look(self._batch.examples)
@@ -156,29 +154,16 @@ class SweepPhase(Phase):
         if index == 0:
             with self.applied(condition), self._prefix.recorded():
                 scored = self.module.evaluate(batch)
-            proven = all(self._prefix.answered(begins) in self._proven for begins in {*self._begins})
-            self._intact = None if proven else scored
-            return scored
-        answered = self._prefix.answered(self._begins[index])
-        with self._prefix.reused(self._begins[index]):
-            if answered in self._proven or self._is_exact(batch):
-                self._proven.add(answered)
+            answered = self._prefix.answered(max(self._begins))
+            if not answered <= self._proven:
                 with self.applied(condition):
-                    return self.module.evaluate(batch)
-        self._prefix.refuse()
-        with self.applied(condition):
+                    exact = self._prefix.is_exact(lambda: _same(Scored(*self.module.evaluate(batch)), Scored(*scored)))
+                self._proven |= answered if exact else set()
+                if not exact:
+                    self._prefix.refuse()
+            return scored
+        with self.applied(condition), self._prefix.reused(self._begins[index]):
             return self.module.evaluate(batch)
-
-    def _is_exact(self, batch: Any) -> bool:
-        """Whether the intact pass, with the layers answered that are, gives what it gave, to the bit."""
-        try:
-            with self.applied(BASELINE):
-                logits, _, _, extra, *_ = Scored(*self.module.evaluate(batch))
-        except Exception:  # a layer may need what an earlier one leaves in another way than by what it returns
-            return False
-        before = Scored(*cast(Any, self._intact))
-        pairs = [(logits, before.logits), *((extra[name], before.extra[name]) for name in extra)]
-        return all(torch.equal(*pair) for pair in pairs)
 
     @contextmanager
     def applied(self, condition: Condition) -> Iterator[None]:
@@ -238,6 +223,12 @@ class SweepPhase(Phase):
                 f"the {what} under {bad[0]!r} are NaN or infinite ({len(bad)} of {len(self.conditions)} conditions); "
                 "try another precision (--trainer.precision, --model.dtype)"
             )
+
+
+def _same(one: Scored, other: Scored) -> bool:
+    """Whether two passes are the same to the bit."""
+    pairs = [(one.logits, other.logits), *((one.extra[name], other.extra[name]) for name in one.extra)]
+    return all(torch.equal(*pair) for pair in pairs)
 
 
 def _left(room: float, module: AblationModule) -> float:

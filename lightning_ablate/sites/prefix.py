@@ -2,9 +2,10 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ class Prefix:
 
     A pass whose first ablated site is the one at place ``first`` repeats the intact pass until that site runs. Blocks
     that end before it return copies of what they did then. So the results are the same to the bit, unless a block hands
-    on more than it returns: whoever answers blocks proves that an intact pass is still the same. Blocks are the
+    on more than it returns, see :meth:`is_exact`. Blocks are the
     numbered modules around sites (``h.3``) and their siblings. One that runs several times in a pass, or returns
     anything but tensors and plain values, always runs.
 
@@ -83,19 +84,42 @@ class Prefix:
 
     @contextmanager
     def reused(self, first: int) -> Iterator[None]:
-        """Answers, in passes inside, the blocks that ended before the site at place ``first`` ran.
+        """Answers, in the pass inside, the blocks that ended before the site at place ``first`` ran.
 
         What other blocks returned is let go, so passes come in descending order of ``first``.
         """
         self._kept = {name: self._kept[name] for name in self.answered(first)}
         with ExitStack() as stack:
             for name, kept in self._kept.items():
-                module = self._modules[name]
-                own = vars(module).get("forward")  # accelerate's, for example
-                undo = partial(delattr, module, "forward") if own is None else partial(setattr, module, "forward", own)
-                module.forward = partial(_answer, kept.output)
-                stack.callback(undo)
+                stack.enter_context(_replaced(self._modules[name], partial(_answer, kept.output)))
             yield
+
+    def is_exact(self, intact: Callable[[], bool]) -> bool:
+        """Whether blocks hand on nothing but what they return, in an intact pass and then one by one.
+
+        ``intact`` makes an intact pass, in which all blocks that are kept are answered, and tells whether it is the
+        same to the bit. Then each block is run alone on what it was given there, the last one first: so none finds
+        what an earlier one would have left in another way. Each must return what it returned in the whole pass.
+        """
+        given = dict[str, tuple[Any, Any]]()
+
+        def answer(name: str, *args: Any, **named: Any) -> Any:
+            given[name] = args, named
+            return _copy(self._kept[name].output)
+
+        with ExitStack() as stack:
+            answering = {name: stack.enter_context(ExitStack()) for name in self._kept}
+            for name, own in answering.items():
+                own.enter_context(_replaced(self._modules[name], partial(answer, name)))
+            try:
+                same = intact()
+                for name in [*self._kept][::-1] if same else ():  # a block comes before those within it
+                    answering[name].close()
+                    args, named = given[name]
+                    same = same and _equal(self._modules[name](*args, **named), self._kept[name].output)
+            except Exception:  # a block may need what an earlier one leaves, and miss it in any way
+                return False
+        return same
 
     def refuse(self) -> None:
         """Answers no block any more."""
@@ -130,9 +154,29 @@ def _series(name: str) -> str | None:
     return _NUMBER.sub("", name) if _NUMBER.search(name) else None
 
 
+@contextmanager
+def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    own = vars(module).get("forward")  # accelerate's, for example
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
 def _copy(output: Any) -> Any:
     return tree_map_only(Tensor, torch.clone, output)  # as a target may write into it
 
 
 def _answer(output: Any, *_: Any, **__: Any) -> Any:
     return _copy(output)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    pairs = [*zip_longest(tree_leaves(one), tree_leaves(other))]
+    return all(
+        torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b or a == b for a, b in pairs
+    )
