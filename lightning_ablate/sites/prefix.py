@@ -29,9 +29,8 @@ class Prefix:
 
     A pass whose first ablated site is the one at place ``first`` repeats the intact pass until that site runs. Blocks
     that end before it return copies of what they did then. So the results are the same to the bit, unless a block hands
-    on more than it returns, see :meth:`is_exact`. Blocks are the
-    numbered modules around sites (``h.3``) and their siblings. One that runs several times in a pass, or returns
-    anything but tensors and plain values, always runs.
+    on more than it returns, see :meth:`is_exact`. Blocks are the numbered modules around sites (``h.3``) and their
+    siblings. One that runs several times in a pass, or returns anything but tensors and plain values, always runs.
 
     Args:
         target: the model.
