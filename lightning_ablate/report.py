@@ -41,7 +41,10 @@ def tabulated(trainer: lightning.Trainer, phase: SweepPhase, facts: Mapping[str,
         table = pd.DataFrame(rows, columns=["method", "fraction", "seed", "part", "head"])
         tables.append(table.assign(data=data, **own, **found))
         known.append(_by_example(metrics, loader))
-    cut = cut_short("evaluation", trainer.num_val_batches, loaders) + [stop.said for stop in phase.stops if stop.said]
+    cut = cut_short("evaluation", trainer.num_val_batches, loaders)
+    names = data_names(trainer) if len(loaders) > 1 else [""]
+    ended = [(name, stop.said) for name, stop in zip(names, phase.stops, strict=False) if stop.said]
+    cut += [f"{name}: {said}" if name else said for name, said in ended]
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     program = ["python", "-m", "lightning_ablate"] if sys.argv[0].endswith("__main__.py") else sys.argv[:1]
     now = {"words": shlex.join([*program, *sys.argv[1:]]), "finished": finished, "versions": versions()}

@@ -200,16 +200,16 @@ def checkpoint_of(trainer: lightning.Trainer, own: lightning.Callback, state: Ma
     data, others = getattr(trainer, "datamodule", None), [one for one in trainer.callbacks if one is not own]  # type: ignore[attr-defined]
     states = {one.state_key: one.state_dict() for one in others} | {own.state_key: dict(state)}
     kept = {} if data is None else {type(data).__qualname__: data.state_dict()}  # where Lightning looks for it
-    module, kept_state = trainer.lightning_module, dict[str, Any]()
-    module._save_to_state_dict(kept_state, "", False)
+    module, own_state = trainer.lightning_module, dict[str, Any]()
+    module._save_to_state_dict(own_state, "", False)
     for name, child in module.named_children():
         if name != "target":  # a sharded one can't give its state to one process alone
-            child.state_dict(destination=kept_state, prefix=f"{name}.")
+            child.state_dict(destination=own_state, prefix=f"{name}.")
     checkpoint = {
         "pytorch-lightning_version": lightning.__version__,
         "epoch": trainer.current_epoch,
         "global_step": trainer.global_step,
-        "state_dict": kept_state,
+        "state_dict": own_state,
         "optimizer_states": [],
         "lr_schedulers": [],
         "callbacks": {key: state for key, state in states.items() if state and _is_plain(state)},

@@ -27,6 +27,11 @@ class Alone:
         return tensor
 
 
+def legend(figure):
+    """The texts of a figure's legends and their titles."""
+    return " ".join(text.get_text() for one in figure.legends for text in [one.get_title(), *one.get_texts()])
+
+
 def swept(scores, positions, width, clusters=None, batch=8):
     """Where a sweep of one condition stops, and the interval there; the scores are sums over an example's positions."""
     count = len(scores)
@@ -109,6 +114,7 @@ def test_two_processes_and_a_run_that_was_killed_end_at_the_same_example(tmp_pat
     assert set(one.table["n"]) == {n} and n < 397 and one.counts == (n, n)
     width = one.compare(other="none").eval("cross_entropy_high - cross_entropy_low")
     assert width.max() <= 0.8
+    assert "band: 95% confidence sequence" in legend(one.plot())
     assert "PARTIAL: evaluation ended" in str(one) and "95% confidence sequence over" in interval(one)
     assert_same(one, found(tmp_path / "two", *UNTIL, *TWO))
     died = [*UNTIL, "--ablation.save_every=0"]

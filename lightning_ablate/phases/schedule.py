@@ -18,12 +18,6 @@ from lightning_ablate.statistics import ActivationStatistic, Moments, with_needs
 from lightning_ablate.sweep import Sweep
 
 
-def begins_of(sites: Sequence[Site]) -> dict[str, int]:
-    """Name of a site, its module or its layer → the place of the first such site."""
-    pairs = [(name, place) for place, one in enumerate(sites) for name in (one.name, one.path, one.layer) if name]
-    return dict(reversed(pairs))
-
-
 def kinds_of(sweep: Sweep, attribution: Attribution) -> list[type[ActivationStatistic]]:
     """What calibration gathers; always Moments, which describe the neurons and tell whether activations are finite."""
     kinds = [kind for method in (*sweep.methods, *attribution.each) for kind in method.statistics]
@@ -96,6 +90,12 @@ def _verified(options: Attribution, sites: Sequence[Site]) -> int:
     return len(options.each) * sum(min(2 * options.verify, count) for count in units.values())
 
 
+def _begins_of(sites: Sequence[Site]) -> dict[str, int]:
+    """Name of a site, its module or its layer → the place of the first such site."""
+    pairs = [(name, place) for place, one in enumerate(sites) for name in (one.name, one.path, one.layer) if name]
+    return dict(reversed(pairs))
+
+
 def plan(
     epochs: Sequence[Epoch],
     sweep: Sweep,
@@ -120,7 +120,7 @@ def plan(
     resampled = {(sources[c.method], c.seed) for c in conditions[1:] if sources[c.method] is not None}
     counts = Counter(condition.method for condition in conditions)
     calibrating = sum(one.cost + one.per_condition * counts[one.method] + one.per_unit * units for one in epochs)
-    left, begins = left_of(phase.module.target, sites), begins_of(sites)
+    left, begins = left_of(phase.module.target, sites), _begins_of(sites)
     sweeping = sum(left[begins.get(parsed(condition.part)[0], 0)] for condition in conditions)
     passes = batches[0] * calibrating + batches[1] * (sweeping + len(resampled))
     passes += batches[2] * (1 + explained) if explained else 0.0

@@ -23,8 +23,8 @@ class Stop:
 
     The sweep ends at the first look at which the interval of each condition's added cross-entropy is narrower than
     ``width`` nats. The intervals are :func:`~lightning_ablate.results.bootstrap.sequences`, so looking often doesn't
-    harm them. At least 50 clusters must be seen, and each interval must rest on 20 of them.
-    Processes may be ahead of one another: examples behind the one at which it ends are left out.
+    harm them. At least 50 clusters must be seen, and each interval must rest on 20 of them. Processes may be ahead of
+    one another: examples behind the one at which the sweep ends are left out.
 
     Attributes:
         at: after how many examples the sweep has ended; None while it goes on.
@@ -44,7 +44,7 @@ class Stop:
         """Takes the indices of a batch's examples, ``(batch,)`` int64; every process must call it as often."""
         own = examples[(examples >= 0) & (examples < len(self._seen))].cpu()
         self._seen[own] = True
-        seen = self.module.summed(self._seen.to(self.metrics.n.device, torch.float64)).cpu() > 0
+        seen = self._merged()
         until = len(seen) if bool(seen.all()) else int(seen.int().argmin())
         while self.at is None and self._looks and self._looks[0] <= until:
             self._decide(self._looks.pop(0))
@@ -61,12 +61,15 @@ class Stop:
 
     def state_dict(self) -> dict[str, Any]:
         """What was looked at, merged over the processes, which must all call it."""
-        seen = self.module.summed(self._seen.to(self.metrics.n.device, torch.float64)).cpu() > 0
-        return {"seen": seen, "at": self.at, "looks": list(self._looks)}
+        return {"seen": self._merged(), "at": self.at, "looks": list(self._looks)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a :meth:`state_dict`."""
         self._seen, self.at, self._looks = state["seen"].clone(), state["at"], list(state["looks"])
+
+    def _merged(self) -> Tensor:
+        """Which examples any process has seen."""
+        return self.module.summed(self._seen.to(self.metrics.n.device, torch.float64)).cpu() > 0
 
     def _decide(self, count: int) -> None:
         place = METRICS.index("cross_entropy")

@@ -88,8 +88,7 @@ class SweepPhase(Phase):
                 room -= size
                 self._edits[condition] = edits
         self._prefix = Prefix(module.target, calibration.sites, max(self._begins), _left(room, module))
-        self._proven = set[str]()  # layers that may be answered
-        self._intact: Scored | None = None  # until they are proven
+        self._intact: Scored | None = None  # the intact pass, until layers are proven by it
         self._order = [0, *sorted(range(1, len(self.conditions)), key=lambda index: -self._begins[index])]
 
     @property
@@ -155,16 +154,12 @@ class SweepPhase(Phase):
         if index == 0:
             with self.applied(condition), self._prefix.recorded():
                 scored = self.module.evaluate(batch)
-            proven = self._prefix.answered(max(self._begins)) <= self._proven
-            self._intact = None if proven else Scored(*scored)
+            self._intact = Scored(*scored) if self._prefix.unproven else None
             return scored
         if (intact := self._intact) is not None:
-            self._intact, answered = None, self._prefix.answered(max(self._begins))
             with self.applied(BASELINE):
-                exact = self._prefix.is_exact(lambda: _same(Scored(*self.module.evaluate(batch)), intact))
-            self._proven |= answered if exact else set()
-            if not exact:
-                self._prefix.refuse()
+                self._prefix.prove(lambda: _same(Scored(*self.module.evaluate(batch)), intact))
+            self._intact = None
         with self.applied(condition), self._prefix.reused(self._begins[index]):
             return self.module.evaluate(batch)
 

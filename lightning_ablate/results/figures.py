@@ -58,7 +58,8 @@ def degradation(*targets: Scores) -> Figure:
     for panel, label in zip(axes[:, 0], ("top-1 accuracy (%)", "cross-entropy (nats)", *own), strict=True):
         panel.set_ylabel(label, fontsize=9)
     names = [name for name in (*methods, "nothing ablated", "chance") if name in handles]
-    said = ["band: 95% interval"] * bool(bands) + [f"bar: ± sd over {seeds} seeds"] * bool(seeds > 1)
+    kinds = " or ".join(dict.fromkeys(one.interval for one in targets))
+    said = [f"band: {kinds}"] * bool(bands) + [f"bar: ± sd over {seeds} seeds"] * bool(seeds > 1)
     shown = [handles[name] for name in names], names
     _legend(figure, columns, "; ".join(said), *shown)
     return figure
@@ -95,7 +96,8 @@ def differences(scores: Scores) -> Figure:
             unused.remove()
     _share_ticks(panels[0], compared["ablated"], most=6)
     figure.suptitle(_title(scores, int(13 * figure.get_figwidth())), fontsize=9)
-    figure.supxlabel("neurons ablated (%); bars: 95% intervals; above 0 the first method loses more", fontsize=8)
+    said = f"neurons ablated (%); bars: {scores.interval}s; above 0 the first method loses more"
+    figure.supxlabel(said, fontsize=8)
     return figure
 
 
@@ -127,7 +129,7 @@ def importance(scores: Scores, metric: str = "cross_entropy") -> Figure:
     axes.set_xlabel(kind, fontsize=9)
     axes.set_ylabel(label, fontsize=9)
     plain(axes, 8)
-    _legend(figure, columns, "band: 95% interval" if damage["low"].notna().any() else "")
+    _legend(figure, columns, f"band: {scores.interval}" if damage["low"].notna().any() else "")
     figure.suptitle(_title(scores, 70), fontsize=9)
     return figure
 

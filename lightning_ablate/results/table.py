@@ -30,7 +30,7 @@ class Scores:
 
     With several data sets, tables begin with a column ``data``, and :meth:`on` gives the results on one data set.
     Intervals are of 95%, by a bootstrap over clusters of examples. They are NaN where the examples aren't known. In a
-    run with ``until`` they are confidence sequences, and there are no q.
+    run with ``until`` they are confidence sequences, and q is NaN.
 
     Args:
         table: one row per condition; of each data set the baseline is the first row. README.md describes its columns.
@@ -117,6 +117,16 @@ class Scores:
         """The number of scored examples and of their clusters; 0 and 0 where examples aren't known."""
         known = [one.cluster[one.n > 0] for one in self.known if one is not None]
         return sum(map(len, known)), len(np.unique(np.concatenate(known))) if known else 0
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the run could end early, so that its intervals are confidence sequences."""
+        return self.facts.get("until") is not None
+
+    @property
+    def interval(self) -> str:
+        """What the intervals are called."""
+        return "95% confidence sequence" if self.sequential else "95% interval"
 
     @property
     def partial(self) -> list[str]:
@@ -224,8 +234,7 @@ class Scores:
             frame["seeds"] = [len(rows) for rows, _ in contrasts]
             frame["n"] = [self.table["n"].iloc[rows[0, 0]] for rows, _ in contrasts]
             frame["clusters"] = self.counts[1]
-        known, until = self.known[0], self.facts.get("until") is not None
-        between = sequences if until else intervals  # so that looking on the way does no harm
+        known, between = self.known[0], sequences if self.sequential else intervals
         p = np.full((len(metrics), len(keys)), np.nan)
         for place, metric in enumerate(metrics):
             ends = np.full((2, len(keys)), np.nan)
@@ -233,7 +242,7 @@ class Scores:
                 own = known.of_metric(metric)
                 sums = np.stack([weights @ own[rows].mean(0) for rows, weights in contrasts])
                 ends = between(sums, known.n, known.cluster)
-                if tested and not until and self.counts[1] > 1:
+                if tested and not self.sequential and self.counts[1] > 1:
                     p[place] = p_values(sums, known.n, known.cluster)
             scores = self.table[metric].to_numpy()
             by_seed = [scores[rows] @ weights for rows, weights in contrasts]

@@ -70,8 +70,7 @@ def interval(scores: Scores) -> str:
     """What the intervals are, with a warning if there are few clusters."""
     few = scores.counts[1] < ENOUGH
     doubt = f"; fewer than {ENOUGH} clusters: its true coverage is below 95%" if few else ""
-    kind = "interval" if scores.facts.get("until") is None else "confidence sequence"
-    return f"95% {kind} over {_counted(scores)}{doubt}"
+    return f"{scores.interval} over {_counted(scores)}{doubt}"
 
 
 def head(scores: Scores) -> str:

@@ -29,7 +29,7 @@ class Prefix:
 
     A pass whose first ablated site is the one at place ``first`` repeats the intact pass until that site runs. Blocks
     that end before it return copies of what they did then. So the results are the same to the bit, unless a block hands
-    on more than it returns, see :meth:`is_exact`. Blocks are the numbered modules around sites (``h.3``) and their
+    on more than it returns, see :meth:`prove`. Blocks are the numbered modules around sites (``h.3``) and their
     siblings. One that runs several times in a pass, or returns anything but tensors and plain values, always runs.
 
     Args:
@@ -47,10 +47,12 @@ class Prefix:
         self._modules = {name: target.get_submodule(name) for name in blocks_of(target, sites) if name not in late}
         self._projections = [target.get_submodule(path) for path in dict.fromkeys(paths)]
         self._kept: dict[str, _Kept] = {}
+        self._proven = set[str]()
 
-    def answered(self, first: int) -> frozenset[str]:
-        """The blocks that are answered where the first ablated site is the one at place ``first``."""
-        return frozenset(name for name, kept in self._kept.items() if kept.after <= first)
+    @property
+    def unproven(self) -> bool:
+        """Whether a block is kept that :meth:`prove` hasn't seen."""
+        return not self._kept.keys() <= self._proven
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -87,19 +89,25 @@ class Prefix:
 
         What other blocks returned is let go, so passes come in descending order of ``first``.
         """
-        self._kept = {name: self._kept[name] for name in self.answered(first)}
+        self._kept = {name: kept for name, kept in self._kept.items() if kept.after <= first}
         with ExitStack() as stack:
             for name, kept in self._kept.items():
                 stack.enter_context(_replaced(self._modules[name], partial(_answer, kept.output)))
             yield
 
-    def is_exact(self, intact: Callable[[], bool]) -> bool:
-        """Whether blocks hand on nothing but what they return, in an intact pass and then one by one.
+    def prove(self, intact: Callable[[], bool]) -> None:
+        """Answers no block any more if one hands on more than it returns.
 
         ``intact`` makes an intact pass, in which all blocks that are kept are answered, and tells whether it is the
         same to the bit. Then each block is run alone on what it was given there, the last one first: so none finds
         what an earlier one would have left in another way. Each must return what it returned in the whole pass.
         """
+        if self._is_exact(intact):
+            self._proven |= self._kept.keys()
+        else:
+            self._kept, self._modules = {}, {}
+
+    def _is_exact(self, intact: Callable[[], bool]) -> bool:
         given = dict[str, tuple[Any, Any]]()
 
         def answer(name: str, *args: Any, **named: Any) -> Any:
@@ -112,17 +120,13 @@ class Prefix:
                 own.enter_context(_replaced(self._modules[name], partial(answer, name)))
             try:
                 same = intact()
-                for name in [*self._kept][::-1] if same else ():  # a block comes before those within it
+                for name in reversed(self._kept) if same else ():  # a block comes before those within it
                     answering[name].close()
                     args, named = given[name]
                     same = same and _equal(self._modules[name](*args, **named), self._kept[name].output)
             except Exception:  # a block may need what an earlier one leaves, and miss it in any way
                 return False
         return same
-
-    def refuse(self) -> None:
-        """Answers no block any more."""
-        self._kept, self._modules = {}, {}
 
 
 def blocks_of(target: nn.Module, sites: Iterable[Site]) -> list[str]:

@@ -27,12 +27,12 @@ class Covariance(ActivationStatistic):
     takes_examples: ClassVar[bool] = True
     sums: Tensor  # for each block of even and then of odd examples: counts, means and products
     chosen: Tensor  # the ridge, () float64; 0 until it is chosen
+    _unexplained: Tensor | None  # kept, as a choice asks for it again for every condition
+    _orders: dict[int, Tensor]
 
     def __init__(self, neurons: int, earlier: SiteStatistics | None = None, blocks: int = 1) -> None:
         super().__init__(neurons, earlier)
         self.blocks = blocks
-        self._unexplained: Tensor | None = None
-        self._orders = dict[int, Tensor]()
         dtype = torch.float64 if neurons <= _DOUBLE else torch.float32
         # made in `reset`, as torchmetrics keeps a copy of a state's first value
         self.add_state("sums", torch.zeros(0, dtype=dtype), dist_reduce_fx=_merged, persistent=True)
@@ -42,13 +42,14 @@ class Covariance(ActivationStatistic):
     def reset(self) -> None:
         """Forgets all positions, see :meth:`torchmetrics.Metric.reset`."""
         super().reset()
+        self._forget()
         width = self.neurons // self.blocks
         self.sums = self.sums.new_zeros(2 * self.blocks, width + 2, width)
 
     def update(self, activations: Tensor, valid: Tensor | None = None, examples: Tensor | None = None) -> None:
         """Adds a batch; ``examples`` are the indices of its examples, ``(batch,)`` int64, None counts them from 0."""
         count = len(activations if valid is None else valid)
-        self._unexplained, self._orders = None, {}
+        self._forget()
         if examples is None or count % max(1, len(examples)):  # the first axis isn't that of the examples
             examples = torch.arange(count, device=activations.device)
         examples = examples.repeat_interleave(count // max(1, len(examples)))  # several windows of one example
@@ -106,7 +107,7 @@ class Covariance(ActivationStatistic):
     @property
     def unexplained(self) -> Tensor:
         """The variance of each neuron that the others of its block don't explain, ``(neurons,)`` float64."""
-        if self._unexplained is None:  # kept, as a choice asks for it again for every condition
+        if self._unexplained is None:
             self._unexplained = 1 / self._precision.diagonal(dim1=1, dim2=2).flatten()
         return self._unexplained
 
@@ -144,6 +145,10 @@ class Covariance(ActivationStatistic):
     def _halves(self) -> Tensor:
         """The sums of even and of odd examples, ``(2, blocks, width + 2, width)``."""
         return self.sums.view(2, self.blocks, *self.sums.shape[1:])
+
+    def _forget(self) -> None:
+        """Lets go of what is computed once from the sums."""
+        self._unexplained, self._orders = None, {}
 
     def _choose(self) -> float:
         if len(self.sums) == self.blocks or not bool((self.sums[:, 0, 0] > 0).all()):

@@ -91,7 +91,7 @@ def test_each_layer_alone_runs_no_layer_before_it_again(kind):
 def test_what_a_layer_hands_on_in_other_ways_than_it_returns_is_noticed():
     model = Stack("leaves more")
     phase = swept(model, EachLayer(), Module(model))
-    assert not phase._prefix.answered(9)
+    assert not phase._prefix._modules
     assert [layer.runs for layer in model.layers][1:] == [3, 4]  # all whole, and the proof
 
 
@@ -119,7 +119,7 @@ def test_what_layers_hand_on_is_noticed_where_a_pass_of_all_answers_hides_it(kin
             one.layers[0].forward = lambda x, own=own, one=one: one.layers[0].leaves.update(first=x) or own(x)
     found = swept_alone(model)
     assert torch.equal(found.metrics.sums, swept_alone(whole, room=0).metrics.sums)
-    assert not found._prefix.answered(9)
+    assert not found._prefix._modules
 
 
 @torch.no_grad()
@@ -153,7 +153,7 @@ def test_a_layer_that_fails_where_an_earlier_one_did_not_run_is_run_whole():
     phase = SweepPhase(module, calibration, Sweep((Zero(),), (1.0,), (0,), EachLayer()), [3])
     own = model.layers[0].forward
     phase.step(None, 0)
-    assert not phase._prefix.answered(9) and model.layers[0].forward is own
+    assert not phase._prefix._modules and model.layers[0].forward is own
 
 
 @torch.no_grad()
@@ -162,7 +162,7 @@ def test_a_layer_that_runs_twice_or_returns_an_object_is_never_answered():
     prefix = Prefix(model, TWICE, 3, 1e9)
     with prefix.recorded():
         model(INPUT)
-    assert not prefix.answered(9)
+    assert not prefix._kept
     model = Stack()
     prefix = Prefix(model, SITES, 1, 1e9)
     model.layers[0].register_forward_hook(lambda *_: [INPUT, object()])
