@@ -73,9 +73,9 @@ class TextData(TokenData):
     """Text for a language model, cut into sequences of one length.
 
     Documents longer than ``max_length`` give several sequences. The last sequence is used whole, so a budget is reached
-    or passed by less than one sequence. Sequences of one document are one cluster, and so are the documents that a
-    packed sequence joins. A data set of a single document is cut into 2 to 100 passages, which count as documents: at
-    blank lines, or else lines or spaces.
+    or passed by less than one sequence. Sequences that hold parts of one document are one cluster. A data
+    set of a single document is cut into 2 to 100 passages, which count as documents: at blank lines, or else lines or
+    spaces.
 
     Args:
         text_column: the column with the text.
@@ -83,7 +83,8 @@ class TextData(TokenData):
         evaluation_tokens: tokens that are evaluated, padding not counted.
         max_length: tokens per sequence, special tokens included.
         packing: ``pad`` gives each document its own sequences, padded at the end (the padding is masked); ``pack``
-            joins documents with the end token between and cuts the whole into full sequences.
+            joins documents with the end token between until they fill whole sequences, and drops the rest of the
+            last one, less than a sequence, so that the next sequence begins with another document.
         shuffle_seed: shuffles the documents with this seed; None keeps their order.
     """
 
@@ -134,9 +135,8 @@ class TextData(TokenData):
                 sequence = [*before, *ids[start : min(start + room, whole)], *after]
                 if len(sequence) > 1:  # a single token predicts nothing
                     yield sequence, documents if start == 0 else [document]
-            ids = ids[whole:]
-            if whole or not ids:
-                documents = [document] if ids else []
+            if whole or not ids:  # the rest of a document goes, or all packed sequences would be one cluster
+                ids, documents = [], []
 
 
 def passages(text: str) -> list[str]:

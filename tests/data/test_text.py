@@ -48,11 +48,14 @@ def test_packing_fills_every_sequence_and_joins_with_the_end_token(parquet, gpt2
     made, tokenizer = data(parquet, gpt2_folder, packing="pack"), tiny.tokenizer()
     first, second = (rows(made, purpose) for purpose in ("calibration", "evaluation"))
     assert {len(sequence) for sequence in second} == {16}
-    stream = [i for text in tiny.TEXTS for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
-    calibrated, evaluated = ([*chain.from_iterable(sequences)] for sequences in (first, second))
-    assert calibrated == stream[: len(calibrated)]
-    starts = range(len(calibrated), len(stream))
-    assert any(stream[start : start + len(evaluated)] == evaluated for start in starts)
+    texts = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in tiny.TEXTS]
+    expected, stream = [], []
+    for text in texts:
+        stream += text
+        if len(stream) >= 16:
+            expected += [stream[start : start + 16] for start in range(0, len(stream) - 15, 16)]
+            stream = []
+    assert first == expected[: len(first)] and all(sequence in expected[len(first) :] for sequence in second)
 
 
 def test_no_text_is_used_for_both(tmp_path, gpt2_folder):
@@ -118,8 +121,12 @@ def test_sequences_of_one_document_are_a_cluster_and_so_are_those_that_packing_j
     made, tokenizer = clusters(texts, gpt2_folder, packing=packing, evaluation_tokens=110), tiny.tokenizer()
     tokens = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] * (packing == "pack") for text in texts]
     owners = [[number] * len(ids) for number, ids in enumerate(tokens)][1:]  # the first document calibrates
-    streams = [list(chain(*owners))] if packing == "pack" else owners
-    cut = [stream[start : start + 16] for stream in streams for start in range(0, len(stream), 16)]
+    streams = [[]]
+    for one in owners:  # a packed stream ends with the document that fills a sequence
+        streams[-1] += one
+        streams += [[]] if packing == "pad" or len(streams[-1]) >= 16 else []
+    ends = [len(stream) - len(stream) % 16 if packing == "pack" else len(stream) for stream in streams]
+    cut = [s[start : min(start + 16, end)] for s, end in zip(streams, ends, strict=True) for start in range(0, end, 16)]
     held = [set(one) for one in cut if len(one) > 1][: len(rows(made, "evaluation"))]
     assert (max(map(len, held)) > 1) == (packing == "pack") and len(held) == len(made.examples["evaluation"]) > 6
     groups = []  # by hand: sets that overlap are joined until none do
