@@ -1,19 +1,19 @@
 """What every unit is worth: the estimated effect of ablating it alone, in nats, from a few backward passes."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
 import pandas as pd
 import torch
 from scipy import stats
 from torch import Tensor
 
+from lightning_ablate.agreement import GROUP, scale_of, weighed
 from lightning_ablate.conditions import listed
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.methods import AblationMethod, method_of
+from lightning_ablate.methods.draws import hashed
 from lightning_ablate.metrics import Scored
 from lightning_ablate.seeds import seed_of
 from lightning_ablate.sites import Site, exact_device
@@ -21,7 +21,6 @@ from lightning_ablate.statistics import FOUND
 
 BOUND = 25.0  # nats of an example at which what one position does to it levels off
 _KEYS = ["method", "site", "level", "unit"]
-GROUP = ["method", "level", "kind"]  # what is picked and compared together
 FOUND_AT = 0.05  # the q up to which a unit counts as found
 SUMS = ("first", "second", "estimate", "square", "with_n")  # what is summed over the examples of each unit
 
@@ -34,6 +33,8 @@ class Attribution:
         methods: the replacements under which units are attributed, as ``--ablation.methods``; none by default.
         draws: random backward passes for the second-order term.
         verify: N: ablate and measure the N largest and N random neurons, and as many heads.
+        heads: whether all heads are measured: each is ablated alone, on the examples that are attributed. None measures
+            them where that takes no more forward passes than the estimates.
         examples: how many calibration examples are used, the first ones by their indices; None takes all.
         metric: the module's own metric whose loss is attributed, to first order; None takes the cross-entropy.
     """
@@ -41,6 +42,7 @@ class Attribution:
     methods: Sequence[AblationMethod | str] | str = ()
     draws: int = 8
     verify: int = 0
+    heads: bool | None = None
     examples: int | None = None
     metric: str | None = None
 
@@ -66,6 +68,16 @@ class Attribution:
         """The methods, as instances."""
         return cast(tuple[AblationMethod, ...], self.methods)
 
+    @property
+    def sources(self) -> int:
+        """How many other inputs of each batch the methods read."""
+        return len({method.source for method in self.each} - {None})
+
+    @property
+    def passes(self) -> float:
+        """What the estimates take of a batch, in forward passes; one backward counts as two."""
+        return 1 + self.sources + 2.0 * (1 + self.draws if self.metric is None else 1)
+
     def used(self, examples: Tensor) -> Tensor:
         """Which of a batch's ``examples`` ``(batch,)`` int64 are used, bool; none that only fills the batch."""
         return (examples >= 0) if self.examples is None else (examples >= 0) & (examples < self.examples)
@@ -77,17 +89,17 @@ def levels_of(site: Site) -> dict[str, int]:
     return {"neuron": 1, **heads, "site": site.width}
 
 
-def cotangents(scored: Scored, rows: Tensor, examples: Sequence[int], draws: int) -> Any:
+def cotangents(scored: Scored, rows: Tensor, draws: int) -> Any:
     """Gradients with respect to the logits, ``(n, classes)``: of the cross-entropy, then ``draws`` random ones.
 
     A random one is ``√p s − p Σ √p s`` with signs s and the target's predictions p. Its mean is 0 and its covariance
     ``diag(p) − p pᵀ``, the Fisher information, so squares of what comes back estimate the Fisher without bias. Random
-    signs have lighter tails than random labels. They depend on the example and the position, not on the batch.
+    signs have lighter tails than random labels. They are hashed from the example and the place of the position among
+    its scored ones, so they don't depend on the batch.
 
     Args:
         scored: the scored positions.
         rows: the row in the batch of each position's example, ``(n,)`` int64; positions below 0 don't count.
-        examples: the indices of the batch's examples.
         draws: how many random ones.
     """
     counts = (rows >= 0).unsqueeze(1)
@@ -95,15 +107,16 @@ def cotangents(scored: Scored, rows: Tensor, examples: Sequence[int], draws: int
     truth = torch.zeros_like(probabilities).scatter_(1, scored.targets.unsqueeze(1), 1.0)
     yield ((probabilities - truth) * counts).to(scored.logits.dtype)
     del truth
-    roots = probabilities.sqrt()
+    roots = probabilities.sqrt() * counts
+    ordered, order = rows.sort(stable=True)
+    places = torch.empty_like(rows)
+    places[order] = torch.arange(len(rows), device=rows.device) - torch.searchsorted(ordered, ordered)
+    words = torch.arange(-(-roots.shape[1] // 64), device=rows.device)
+    bits = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=rows.device)
     for draw in range(draws):
-        signed = torch.zeros_like(roots)
-        for row, example in enumerate(examples):
-            own = (rows == row).nonzero().squeeze(1)
-            if len(own):
-                generator = torch.Generator().manual_seed(seed_of("attribution", draw, example))
-                signs = torch.randint(2, (len(own), roots.shape[1]), generator=generator, dtype=torch.int8)
-                signed[own] = roots[own] * (2 * signs - 1).to(roots)
+        drawn = hashed(seed_of("attribution", draw), scored.example.unsqueeze(1), places.unsqueeze(1), words)
+        signs = (drawn.view(torch.uint8).unsqueeze(2) & bits).flatten(1)[:, : roots.shape[1]] > 0
+        signed = torch.where(signs, roots, -roots)
         yield (signed - probabilities * signed.sum(1, keepdim=True)).to(scored.logits.dtype)
 
 
@@ -145,9 +158,10 @@ def table_of(attributed: Mapping[str, Mapping[Site, Tensor]], measured: Sequence
     Columns: method, site, kind (of the site), level (neuron, head or site), unit (index in the site), and, in nats per
     scored position: first and second (order), estimate (their sum, bounded) and se (its standard error over examples),
     and how many examples there were, counted as equally long ones. q is of the two-sided t test over examples that the
-    estimate is 0, see :func:`q_values`, among the units of one method, level and kind. If units were verified, also
-    picked (``largest`` or ``random``), verified (the measured effect), verified_se, and calibrated: the estimate with
-    its second order times :func:`scale_of`.
+    estimate is 0 (where all heads are measured, the effect), see :func:`q_values`, among the units of one method, level
+    and kind. se and q are of the sampled examples only and don't know what the expansion leaves out. If units were
+    measured, also picked (``largest``, ``random``, or ``all`` where all heads are), verified (the measured effect),
+    verified_se, and calibrated: the estimate with its second order times :func:`scale_of`.
 
     Args:
         attributed: method → site → ``(FOUND, units)`` float64.
@@ -160,18 +174,29 @@ def table_of(attributed: Mapping[str, Mapping[Site, Tensor]], measured: Sequence
             frame = pd.DataFrame(units, columns=["level", "unit"]).assign(method=method, site=site.name, kind=site.kind)
             frames.append(frame[[*_KEYS, "kind"]].assign(**dict(zip(FOUND, found.cpu().numpy(), strict=True))))
     table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*_KEYS, "kind", *FOUND])
+    effect, error, found = table["estimate"], table["se"], pd.DataFrame(index=table.index)
+    if measured:
+        columns = ["picked", "verified", "verified_se"]
+        known = pd.DataFrame(list(measured), columns=[*_KEYS, *columns])
+        found = table[_KEYS].merge(known, how="left", on=_KEYS)[columns]
+        every = found["picked"] == "all"
+        effect, error = found["verified"].where(every, effect), found["verified_se"].where(every, error)
     free = table["examples"].astype(float) - 1  # degrees of freedom
-    z = (table["estimate"] / table["se"]).abs().mask(table["estimate"] == 0, 0.0).astype(float)
+    z = (effect / error).abs().mask(effect == 0, 0.0).astype(float)
     p = 2 * stats.t.sf(z * (free / (free + 1)) ** 0.5, free)
     table["q"] = q_values(pd.Series(p, table.index), [table[name] for name in GROUP])
+    table = pd.concat([table, found], axis=1)
     if not measured:
         return table
-    columns = [*_KEYS, "picked", "verified", "verified_se"]
-    table = table.merge(pd.DataFrame(list(measured), columns=columns), how="left", on=_KEYS)
     for _, own in table.groupby(GROUP, sort=False):
-        scale = float(scale_of(_weighed(own.dropna(subset="verified"), len(own)).sum(1)))
+        scale = float(scale_of(weighed(own.dropna(subset="verified"), len(own)).sum(1)))
         table.loc[own.index, "calibrated"] = own["first"] + scale * (own["estimate"] - own["first"])
     return table
+
+
+def worth(table: pd.DataFrame) -> pd.Series:
+    """What each unit of :func:`table_of` is worth: the measured effect, or the estimate where it wasn't measured."""
+    return table["verified"].fillna(table["estimate"]) if "verified" in table else table["estimate"]
 
 
 def q_values(p: pd.Series, groups: Sequence[pd.Series]) -> pd.Series:
@@ -184,79 +209,3 @@ def q_values(p: pd.Series, groups: Sequence[pd.Series]) -> pd.Series:
     for _, own in found.dropna().groupby([group[p.notna()] for group in groups], sort=False, dropna=False):
         found[own.index] = stats.false_discovery_control(own)
     return found
-
-
-def scale_of(sums: np.ndarray) -> np.ndarray:
-    """The factor of the second order with which the verified units' estimates add up to their effects; at least 0.
-
-    The first order is exact for small changes. The second ranks units well, but it leaves out higher orders, which
-    grow with it. The factor is a ratio estimate (Horvitz & Thompson 1952).
-
-    Args:
-        sums: ``(3, ...)`` float64, sums of what :func:`_weighed` returns.
-
-    Returns:
-        ``(...)`` float64, NaN where there is no second order.
-    """
-    second, missing, first = sums
-    known = second > 1e-9 * first  # more than rounding
-    return np.divide(missing, second, out=np.full_like(second, np.nan), where=known).clip(0)
-
-
-def _weighed(verified: pd.DataFrame, count: int) -> np.ndarray:
-    """Second order, effect minus first order, and size of the first order, ``(3, verified)``, each times a weight.
-
-    The weight is the number of units, of ``count``, that a verified unit stands for: the largest for themselves, the
-    random ones for all others.
-    """
-    first, estimate, effect = verified[["first", "estimate", "verified"]].to_numpy(dtype=np.float64).T
-    largest = (verified["picked"] == "largest").to_numpy()
-    weights = np.where(largest, 1.0, (count - largest.sum()) / max(1, (~largest).sum()))
-    return weights * np.stack([estimate - first, effect - first, np.abs(first)])
-
-
-def picked(frame: pd.DataFrame, count: int, seed: int = 0) -> pd.DataFrame:
-    """The units to verify, in each of ``GROUP``: ``count`` of the largest estimates and as many random others.
-
-    They are rows of the frame, without whole sites, with a column ``picked``: ``largest`` or ``random``.
-    """
-    found = []
-    for group, rows in frame[frame["level"] != "site"].groupby(GROUP, sort=False):
-        largest = rows.nlargest(count, "estimate")
-        others = rows.drop(largest.index)
-        generator = np.random.default_rng(seed_of("verify", seed, *group))
-        drawn = others.iloc[np.sort(generator.permutation(len(others))[:count])]
-        found += [largest.assign(picked="largest"), drawn.assign(picked="random")]
-    return pd.concat(found)
-
-
-def trust(frame: pd.DataFrame, resamples: int = 1000) -> pd.DataFrame:
-    """How well estimates agree with verified effects: one row for each of ``GROUP`` with three verified units or more.
-
-    Columns: units (number of verified ones), pearson, spearman, slope (of the effects on the estimates) and scale (see
-    :func:`scale_of`). ``_low`` and ``_high`` are the ends of their 95% intervals, by a bootstrap over units. For the
-    scale, the largest units are in each sample, as they were not drawn.
-    """
-    rows = []
-    for group, every in frame.groupby(GROUP, sort=False):
-        own = every.dropna(subset="verified")
-        if len(own) < 3:
-            continue
-        pairs, weighed = own[["estimate", "verified"]].to_numpy().T, _weighed(own, len(every))
-        fixed, others = (weighed[:, own["picked"] == kind] for kind in ("largest", "random"))
-        generator = np.random.default_rng(0)
-        drawn, again = (generator.integers(max(1, n), size=(resamples, n)) for n in (len(own), others.shape[1]))
-        with warnings.catch_warnings(action="ignore"):  # a sample of a single unit has no correlation
-            whole = [*_agreement(*pairs), scale_of(weighed.sum(1))]
-            sampled = [*_agreement(*pairs[:, drawn]), scale_of(fixed.sum(1)[:, None] + others[:, again].sum(2))]
-            low, high = np.where(np.isnan(whole), np.nan, np.nanpercentile(sampled, [2.5, 97.5], axis=1))
-        rows.append([*group, len(own), *np.stack([whole, low, high], 1).ravel()])
-    names = [f"{name}{end}" for name in ("pearson", "spearman", "slope", "scale") for end in ("", "_low", "_high")]
-    return pd.DataFrame(rows, columns=[*GROUP, "units", *names])
-
-
-def _agreement(estimate: np.ndarray, effect: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Pearson's and Spearman's correlation, and the slope of the effect on the estimate, along the last axis."""
-    pearson = stats.pearsonr(estimate, effect, axis=-1).statistic
-    spearman = stats.pearsonr(*(stats.rankdata(values, axis=-1) for values in (estimate, effect)), axis=-1).statistic
-    return pearson, spearman, pearson * effect.std(-1) / estimate.std(-1)

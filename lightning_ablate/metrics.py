@@ -12,7 +12,7 @@ from lightning_ablate.sites import exact_device
 
 # bytes of float32 logits scored at a time: they fit in a core's cache, or keep a GPU busy
 _CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**28}
-_COLUMNS = "model data method other fraction to seed seeds part head n condition example kept".split()
+_COLUMNS = "model data method other fraction to seed seeds part head n condition example kept q".split()
 _PIECE = 4096  # classes whose terms are summed in float32; the sums of pieces are summed in float64
 
 
@@ -35,7 +35,8 @@ def checked(scored: Any, extra: Sequence[str] = ()) -> Scored:
         )
     scored = Scored(*scored)
     logits, targets, example, own, position = scored
-    if taken := [name for name in extra if name in (*_COLUMNS, *METRICS) or extra.count(name) > 1]:
+    made = {f"{metric}_{end}" for metric in (*METRICS, *extra) for end in ("low", "high", "sd", "q")}
+    if taken := [name for name in extra if name in (*_COLUMNS, *METRICS, *made) or extra.count(name) > 1]:
         raise DataError(f"the module's `metrics` name {taken[0]!r}, which results call another column; expected others")
     if tuple(own) != tuple(extra) or any(values.shape != targets.shape for values in own.values()):
         given = {name: tuple(values.shape) for name, values in own.items()}

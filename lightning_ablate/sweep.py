@@ -70,7 +70,7 @@ class Sweep:
 
     def masks(self, selection: Selection, calibration: Calibration) -> dict[Site, Tensor]:
         """The neurons of every site that are ablated, ``(neurons,)`` bool on the CPU."""
-        masks = {site: self.neurons.mask(selection, site, calibration[site]) for site in calibration.sites}
+        masks = self.neurons.masks_of(selection, {site: calibration[site] for site in calibration.sites})
         for site, mask in masks.items():
             check_mask(mask, site, type(self.neurons).__name__)
         return masks

@@ -31,8 +31,10 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(scope="session")
-def full():
+def full(request):
     """For tests that take too long for every day."""
+    if not request.config.getoption("--full"):
+        pytest.skip("takes long; --full runs it")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """What units are worth alone: exact where that can be known, the truth where it can be measured."""
 
 import json
+from math import comb
 
 import numpy as np
 import pandas as pd
@@ -23,12 +24,14 @@ from lightning_ablate import (
     Site,
 )
 from lightning_ablate import attribution as attributions
-from lightning_ablate.attribution import cotangents, orders, table_of, trust
+from lightning_ablate.agreement import beyond, picked, trust
+from lightning_ablate.attribution import cotangents, orders, table_of
 from lightning_ablate.errors import ConfigError, DataError, StatisticsError
 from lightning_ablate.methods import Ablation, ConditionalMean, ConditionalMeanPerHead, ConditionalTuned, others_of
 from lightning_ablate.phases import attribution as phase
+from lightning_ablate.phases import check_attribution
 from lightning_ablate.results.attributions import lines, plot, wide
-from lightning_ablate.statistics import FOUND, Moments
+from lightning_ablate.statistics import FOUND, Moments, SiteStatistics
 from tests import reference, tiny
 from tests.command import CONFIGS, FEW, TWO, assert_same_bytes, found
 from tests.tiny import Death
@@ -56,7 +59,7 @@ def rows(count, seed=0):
 
 
 def attributed(folder, module, train, methods=("zero", "mean"), val=None, **options):
-    given = {name: options.pop(name) for name in ("draws", "verify", "examples") if name in options}
+    given = {name: options.pop(name) for name in ("draws", "verify", "examples", "heads") if name in options}
     attribution = Attribution(methods, **given)
     callback = AblationCallback(["zero"], [1.0], [1], attribution=attribution, dirpath=folder / "run", **options)
     tiny.fit(folder, module, train, train if val is None else val, callback)
@@ -67,8 +70,8 @@ def attributed(folder, module, train, methods=("zero", "mean"), val=None, **opti
 def exact(monkeypatch):
     """In the place of random ones the cotangents whose products are the Fisher of one position an example."""
 
-    def made(scored, rows, examples, draws):
-        yield next(cotangents(scored, rows, examples, 0))
+    def made(scored, rows, draws):
+        yield next(cotangents(scored, rows, 0))
         p = scored.logits.softmax(1)
         for label in range(p.shape[1]):
             yield (p[:, [label]] * p.shape[1]).sqrt() * (torch.eye(p.shape[1])[label] - p)
@@ -95,7 +98,7 @@ def test_the_random_gradients_are_unbiased_for_the_fisher_and_do_not_depend_on_t
     logits = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)) * 2
     scored = Scored(logits, torch.tensor([0, 1, 2, 3]), torch.tensor([7, 7, -1, 9]))
     place = torch.tensor([0, 0, -1, 1])
-    first, *drawn = cotangents(scored, place, [7, 9], 6000)
+    first, *drawn = cotangents(scored, place, 6000)
     p = logits.double().softmax(1)
     truth = torch.eye(6)[scored.targets]
     torch.testing.assert_close(first, ((p - truth) * (place >= 0).unsqueeze(1)).float())
@@ -106,7 +109,7 @@ def test_the_random_gradients_are_unbiased_for_the_fisher_and_do_not_depend_on_t
     assert float((both.T @ both / len(both) - fisher).abs().max()) < 0.02
     assert float(both.mean(0).abs().max()) < 0.03
     alone = scored._replace(logits=logits[3:], targets=scored.targets[3:], example=scored.example[3:])
-    _, again = cotangents(alone, torch.tensor([0]), [9], 1)
+    _, again = cotangents(alone, torch.tensor([0]), 1)
     torch.testing.assert_close(again[0], drawn[0][3])
 
 
@@ -227,6 +230,7 @@ def arguments(*more):
     methods = ["zero", "conditional-mean", "resample-any-position", "noise"]
     given = [f"--ablation.attribution.methods={json.dumps(methods)}"]
     given += ["--ablation.attribution.verify=3", "--ablation.attribution.draws=2", *more]
+    given += ["--ablation.attribution.heads=true"]
     return ["fit", *FEW, "--data.calibration_images=43", "--data.evaluation_images=37", *given]
 
 
@@ -245,7 +249,16 @@ def test_files_and_two_processes(tmp_path, whole, strategy):
         columns = [column for column in one if column.split("_", 1)[-1] in (*FOUND, "verified")]
         assert len(columns) == 4 * 5 and len(one) == {"neurons.parquet": 4 * 64, "heads.parquet": 16}[name]
         np.testing.assert_allclose(one[columns], two[columns], rtol=1e-5, atol=1e-6)
-    assert (whole / "attribution.png").is_file()
+    assert (whole / "attribution.png").is_file() and one["zero_verified"].notna().all()  # of all heads
+
+
+def test_processes_that_use_other_numbers_of_examples_do_not_wait_for_one_another(tmp_path):
+    """The last batch has an unused example on one of the two alone; the merged effects are those of one process."""
+    given = ["--ablation.attribution.examples=15", "--ablation.attribution.methods=[zero]"]
+    for name, more in (("one", []), ("two", TWO)):
+        found(tmp_path / name, *arguments(*given), *more)
+    one, two = (pd.read_parquet(tmp_path / name / "heads.parquet") for name in ("one", "two"))
+    np.testing.assert_allclose(one["zero_verified"], two["zero_verified"], atol=1e-6)
 
 
 @pytest.mark.parametrize("epoch", [1, 2])  # behind the attribution, in the verification
@@ -260,19 +273,96 @@ def test_a_run_that_died_goes_on(tmp_path, whole, epoch):
 def test_it_ranks_units_also_from_a_checkpoint(tmp_path, gpt2):
     table, checkpoint = gpt2.attributions, gpt2.folder / "ablation.ckpt"
     for unit, under, first in (("neuron", "mean", "lowest"), ("head", "zero", "highest")):
-        choice = Ranked("attribution", first=first, unit=unit, under=under)
+        choice = Ranked("divergence", first=first, unit=unit, under=under)
         again = AblationCallback(["zero"], [0.5], [1], neurons=choice, sites=["attention"])
         tiny.validate(tmp_path / unit, checkpoint, again)
         for site in again.run.calibration.sites:
             own = table[(table["method"] == under) & (table["site"] == site.name) & (table["level"] == unit)]
             order = choice.order(site, 0, again.run.calibration[site]).tolist()
-            assert order == own["estimate"].argsort(kind="stable").tolist()[:: 1 if first == "lowest" else -1]
-    with pytest.raises(StatisticsError, match="needs that of peak .*, there is zero, mean, positional-mean"):
+            assert order == own["second"].argsort(kind="stable").tolist()[:: 1 if first == "lowest" else -1]
+    with pytest.raises(StatisticsError, match="needs the attribution of peak .*, there is zero, mean, positional-mean"):
         site = again.run.calibration.sites[0]
-        Ranked("attribution", under="peak").order(site, 0, again.run.calibration[site])
+        Ranked("divergence", under="peak").order(site, 0, again.run.calibration[site])
+    statistics = again.run.calibration[site]
+    first_order = {"mean": statistics.attributed["mean"] * (torch.arange(len(FOUND)) != 1).unsqueeze(1)}
+    of_a_metric = SiteStatistics(site.name, {}, {}, first_order)
+    with pytest.raises(StatisticsError, match="is that of a metric, whose divergence isn't estimated"):
+        Ranked("divergence").order(site, 0, of_a_metric)
     site, weight = again.run.calibration.sites[0], tiny.gpt2().transformer.h[0].attn.c_proj.weight
     score = again.run.calibration[site][Moments].sd * weight.norm(dim=1)
     assert Ranked("weighted-sd").order(site, 0, again.run.calibration[site]).tolist() == score.argsort().tolist()
+
+
+def test_a_share_of_all_sites_together_takes_the_units_of_least_divergence_anywhere(tmp_path, gpt2):
+    table, choice = gpt2.attributions, Ranked("divergence", under="mean", across="sites")
+    given = [0.25, 0.5, 1.0], [1, 2]
+    again = AblationCallback(["mean"], *given, neurons=choice, sites=["attention", "mlp"])
+    tiny.validate(tmp_path, gpt2.folder / "ablation.ckpt", again)
+    own = table[(table["method"] == "mean") & (table["level"] == "neuron")].sort_values("second", kind="stable")
+    masks = again.sweep.masks(again.sweep.conditions(again.run.calibration.sites)[1], again.run.calibration)
+    taken = {(site.name, neuron) for site, mask in masks.items() for neuron in mask.nonzero().flatten().tolist()}
+    assert taken == set(own[["site", "unit"]][: len(own) // 4].itertuples(index=False, name=None))
+    assert len({float(mask.double().mean()) for mask in masks.values()}) > 1  # more of some sites than of others
+    assert again.results.table["ablated"].tolist() == pytest.approx([0.0, 0.25, 0.5, 1.0])
+    heads = Ranked("divergence", "highest", unit="head", under="mean", across="sites")
+    known = {site: again.run.calibration[site] for site in again.run.calibration.sites if site.heads}
+    selection = heads.selections(list(known), [0.01, 0.125], [1])[0]
+    (most,) = [site.name for site, mask in heads.masks_of(selection, known).items() if mask.any()]
+    own = table[(table["method"] == "mean") & (table["level"] == "head")]
+    assert selection.fraction == 0.125 and own.loc[own["second"].idxmax(), "site"] == most
+    with pytest.raises(ConfigError, match="no mask of a single one"):
+        heads.mask(selection, next(iter(known)), next(iter(known.values())))
+    with pytest.raises(ConfigError, match="the surgeon's order is of one site"):
+        Ranked("surgeon", across="sites")
+
+
+@pytest.mark.parametrize(("methods", "heads", "measured"), [(1, None, 8), (3, None, 0), (3, True, 24), (1, False, 0)])
+def test_all_heads_are_measured_where_that_takes_no_more_than_the_estimates(tmp_path, methods, heads, measured):
+    given = {"val": tiny.loader(seed=2), "methods": ["zero", "mean", "resample-any-position"][:methods], "heads": heads}
+    made = attributed(tmp_path, tiny.Own(tiny.gpt2()), tiny.loader(seed=1), **given)
+    table = made.attributions[made.attributions["level"] == "head"]
+    assert len(made.run.measured) == measured and len(table) == 8 * methods
+    if not measured:
+        return
+    assert (table["picked"] == "all").all() and table["verified"].notna().all()
+    model, batches = tiny.gpt2(), list(tiny.loader(seed=1))
+    clean, *_ = reference.evaluation(model, batches, {})
+    for row in table[table["method"] == "zero"].itertuples():
+        mask = torch.arange(16) // 4 == row.unit
+        loss, *_ = reference.evaluation(model, batches, {row.site: reference.put(mask, torch.zeros(16))})
+        assert row.verified == pytest.approx(loss - clean, abs=2e-6)
+    largest = table[table["method"] == "zero"].nlargest(1, "verified").iloc[0]
+    t = table["verified"] / table["verified_se"] * (table["examples"] - 1) ** 0.5 / table["examples"] ** 0.5
+    p = 2 * stats.t.sf(t.abs(), table["examples"] - 1)
+    own = (table["method"] == "zero").to_numpy()
+    assert table["q"][own].to_numpy() == pytest.approx(stats.false_discovery_control(p[own]))
+    text, figure = lines(made.attributions), plot(made.attributions)
+    shown = (
+        f"{largest['site']} head {largest['unit']}: {largest['verified']:+.4f} ± {largest['verified_se']:.4f}, estim"
+    )
+    assert shown in text and text.index(shown) < text.index("truth")
+    assert "may be worth more" not in text  # nothing was drawn
+    assert "measured (nats)" in [axes.get_ylabel() for axes in figure.axes]
+
+
+def test_what_a_sample_cannot_tell_is_said_and_holds():
+    """Of 300 units 10 random ones are measured: the share of others beyond the largest is rarely above the bound."""
+    generator, site, told = np.random.default_rng(0), Site("p", 300), beyond(10, 290)
+    above = []
+    for _ in range(4000):
+        order = generator.permutation(300)  # the ranks of units, the random ones first
+        above.append((order[10:] > order[:10].max()).mean() > told)
+    assert 0.04 < np.mean(above) < 0.06  # by as many samples, ± 0.01
+    count = round(told * 290)
+    assert comb(299 - count, 10) / comb(300, 10) <= 0.05 < comb(300 - count, 10) / comb(300, 10)
+    found = torch.rand(len(FOUND), 301, generator=torch.Generator().manual_seed(0)).double()
+    plain = table_of({"mean": {site: found}})
+    rows = picked(plain, 10)[["method", "site", "level", "unit", "picked"]]
+    measured = [[*key, float(place), 0.1] for place, key in enumerate(rows.itertuples(index=False, name=None))]
+    table = table_of({"mean": {site: found}}, measured)
+    (said,) = trust(table).to_dict("records")
+    assert said["largest_random"] == 19.0 and said["beyond"] == pytest.approx(1 - 0.05**0.1, abs=0.01)
+    assert "measured: +19.0000; up to 26% of the unmeasured may be worth more (95%)" in lines(table)
 
 
 def synthetic(layers, heads, verified=True):
@@ -350,7 +440,7 @@ def test_second_orders_are_scaled_until_the_measured_units_add_up():
     whole, plain = (true - first)[:60].sum() / second[:60].sum(), table_of({"mean": {site: found}})
     sums, ends = [], []
     for seed in range(200):
-        rows = attributions.picked(plain[plain["level"] == "neuron"], 10, seed)
+        rows = picked(plain[plain["level"] == "neuron"], 10, seed)
         keys = rows[["method", "site", "level", "unit", "picked"]].itertuples(index=False, name=None)
         table = table_of({"mean": {site: found}}, [[*key, true[key[3]], 0.0] for key in keys])
         own = table[table["level"] == "neuron"]
@@ -371,12 +461,16 @@ def test_what_cannot_be_attributed_is_refused(tmp_path):
         tiny.fit(tmp_path, callback=callback)
 
     for under, given in ((None, ()), ("mean", ["zero"])):
-        choice = Ranked("attribution", under=under)
+        choice = Ranked("divergence", under=under)
         with pytest.raises(ConfigError, match="expected it in --ablation.attribution.methods"):
             tiny.fit(
                 tmp_path,
                 callback=AblationCallback(["zero"], [0.5], [1], neurons=choice, attribution=Attribution(given)),
             )
+
+    ranked = {"neurons": Ranked("divergence"), "attribution": Attribution(["mean"], metric="logit_difference")}
+    with pytest.raises(ConfigError, match="the attribution of a metric doesn't estimate"):
+        check_attribution(ranked["attribution"], AblationCallback(["mean"], **ranked).sweep, ["logit_difference"])
 
     class Graphless(tiny.Own):
         def evaluate(self, batch):
@@ -453,7 +547,7 @@ def test_examples_that_are_not_those_of_the_batch_are_told(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*what was learned is worse")  # in a step
 def test_what_is_learned_waits_for_the_ranks_or_is_attributed_itself(tmp_path):
     learned = Optimal(steps=1, examples=2)
-    for number, (attribute, neurons) in enumerate(((["zero"], Ranked("attribution")), ([learned], None))):
+    for number, (attribute, neurons) in enumerate(((["zero"], Ranked("divergence")), ([learned], None))):
         callback = AblationCallback(
             [learned], [0.5], [1], neurons=neurons, attribution=Attribution(attribute, verify=1)
         )

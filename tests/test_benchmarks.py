@@ -9,10 +9,19 @@ TINY = ["--shape", "tiny", "--tokens", "64", "--batch", "2", "--length", "16", "
 SMALL = ["--tokens", "512", "--conditions", "2", "--layers", "1", "--width", "64", "--rounds", "1"]
 
 
+def check(name, options, last):
+    run = python("-m", f"tests.benchmarks.{name}", *options, cwd=ROOT, timeout=None)
+    assert run.returncode == 0, run.stderr
+    assert re.search(rf"(^|\n){last}\n$", run.stdout)
+
+
+def test_a_benchmark_runs_and_ends_with_its_figure():
+    check("sweep", TINY, r"sweep / bare forwards: \d+\.\d+")
+
+
 @pytest.mark.parametrize(
     ("name", "options", "last"),
     [
-        ("sweep", TINY, r"sweep / bare forwards: \d+\.\d+"),
         ("calibration", [*TINY, "--memory"], r"moments / bare forward: \d+\.\d+\nhistogram / bare forward: \d+\.\d+"),
         ("sweep", [*TINY, "--memory"], r"extra memory / batch of logits: -?\d+\.\d+"),
         ("attribution", [*TINY, "--memory"], r"attribution / bare: \d+\.\d+ of 18"),
@@ -22,12 +31,8 @@ SMALL = ["--tokens", "512", "--conditions", "2", "--layers", "1", "--width", "64
         ("startup", ["--rounds", "1"], r"--help beyond the imports: -?\d+\.\d+ s"),
     ],
 )
-def test_benchmark_runs_and_ends_with_its_figure(request, name, options, last):
-    if name != "sweep" or options != TINY:
-        request.getfixturevalue("full")
-    run = python("-m", f"tests.benchmarks.{name}", *options, cwd=ROOT, timeout=None)
-    assert run.returncode == 0, run.stderr
-    assert re.search(rf"(^|\n){last}\n$", run.stdout)
+def test_every_benchmark_does(full, name, options, last):
+    check(name, options, last)
 
 
 def test_coverage_is_simulated_from_a_run(tmp_path):

@@ -131,6 +131,19 @@ def test_the_plan_counts_a_pass_of_the_used_batches_for_each_unit_that_is_verifi
     assert module.passes == forward + 3 + 1
 
 
+def test_the_plan_counts_the_heads_that_are_measured_with_an_attribution(tmp_path, capsys):
+    module, attribution = tiny.Counting(tiny.gpt2()), Attribution(["zero"])
+    callback = AblationCallback(["zero"], [0.5], [1], attribution=attribution)
+    tiny.fit(tmp_path, module, tiny.loader(9, seed=1), tiny.loader(seed=2), callback)
+    first = sum(own.numel() for own in module.target.transformer.h[0].parameters())
+    part = 1 - first / sum(own.numel() for own in module.target.parameters())  # is left, of heads of the second layer
+    expected = round(5 + 5 * (1 + 2 * (1 + 8) + 1 + 4 + 4 * part) + 3 * 2)
+    # 3 find the sites and the axes, and 1 proves that the first layer needn't run again
+    assert module.passes == 5 + 5 * (1 + 1 + 8) + 3 * 2 + 3 + 1
+    assert len(callback.run.measured) == 8
+    assert f"plan: 2 conditions, {expected} forward passes, about " in capsys.readouterr().out
+
+
 def test_a_plan_of_more_than_an_hour_names_the_options_that_shorten_it():
     target, data = tiny.gpt2(), SimpleNamespace(unit="tokens")
     sites = tiny.sites(target)

@@ -91,7 +91,7 @@ def test_what_is_not_declared_or_of_another_form_is_told_in_a_line(tmp_path):
             tiny.fit(tmp_path, module)
 
 
-@pytest.mark.parametrize("name", ["n", "top1", "seed", "part", "kept"])
+@pytest.mark.parametrize("name", ["n", "top1", "seed", "part", "kept", "q", "top1_q"])
 def test_names_of_other_columns_are_refused(tmp_path, name):
     with pytest.raises(DataError, match=f"name '{name}', which results call another column"):
         tiny.fit(tmp_path, Own((name,)))

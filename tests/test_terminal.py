@@ -77,7 +77,7 @@ def test_no_line_is_torn_and_bars_say_what_they_count(columns, tmp_path, request
     left = [line for line in lines if "%|" in line]
     assert [line.split(":")[0] for line in left] == ["Verification, epoch 4/4", "Sweep"]
     assert all(BAR.fullmatch(line) for line in {*left, *(state for state in states if "%|" in state)})
-    assert " 27/27 [" in left[0] and " 6/6 [" in left[1]  # 3 batches of 9 conditions, 2 of 3
+    assert " 15/15 [" in left[0] and " 6/6 [" in left[1]  # 3 batches of 5 conditions, 2 of 3
     assert any(re.fullmatch(r"plan: 3 conditions, .* \(h:mm:ss\)", line) for line in lines)
     assert "`Trainer.fit` stopped: `max_epochs=4` reached." in lines
     said = "\n".join(lines)

@@ -1,11 +1,14 @@
 """Attribution: estimates what every unit is worth, and measures some of them."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import pandas as pd
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_ablate.agreement import picked
 from lightning_ablate.attribution import (
     SUMS,
     Attribution,
@@ -13,7 +16,6 @@ from lightning_ablate.attribution import (
     levels_of,
     orders,
     per_position,
-    picked,
     table_of,
 )
 from lightning_ablate.conditions import BASELINE, Condition
@@ -24,7 +26,7 @@ from lightning_ablate.modules.phase import Phase
 from lightning_ablate.phases.sweep import SweepPhase, read_source
 from lightning_ablate.phases.units import Units
 from lightning_ablate.run import Run
-from lightning_ablate.sites import Site, exact_device, hooked
+from lightning_ablate.sites import Site, exact_device, hooked, left_of
 from lightning_ablate.statistics.base import by_example
 from lightning_ablate.sweep import Sweep
 
@@ -35,12 +37,12 @@ class AttributionPhase(Phase):
     The effect on an example is ``Σ g·δ + ½ mean (Σ g̃·δ)²``, with sums over its positions and the unit's neurons and the
     mean over draws. δ is what ablating the unit adds to the activations, g the gradient of the cross-entropy, g̃ that of
     a random one of :func:`~lightning_ablate.attribution.cotangents`. Large positions are damped, see
-    :func:`~lightning_ablate.attribution.orders`.
+    :func:`~lightning_ablate.attribution.orders`. Heads may be measured on the same batches, see :func:`measured_heads`.
     """
 
     title = "Attribution"
 
-    def __init__(self, module: AblationModule, run: Run, options: Attribution, seed: int) -> None:
+    def __init__(self, module: AblationModule, run: Run, options: Attribution, seed: int, examples: int = 0) -> None:
         super().__init__(module)
         self.options, self.seed, self.sites, methods = options, seed, run.calibration.sites, options.each
         self._run, self._batch = run, Batch()
@@ -49,9 +51,13 @@ class AttributionPhase(Phase):
             method.name: {site: self._nothing(site) for site in self.sites} for method in methods
         }  # (SUMS, units) float64: the neurons, heads and the site, one behind the other
         self._alone = {method.name: {site: self._prepared(method, site) for site in self.sites} for method in methods}
+        heads = measured_heads(options, self.sites, module.target)[0]
+        rows = pd.DataFrame(heads, columns=["site", "level", "unit"]).assign(picked="all")
+        rows = pd.concat([rows.assign(method=method.name) for method in methods])
+        self._heads = UnitsPhase(module, run, options, seed, examples, rows) if heads else None
 
     def step(self, batch: Any, batch_idx: int) -> None:
-        """Adds the estimates of the examples of one batch."""
+        """Adds the estimates of the examples of one batch, and measures heads on them."""
         module, found = self.module, dict[Site, Tensor]()
         examples = module.examples_of(batch, batch_idx)
         used = self.options.used(examples)
@@ -79,7 +85,10 @@ class AttributionPhase(Phase):
         match &= used
         rows = torch.where(match.any(1), match.int().argmax(1), -1)
         with torch.no_grad():
-            self._add(scored, rows, examples.tolist(), found)
+            self._add(scored, rows, len(examples), found)
+        del scored, found
+        if self._heads is not None:
+            self._heads.step(batch, batch_idx)
 
     def end_epoch(self) -> None:
         """Merges the processes and gives the estimates to the calibration; NonFiniteError if they aren't finite."""
@@ -96,9 +105,11 @@ class AttributionPhase(Phase):
                         "(--trainer.precision, --model.dtype)"
                     )
                 self._run.calibration.attributed.setdefault(method, {})[site] = attributed
+        if self._heads is not None:
+            self._heads.end_epoch()
 
-    def _add(self, scored: Any, rows: Tensor, examples: list[int], found: dict[Site, Tensor]) -> None:
-        n = torch.bincount(rows[rows >= 0].to(self.n.device), minlength=len(examples)).double()
+    def _add(self, scored: Any, rows: Tensor, examples: int, found: dict[Site, Tensor]) -> None:
+        n = torch.bincount(rows[rows >= 0].to(self.n.device), minlength=examples).double()
         self.n += torch.stack([n.sum(), n.square().sum()])
         inputs, draws, metric = [found[site] for site in self.sites], self.options.draws, self.options.metric
         if metric is not None:
@@ -108,9 +119,9 @@ class AttributionPhase(Phase):
         else:
             gradients = [
                 torch.autograd.grad(scored.logits, inputs, cotangent, retain_graph=number < draws)
-                for number, cotangent in enumerate(cotangents(scored, rows, examples, draws))
+                for number, cotangent in enumerate(cotangents(scored, rows, draws))
             ]
-        one = torch.ones(len(examples), 1, dtype=torch.bool, device=n.device)
+        one = torch.ones(examples, 1, dtype=torch.bool, device=n.device)
         for place, site in enumerate(self.sites):
             own = torch.stack([by_example(gradient[place].float(), one)[0] for gradient in gradients])
             given = found[site].detach()
@@ -135,26 +146,22 @@ class AttributionPhase(Phase):
         return torch.zeros(len(SUMS), units, dtype=torch.float64, device=exact_device(self.module.device))
 
 
-class VerificationPhase(SweepPhase):
-    """Measures units on the same examples: those with the largest estimates, and as many random ones, each alone."""
+class UnitsPhase(SweepPhase):
+    """Measures single units on the examples that are attributed: it ablates each alone.
 
-    title = "Verification"
+    ``rows`` has their method, site, level, unit, and how they were picked; the run's table gets the measured effects.
+    """
 
-    def __init__(self, module: AblationModule, run: Run, options: Attribution, seed: int, examples: int) -> None:
-        self.rows = picked(table_of(run.calibration.attributed), options.verify)
+    def __init__(
+        self, module: AblationModule, run: Run, options: Attribution, seed: int, examples: int, rows: pd.DataFrame
+    ) -> None:
+        self.rows, self.options = rows, options
         seeds = {method.name: seed if method.seeded else None for method in options.each}
-        names = [f"{unit.site} {unit.level} {unit.unit}" for unit in self.rows.itertuples()]
-        pairs = zip(self.rows["method"], names, strict=True)
+        names = [f"{unit.site} {unit.level} {unit.unit}" for unit in rows.itertuples()]
+        pairs = zip(rows["method"], names, strict=True)
         alone = [Condition(1.0, seeds[method], name, method=method) for method, name in pairs]
-        self.options = options
-        sweep = Sweep(options.each, (1.0,), (seed,), Units(names))
-        super().__init__(module, run, sweep, [examples], [BASELINE, *alone])
-
-    def step(self, batch: Any, batch_idx: int) -> None:
-        """Evaluates every condition on one batch, if it has examples that were attributed."""
-        examples = self.module.examples_of(batch, batch_idx)
-        if not _passed_over(self.module, self.options, self.options.used(examples)):
-            super().step(batch, batch_idx)
+        sweep = Sweep(options.each, (1.0,), (seed,), Units(list(dict.fromkeys(names))))
+        super().__init__(module, run, sweep, [options.examples or examples], [BASELINE, *alone])
 
     def end_epoch(self) -> None:
         """Merges the processes; the run's table gets the measured effects."""
@@ -163,14 +170,40 @@ class VerificationPhase(SweepPhase):
         sums = self.metrics.sums[:, place, : self.options.examples] * (-1 if self.options.metric else 1)
         n, (base, *others) = self.metrics.n[: self.options.examples].double(), sums
         keys = self.rows[["method", "site", "level", "unit", "picked"]].itertuples(index=False, name=None)
-        self.run.measured = []
         for key, own in zip(keys, others, strict=True):
             effect = (own - base).sum() / n.sum()
             spread = (own - base - effect * n).square().sum().sqrt() / n.sum()
-            self.run.measured.append([*key, effect.item(), spread.item() if len(n) > 1 else float("nan")])
+            self.run.measured.append([*key, effect.item(), spread.item() if int((n > 0).sum()) > 1 else float("nan")])
 
     def _check_examples(self, example: Tensor) -> None:
         """Calibration data may number their examples as they like."""
+
+
+class VerificationPhase(UnitsPhase):
+    """Measures the units with the largest estimates, and as many random ones; see ``verify``."""
+
+    title = "Verification"
+
+    def __init__(self, module: AblationModule, run: Run, options: Attribution, seed: int, examples: int) -> None:
+        rows = picked(table_of(run.calibration.attributed, run.measured), options.verify)
+        super().__init__(module, run, options, seed, examples, rows)
+
+    def step(self, batch: Any, batch_idx: int) -> None:
+        """Evaluates every condition on one batch, if it has examples that were attributed."""
+        examples = self.module.examples_of(batch, batch_idx)
+        if not _passed_over(self.module, self.options, self.options.used(examples)):
+            super().step(batch, batch_idx)
+
+
+def measured_heads(
+    options: Attribution, sites: Sequence[Site], target: nn.Module
+) -> tuple[list[tuple[str, str, int]], float]:
+    """The site, level and number of each head that is measured, and how many forward passes of a batch they take."""
+    heads = [(site.name, "head", head) for site in sites for head in range(site.heads or 0)]
+    alone = sum((site.heads or 0) * left for site, left in zip(sites, left_of(target, sites), strict=True))
+    passes = 1 + options.sources + len(options.each) * alone  # beside the intact pass and what methods read
+    measured = passes <= options.passes if options.heads is None else options.heads
+    return (heads, passes) if heads and measured else ([], 0.0)
 
 
 def _passed_over(module: AblationModule, options: Attribution, used: Tensor) -> bool:

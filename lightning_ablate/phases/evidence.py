@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lightning_ablate.attribution import Attribution, table_of
+from lightning_ablate.attribution import Attribution, table_of, worth
 from lightning_ablate.errors import AblationError, ConfigError, DataError, NonFiniteError
 from lightning_ablate.metrics import Clean, Scored, checked, scores
 from lightning_ablate.modules import AblationModule
@@ -105,8 +105,7 @@ class ExplainedSweep(SweepPhase):
             return list(units)
         if self.attribution.methods:
             table = table_of(self.run.calibration.attributed, self.run.measured)
-            known = table["verified"].fillna(table["estimate"]) if "verified" in table else table["estimate"]
-            table = table.assign(cost=known)[table["level"] != "site"]
+            table = table.assign(cost=worth(table))[table["level"] != "site"]
             means = table.groupby(["level", "site", "unit"], sort=False)["cost"].mean().reset_index()
             largest = means.sort_values("cost", ascending=False, kind="stable").groupby("level").head(units)
             return [f"{one.site} {one.level} {one.unit}" for one in largest.itertuples()]

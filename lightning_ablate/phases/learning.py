@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from lightning_ablate.conditions import Selection
 from lightning_ablate.errors import ConfigError, NonFiniteError
 from lightning_ablate.methods import Ablation, Edit, LearnedMethod
 from lightning_ablate.modules import AblationModule
@@ -128,8 +127,9 @@ class LearningPhase(MethodPhase):
         """
         sites, examples = self._calibration.sites, self.module.examples_of(batch, batch_idx).tolist()
         drawn = [self.sweep.neurons.draw(sites, seed_of("learning", when, index)) for index in examples]
+        masks = [self.sweep.masks(selection, self._calibration) for selection in drawn]
         values = {site: self.value((self.method.name, site), moved) for site in sites}
-        with hooked(self.module.target, {s: partial(self._ablate, s, values[s], drawn) for s in sites}, once=True):
+        with hooked(self.module.target, {s: partial(self._ablate, s, values[s], masks) for s in sites}, once=True):
             scored = self.module.evaluate(batch)
         yield summed(functional.cross_entropy(scored.logits.float(), scored.targets, reduction="none"), scored.example)
 
@@ -222,9 +222,9 @@ class LearningPhase(MethodPhase):
             )
         self.module.log_at(self.taken, **{f"learning/{self.method.name}": mean})
 
-    def _ablate(self, site: Site, values: Tensor, drawn: list[Selection], activations: Tensor) -> Tensor:
+    def _ablate(self, site: Site, values: Tensor, masks: list[dict[Site, Tensor]], activations: Tensor) -> Tensor:
         statistics = self._calibration.with_learned(site, {self.method.name: values})
-        mask = torch.stack([self.sweep.neurons.mask(one, site, statistics) for one in drawn]).to(activations.device)
+        mask = torch.stack([one[site] for one in masks]).to(activations.device)
         rows, _ = by_example(activations, torch.ones(len(mask), 1, dtype=torch.bool))
         mask = mask.unsqueeze(1)
         return Edit(mask, self.method.prepare(Ablation(site, mask, statistics, None)))(rows).reshape(activations.shape)

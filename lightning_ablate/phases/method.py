@@ -19,6 +19,7 @@ class Epoch(NamedTuple):
     per_condition: float = 0.0
     note: str = ""  # what the plan must say of it
     per_unit: float = 0.0  # what each unit costs that a verification measures
+    per_pass: float = 0.0  # what each pass costs that measures heads
 
 
 class MethodPhase(Phase):

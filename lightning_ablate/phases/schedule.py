@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from math import ceil
+from typing import Any
 
 from lightning_ablate.attribution import Attribution, levels_of
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.modules.phase import Amount
-from lightning_ablate.phases.attribution import AttributionPhase, VerificationPhase
+from lightning_ablate.phases.attribution import AttributionPhase, VerificationPhase, measured_heads
 from lightning_ablate.phases.calibration import CalibrationPhase
 from lightning_ablate.phases.method import Epoch, phase_of
 from lightning_ablate.phases.units import parsed
@@ -60,6 +61,11 @@ def check_attribution(options: Attribution, sweep: Sweep, metrics: Sequence[str]
             )
     if (under := sweep.neurons.attribution) is None:
         return
+    if options.metric is not None:
+        raise ConfigError(
+            "neurons are ranked by divergence, which the attribution of a metric doesn't estimate; leave out "
+            "--ablation.attribution.metric"
+        )
     if set(names) & prepared:
         raise ConfigError("neurons are ranked by an attribution, which waits for what is learned of such neurons")
     if (under or next(iter(names), None)) not in names:
@@ -72,21 +78,18 @@ def check_attribution(options: Attribution, sweep: Sweep, metrics: Sequence[str]
 def _attributing(options: Attribution, seed: int, amount: Amount) -> list[Epoch]:
     used = amount.batches if options.examples is None else ceil(options.examples / amount.batch_size)
     share = min(1.0, used / max(1, amount.batches))  # of the batches, the others are passed over
-    sources = len({method.source for method in options.each} - {None})
-    attribute = partial(AttributionPhase, options=options, seed=seed)
-    backward = 2.0 * (1 + options.draws if options.metric is None else 1)
-    found = [Epoch(0, attribute, share * (1 + sources + backward))]
+    given: dict[str, Any] = {"options": options, "seed": seed, "examples": amount.examples}
+    found = [Epoch(0, partial(AttributionPhase, **given), share * options.passes, per_pass=share)]
     if options.verify:
-        verify = partial(VerificationPhase, options=options, seed=seed, examples=amount.examples)
-        found.append(Epoch(0, verify, share * (1 + sources), per_unit=share))
+        found.append(Epoch(0, partial(VerificationPhase, **given), share * (1 + options.sources), per_unit=share))
     return found
 
 
-def _verified(options: Attribution, sites: Sequence[Site]) -> int:
-    """How many units are measured, each under its method."""
+def _verified(options: Attribution, sites: Sequence[Site], levels: Sequence[str]) -> int:
+    """How many units of these levels are measured, each under its method."""
     units = Counter[tuple[str, str]]()
     for site in sites:
-        units += {(site.kind, level): site.width // size for level, size in levels_of(site).items() if level != "site"}
+        units += {(site.kind, level): site.width // size for level, size in levels_of(site).items() if level in levels}
     return len(options.each) * sum(min(2 * options.verify, count) for count in units.values())
 
 
@@ -115,11 +118,14 @@ def plan(
         explained: how many units evidence ablates, each under each method.
     """
     sites, seconds = phase.calibration.sites, phase.seconds
-    conditions, units = sweep.conditions(sites), _verified(attribution, sites)
+    conditions = sweep.conditions(sites)
+    heads, measuring = measured_heads(attribution, sites, phase.module.target)
+    units = _verified(attribution, sites, ["neuron"] if heads else ["neuron", "head"])
     sources = {method.name: method.source for method in sweep.methods}
     resampled = {(sources[c.method], c.seed) for c in conditions[1:] if sources[c.method] is not None}
     counts = Counter(condition.method for condition in conditions)
-    calibrating = sum(one.cost + one.per_condition * counts[one.method] + one.per_unit * units for one in epochs)
+    calibrating = sum(one.cost + one.per_condition * counts[one.method] for one in epochs)
+    calibrating += sum(one.per_unit * units + one.per_pass * measuring for one in epochs)
     left, begins = left_of(phase.module.target, sites), _begins_of(sites)
     sweeping = sum(left[begins.get(parsed(condition.part)[0], 0)] for condition in conditions)
     passes = batches[0] * calibrating + batches[1] * (sweeping + len(resampled))

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -87,6 +88,12 @@ class SweepPhase(Phase):
             if (size := sum(edit.nbytes for edit in edits.values())) <= room:
                 room -= size
                 self._edits[condition] = edits
+        if again := len(self.conditions) - len(self._edits):
+            rank_zero_warn(
+                f"what takes the neurons' place in {again:,} of {len(self.conditions):,} conditions doesn't fit into "
+                "memory beside the others, so it is computed again for every batch; larger batches (--data.batch_size) "
+                "need it less often"
+            )
         self._prefix = Prefix(module.target, calibration.sites, max(self._begins), _left(room, module))
         self._intact: Scored | None = None  # the intact pass, until layers are proven by it
         self._order = [0, *sorted(range(1, len(self.conditions)), key=lambda index: -self._begins[index])]
@@ -140,8 +147,8 @@ class SweepPhase(Phase):
     def end_epoch(self) -> None:
         """Merges the processes; DataError if nothing was scored, or one example by several of them."""
         for metrics in self.each:
-            known = metrics.by_example
-            if known is not None and bool((self.module.summed((known[0] > 0).double()) > 1).any()):
+            known = (metrics.n[:-1] > 0).double()  # of each process, which must all ask
+            if len(known) and bool((self.module.summed(known) > 1).any()):
                 raise DataError("several processes evaluated one example; use a lightning_ablate.AblationDataModule")
             metrics.sync()
             if not int(metrics.n.sum()):

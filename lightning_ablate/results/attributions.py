@@ -10,7 +10,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_ablate.attribution import FOUND_AT, GROUP, trust
+from lightning_ablate.agreement import GROUP, trust
+from lightning_ablate.attribution import FOUND_AT, worth
 from lightning_ablate.files import write_whole
 from lightning_ablate.results import figures
 from lightning_ablate.results.text import CHANCE, short
@@ -23,27 +24,40 @@ _COLOR = {"neuron": "0.6", "head": "black"}  # other colours are of methods
 
 def lines(table: pd.DataFrame) -> str:
     """The largest estimates of each method, how many are within the noise, and how well they agree with the truth."""
-    sites = _sites(table)
+    sites, agreement = _sites(table), trust(table) if "verified" in table else pd.DataFrame(columns=GROUP)
+    agreement, of = agreement.set_index(GROUP), table.attrs.get("of", "nats")
     found = [
-        f"what units are worth alone, {table.attrs.get('of', 'nats')} per scored position: estimate ± standard error"
+        f"what units are worth alone, {of} per scored position: the effect where it was measured, or else an estimate, "
+        "± its standard error over examples"
     ]
-    for (method, level, kind), own in table[table["level"] != "site"].groupby(GROUP, sort=False):
+    for group, own in table[table["level"] != "site"].groupby(GROUP, sort=False):
+        method, level, kind = group
         count = int((own["q"] <= FOUND_AT).sum())
         found.append(f"{method}, {len(own):,} {level}s ({kind}), {count:,} of them found to differ from 0 ({CHANCE})")
-        for _, row in own.nlargest(_SHOWN, "estimate").iterrows():
-            digits = 4 if not 0 < row["se"] < 0.001 else 1 - math.floor(math.log10(row["se"]))  # two of the error's
-            measured = "" if pd.isna(row.get("verified")) else f", verified {row['verified']:+.{digits}f}"
+        for _, row in own.loc[worth(own).nlargest(_SHOWN).index].iterrows():
             unit = sites[row["site"]].neuron(row["unit"]) if level == "neuron" else f"{level} {row['unit']}"
-            found.append(f"  {row['site']} {unit}: {row['estimate']:+.{digits}f} ± {row['se']:.{digits}f}{measured}")
-    agreement = trust(table) if "verified" in table else pd.DataFrame()
+            estimate, measured = _shown(row["estimate"], row["se"]), pd.notna(row.get("verified"))
+            known = f"{_shown(row['verified'], row['verified_se'])}, estimated {estimate}" if measured else estimate
+            found.append(f"  {row['site']} {unit}: {known}")
+        if group in agreement.index and not np.isnan(agreement.loc[group, "beyond"]):
+            least, share = agreement.loc[group, ["largest_random", "beyond"]]
+            found.append(
+                f"  the largest of the random ones measured: {least:+.4f}; up to {share:.0%} of the unmeasured may be "
+                "worth more (95%)"
+            )
     if len(agreement):
-        shown = agreement.set_index(GROUP)
-        cells = {"units": shown["units"]}
+        cells = {"units": agreement["units"]}
         for name in ("pearson", "spearman", "slope", "scale"):
-            ends = zip(shown[name], shown[f"{name}_low"], shown[f"{name}_high"], strict=True)
+            ends = zip(*(agreement[f"{name}{end}"] for end in ("", "_low", "_high")), strict=True)
             cells[name] = ["-" if np.isnan(one) else f"{one:.2f} [{low:.2f}, {high:.2f}]" for one, low, high in ends]
         found += ["", "estimates against the truth", pd.DataFrame(cells).to_string()]
     return "\n".join(found)
+
+
+def _shown(value: float, error: float) -> str:
+    """A value ± its standard error, with two digits of the error, which is left out where it isn't known."""
+    digits = 4 if not 0 < error < 0.001 else 1 - math.floor(math.log10(error))
+    return f"{value:+.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
 
 
 def _sites(table: pd.DataFrame) -> dict[str, Site]:
@@ -83,7 +97,9 @@ def plot(table: pd.DataFrame, title: str = "") -> Figure:
     heads, verified, names = bool(sites), "verified" in table, short(sites)
     methods, tall = table["method"].unique().tolist(), max(2.6, min(9.0, 0.8 + 0.16 * len(sites)))
     figure, panels = figures.grid((heads + verified) * len(methods), 2, (3.5, tall), (0, 0.6))
-    own = table[table["level"] == "head"].rename(columns={"unit": "head", "estimate": "value"})
+    own = table[table["level"] == "head"].rename(columns={"unit": "head"})
+    measured = "verified" in own and bool(own["verified"].notna().all())
+    own, how = own.assign(value=own["verified" if measured else "estimate"]), "measured" if measured else "estimate"
     (largest, beyond), of = figures.color_range(own["value"].astype(float)), table.attrs.get("of", "nats")
     for axes, method in zip(panels[:: heads + verified], methods if heads else (), strict=heads):
         found = own[own["method"] == method]
@@ -93,7 +109,7 @@ def plot(table: pd.DataFrame, title: str = "") -> Figure:
         axes.set_ylabel(figures.kind_of(names), fontsize=9)
         scale = figure.colorbar(image, ax=axes, extend="both" if beyond else "neither")
         scale.ax.tick_params(labelsize=8)
-        scale.set_label(f"estimate ({of})", fontsize=9)
+        scale.set_label(f"{how} ({of})", fontsize=9)
         axes.set_title(f"{method}: heads", fontsize=9)
     for axes, method in zip(panels[heads :: heads + verified], methods if verified else (), strict=verified):
         _agreement(axes, table[table["method"] == method].dropna(subset="verified"))
@@ -106,7 +122,7 @@ def plot(table: pd.DataFrame, title: str = "") -> Figure:
 def _agreement(axes: Axes, verified: pd.DataFrame) -> None:
     """Draws estimates against what was verified, ± 2 standard errors, and the line where both are equal."""
     for (level, picked), own in verified.groupby(["level", "picked"], sort=False):
-        face = _COLOR[level] if picked == "largest" else "none"
+        face = _COLOR[level] if picked != "random" else "none"
         style: dict[str, Any] = {"color": _COLOR[level], "mfc": face, "ms": 3.5, "mew": 0.8, "elinewidth": 0.5}
         errors = {"xerr": 2 * own["se"], "yerr": 2 * own["verified_se"]}
         axes.errorbar(own["estimate"], own["verified"], fmt="o", label=f"{level}s, {picked}", **errors, **style)

@@ -47,7 +47,9 @@ class Rig:
             torch.autograd.grad(loss, [found[site] for site in sites])
 
     def attribution(self):
-        phase = AttributionPhase(self.module, self.run, Attribution((Zero(), Mean()), DRAWS), seed=0)
+        phase = AttributionPhase(
+            self.module, self.run, Attribution((Zero(), Mean()), DRAWS, heads=False), seed=0, examples=0
+        )
         for place, batch in enumerate(self.batches):
             phase.step(batch, place)
 
