@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import wraps
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ TABLE = {"model": "str", "data": "str", "method": "str", "fraction": "float64", 
 TABLE |= {"part": "str", "head": "Int64", "n": "int64"} | _SCORES
 # Rows of the table, (seeds, conditions) int64, and weights (conditions,) float64: a weighted sum of scores per seed.
 Contrast = tuple[np.ndarray, np.ndarray]
+Curve = Mapping[float, Mapping[int | None, int]]  # ablated share → seed → row
 _Made = Callable[..., pd.DataFrame]
 
 
@@ -63,18 +65,34 @@ def cells(table: pd.DataFrame) -> dict[str, dict[Cell, dict[int | None, int]]]:
     return found
 
 
-def area(curve: Mapping[float, Mapping[int | None, int]], to: float) -> Contrast:
+def area(curve: Curve, to: float) -> Contrast:
     """The mean height of a method's curve above the baseline, for ablated shares from 0 to ``to``.
 
     ``curve`` maps an ablated share to seed → row; the baseline is row 0. The mean is by the trapezoid rule.
     """
-    seeds = max(curve.values(), key=len)
     points: dict[float, Mapping[int | None, int]] = {0.0: {None: 0}, **curve}
     grid = sorted({share for share in points if share < to} | {to})
     weights = [np.trapezoid(np.interp(grid, list(points), hat), grid) / to for hat in np.eye(len(points))]
-    rows = [[0, *(at.get(seed, next(iter(at.values()))) for at in points.values())] for seed in seeds]
+    rows = [[0, *(at.get(seed, next(iter(at.values()))) for at in points.values())] for seed in _seeds(curve)]
     used = np.array([True, *(weight > 0 for weight in weights)])
     return np.array(rows)[:, used], np.array([-1.0, *weights])[used]
+
+
+def _seeds(curve: Curve) -> list[int | None]:
+    return max(map(list, curve.values()), key=len)
+
+
+def difference(curve: Curve, other: Curve, to: float) -> Contrast | None:
+    """The :func:`area` of one curve minus that of another, paired by seed; None if they have no seed in common.
+
+    A curve without seeds is paired with each of the other's.
+    """
+    (rows, weights), (others, less) = area(curve, to), area(other, to)
+    places, other_places = ({seed: n for n, seed in enumerate(_seeds(one))} for one in (curve, other))
+    pairs = [(rows[place], others[other_places[seed]]) for seed, place in places.items() if seed in other_places]
+    if None in places or None in other_places:
+        pairs = pairs or list(product(rows, others))
+    return (np.array([np.concatenate(pair) for pair in pairs]), np.concatenate([weights, -less])) if pairs else None
 
 
 def by_data(make: _Made) -> _Made:

@@ -18,7 +18,8 @@ from lightning_ablate.results.frames import BASELINE
 from lightning_ablate.results.table import Scores
 
 _KEYS, _CELL = ["method", "site", "level", "index"], ["value", "low", "high"]
-_EVIDENCE, _OWN = "in the evidence", "change of "  # how a worth is known, beside measured, estimated and verified
+# how a worth is known, beside measured, estimated and verified
+_EVIDENCE, _OWN, _ALL = "in the evidence", "change of ", "measured with attribution"
 _MARKS = ("mean", "peak", "median", "sd")  # of a neuron's activations
 _PIXELS = 96  # of a picture's longer side
 _Json = dict[str, Any]
@@ -28,8 +29,9 @@ def worth(scores: Scores, attribution: pd.DataFrame | None, evidence: Evidence |
     """What units are worth alone: one row per ``unit``, ``method`` and ``how`` it is known.
 
     Columns: method, site, level (neuron, head or part), index, how (``measured`` in the sweep, ``estimated`` and
-    ``verified`` by attribution, with the metric if it isn't the cross-entropy, ``in the evidence`` over its positions,
-    ``change of METRIC``), value, low and high (the ends of its 95% interval), unit (its name).
+    ``verified`` by attribution, with the metric if it isn't the cross-entropy, or ``measured with attribution`` where
+    it measured all heads, ``in the evidence`` over its positions, ``change of METRIC``), value, low and high (the ends
+    of its 95% interval), unit (its name).
     """
     found = [pd.DataFrame(columns=[*_KEYS, "how", *_CELL]).astype(dict.fromkeys(_CELL, float))]
     if scores.parts:
@@ -41,7 +43,8 @@ def worth(scores: Scores, attribution: pd.DataFrame | None, evidence: Evidence |
     for how, name, error in (("estimated", "estimate", "se"), ("verified", "verified", "verified_se")):
         if attribution is not None and name in attribution:
             own = attribution.dropna(subset=name).rename(columns={"unit": "index"}).replace({"level": {"site": "part"}})
-            said = how if of == "nats" else f"{how}, {of}"
+            every = name == "verified" and own["picked"] == "all"
+            said = np.where(every, _ALL, how) + ("" if of == "nats" else f", {of}")
             found.append(_known(own, said, own[[name]].to_numpy() + np.outer(own[error], [0, -1.96, 1.96])))
     if evidence is not None:
         found.append(_mean_changes(evidence, scores))
@@ -81,7 +84,7 @@ def table(columns: Mapping[str, Sequence[Any]]) -> _Json:
     return {"columns": list(columns), "rows": list(map(list, zip(*columns.values(), strict=True)))}
 
 
-def _known(frame: pd.DataFrame, how: str, values: Any) -> pd.DataFrame:
+def _known(frame: pd.DataFrame, how: Any, values: Any) -> pd.DataFrame:
     return frame[_KEYS].assign(how=how, **dict(zip(_CELL, np.asarray(values, dtype=np.float64).T, strict=True)))
 
 

@@ -27,9 +27,10 @@ def styles(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
         start, taken = seed_of("style", base), {place % count for place in places.values()}
         places.setdefault(base, next((n for n in range(start, start + count) if n % count not in taken), start))
     runs = [places[base] + bases[:number].count(base) for number, base in enumerate(bases)]
+    markers = {base: (place + place // count) % count for base, place in places.items()}  # others where colours repeat
     return {
         method: {
-            **{"color": _COLORS[places[base] % count], "marker": _MARKERS[places[base] % count]},
+            **{"color": _COLORS[places[base] % count], "marker": _MARKERS[markers[base]]},
             **{"linestyle": _DASHES[run % len(_DASHES)], "markersize": 3.5, "linewidth": 1.2},
         }
         for method, base, run in zip(methods, bases, runs, strict=True)

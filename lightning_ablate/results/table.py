@@ -167,10 +167,10 @@ class Scores:
         """The difference of two methods' scores, ``method`` minus ``other``, with the same units ablated.
 
         One row per pair and share that both methods ablated; columns as in :meth:`summary`. Conditions are paired by
-        seed. A condition without a seed is paired with each of the other method's conditions. If there are parts and
-        ``other`` is ``none``, also ``q`` of the cross-entropy, and ``m_q`` of other metrics m: among the parts of one
-        method and kind whose q is as small, this share is expected to be chance
-        (:func:`~lightning_ablate.attribution.q_values`, of :func:`~lightning_ablate.results.bootstrap.p_values`).
+        seed. A condition without a seed is paired with each of the other method's conditions. Also ``q`` of the
+        cross-entropy, and ``m_q`` of other metrics m: among the rows whose q is as small (with parts, those of one
+        method and kind), this share is expected to be chance (:func:`~lightning_ablate.attribution.q_values`, of
+        :func:`~lightning_ablate.results.bootstrap.p_values`).
 
         Args:
             method: None for every method.
@@ -180,8 +180,8 @@ class Scores:
             ConfigError: if there is no such method.
         """
         for name, known in ((method, self.methods), (other, [*self.methods, BASELINE])):
-            if name is not None and name not in known:
-                raise ConfigError(f"there is no method {name!r} here; those there are: {', '.join(known)}")
+            if name is not None:
+                _check_method(name, known)
         firsts, seconds = ([name] if name else self.methods for name in (method, other))
         pairs = [(one, two) for one, two in product(firsts, seconds) if one != two or method == other]
         if method is None and other is None:
@@ -197,26 +197,37 @@ class Scores:
                 if rows:
                     keys.append((one, two, *cell))
                     contrasts.append((np.array(rows), np.array([1.0, -1.0])))
-        tested = bool(self.parts) and other == BASELINE
-        return self._frame(["method", "other", *Cell._fields], keys, contrasts, [*_COMPARED, *self.own], tested)
+        return self._frame(["method", "other", *Cell._fields], keys, contrasts, [*_COMPARED, *self.own], tested=True)
 
     @by_data
-    def ranking(self) -> pd.DataFrame:
+    def ranking(self, other: str = BASELINE) -> pd.DataFrame:
         """One row per method, the least damage first: its scores minus the baseline's, averaged over ablated shares.
 
         The average is the area between both curves, by the trapezoid rule, from 0 to ``to``: the largest share that
         all methods reach. cross_entropy is what was added, top1 what was lost (below 0); columns are as in
-        :meth:`summary`. If there are parts: one row per method and part, the most damage first.
+        :meth:`summary`, with ``q`` as in :meth:`compare`. If there are parts: one row per method and part, the most
+        damage first.
+
+        Args:
+            other: a method whose scores are subtracted, paired by seed, in place of the baseline's; ConfigError if
+                there is none.
         """
         if self.parts:
-            damage = self.compare(other=BASELINE)
+            damage = self.compare(other=other)
             return damage.sort_values("cross_entropy", ascending=False, kind="stable", ignore_index=True)
         curves = {m: {cell.ablated: rows for cell, rows in self._cells[m].items()} for m in self.methods}
         curves = {method: curve for method, curve in curves.items() if max(curve) > 0}
         to = min(map(max, curves.values()), default=1.0)
-        keys = [(method, to) for method in curves]
-        contrasts = [frames.area(curve, to) for curve in curves.values()]
-        ranked = self._frame(["method", "to"], keys, contrasts, [*_COMPARED[::-1], *self.own])
+        if other == BASELINE:
+            areas = {method: frames.area(curve, to) for method, curve in curves.items()}
+        else:
+            _check_method(other, list(curves))
+            minus = curves.pop(other)
+            pairs = {method: frames.difference(curve, minus, to) for method, curve in curves.items()}
+            areas = {method: area for method, area in pairs.items() if area is not None}
+        keys = [(method, to) for method in areas]
+        metrics = [*_COMPARED[::-1], *self.own]
+        ranked = self._frame(["method", "to"], keys, list(areas.values()), metrics, tested=True)
         return ranked.sort_values("cross_entropy", kind="stable", ignore_index=True)
 
     def _frame(
@@ -250,8 +261,15 @@ class Scores:
             frame[f"{metric}_low"], frame[f"{metric}_high"] = ends
             frame[f"{metric}_sd"] = np.array([v.std(ddof=1) if len(v) > 1 else np.nan for v in by_seed])
         if tested:
-            kinds = {site["name"]: site["kind"] for site in self.facts.get("sites", ())}
-            groups = [frame["method"], frame["part"].map(lambda part: kinds.get(part, ""))]
+            groups = [pd.Series(0, frame.index)]  # all rows together
+            if self.parts:
+                kinds = {site["name"]: site["kind"] for site in self.facts.get("sites", ())}
+                groups = [frame["method"], frame["part"].map(lambda part: kinds.get(part, ""))]
             for metric, values in zip(metrics, p, strict=True):
                 frame[q_name(metric)] = q_values(pd.Series(values, frame.index), groups)
         return frame
+
+
+def _check_method(name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        raise ConfigError(f"there is no method {name!r} here; those there are: {', '.join(known)}")

@@ -50,6 +50,7 @@ def test_a_method_looks_the_same_in_every_figure_and_in_joined_runs():
     assert [joined["mean (B)"][key] for key in look] == [alone["mean"][key] for key in look]
     assert joined["mean (A)"]["linestyle"] != joined["mean (B)"]["linestyle"]
     assert len({tuple(style.values()) for style in styles(shipped()).values()}) == len(shipped())
+    assert len({(style["color"], style["marker"]) for style in styles(shipped()).values()}) == len(shipped())
     own = styles(["zero", "my-own", "another", "a-third"])
     assert len({style["color"] for style in own.values()}) == 4
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from lightning_ablate.results import Results, page
+from lightning_ablate.results import Results, page, panels
 from lightning_ablate.results.__main__ import main
 from lightning_ablate.results.evidence import Evidence
 from tests.results.conftest import HEADS
@@ -46,6 +46,7 @@ def neurons():
 def attribution():
     keys = [("head", site, head) for site, head in HEADS] + [("neuron", "h.1.attn.proj", n) for n in range(6)]
     table = pd.DataFrame(keys, columns=["level", "site", "unit"]).assign(method="zero", se=0.01, verified_se=0.02)
+    table["picked"] = ["largest", *[np.nan] * (len(table) - 1)]
     return table.assign(estimate=np.linspace(-0.2, 1, len(table)), verified=[0.5, *[np.nan] * (len(table) - 1)])
 
 
@@ -106,6 +107,20 @@ def test_a_click_opens_a_unit_and_its_methods_switch(made, opened, tmp_path):
     assert "no attention head" in tab.locator("#attention").inner_text()
     legend = tab.locator("#distribution .legendtext").all_text_contents()
     assert legend == ["positions", "zero 0", "mean 0.5", "peak 0.25"]
+
+
+def test_heads_that_are_all_measured_have_a_map_of_their_own(made):
+    table, scores = attribution(), made(places=HEADS)
+    heads = table["level"] == "head"
+    table.loc[heads, ["verified", "picked"]] = [0.25, "all"]
+    worths = panels.worth(scores, table, None)
+    own = worths[(worths["method"] == "zero") & (worths["how"] == "measured with attribution")]
+    assert len(own) == heads.sum() and own[["value", "low", "high"]].iloc[0].tolist() == pytest.approx(
+        [0.25, 0.25 - 1.96 * 0.02, 0.25 + 1.96 * 0.02]
+    )
+    maps = panels.content(worths, None, None, {}, 1, 10)["maps"]
+    assert "zero, measured with attribution" in maps and not any("verified" in name for name in maps)
+    assert set(panels.worth(scores, attribution(), None)["how"]) == {"measured", "estimated", "verified"}
 
 
 def test_tables_sort_and_methods_are_switched_off_by_keyboard(made, opened, tmp_path):

@@ -212,6 +212,43 @@ def test_ranking_is_the_area_above_the_baseline_as_far_as_all_methods_go():
     assert ranking["cross_entropy"].tolist() == pytest.approx([0.25 * 0.5 / 0.5, 0.5])
 
 
+def test_ranking_against_another_method_is_the_paired_difference_of_areas(made):
+    results = made(("zero", "mean", "peak"), [0.25, 0.5, 1.0], [1, 2])
+    ranking = results.ranking().set_index("method")
+    against = results.ranking("mean").set_index("method")
+    assert set(against.index) == {"zero", "peak"}
+    for method, row in against.iterrows():
+        gap = ranking.loc[method, "cross_entropy"] - ranking.loc["mean", "cross_entropy"]
+        assert row["cross_entropy"] == pytest.approx(gap) and row["cross_entropy_low"] < gap < row["cross_entropy_high"]
+        assert 0 <= row["q"] <= 1 and 0 <= row["top1_q"] <= 1
+    sums, n = zip(*(per_example(results, row) for row in range(len(results.table))), strict=True)
+    rows = results.table.reset_index(drop=True)
+    points = [(0.0, 0.0)]
+    for share in (0.25, 0.5, 1.0):
+        own = [
+            np.mean([sums[i] for i in rows.index[(rows["fraction"] == share) & (rows["method"] == method)]], axis=0)
+            for method in ("zero", "mean")
+        ]
+        points.append((share, own[0] - own[1]))
+    area = sum((b - a) * (f + g) / 2 for (a, f), (b, g) in itertools.pairwise(points))
+    expected = plain(
+        [("none", 0.0, None, 0.0), ("zero", 0.5, 1, 0.0)], by_example(n[0], np.zeros_like(area), area)
+    ).compare(other="none")
+    for end in ("low", "high"):
+        assert against.loc["zero", f"cross_entropy_{end}"] == pytest.approx(expected[f"cross_entropy_{end}"].item())
+    assert against.loc["zero", "q"] <= 1
+    with pytest.raises(ConfigError, match="there is no method 'peek' here"):
+        results.ranking("peek")
+
+
+def test_areas_are_paired_by_seed_and_only_those_that_both_have():
+    points = [("none", 0.0, None, 0.0)]
+    points += [("zero", 1.0, 1, 1.0), ("zero", 1.0, 2, 5.0), ("mean", 1.0, 2, 4.0), ("mean", 1.0, 1, 0.5)]
+    points += [("peak", 1.0, 2, 3.0), ("peak", 1.0, 3, 9.0), ("alone", 1.0, 4, 1.0), ("plain", 1.0, None, 2.0)]
+    against = plain(points).ranking("zero").set_index("method")["cross_entropy"]
+    assert against.to_dict() == pytest.approx({"mean": (-0.5 - 1.0) / 4, "peak": -1.0, "plain": (1.0 - 3.0) / 4})
+
+
 def test_ranking_has_the_interval_of_the_examples_own_areas(made):
     results = made(("zero",), [0.5], [1])
     sums = [per_example(results, row)[0] for row in (0, 1)]
@@ -241,8 +278,17 @@ def test_the_q_of_parts_is_of_t_tests_over_clusters_among_the_parts_of_a_method_
     assert results.ranking().set_index(["method", "part", "head"])["q"].to_dict() == pytest.approx(
         found.set_index(["method", "part", "head"])["q"].to_dict()
     )
-    assert "q" not in results.compare() and "q" not in made().compare(other="none")
     assert Results(results.table).compare(other="none")["q"].isna().all()
+
+
+def test_the_q_of_two_methods_are_of_all_shares_together(made):
+    results = made(("zero", "peak"), [0.25, 0.5, 1.0], [1])
+    results = Results(results.table, results.examples.assign(n=6), results.facts)
+    sums = results.examples.pivot_table("cross_entropy", "condition", "cluster", aggfunc="sum").to_numpy()
+    place = {(row.method, row.fraction): number for number, row in enumerate(results.table.itertuples())}
+    pairs = [(place["zero", share], place["peak", share]) for share in (0.25, 0.5, 1.0)]
+    p = [stats.ttest_1samp(sums[one] - sums[other], 0).pvalue for one, other in pairs]
+    assert results.compare("zero", "peak")["q"].tolist() == pytest.approx(adjusted(p))
 
 
 def test_p_values_of_nothing_are_uniform_also_where_clusters_are_unequal():
