@@ -1,6 +1,6 @@
-"""The paper's four experiments, from config to results.csv, on stand-ins of the same classes: only names are changed.
+"""The paper's experiments and claims, from config to results.csv, on stand-ins of the same classes.
 
-With ``--full`` nothing else is; otherwise the budgets and the conditions are cut.
+With ``--full`` only names are changed; otherwise the budgets and the conditions are cut.
 """
 
 import json
@@ -15,6 +15,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 from lightning_ablate import Results
 from lightning_ablate.cli import DEFAULT_CONFIG, AblationCLI
 from lightning_ablate.data.demo import python_texts
+from lightning_ablate.results.__main__ import main
 from tests import tiny
 from tests.command import CONFIGS
 
@@ -53,6 +54,8 @@ NAMES = {
     "roberta_large": (roberta, "FacebookAI/roberta-large", PILE),
     "vit_b16": (vit, "google/vit-base-patch16-224", "ILSVRC/imagenet-1k"),
 }
+CLAIMS = {"causal": "opt_1.3b", "masked": "roberta_large", "image": "vit_b16"}  # and the stand-in of each
+EXPERIMENTS = {f"paper_{name}": name for name in NAMES} | {f"claims_{kind}": name for kind, name in CLAIMS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -69,14 +72,17 @@ def stand_ins(tmp_path_factory):
     images = torch.randint(256, (1600, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     columns = {"image": list(images.numpy()), "label": [i % 10 for i in range(1600)]}
     features = Features({"image": Image(), "label": ClassLabel(num_classes=10)})
-    Dataset.from_dict(columns, features=features).to_parquet(folder / "imagenet" / "validation.parquet")
+    images = Dataset.from_dict(columns, features=features)
+    images.to_parquet(folder / "imagenet" / "validation.parquet")
+    (folder / "cifar").mkdir()
+    images.rename_column("image", "img").to_parquet(folder / "cifar" / "test.parquet")  # as on the hub
     return folder
 
 
 @pytest.mark.parametrize("path", [*sorted(CONFIGS.glob("*.yaml")), DEFAULT_CONFIG], ids=lambda path: path.stem)
 def test_the_configs_have_the_papers_shares_and_seeds(path):
     ablation = yaml.safe_load(path.read_text())["ablation"]
-    fractions, seeds = [step / 10 for step in range(1, 10 if "smollm2" in path.stem else 11)], [42, 123, 456]
+    fractions, seeds = [step / 10 for step in range(1, 11)], [42, 123, 456]
     alone = ablation.get("neurons") == "EachHead"  # whatever the fractions and seeds
     assert alone or (ablation["fractions"], ablation["seeds"]) == (fractions, seeds)
 
@@ -94,12 +100,14 @@ def test_the_configs_name_what_the_paper_used():
             assert config["model"]["init_args"]["dtype"] == "float16"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_papers_experiment_runs_on_a_stand_in(name, stand_ins, tmp_path, monkeypatch, pytestconfig, capsys):
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_runs_on_a_stand_in(experiment, stand_ins, tmp_path, monkeypatch, pytestconfig, capsys):
+    name = EXPERIMENTS[experiment]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 s for each stream that is closed
-    data = "imagenet" if name == "vit_b16" else "pile"
-    arguments = ["fit", f"--config={CONFIGS / f'paper_{name}.yaml'}", f"--model.name={stand_ins / name}"]
+    data = {"paper_vit_b16": "imagenet", "claims_image": "cifar"}.get(experiment, "pile")
+    more = ["--data.subset=null"] if "claims" in experiment and data == "pile" else []
+    arguments = ["fit", f"--config={CONFIGS / f'{experiment}.yaml'}", *more, f"--model.name={stand_ins / name}"]
     arguments += [f"--data.name={stand_ins / data}"]
     full = pytestconfig.getoption("--full")
     if not full:
@@ -109,11 +117,16 @@ def test_the_papers_experiment_runs_on_a_stand_in(name, stand_ins, tmp_path, mon
     AblationCLI(arguments)
     (run,) = tmp_path.glob("lightning_logs/*/version_0")
     counts = Results.load(run).table["method"].value_counts().to_dict()
-    methods = yaml.safe_load((CONFIGS / f"paper_{name}.yaml").read_text())["ablation"]["methods"]
+    methods = yaml.safe_load((CONFIGS / f"{experiment}.yaml").read_text())["ablation"]["methods"]
     constant, drawn = (28, 30) if full else (2, 2)
     assert counts == {"none": 1} | {m: drawn if m.startswith("resample") else constant for m in methods}
     facts = json.loads((run / "run.json").read_text())
-    assert facts["target"]["dtype"] == ("float32" if name == "vit_b16" else "float16")
+    assert facts["target"]["dtype"] == ("float32" if name == "vit_b16" or "claims" in experiment else "float16")
     assert [site["width"] for site in facts["sites"]] == [48 if name == "mistral_7b" else 32] * 2
     assert {site["heads"] for site in facts["sites"]} == {4}
     assert "scored positions" in capsys.readouterr().out
+    if experiment.startswith("claims"):
+        main([str(run), "--out", str(tmp_path / "claims")])
+        assert (tmp_path / "claims" / "report.html").is_file()
+        against = Results.load(run).ranking(other="peak").set_index("method")
+        assert set(against.index) == set(methods) - {"peak"} and against[["cross_entropy", "q"]].notna().all(axis=None)
