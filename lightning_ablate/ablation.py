@@ -35,8 +35,9 @@ def ablated(
 
     Args:
         target: the model; it is left as it was, whatever happens.
-        masks: path of a projection (``h.3.attn.c_proj``) → mask ``(neurons,)`` bool, for every use of it. A
-            calibration's name (``path#1``) stands for one use of a module that runs several times.
+        masks: path of a projection (``h.3.attn.c_proj``) → mask ``(neurons,)`` bool, for every use of it. A module's
+            output is ``h.3:output``. A calibration's name (``path#1``) stands for one use of a module that runs several
+            times, and it knows parts of outputs (``h.3.attn.c_attn:query``).
         method: what takes the neurons' place, or its name.
         calibration: the statistics that the method needs, see :meth:`Calibration.load`; StatisticsError without them.
         source: another input, from which ``resample-partner`` and its like take activations, as keyword arguments of
@@ -55,16 +56,20 @@ def ablated(
         needs = "no `source`, and got one" if chosen.source is None else "a `source` to resample from, and got none"
         raise ConfigError(f"{chosen.name} needs {needs}")
     widths = {name: features(module) for name, module in target.named_modules()}
-    located = {site.path for site in calibration.sites}
+    located = {site.path for site in calibration.sites if site.side == "input"}
     known = [Site(name, width) for name, width in widths.items() if width is not None and name not in located]
     known += calibration.sites
+    outputs = {name for name in masks or {} if name.endswith(":output") and name.partition(":")[0] in widths}
+    outputs -= {site.name.partition("#")[0] for site in known}
+    known += [Site(name, torch.as_tensor(mask).numel()) for name, mask in (masks or {}).items() if name in outputs]
     units = Only(heads, neurons) if masks is None or heads or neurons else None
     masks = masks or {}
     given = {**masks, **(heads or {}), **(neurons or {})}
-    if strange := set(given) - {name for site in known for name in (site.name, site.path)}:
+    if strange := set(given) - {name for site in known for name in (site.name, site.name.partition("#")[0])}:
         raise SiteError(
-            f"the target has no projection {min(strange)!r}; a site is named by the path of a linear module, and each "
-            "use of one that runs several times (path#1) by a calibration that knows it"
+            f"the target has no site {min(strange)!r}; it is named by the path of a linear module, or of any module "
+            "with `:output` behind it; parts of outputs, and each use of a module that runs several times (path#1), by "
+            "a calibration that knows them"
         )
     if unknown := {site.name for site in known if site not in calibration.sites} & set(heads or ()):
         raise SiteError(
@@ -90,7 +95,7 @@ def ablated(
             stack.callback(target.register_forward_hook(partial(_end, batch), always_call=True).remove)
         ran = stack.enter_context(hooked(target, edits))
         yield
-    if passed_by := [site.name for site in edits if ran[site.path] <= site.use]:
+    if passed_by := [site.name for site in edits if not ran[site]]:
         raise SiteError(
             f"{few(passed_by)} never ran inside, so nothing was ablated there: run the target in the block, and not by "
             "a fused implementation, a traced copy or bare weights that pass its modules by"

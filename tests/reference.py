@@ -16,7 +16,7 @@ def hooks(model: nn.Module) -> int:
 
 @contextmanager
 def plain_hooks(model: nn.Module, replace: Mapping[str, Callable[[Tensor], Tensor | None]]):
-    """Changes, or only reads, what goes into modules, by their paths."""
+    """Changes, or only reads, what goes into modules, by their paths, or comes out of them (``path:output``)."""
 
     def hook(change):
         def pre_hook(_, inputs):
@@ -25,7 +25,19 @@ def plain_hooks(model: nn.Module, replace: Mapping[str, Callable[[Tensor], Tenso
 
         return pre_hook
 
-    handles = [model.get_submodule(p).register_forward_pre_hook(hook(change)) for p, change in replace.items()]
+    def behind(change):
+        def post_hook(_, inputs, output):
+            changed = change(output[0] if isinstance(output, tuple) else output)
+            return changed if changed is None or not isinstance(output, tuple) else (changed, *output[1:])
+
+        return post_hook
+
+    handles = []
+    for name, change in replace.items():
+        module = model.get_submodule(name.removesuffix(":output"))
+        out = name.endswith(":output")
+        register = module.register_forward_hook if out else module.register_forward_pre_hook
+        handles.append(register(behind(change) if out else hook(change)))
     try:
         yield
     finally:

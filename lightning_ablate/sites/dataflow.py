@@ -12,13 +12,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_ablate.sites.site import features
+from lightning_ablate.sites.site import features, first_of
 from lightning_ablate.sites.unfused import unfused
 
-_PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum"}
-_PROJECTIONS = {"linear", "addmm", "mm", "conv1d", "conv2d", "conv3d", "embedding", "bilinear"}
+PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum"}
+PROJECTIONS = {"linear", "addmm", "mm", "conv1d", "conv2d", "conv3d", "embedding", "bilinear"}
 # these move numbers without changing them, so they are run on the labels as well
-_MOVES = set(
+MOVES = set(
     "T __get__ __getitem__ broadcast_to cat chunk clone concat concatenate contiguous expand expand_as flatten flip "
     "hsplit hstack index_select mT moveaxis movedim narrow permute ravel repeat repeat_interleave reshape reshape_as "
     "roll select split split_with_sizes squeeze stack swapaxes swapdims t tensor_split tile transpose unbind unflatten "
@@ -29,10 +29,10 @@ _NONLINEAR = set(
     "logsigmoid mish pow prelu relu relu6 relu_ rrelu selu sigmoid sigmoid_ silu silu_ softplus softsign square "
     "swiglu tanh tanh_ threshold".split()
 )
-_SUMS = {"add", "__add__", "__radd__", "add_", "__iadd__", "sub", "__sub__"}
+SUMS = {"add", "__add__", "__radd__", "add_", "__iadd__", "sub", "__sub__"}
 # attention and its projection in one function, without a module in between
 _FUSED = {"multi_head_attention_forward", "_transformer_encoder_layer_fwd", "_native_multi_head_attention"}
-_ROWS = 1024  # of an input are checked
+ROWS = 1024  # of an input are checked
 
 
 class Read(NamedTuple):
@@ -45,23 +45,33 @@ class Read(NamedTuple):
     heads: int | None = None  # of attention, if they lie side by side in the input and are equally wide
 
 
+class Returned(NamedTuple):
+    """What one run of a module returned: a tensor, alone or before others."""
+
+    path: str
+    width: int  # its last dimension
+    after: int  # how many projections had begun to run
+
+
 class Trace(NamedTuple):
     """What one forward pass showed."""
 
     reads: list[Read]  # all runs of projections, in order
+    returned: list[Returned]  # in order
     lost: list[str]  # modules with attention whose output no projection read
     shared: list[str]  # modules with attention whose output several projections read
     runs: int  # of the target itself
 
 
-def trace(target: nn.Module, run: Callable[[], object]) -> Trace:
+def trace(target: nn.Module, run: Callable[[], object], tracer: "Tracer | None" = None) -> Trace:
     """What the projections read in one forward pass, which ``run`` does on any input.
 
     Attention is ``scaled_dot_product_attention``, or a softmax and a product with the values. Its output gets a label
     for each position of each head. Labels follow it through operations that move or scale it, to the projection that
-    reads it. An MLP is a projection, a nonlinearity and a second projection, which reads what the MLP made.
+    reads it. An MLP is a projection, a nonlinearity and a second projection, which reads what the MLP made. A subclass
+    of :class:`Tracer` may see more.
     """
-    tracer = _Tracer()
+    tracer = tracer or Tracer()
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # no operation of compiled code can be seen
         stack.enter_context(unfused(target.modules()))
@@ -76,7 +86,7 @@ def trace(target: nn.Module, run: Callable[[], object]) -> Trace:
     for number in tracer.asked:  # these projections belong to attention
         read = tracer.reads[number - 1]
         tracer.reads[number - 1] = read._replace(made_by=read.made_by.replace("mlp", ""))
-    return Trace(tracer.reads, lost, shared, tracer.runs)
+    return Trace(tracer.reads, tracer.returned, lost, shared, tracer.runs)
 
 
 class _Attended(NamedTuple):
@@ -89,20 +99,24 @@ class _Projected(NamedTuple):
     activated: bool  # whether a nonlinearity came after
 
 
-class _Tracer(TorchFunctionMode):
+class Tracer(TorchFunctionMode):
+    """Follows one forward pass; its hooks are :func:`trace`'s."""
+
     def __init__(self) -> None:
         super().__init__()
         self.reads: list[Read] = []
+        self.returned: list[Returned] = []
         self.calls: list[tuple[str, set[str]]] = []  # the module of each attention call, and who read its output
         self.asked: set[int] = set()  # runs of projections that made queries, keys and values
         self.runs = 0
         self._stack: list[tuple[str, bool]] = []  # the modules that are running, and whether they are projections
         self._labels = 0
-        self._weights: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()  # of attention
+        self.weights: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()  # of attention
         self._attended: MutableMapping[Tensor, _Attended] = WeakTensorKeyDictionary()
         self._projected: MutableMapping[Tensor, _Projected] = WeakTensorKeyDictionary()
 
     def entering(self, path: str, module: nn.Module, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        """A module begins to run."""
         projection = features(module) is not None
         outermost = not any(is_projection for _, is_projection in self._stack)
         self._stack.append((path, projection))
@@ -112,21 +126,24 @@ class _Tracer(TorchFunctionMode):
             self._read(path, read)
 
     def leaving(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        _, projection = self._stack.pop() if self._stack else ("", False)  # empty if another hook failed before
-        if projection and isinstance(output, Tensor) and output not in self._weights:
+        """It ends."""
+        path, projection = self._stack.pop() if self._stack else ("", False)  # empty if another hook failed before
+        if (first := first_of(output)) is not None:
+            self.returned.append(Returned(path, first.shape[-1], len(self.reads)))
+        if projection and isinstance(output, Tensor) and output not in self.weights:
             self._attended.pop(output, None)
             self._projected[output] = _Projected(len(self.reads), False)
 
-    def __torch_function__(
+    def __torch_function__(  # noqa: D105
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        name, given = getattr(func, "__name__", ""), _tensors([args, kwargs])
+        name, given = getattr(func, "__name__", ""), tensors_of([args, kwargs])
         attended = any(tensor in self._attended for tensor in given)
-        weights = [tensor for tensor in given if tensor in self._weights]
+        weights = [tensor for tensor in given if tensor in self.weights]
         output = func(*args, **kwargs)
-        made = _tensors(output)
-        if name in _PRODUCTS or name == "scaled_dot_product_attention":
+        made = tensors_of(output)
+        if name in PRODUCTS or name == "scaled_dot_product_attention":
             self.asked |= {entry.read for entry in map(self._projected.get, given) if entry is not None}
         if name == "__setitem__":
             self._set(*args)
@@ -138,15 +155,15 @@ class _Tracer(TorchFunctionMode):
             self._note_call()
         elif name == "scaled_dot_product_attention":
             self._label(output, -1)
-        elif name in _PRODUCTS and weights:
+        elif name in PRODUCTS and weights:
             self._label(output, _value_axis(args, given, weights[0], output.ndim))
         elif name == "softmax":
-            self._weights[output] = True
+            self.weights[output] = True
         elif weights:
             for tensor in made:
-                if len(given) == 1 or name in _MOVES or any(tensor.shape == w.shape for w in weights):
-                    self._weights[tensor] = True
-        elif name in _PRODUCTS or name in _PROJECTIONS:
+                if len(given) == 1 or name in MOVES or any(tensor.shape == w.shape for w in weights):
+                    self.weights[tensor] = True
+        elif name in PRODUCTS or name in PROJECTIONS:
             pass
         elif attended:
             self._follow(func, name, args, kwargs, given, made)
@@ -184,10 +201,10 @@ class _Tracer(TorchFunctionMode):
         attended = [entry for entry in map(self._attended.get, given) if entry is not None]
         others = [tensor for tensor in given if tensor not in self._attended and not isinstance(tensor, nn.Parameter)]
         calls = frozenset[int]().union(*(entry.calls for entry in attended))
-        if name in _MOVES:
+        if name in MOVES:
             args, kwargs = tree_map_only(Tensor, self._labels_of, (args, kwargs))
-            labels = _tensors(func(*args, **kwargs))
-        elif name in _SUMS and any(tensor.ndim for tensor in others):
+            labels = tensors_of(func(*args, **kwargs))
+        elif name in SUMS and any(tensor.ndim for tensor in others):
             return  # it is a residual stream now
         else:
             same = {entry.labels.shape: entry.labels for entry in reversed(attended)}
@@ -214,7 +231,7 @@ class _Tracer(TorchFunctionMode):
     def _follow_projected(self, name: str, given: list[Tensor], made: list[Tensor]) -> None:
         known = [entry for entry in map(self._projected.get, given) if entry is not None]
         others = [t for t in given if t not in self._projected and not isinstance(t, nn.Parameter) and t.ndim]
-        if not known or (name in _SUMS and (others or len({entry.read for entry in known}) > 1)):
+        if not known or (name in SUMS and (others or len({entry.read for entry in known}) > 1)):
             return  # it is a residual stream now
         activated = name in _NONLINEAR or any(entry.activated for entry in known)
         for tensor in made:
@@ -224,7 +241,7 @@ class _Tracer(TorchFunctionMode):
 
 def _side_by_side(labels: Tensor) -> int | None:
     """The number of heads, if each position holds them one after the other, in one order and equally wide."""
-    rows = labels.reshape(-1, labels.shape[-1])[:_ROWS]
+    rows = labels.reshape(-1, labels.shape[-1])[:ROWS]
     heads = len(set(rows[0].tolist()))
     if rows.shape[1] % heads or bool((rows < 0).any()):
         return None
@@ -246,5 +263,6 @@ def _value_axis(args: tuple[Any, ...], given: list[Tensor], weights: Tensor, ndi
     return made.index(own[0]) - len(made) if len(own) == 1 else None
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_of(value: Any) -> list[Tensor]:
+    """All tensors in a structure."""
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ablate.errors import SiteError, few
-from lightning_ablate.sites.dataflow import Trace, trace
+from lightning_ablate.sites.dataflow import Trace, Tracer, trace
+from lightning_ablate.sites.outputs import ROLES, RoleTracer, outputs
 from lightning_ablate.sites.site import Site, exact_device, features, hooked
 
 KINDS = {
@@ -20,6 +21,7 @@ KINDS = {
     "self-attention": ("self-attention",),
     "cross-attention": ("cross-attention",),
     "mlp": ("mlp",),
+    **{word: (word,) for word in ("residual", *ROLES)},
 }
 _DIGITS = re.compile(r"(?:^|(?<=[._]))\d+")
 _NUMBERED = re.compile(r"(^|_)\d+$")
@@ -50,8 +52,10 @@ def find_sites(
     Args:
         target: the model.
         example: any input: a tensor, keyword arguments of the target, or a function that runs the target.
-        which: ``attention``, ``self-attention``, ``cross-attention``, ``mlp``, and shell-style patterns of module paths
-            (``*.0.attn.c_proj``) for projections of any kind.
+        which: ``attention``, ``self-attention``, ``cross-attention`` and ``mlp`` are inputs of projections;
+            ``residual`` is what each layer returns; ``query``, ``key`` and ``value`` are what projections give to
+            attention. Shell-style patterns of paths stand for projections of any kind (``*.0.attn.c_proj``), and with
+            a side behind them for what modules return (``h.*:output``, ``*.attn.c_attn:query``).
 
     Raises:
         SiteError: if the target has none of these, or if they can't be found in what runs.
@@ -64,19 +68,30 @@ def find_sites(
     which = [which] if isinstance(which, str) else which
     given = partial(target, **example) if isinstance(example, Mapping) else partial(target, example)
     run = example if callable(example) else given
+    sides = {_side(word) for word in which}
+    tracer = RoleTracer() if sides & {*ROLES} else Tracer()
     with torch.no_grad():
-        seen = trace(target, run)
+        seen = trace(target, run, tracer)
     if seen.runs > 1:
         raise SiteError(f"the target ran {seen.runs} times for one batch, expected once: `evaluate` must run it once")
-    found = _sites(target, seen)
+    found = read = _sites(target, seen)
+    if sides != {"input"}:
+        found = outputs(target, seen, tracer, read)
     for word in which:
-        _check_kind(target, seen, found, word) if word in KINDS else _check_pattern(target, found, word)
+        if word in ("residual", *ROLES) or ":" in word:
+            _check_output(target, found, word)
+        elif word in KINDS:
+            _check_kind(target, seen, read, word)
+        else:
+            _check_pattern(target, read, word)
     return Sites(site for site in found if any(is_asked(site, word) for word in which))
 
 
 def is_asked(site: Site, word: str) -> bool:
     """Whether this site is one of those that a word of ``which`` asks for, see :func:`find_sites`."""
-    return site.kind in KINDS[word] if word in KINDS else fnmatchcase(site.path, word)
+    if word in KINDS:
+        return site.kind in KINDS[word]
+    return site.side == _side(word) and fnmatchcase(site.path, word.partition(":")[0])
 
 
 def is_covered(target: nn.Module, word: str, sites: Sequence[Site], which: Sequence[str]) -> bool:
@@ -85,8 +100,12 @@ def is_covered(target: nn.Module, word: str, sites: Sequence[Site], which: Seque
         return True
     if word in KINDS:
         return set(KINDS[word]) <= {kind for known in which for kind in KINDS.get(known, ())}
-    asked = {n for n, module in target.named_modules() if fnmatchcase(n, word) and features(module) is not None}
-    return bool(asked) and asked <= {site.path for site in sites}
+    pattern, side = word.partition(":")[0], _side(word)
+    known = {site.path for site in sites if site.side == side}
+    asked = {n for n, module in target.named_modules() if fnmatchcase(n, pattern)}
+    if side == "input":
+        asked = {name for name in asked if features(target.get_submodule(name)) is not None}
+    return bool(asked) and asked <= known
 
 
 def check_mixing(target: nn.Module, sites: Sequence[Site], hidden: Callable[[int], Sequence[Tensor]]) -> None:
@@ -242,6 +261,32 @@ def _check_pattern(target: nn.Module, found: Sequence[Site], pattern: str) -> No
     if features(module) is not None:
         reason = "which didn't run by itself: a fused implementation goes past it"
     raise SiteError(f"the site {others[0]!r} is a {type(module).__name__}, {reason}")
+
+
+def _side(word: str) -> str:
+    """The side of the sites that a word asks for."""
+    if word in KINDS:
+        return word if word in ROLES else "output" if word == "residual" else "input"
+    return word.partition(":")[2] if ":" in word else "input"
+
+
+def _check_output(target: nn.Module, found: Sequence[Site], word: str) -> None:
+    if any(is_asked(site, word) for site in found):
+        return
+    pattern, side = word.partition(":")[0], _side(word)
+    known = [site.name for site in found if site.side == side]
+    if side not in ("output", *ROLES):
+        reason = f"a side is output, {', '.join(ROLES)}, or none for an input"
+    elif side in ROLES and not known:
+        reason = (
+            f"no projection module gives attention its {side}: it goes through a fused implementation or bare weights, "
+            "or is written into a tensor piece by piece"
+        )
+    elif word not in KINDS and not any(fnmatchcase(name, pattern) for name, _ in target.named_modules()):
+        reason = "it matches no module"
+    else:
+        reason = "no module of these ran and returned features alone, or in the first place of a tuple"
+    raise SiteError(f"the target has no site {word!r} (--ablation.sites): {reason}; it has {few(known)}")
 
 
 def _candidates(found: Sequence[Site]) -> str:

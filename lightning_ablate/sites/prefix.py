@@ -45,7 +45,7 @@ class Prefix:
         late = {name for path in paths[last:] for name in _within(path)}
         late |= {name for site in sites if site.uses > 1 for name in _within(site.path)}
         self._modules = {name: target.get_submodule(name) for name in blocks_of(target, sites) if name not in late}
-        self._projections = [target.get_submodule(path) for path in dict.fromkeys(paths)]
+        self._sites = [(target.get_submodule(site.path), site.side == "input") for site in sites if not site.use]
         self._kept: dict[str, _Kept] = {}
         self._proven = set[str]()
 
@@ -76,10 +76,12 @@ class Prefix:
                 self._kept[name] = _Kept(_copy(output), begun, size)
 
         with ExitStack() as stack:
-            for module in self._projections if self._modules else ():
-                stack.callback(module.register_forward_pre_hook(begins).remove)
+            # a block that is a site itself is kept before that counts, as its answer is what is changed
             for name, module in self._modules.items():
                 stack.callback(module.register_forward_hook(partial(ends, name)).remove)
+            for module, reads in self._sites if self._modules else ():
+                hook = module.register_forward_pre_hook if reads else module.register_forward_hook
+                stack.callback(hook(begins).remove)
             yield
         self._kept = {name: kept for name, kept in self._kept.items() if runs[name] == 1}
 

@@ -1,10 +1,10 @@
-"""Sites of a target: projections whose input is read and replaced."""
+"""Sites of a target: places whose activations are read and replaced."""
 
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from threading import get_ident
 from typing import Any, TypeVar
@@ -25,15 +25,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Site:
-    """A projection whose input is read and replaced.
+    """A place whose activations are read and replaced: the input of a projection, or the output of any module.
 
     Attributes:
-        name: path of the projection module in the target; ``path#0``, ``path#1`` ... if it runs several times.
-        width: number of neurons, the features of the projection's input (n_heads x head_dim).
+        name: path of the module in the target, behind which ``:`` and the side follow for an output;
+            ``path#0``, ``path#1`` ... if it runs several times.
+        width: number of neurons, the features of the projection's input (n_heads x head_dim), or of the output.
         heads: number of attention heads, which lie side by side and are equally wide; None if there are none.
-        kind: ``self-attention``, ``cross-attention`` (by the names of its modules), ``mlp`` or ``other``.
+        kind: ``self-attention``, ``cross-attention`` (by the names of its modules), ``mlp``, ``residual``, ``query``,
+            ``key``, ``value`` or ``other``.
         layer: path of its layer, with the same ``#`` as the name.
         uses: how often the module runs in one forward pass.
+        part: which features of the output are its neurons, head by head; None for all of them in their order.
     """
 
     name: str
@@ -42,11 +45,17 @@ class Site:
     kind: str = "self-attention"
     layer: str = ""
     uses: int = 1
+    part: tuple[int, ...] | None = field(default=None, compare=False)  # the name tells it
 
     @property
     def path(self) -> str:
         """The path of the module."""
-        return self.name.partition("#")[0]
+        return self.name.partition("#")[0].partition(":")[0]
+
+    @property
+    def side(self) -> str:
+        """``input``, or ``output``, or what a part of an output is to attention: ``query``, ``key`` or ``value``."""
+        return self.name.partition("#")[0].partition(":")[2] or "input"
 
     @property
     def use(self) -> int:
@@ -60,8 +69,8 @@ class Site:
 
 
 def given_for(site: Site, given: Mapping[str, T]) -> T | None:
-    """The value of a mapping for a site's name, or for its path, which stands for all uses of a module."""
-    return given.get(site.name, given.get(site.path))
+    """The value of a mapping for a site's name, or for that without ``#``, which stands for all uses of a module."""
+    return given.get(site.name, given.get(site.name.partition("#")[0]))
 
 
 def heads_of(site: Site) -> int:
@@ -112,13 +121,13 @@ def features(module: nn.Module) -> int | None:
 def weights_of(target: nn.Module, site: Site) -> tuple[Tensor, Tensor | None, bool] | None:
     """The weight and bias of a site's projection, and whether the weight is ``(neurons, outputs)``.
 
-    None if they can't be replaced: the module runs several times, it is quantised, sharded or offloaded, or it is more
-    than a matrix and a bias.
+    None if they can't be replaced: the site is an output, or the module runs several times, it is quantised, sharded or
+    offloaded, or it is more than a matrix and a bias.
     """
     module = target.get_submodule(site.path)
     kind, weight, bias = type(module), getattr(module, "weight", None), getattr(module, "bias", None)
     linear, transposed = kind is nn.Linear, (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
-    if site.uses > 1 or not (linear or transposed) or "weight" not in module._parameters:
+    if site.side != "input" or site.uses > 1 or not (linear or transposed) or "weight" not in module._parameters:
         return None
     if not isinstance(weight, Tensor) or isinstance(weight, DTensor) or weight.is_meta:
         return None
@@ -126,24 +135,25 @@ def weights_of(target: nn.Module, site: Site) -> tuple[Tensor, Tensor | None, bo
 
 
 @contextmanager
-def hooked(target: nn.Module, hooks: Mapping[Site, Hook], *, once: bool = False) -> Iterator[Counter[str]]:
-    """Runs a hook before each site's projection; removes them all at the end, whatever happens.
+def hooked(target: nn.Module, hooks: Mapping[Site, Hook], *, once: bool = False) -> Iterator[Counter[Site]]:
+    """Runs a hook on the activations of each site; removes them all at the end, whatever happens.
 
     Inside, code that ``torch.compile`` made runs as plain Python, since compiled code ignores the hooks. With gradient
-    checkpointing, a backward pass inside recomputes with the hooks. Yields how often each path has run.
+    checkpointing, a backward pass inside recomputes with the hooks. Yields how often each site has run.
 
     Raises:
         SiteError: if a checkpointed pass was not recomputed inside; or, with ``once``, if the sites did not run exactly
             as often as in one forward pass.
     """
-    modules: dict[str, dict[int, Site]] = {}
+    modules: dict[tuple[str, bool], dict[int, list[Site]]] = {}
     for site in hooks:
-        modules.setdefault(site.path, {})[site.use] = site
-    runs = Counter[tuple[str, int]]()  # in each thread
-    ran, owed = Counter[str](), Counter[str]()  # owed: runs that a backward pass will repeat
+        modules.setdefault((site.path, site.side == "input"), {}).setdefault(site.use, []).append(site)
+    runs = Counter[tuple[str, bool, int]]()  # in each thread
+    ran, owed = Counter[Site](), Counter[str]()  # owed: runs that a backward pass will repeat
     differentiable = torch.is_grad_enabled()
 
-    def before(path: str, uses: Mapping[int, Site], of: int, module: nn.Module, inputs: Any, named: Any) -> Any:
+    def due(path: str, reads: bool, uses: Mapping[int, list[Site]], of: int) -> list[Site]:
+        """The sites that this run of a module is."""
         repeats = _repeats() if differentiable else None
         if repeats is not None:
             owed[path] += -1 if repeats else 1
@@ -152,25 +162,42 @@ def hooked(target: nn.Module, hooks: Mapping[Site, Hook], *, once: bool = False)
                 f"{path} runs {of} times in a pass, which gradient checkpointing can't tell apart when it recomputes "
                 "them: turn it off while the target is ablated"
             )
-        if not repeats:
-            ran[path] += 1
-            runs[path, get_ident()] += 1
-        site = uses.get((runs[path, get_ident()] - 1) % of)
-        if site is None:
+        key = path, reads, get_ident()
+        runs[key] += not repeats
+        sites = uses.get((runs[key] - 1) % of, [])
+        ran.update([] if repeats else sites)
+        return sites
+
+    def before(given: tuple[Any, ...], module: nn.Module, inputs: Any, named: Any) -> Any:
+        name = None if inputs else next(iter(named))
+        read = whole = inputs[0] if name is None else named[name]
+        for site in due(*given):
+            read = _changed(site, hooks[site], read)
+        if read is whole:
             return None
-        if inputs:
-            changed = hooks[site](inputs[0])
-            return None if changed is None else ((changed, *inputs[1:]), named)
-        name = next(iter(named))
-        changed = hooks[site](named[name])
-        return None if changed is None else (inputs, {**named, name: changed})
+        return ((read, *inputs[1:]), named) if name is None else (inputs, {**named, name: read})
+
+    def after(given: tuple[Any, ...], module: nn.Module, inputs: Any, output: Any) -> Any:
+        made = whole = first_of(output)
+        if made is None:
+            return None
+        for site in due(*given):
+            made = _changed(site, hooks[site], made)
+        if made is whole or isinstance(output, Tensor):
+            return None if made is whole else made
+        rest = made, *output[1:]
+        return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
 
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(unfused(target.modules()))
-        for path, uses in modules.items():
-            hook = partial(before, path, uses, next(iter(uses.values())).uses)
-            stack.callback(target.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True).remove)
+        for (path, reads), uses in modules.items():
+            given = path, reads, uses, next(iter(uses.values()))[0].uses
+            module = target.get_submodule(path)
+            if reads:
+                stack.callback(module.register_forward_pre_hook(partial(before, given), with_kwargs=True).remove)
+            else:
+                stack.callback(module.register_forward_hook(partial(after, given)).remove)
         yield ran
     if late := [path for path, count in owed.items() if count > 0]:
         raise SiteError(
@@ -178,11 +205,27 @@ def hooked(target: nn.Module, hooks: Mapping[Site, Hook], *, once: bool = False)
             "would recompute without the ablation; call backward() inside, or turn checkpointing off"
         )
     for site in hooks if once else ():
-        if (count := runs[site.path, get_ident()]) != site.uses:
+        if (count := runs[site.path, site.side == "input", get_ident()]) != site.uses:
             raise SiteError(
                 f"the site {site.name} ran {count} times in one forward pass, expected {site.uses} as in the first "
                 "batch: `evaluate` must run the target once, in the same way for every batch"
             )
+
+
+def first_of(output: Any) -> Tensor | None:
+    """The tensor that a module returns, alone or before others; None if it returns anything else."""
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    return first if isinstance(first, Tensor) and first.ndim > 1 else None
+
+
+def _changed(site: Site, hook: Hook, whole: Tensor) -> Tensor:
+    """A module's activations ``(batch, ..., features)`` after the hook of a site, which may be a part of them."""
+    if site.part is None:
+        changed = hook(whole)
+        return whole if changed is None else changed
+    index = torch.tensor(site.part, device=whole.device)
+    changed = hook(whole.index_select(-1, index))
+    return whole if changed is None else whole.index_copy(-1, index, changed)
 
 
 def keep(found: dict[Site, Tensor], site: Site, activations: Tensor) -> None:

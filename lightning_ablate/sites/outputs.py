@@ -1,0 +1,130 @@
+"""Sites on the output side: of whole modules, of blocks (the residual stream), and of queries, keys and values."""
+
+from collections import Counter
+from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lightning_ablate.sites.dataflow import MOVES, PRODUCTS, PROJECTIONS, SUMS, Trace, Tracer, tensors_of
+from lightning_ablate.sites.site import Site, features, first_of
+
+ROLES = ("query", "key", "value")
+_RUN = 2**32  # labels of one projection's run
+
+
+class Role(NamedTuple):
+    """The part of a projection's output that is a query, key or value."""
+
+    part: tuple[int, ...]  # features, head by head
+    heads: int | None  # if no two of them share a feature, and all are equally wide
+
+
+class RoleTracer(Tracer):
+    """Also sees which features of which projections attention takes as queries, keys and values.
+
+    Each feature of a projection's output gets a label, which follows it to the product of queries and keys, or to that
+    of attention weights and values. On the way it may be moved, scaled, normalised, and turned by its position.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.roles: dict[tuple[str, int], Role] = {}  # by the number of the projection's run, from 1
+        self._features: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()  # int64 labels; -1 for any other
+
+    def leaving(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """A module ends; the features that a projection gives get their labels."""
+        super().leaving(module, inputs, output)
+        if features(module) is not None and (made := first_of(output)) is not None:
+            labels = torch.arange(made.shape[-1], device=made.device) + len(self.reads) * _RUN
+            self._features[made] = labels.expand(made.shape)
+
+    def __torch_function__(  # noqa: D105
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name, given = getattr(func, "__name__", ""), tensors_of([args, kwargs])
+        known = [tensor for tensor in given if tensor in self._features]
+        weights = [tensor for tensor in given if tensor in self.weights]
+        output = super().__torch_function__(func, types, args, kwargs)
+        if not known or name in PROJECTIONS or name == "softmax":
+            return output
+        if name == "scaled_dot_product_attention":
+            for role, tensor in zip(ROLES, given, strict=False):
+                self._take(role, tensor, -1)
+        elif name in PRODUCTS and not isinstance(args[0], str):
+            if weights:
+                self._take("value", known[-1], -1)
+            elif len(known) > 1:
+                self._take("query", known[-2], -1)
+                self._take("key", known[-1], -2)
+        elif name in MOVES:
+            args, kwargs = tree_map_only(Tensor, self._marks_of, (args, dict(kwargs or {})))
+            with suppress(NotImplementedError):  # of a move of floating numbers alone
+                self._keep(tensors_of(output), tensors_of(func(*args, **kwargs)))
+        elif name not in SUMS or not self._is_residual(given):
+            same = {self._features[tensor].shape: self._features[tensor] for tensor in reversed(known)}
+            made = [tensor for tensor in tensors_of(output) if tensor.shape in same]
+            self._keep(made, [same[tensor.shape] for tensor in made])
+        return output
+
+    def _keep(self, made: Sequence[Tensor], labels: Sequence[Tensor]) -> None:
+        for tensor, own in zip(made, labels, strict=True):
+            if tensor.is_floating_point() and tensor.shape == own.shape:
+                self._features[tensor] = own
+
+    def _marks_of(self, tensor: Tensor) -> Tensor:
+        if (labels := self._features.get(tensor)) is not None:
+            return labels
+        return torch.full_like(tensor, -1, dtype=torch.int64) if tensor.is_floating_point() else tensor
+
+    def _is_residual(self, given: Sequence[Tensor]) -> bool:
+        """Whether a sum adds what a projection made to a stream, or to what another one made."""
+        others = [t for t in given if t not in self._features and not isinstance(t, nn.Parameter) and t.ndim]
+        runs = {int(labels.flatten()[0]) // _RUN for t in given if (labels := self._features.get(t)) is not None}
+        return bool(others) or len(runs) > 1
+
+    def _take(self, role: str, tensor: Tensor, axis: int) -> None:
+        labels = self._features.get(tensor)
+        if labels is None:
+            return
+        rows = torch.unique(labels.movedim(axis, -1).flatten(0, -2).sort(1).values, dim=0)
+        for run in (rows[rows >= 0] // _RUN).unique().tolist():
+            sets = sorted({tuple(own) for row in rows if (own := (row[row // _RUN == run] % _RUN).tolist())})
+            part = [feature for own in sets for feature in own]
+            apart = len(set(part)) == len(part) and len({*map(len, sets)}) == 1
+            found = tuple(part) if apart else tuple(sorted(set(part)))
+            self.roles.setdefault((role, run), Role(found, len(sets) if apart else None))
+
+
+def outputs(target: nn.Module, seen: Trace, tracer: Tracer, found: Sequence[Site]) -> list[Site]:
+    """All sites that are outputs, in the order in which they are made, merged with those that are inputs.
+
+    A module's output is a site if its last dimension is as wide as a projection is at one end: others hold channels or
+    positions there. ``found`` are the inputs, a site for each read of the trace.
+    """
+    ends = [(features(module), getattr(module, "out_features", None)) for module in target.modules()]
+    widths = {width for end in ends for width in end}
+    layers = {site.layer.partition("#")[0] for site in found if site.kind != "other"} - {""}
+    uses, used = Counter(one.path for one in seen.returned), Counter[str]()
+    made: list[tuple[float, Site]] = [*enumerate(found)]
+
+    def add(place: float, path: str, side: str, use: int, of: int, **more: Any) -> None:
+        layer = next((one for one in sorted(layers, key=len, reverse=True) if f"{path}.".startswith(f"{one}.")), "")
+        kind = side if side in ROLES else "residual" if path in layers else "other"
+        suffix = f"#{use}" if of > 1 else ""
+        name = f"{path}:{side}{suffix}"
+        made.append((place, Site(name, kind=kind, layer=layer and f"{layer}{suffix}", uses=of, **more)))
+
+    for path, width, after in seen.returned:
+        if path and width in widths:
+            add(after - 0.5, path, "output", used[path], uses[path], width=width)
+        used[path] += 1
+    for (role, run), (part, heads) in tracer.roles.items() if isinstance(tracer, RoleTracer) else ():
+        path, runs = seen.reads[run - 1].path, [read.path for read in seen.reads]
+        given = run - 0.5, path, role, runs[: run - 1].count(path), runs.count(path)
+        add(*given, width=len(part), heads=heads, part=part)
+    return [site for _, site in sorted(made, key=lambda one: one[0])]
