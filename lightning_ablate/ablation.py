@@ -30,6 +30,8 @@ def ablated(
     *,
     heads: Mapping[str, Sequence[int]] | None = None,
     neurons: Mapping[str, Sequence[int]] | None = None,
+    positions: Tensor | None = None,
+    beyond: bool = False,
 ) -> Iterator[None]:
     """Ablates a target inside the block: forward passes, generation, a training loop of one's own.
 
@@ -45,6 +47,10 @@ def ablated(
         heads: path → which heads, beside the masks. A calibration knows how many heads a site has, also one without
             statistics: ``Calibration(sites=find_sites(target, example))``.
         neurons: path → which neurons, beside the masks.
+        positions: where they are ablated, ``(batch, seq)`` or ``(1, seq)`` bool; None for everywhere. Positions count
+            from the beginning of a sequence, also in generation, with a cache or without: a mask of a prompt's length
+            reaches no generated token.
+        beyond: whether they are also ablated behind the last of these positions, as in what is generated.
 
     Raises:
         SiteError: if a path names no projection, or a mask, head or neuron isn't one of its own; at the end, if a
@@ -83,14 +89,16 @@ def ablated(
         mask = torch.zeros(site.width, dtype=torch.bool) if own is None else torch.as_tensor(own)
         check_mask(mask, site, "ablated()")
         found[site] = mask if units is None else mask.cpu() | units.mask(selections[0], site)
-    batch = Batch(torch.zeros(0))
+    batch, passed = Batch(torch.zeros(0)), [0]  # positions that a cache holds of this pass's sequence
+    if positions is not None:
+        batch.places = partial(_places, positions, beyond, passed)
     if source is not None:
         read = _read(target, found, source)
         batch.sources = defaultdict(lambda: read)  # whatever kind and seed a method asks for
     edits = edits_of(chosen, found, calibration, device_of(target), batch=batch)
     with ExitStack() as stack:
-        if chosen.needs_batch:
-            begin = partial(_begin, batch, chosen)
+        if chosen.needs_batch or positions is not None:
+            begin = partial(_begin, batch, chosen, passed)
             stack.callback(target.register_forward_pre_hook(begin, with_kwargs=True).remove)
             stack.callback(target.register_forward_hook(partial(_end, batch), always_call=True).remove)
         ran = stack.enter_context(hooked(target, edits))
@@ -129,7 +137,7 @@ def edits_of(
                 raise StatisticsError(f"the method {method.name!r} {error}") from error
             if method.constant:
                 constants[method.name, site] = replacement
-            edits[site] = Edit(ablation.mask, replacement)
+            edits[site] = Edit(ablation.mask, replacement, batch.places and partial(batch.places, site))
     return edits
 
 
@@ -146,10 +154,30 @@ def _read(target: nn.Module, sites: Iterable[Site], source: Mapping[str, Any]) -
     return found
 
 
-def _begin(batch: Batch, method: AblationMethod, target: nn.Module, inputs: Any, named: Mapping[str, Any]) -> None:
-    """Numbers the examples that run; ConfigError if a cache hides their positions."""
+def _places(positions: Tensor, beyond: bool, passed: Sequence[int], site: Site, shape: torch.Size) -> Tensor:
+    """Those of ``positions`` that a pass runs, bool ``(batch, ..., 1)``; SiteError for another number of examples."""
+    if len(positions) not in (1, shape[0]):
+        raise SiteError(
+            f"`positions` are {tuple(positions.shape)}, expected one row, or {shape[0]}, as many as {site.name} reads"
+        )
+    count = shape[1:-1].numel()
+    own = positions[:, passed[0] : passed[0] + count].bool()
+    own = torch.nn.functional.pad(own, (0, count - own.shape[1]), value=beyond)
+    return own.expand(shape[0], -1).reshape(*shape[:-1], 1)
+
+
+def _begin(
+    batch: Batch,
+    method: AblationMethod,
+    passed: list[int],
+    target: nn.Module,
+    inputs: Any,
+    named: Mapping[str, Any],
+) -> None:
+    """Numbers the examples and positions that run; ConfigError if a cache hides those that a method must see."""
     first = next(one for one in (*inputs, *named.values()) if isinstance(one, Tensor))
-    if any(one.get_seq_length() for one in named.values() if hasattr(one, "get_seq_length")):
+    passed[0] = max([int(one.get_seq_length()) for one in named.values() if hasattr(one, "get_seq_length")], default=0)
+    if passed[0] and method.needs_batch:
         raise ConfigError(f"{method.name} goes by positions, which a cache hides in generation; use_cache=False")
     batch.examples = torch.arange(len(first), device=first.device)
     for source in batch.sources["", 0].values() if method.source else ():

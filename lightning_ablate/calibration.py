@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_ablate.errors import StatisticsError, TargetError, loading
+from lightning_ablate.positions import ALL, Positions
 from lightning_ablate.sites import Site, exact_device, is_asked, is_covered, weights_of
 from lightning_ablate.sites.site import device_of
 from lightning_ablate.statistics import ActivationStatistic, Covariance, SiteStatistics
@@ -50,10 +51,11 @@ class Calibration:
             condition has a name for each, see :meth:`~lightning_ablate.methods.ConditionalTuned.key`.
         attributed: name of a method → site → what each unit is worth, see
             :func:`~lightning_ablate.attribution.table_of`.
+        at: the positions whose activations the statistics are of.
     """
 
-    def __init__(self, which: Sequence[str] = ("attention",), sites: Sequence[Site] = ()) -> None:
-        self.which = tuple(which)
+    def __init__(self, which: Sequence[str] = ("attention",), sites: Sequence[Site] = (), at: Positions = ALL) -> None:
+        self.which, self.at = tuple(which), at
         self.learned: dict[str, dict[Site, Tensor]] = {}
         self.attributed: dict[str, dict[Site, Tensor]] = {}
         self.locate(sites)
@@ -109,7 +111,7 @@ class Calibration:
             }
             for site, statistics in self.statistics.items()
         ]
-        return {"which": list(self.which), "sites": sites}
+        return {"which": list(self.which), "sites": sites, "at": self.at}
 
     @classmethod
     def from_state_dict(
@@ -118,6 +120,7 @@ class Calibration:
         target: nn.Module,
         kinds: Iterable[type[ActivationStatistic]] | None = None,
         which: Sequence[str] | None = None,
+        at: Positions | None = None,
     ) -> Self:
         """Takes sites and statistics from a :meth:`state_dict` of the same target.
 
@@ -126,21 +129,28 @@ class Calibration:
             target: the target, which says which paths a pattern covers.
             kinds: the statistics to take, if they are there; None takes all.
             which: the sites to take; None takes all.
+            at: the positions of which the statistics must be; None takes any.
 
         Raises:
-            StatisticsError: if the state lacks a site, or another version of this package made it.
+            StatisticsError: if the state lacks a site, is of other positions, or another version of this package made
+                it.
         """
         if "sites" not in state:
             raise StatisticsError("the checkpoint is of an older version of this package; run `fit` again")
         saved = {Site(**entry["site"]): entry for entry in state["sites"]}
-        which = tuple(state["which"]) if which is None else which
+        which, gathered = tuple(state["which"]) if which is None else which, state.get("at", ALL)
+        if at not in (None, gathered):
+            raise StatisticsError(
+                f"the checkpoint's statistics are of the positions {gathered!r}, expected those of {at!r}; change "
+                "--ablation.positions and --ablation.calibrate_at, or run `fit` again"
+            )
         for word in which:
             if not is_covered(target, word, tuple(saved), state["which"]):
                 raise StatisticsError(
                     f"the checkpoint doesn't hold the statistics of all sites {word!r}, it holds "
                     f"{', '.join(site.name for site in saved)}; name these with --ablation.sites, or run `fit` again"
                 )
-        made, device = cls(which), exact_device(device_of(target))
+        made, device = cls(which, at=gathered), exact_device(device_of(target))
         made.locate([site for site in saved if any(is_asked(site, word) for word in which)], target)
         if not made.sites:
             raise StatisticsError("the checkpoint holds no site: its calibration wasn't complete; run `fit` again")

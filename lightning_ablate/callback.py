@@ -20,6 +20,7 @@ from lightning_ablate.export import export
 from lightning_ablate.methods import AblationMethod, method_of
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.phase import Phase
+from lightning_ablate.positions import ALL
 from lightning_ablate.progress import say
 from lightning_ablate.report import log_scores, report_attribution, report_neurons, report_results, tabulated
 from lightning_ablate.results import Results
@@ -40,10 +41,13 @@ class AblationCallback(lightning.Callback):
             attribution without a sweep.
         fractions: shares of each site's units to ablate, 0 to 1, rounded to whole units.
         seeds: of the choice of neurons, and of what a method draws.
-        sites: ``attention`` (the default), ``self-attention``, ``cross-attention``, ``mlp``, and shell-style patterns
-            of module paths (``*.0.attn.c_proj``).
+        sites: ``attention`` (the default), ``self-attention``, ``cross-attention``, ``mlp``; ``residual``, ``query``,
+            ``key``, ``value``; and shell-style patterns of module paths (``*.0.attn.c_proj``, ``h.*:output``).
         neurons: which units are ablated together: ``Random`` (the default), ``Ranked``, ``EachHead``, ``EachLayer``,
             ``Only``, or a subclass of Choice.
+        positions: where they are ablated: ``all``, ``first``, ``last``, places among the tokens that aren't padding
+            ([0, -1]), or the name of a boolean entry ``(batch, seq)`` of the batch.
+        calibrate_at: ``positions`` gathers the statistics at these alone.
         attribution: options of the estimated effect of every neuron, head and site alone, which ``fit`` makes.
         explain: how many of the largest units to explain (of an attribution so many heads and so many neurons), or the
             names of units, such as ``PATH head 0``.
@@ -68,6 +72,8 @@ class AblationCallback(lightning.Callback):
         seeds: Sequence[int] | int = (42,),
         sites: Sequence[str] | str = "attention",
         neurons: Choice | None = None,
+        positions: Sequence[int] | str = ALL,
+        calibrate_at: Literal["all", "positions"] = "all",
         attribution: Attribution | None = None,
         explain: int | Sequence[str] | str = 0,
         explain_examples: int = 64,
@@ -78,7 +84,8 @@ class AblationCallback(lightning.Callback):
     ) -> None:
         made = tuple(method_of(method) for method in listed(methods))
         choice = Random() if neurons is None else neurons
-        self.sweep = Sweep(made, listed(fractions), listed(seeds), choice, listed(sites))
+        where = positions if isinstance(positions, str) else tuple(positions)
+        self.sweep = Sweep(made, listed(fractions), listed(seeds), choice, listed(sites), where, calibrate_at)
         self.attribution = Attribution() if attribution is None else attribution
         if not isinstance(self.attribution, Attribution):
             raise ConfigError(f"attribution is {attribution!r:.80}, expected Attribution(methods=[...])")
@@ -226,10 +233,11 @@ class AblationCallback(lightning.Callback):
             self._store = store if trainer.is_global_zero else None
             earlier = trainers.from_first(trainer, partial(store.claim, self._facts))
         if fitting and not earlier:
-            self.run = Run(known, Calibration(self.sweep.sites))
+            self.run = Run(known, Calibration(self.sweep.sites, at=self.sweep.gathered))
             return
         kinds = phases.kinds_of(self.sweep, self.attribution)
-        self.run = Run.from_state_dict(earlier or given, module.target, known, kinds=kinds, which=self.sweep.sites)
+        asked = {"which": self.sweep.sites, "at": self.sweep.gathered}
+        self.run = Run.from_state_dict(earlier or given, module.target, known, kinds=kinds, **asked)
         if earlier:
             self.run.phase = earlier["phase"]
             done = f"{self.run.epochs} epochs of `fit` and {sum(self.run.phase.get('done', ()))} batches of the sweep"

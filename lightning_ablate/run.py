@@ -85,11 +85,12 @@ class Run:
             self.phase = {}
         return phase
 
-    def note(self, said: str | None) -> None:
+    def note(self, said: str | None, *, warn: bool = True) -> None:
         """Keeps a line on what limits the results, and warns of it, once."""
         if said is not None and said not in self.notes:
             self.notes.append(said)
-            rank_zero_warn(said)
+            if warn:
+                rank_zero_warn(said)
 
     def facts(self, methods: Sequence[AblationMethod], classes: int) -> dict[str, Any]:
         """What run.json says of it, of its methods and of the number of classes."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
+from typing import Literal
 
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from lightning_ablate.choices import Choice
 from lightning_ablate.conditions import BASELINE, Condition, Selection
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.methods import AblationMethod
+from lightning_ablate.positions import ALL, Positions, check_positions
 from lightning_ablate.sites import Site, check_mask
 
 
@@ -28,6 +30,8 @@ class Sweep:
     seeds: tuple[int, ...]
     neurons: Choice
     sites: tuple[str, ...] = ("attention",)
+    positions: Positions = ALL
+    calibrate_at: Literal["all", "positions"] = "all"
 
     def __post_init__(self) -> None:
         """Checks what was given."""
@@ -40,6 +44,7 @@ class Sweep:
                 raise ConfigError(f"{name} is empty, expected at least one (--ablation.{name})")
         if odd := [seed for seed in self.seeds if type(seed) is not int]:
             raise ConfigError(f"seeds holds {odd[0]!r}, expected whole numbers (--ablation.seeds)")
+        check_positions(self.positions)
         for fraction in self.fractions:
             if not (isinstance(fraction, int | float) and isfinite(fraction) and 0 <= fraction <= 1):
                 raise ConfigError(
@@ -53,6 +58,11 @@ class Sweep:
                 f"methods holds {sorted(repeated)} more than once, or by a name that is taken; leave one out, or give "
                 "it a `name` of its own (--ablation.methods)"
             )
+
+    @property
+    def gathered(self) -> Positions:
+        """The positions whose activations the statistics are of."""
+        return self.positions if self.calibrate_at == "positions" else ALL
 
     def method(self, name: str) -> AblationMethod:
         """The method of this name."""

@@ -51,7 +51,7 @@ def test_what_cannot_be_folded_is_refused():
         (albert, edits_of(tiny.calibrated(albert), Mean(), 0.5)),  # whose projection runs three times
         (gpt2, edits_of(tiny.calibrated(gpt2), Noise(), 0.5)),
     ):
-        with pytest.raises(SiteError, match="can't be folded, expected a constant or conditional method at a plain"):
+        with pytest.raises(SiteError, match="can't be folded, expected a constant or conditional method at the input"):
             fold(model, edits)
 
 

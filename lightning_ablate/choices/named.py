@@ -68,7 +68,7 @@ class Only(Choice):
 
     def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
         """The one; SiteError if the target has no such site, head or neuron."""
-        known = {name: site for site in sites for name in (site.path, site.name)}
+        known = {name: site for site in sites for name in (site.name.partition("#")[0], site.name)}
         for kind, name, numbers in self._given():
             if name not in known:
                 names = few(site.name for site in sites)

@@ -19,6 +19,7 @@ from lightning_ablate.export.form import Form
 from lightning_ablate.export.shrink import BiasError, shrunk
 from lightning_ablate.methods import AblationMethod
 from lightning_ablate.modules import AblationModule
+from lightning_ablate.positions import ALL
 from lightning_ablate.trainer import evaluated
 
 
@@ -49,13 +50,19 @@ def export(
         data: a data module or loaders for that; None takes those of the trainer.
 
     Raises:
-        ConfigError: if the run has no results or no such condition, or the folder is there already.
+        ConfigError: if the run has no results or no such condition, or goes by positions; if the folder is there
+            already.
         TargetError: if the run is of another target.
         SiteError: if the architecture can't be narrower by just these neurons, see :func:`shrunk`.
     """
     folder, results, note, run = Path(folder), callback.results, "", callback.run
     if results is None:
         raise ConfigError("there is no run to export yet: `fit` first")
+    if callback.sweep.positions != ALL:
+        raise ConfigError(
+            f"the run ablates neurons at the positions {callback.sweep.positions} alone, which no smaller model does; "
+            "expected a run with --ablation.positions all"
+        )
     if folder.exists():
         raise ConfigError(f"{str(folder)!r} is there already, expected the name of a new folder")
     module.configure_model()

@@ -33,8 +33,8 @@ def fold(target: nn.Module, edits: Mapping[Site, Edit]) -> Folded:
         weights = weights_of(target, site)
         if weights is None or not isinstance(edit.replacement, Affine):
             raise SiteError(
-                f"what is done at {site.name} can't be folded, expected a constant or conditional method at a plain "
-                "linear projection that runs once"
+                f"what is done at {site.name} can't be folded, expected a constant or conditional method at the input "
+                "of a plain linear projection that runs once"
             )
         weight, bias, transposed = weights
         weight, bias = edit.replacement.fold(weight.T if transposed else weight, bias, edit.mask)

@@ -36,10 +36,13 @@ class Batch:
     Attributes:
         examples: the indices of its examples, ``(batch,)`` int64, below 0 for those that only fill it.
         sources: (kind, seed) of another input → site → its activations there.
+        places: gives the positions of a site, with activations of a shape, that are ablated: bool ``(batch, ..., 1)``;
+            None where all are.
     """
 
     examples: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
     sources: dict[tuple[str, int], dict[Site, Source]] = field(default_factory=dict)
+    places: Callable[[Site, torch.Size], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,15 +119,20 @@ class AblationMethod(ABC):
 class Edit:
     """Replaces the masked neurons of a site and keeps the others: the only code that combines both.
 
-    ``mask`` is ``(neurons,)`` bool, or broadcastable to the activations.
+    ``mask`` is ``(neurons,)`` bool, or broadcastable to the activations. ``places`` gives the positions where they are
+    replaced, for activations of a shape: bool ``(batch, ..., 1)``; None for all.
     """
 
     mask: Tensor
     replacement: Replacement
+    places: Callable[[torch.Size], Tensor] | None = None
 
     def __call__(self, activations: Tensor) -> Tensor:
         """A new tensor of the shape, dtype and device of ``activations`` ``(batch, ..., neurons)``."""
-        return torch.where(self.mask.to(activations.device), self.replacement(activations).to(activations), activations)
+        mask = self.mask.to(activations.device)
+        if self.places is not None:
+            mask = mask & self.places(activations.shape).to(mask.device)
+        return torch.where(mask, self.replacement(activations).to(activations), activations)
 
     @property
     def nbytes(self) -> int:

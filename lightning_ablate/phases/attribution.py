@@ -23,8 +23,10 @@ from lightning_ablate.errors import ConfigError, DataError, NonFiniteError, few
 from lightning_ablate.methods import Ablation, AblationMethod, Batch, Replacement
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.phase import Phase
+from lightning_ablate.phases.places import Places
 from lightning_ablate.phases.sweep import SweepPhase, read_source
 from lightning_ablate.phases.units import Units
+from lightning_ablate.positions import ALL, Positions
 from lightning_ablate.run import Run
 from lightning_ablate.sites import Site, exact_device, hooked, left_of
 from lightning_ablate.statistics.base import by_example
@@ -42,10 +44,18 @@ class AttributionPhase(Phase):
 
     title = "Attribution"
 
-    def __init__(self, module: AblationModule, run: Run, options: Attribution, seed: int, examples: int = 0) -> None:
+    def __init__(
+        self,
+        module: AblationModule,
+        run: Run,
+        options: Attribution,
+        seed: int,
+        examples: int = 0,
+        positions: Positions = ALL,
+    ) -> None:
         super().__init__(module)
         self.options, self.seed, self.sites, methods = options, seed, run.calibration.sites, options.each
-        self._run, self._batch = run, Batch()
+        self._run, self._batch, self._places = run, Batch(), Places.of(module, positions)
         self.n = torch.zeros(2, dtype=torch.float64, device=exact_device(module.device))
         self.sums = {
             method.name: {site: self._nothing(site) for site in self.sites} for method in methods
@@ -54,7 +64,7 @@ class AttributionPhase(Phase):
         heads = measured_heads(options, self.sites, module.target)[0]
         rows = pd.DataFrame(heads, columns=["site", "level", "unit"]).assign(picked="all")
         rows = pd.concat([rows.assign(method=method.name) for method in methods])
-        self._heads = UnitsPhase(module, run, options, seed, examples, rows) if heads else None
+        self._heads = UnitsPhase(module, run, options, seed, examples, positions, rows) if heads else None
 
     def step(self, batch: Any, batch_idx: int) -> None:
         """Adds the estimates of the examples of one batch, and measures heads on them."""
@@ -64,6 +74,8 @@ class AttributionPhase(Phase):
         if _passed_over(module, self.options, used):
             return
         self._batch.examples, seed = examples, self.seed
+        if self._places is not None:
+            self._places.batch = batch
         with torch.no_grad():
             for kind in dict.fromkeys(method.source for method in self.options.each if method.source is not None):
                 self._batch.sources[kind, seed] = read_source(module, self.sites, kind, seed, batch)
@@ -130,6 +142,8 @@ class AttributionPhase(Phase):
                 for size, replace in alone.items():
                     if id(replace) not in products:  # levels mostly share what takes the neurons' place
                         delta = replace(given).to(given.dtype) - given
+                        if self._places is not None:
+                            delta = delta * self._places(site, given.shape).to(delta.device)
                         products[id(replace)] = own * by_example(delta.float(), one)[0]
                     made.append(orders(products[id(replace)].view(*own.shape[:3], -1, size).sum(4)))
                 first, second, whole = (torch.cat(order, 1) for order in zip(*made, strict=True))
@@ -153,14 +167,21 @@ class UnitsPhase(SweepPhase):
     """
 
     def __init__(
-        self, module: AblationModule, run: Run, options: Attribution, seed: int, examples: int, rows: pd.DataFrame
+        self,
+        module: AblationModule,
+        run: Run,
+        options: Attribution,
+        seed: int,
+        examples: int,
+        positions: Positions,
+        rows: pd.DataFrame,
     ) -> None:
         self.rows, self.options = rows, options
         seeds = {method.name: seed if method.seeded else None for method in options.each}
         names = [f"{unit.site} {unit.level} {unit.unit}" for unit in rows.itertuples()]
         pairs = zip(rows["method"], names, strict=True)
         alone = [Condition(1.0, seeds[method], name, method=method) for method, name in pairs]
-        sweep = Sweep(options.each, (1.0,), (seed,), Units(list(dict.fromkeys(names))))
+        sweep = Sweep(options.each, (1.0,), (seed,), Units(list(dict.fromkeys(names))), positions=positions)
         super().__init__(module, run, sweep, [options.examples or examples], [BASELINE, *alone])
 
     def end_epoch(self) -> None:
@@ -184,9 +205,17 @@ class VerificationPhase(UnitsPhase):
 
     title = "Verification"
 
-    def __init__(self, module: AblationModule, run: Run, options: Attribution, seed: int, examples: int) -> None:
+    def __init__(
+        self,
+        module: AblationModule,
+        run: Run,
+        options: Attribution,
+        seed: int,
+        examples: int,
+        positions: Positions = ALL,
+    ) -> None:
         rows = picked(table_of(run.calibration.attributed, run.measured), options.verify)
-        super().__init__(module, run, options, seed, examples, rows)
+        super().__init__(module, run, options, seed, examples, positions, rows)
 
     def step(self, batch: Any, batch_idx: int) -> None:
         """Evaluates every condition on one batch, if it has examples that were attributed."""

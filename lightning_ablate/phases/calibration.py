@@ -12,6 +12,7 @@ from lightning_ablate.errors import NonFiniteError, StatisticsError
 from lightning_ablate.metrics import checked
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.phase import Phase
+from lightning_ablate.phases.places import Places
 from lightning_ablate.run import Run
 from lightning_ablate.sites import KINDS, Site, check_mixing, exact_device, find_sites, hooked, keep
 from lightning_ablate.statistics import ActivationStatistic, Moments
@@ -22,8 +23,14 @@ class CalibrationPhase(Phase):
 
     title = "Calibration"
 
-    def __init__(self, module: AblationModule, run: Run, kinds: Sequence[type[ActivationStatistic]]) -> None:
+    def __init__(
+        self,
+        module: AblationModule,
+        run: Run,
+        kinds: Sequence[type[ActivationStatistic]],
+    ) -> None:
         super().__init__(module)
+        self._places = Places.of(module, run.calibration.at)
         self.kinds, self.calibration, self.seconds, self._run = kinds, run.calibration, 0.0, run
         self.epochs = 1 + max(kind.epoch() for kind in kinds)
         self._gathered: dict[Site, list[ActivationStatistic]] = {}
@@ -40,6 +47,8 @@ class CalibrationPhase(Phase):
             if not self.calibration.sites:
                 self._find_sites(batch)
             examples = self.module.examples_of(batch, batch_idx)
+            if self._places is not None:
+                self._places.batch = batch
             hooks = {site: partial(self._add, site, batch, examples) for site in self._gathered}
             began = time.perf_counter()
             with hooked(self.module.target, hooks, once=True):
@@ -64,6 +73,8 @@ class CalibrationPhase(Phase):
 
     def _add(self, site: Site, batch: Any, examples: Tensor, activations: Tensor) -> None:
         valid, exact = self.module.valid_at(site, batch), exact_device(self.module.device)
+        if self._places is not None:
+            valid = self._places(site, activations.shape).flatten(1)
         activations, valid = activations.to(exact), None if valid is None else valid.to(exact)
         for statistic in self._gathered[site]:
             more = {"examples": examples.to(exact)} if statistic.takes_examples else {}

@@ -84,7 +84,7 @@ class ExplainedSweep(SweepPhase):
     def _gather(self) -> None:
         sweep = self.sweep
         methods, units = explaining(sweep, self.attribution), Units(self._names())
-        alone = Sweep(methods, (1.0,), sweep.seeds[:1] or (0,), units, sweep.sites)
+        alone = Sweep(methods, (1.0,), sweep.seeds[:1] or (0,), units, sweep.sites, sweep.positions)
         recorder = _Recorder(self.module, self.run, alone, self.explain.examples)
         recorder.announce = self.announce
         failed = ""

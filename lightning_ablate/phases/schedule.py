@@ -14,6 +14,7 @@ from lightning_ablate.phases.attribution import AttributionPhase, VerificationPh
 from lightning_ablate.phases.calibration import CalibrationPhase
 from lightning_ablate.phases.method import Epoch, phase_of
 from lightning_ablate.phases.units import parsed
+from lightning_ablate.positions import ALL
 from lightning_ablate.sites import Site, left_of
 from lightning_ablate.statistics import ActivationStatistic, Moments, with_needs
 from lightning_ablate.sweep import Sweep
@@ -32,11 +33,16 @@ def schedule(sweep: Sweep, attribution: Attribution, amount: Amount) -> list[Epo
     attributed, it comes after them.
     """
     prepared = {method: phase for method in sweep.methods if (phase := phase_of(method)) is not None}
+    if prepared and sweep.positions != ALL:
+        raise ConfigError(
+            f"{next(iter(prepared)).name} learns what takes the place of neurons at all positions, expected "
+            "--ablation.positions all, or other methods"
+        )
     kinds = kinds_of(sweep, attribution)
     calibrate = partial(CalibrationPhase, kinds=kinds)
     calibrating = [Epoch(number, calibrate, 1.0) for number in range(1 + max(kind.epoch() for kind in kinds))]
     preparing = [epoch for method, phase in prepared.items() for epoch in phase.scheduled(method, sweep, amount)]
-    attributing = _attributing(attribution, [*sweep.seeds, 0][0], amount) if attribution.methods else []
+    attributing = _attributing(attribution, sweep, amount) if attribution.methods else []
     waits = {method.name for method in prepared} & {method.name for method in attribution.each}
     return calibrating + (preparing + attributing if waits else attributing + preparing)
 
@@ -75,10 +81,11 @@ def check_attribution(options: Attribution, sweep: Sweep, metrics: Sequence[str]
         )
 
 
-def _attributing(options: Attribution, seed: int, amount: Amount) -> list[Epoch]:
+def _attributing(options: Attribution, sweep: Sweep, amount: Amount) -> list[Epoch]:
     used = amount.batches if options.examples is None else ceil(options.examples / amount.batch_size)
     share = min(1.0, used / max(1, amount.batches))  # of the batches, the others are passed over
-    given: dict[str, Any] = {"options": options, "seed": seed, "examples": amount.examples}
+    given: dict[str, Any] = {"options": options, "seed": [*sweep.seeds, 0][0], "examples": amount.examples}
+    given["positions"] = sweep.positions
     found = [Epoch(0, partial(AttributionPhase, **given), share * options.passes, per_pass=share)]
     if options.verify:
         found.append(Epoch(0, partial(VerificationPhase, **given), share * (1 + options.sources), per_unit=share))

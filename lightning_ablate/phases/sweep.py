@@ -18,6 +18,7 @@ from lightning_ablate.metrics import METRICS, Clean, Scored, SweepMetrics, check
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.loaders import evaluation_loaders
 from lightning_ablate.modules.phase import Phase
+from lightning_ablate.phases.places import Places
 from lightning_ablate.phases.stopping import Stop
 from lightning_ablate.run import Run
 from lightning_ablate.sites import Prefix, Site, exact_device, hooked
@@ -71,7 +72,10 @@ class SweepPhase(Phase):
         self.stops = [Stop(module, one, until or 0.0, loader) for one, loader in zip(self.each, loaders, strict=False)]
         self.announce: Callable[[Condition], None] = lambda condition: None
         self.pause: Callable[[], None] = lambda: None
-        self._calibration, self._batch = calibration, Batch()
+        self._places = Places.of(module, sweep.positions)
+        if self._places is not None:
+            run.note(f"neurons are ablated at these positions alone: {sweep.positions}", warn=False)
+        self._calibration, self._batch = calibration, Batch(places=self._places)
         drawn = [(sweep.method(c.method).source, c.seed or 0) for c in self.conditions[1:]]
         self._sources = [(kind, seed) for kind, seed in dict.fromkeys(drawn) if kind is not None]  # resampled from
         self._constants: dict[tuple[str, Site], Replacement] = {}  # shared by conditions
@@ -140,6 +144,8 @@ class SweepPhase(Phase):
     def begin(self, batch: Any, batch_idx: int) -> Tensor:
         """Tells methods what they may know of a batch; returns the indices of its examples, ``(batch,)`` int64."""
         self._batch.examples = self.module.examples_of(batch, batch_idx)
+        if self._places is not None:
+            self._places.batch = batch
         for kind, seed in self._sources:
             self._batch.sources[kind, seed] = read_source(self.module, self._calibration.sites, kind, seed, batch)
         return self._batch.examples
