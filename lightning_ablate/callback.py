@@ -48,6 +48,7 @@ class AblationCallback(lightning.Callback):
         positions: where they are ablated: ``all``, ``first``, ``last``, places among the tokens that aren't padding
             ([0, -1]), or the name of a boolean entry ``(batch, seq)`` of the batch.
         calibrate_at: ``positions`` gathers the statistics at these alone.
+        strict: whether a target is refused in which anything beside attention mixes positions; else the table says it.
         attribution: options of the estimated effect of every neuron, head and site alone, which ``fit`` makes.
         explain: how many of the largest units to explain (of an attribution so many heads and so many neurons), or the
             names of units, such as ``PATH head 0``.
@@ -74,6 +75,7 @@ class AblationCallback(lightning.Callback):
         neurons: Choice | None = None,
         positions: Sequence[int] | str = ALL,
         calibrate_at: Literal["all", "positions"] = "all",
+        strict: bool = False,
         attribution: Attribution | None = None,
         explain: int | Sequence[str] | str = 0,
         explain_examples: int = 64,
@@ -85,7 +87,7 @@ class AblationCallback(lightning.Callback):
         made = tuple(method_of(method) for method in listed(methods))
         choice = Random() if neurons is None else neurons
         where = positions if isinstance(positions, str) else tuple(positions)
-        self.sweep = Sweep(made, listed(fractions), listed(seeds), choice, listed(sites), where, calibrate_at)
+        self.sweep = Sweep(made, listed(fractions), listed(seeds), choice, listed(sites), where, calibrate_at, strict)
         self.attribution = Attribution() if attribution is None else attribution
         if not isinstance(self.attribution, Attribution):
             raise ConfigError(f"attribution is {attribution!r:.80}, expected Attribution(methods=[...])")

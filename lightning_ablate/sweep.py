@@ -32,6 +32,7 @@ class Sweep:
     sites: tuple[str, ...] = ("attention",)
     positions: Positions = ALL
     calibrate_at: Literal["all", "positions"] = "all"
+    strict: bool = False  # whether attention alone may mix positions
 
     def __post_init__(self) -> None:
         """Checks what was given."""

@@ -213,7 +213,7 @@ def test_a_sampler_that_repeats_examples_is_refused():
     check_counts_once(two, loaders[1])
 
 
-def test_a_target_that_mixes_by_other_ways_is_refused_before_anything_is_gathered(tmp_path):
+def test_a_target_that_mixes_by_other_ways_is_told_or_refused_before_anything_is_gathered(tmp_path):
     def convolved():
         model, convolution = tiny.gpt2(), torch.nn.Conv1d(16, 16, 3, padding=1)
         model.transformer.h[0].ln_2.register_forward_hook(lambda m, i, out: out + convolution(out.mT).mT)
@@ -230,8 +230,13 @@ def test_a_target_that_mixes_by_other_ways_is_refused_before_anything_is_gathere
     tiny.fit(tmp_path / "pure", Probed(tiny.gpt2()))
     for sites in ("attention", "self-attention"):
         with pytest.raises(SiteError, match="also mixes positions by other ways"):
-            tiny.fit(tmp_path / sites, Probed(convolved()), callback=AblationCallback(sites=sites))
-    tiny.fit(tmp_path / "all the same", Probed(convolved()), callback=AblationCallback(sites="*.attn.c_proj"))
+            tiny.fit(tmp_path / sites, Probed(convolved()), callback=AblationCallback(sites=sites, strict=True))
+    with pytest.warns(UserWarning, match="other mixing: 1 of 2 layers"):
+        _, callback = tiny.fit(tmp_path / "all the same", Probed(convolved()), callback=AblationCallback(["zero"]))
+    assert "other mixing: 1 of 2 layers" in str(callback.results)
+    assert "other mixing: 1 of 2 layers" in (tmp_path / "all the same" / "run.json").read_text()
+    pattern = AblationCallback(sites="*.attn.c_proj", strict=True)
+    tiny.fit(tmp_path / "pattern", Probed(convolved()), callback=pattern)
 
 
 def test_a_choice_that_the_sites_do_not_allow_is_refused_at_the_first_batch(tmp_path):

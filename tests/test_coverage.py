@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lightning_ablate.errors import SiteError
-from lightning_ablate.sites import Prefix, check_mixing, find_sites, hooked
+from lightning_ablate.sites import Prefix, check_mixing, find_sites, hooked, other_mixing
 from tests import coverage
-from tests.coverage import COVERED, REFUSED, Case, moved, tiny
+from tests.coverage import COVERED, MIXED, REFUSED, Case, moved, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # as the libraries are
 
@@ -55,6 +55,15 @@ def test_layers_before_the_first_ablated_site_are_answered_to_the_bit(case):
         with hooked(target.model, {site: torch.zeros_like}, once=True), prefix.reused(place):
             found = target.run(0)
         assert all(torch.equal(*pair) for pair in zip(found, whole, strict=True))
+
+
+@pytest.mark.parametrize(("case", "others"), MIXED, ids=names([case for case, _ in MIXED]))
+def test_layers_that_mix_beside_attention_are_counted(case, others):
+    target = tiny(case)
+    sites = find_sites(target.model, lambda: target.run(0))
+    assert other_mixing(target.model, sites, target.run) == others
+    with pytest.raises(SiteError, match="also mixes positions by other ways"):
+        check_mixing(target.model, sites, target.run)
 
 
 @pytest.mark.parametrize(("case", "why"), REFUSED, ids=names([case for case, _ in REFUSED]))

@@ -1,20 +1,20 @@
 """Calibration: gathers the statistics of every site, epoch by epoch."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_ablate.errors import NonFiniteError, StatisticsError
+from lightning_ablate.errors import NonFiniteError, SiteError, StatisticsError
 from lightning_ablate.metrics import checked
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.phase import Phase
 from lightning_ablate.phases.places import Places
 from lightning_ablate.run import Run
-from lightning_ablate.sites import KINDS, Site, check_mixing, exact_device, find_sites, hooked, keep
+from lightning_ablate.sites import KINDS, Site, check_mixing, exact_device, find_sites, hooked, keep, other_mixing
 from lightning_ablate.statistics import ActivationStatistic, Moments
 
 
@@ -28,9 +28,11 @@ class CalibrationPhase(Phase):
         module: AblationModule,
         run: Run,
         kinds: Sequence[type[ActivationStatistic]],
+        strict: bool = False,
     ) -> None:
         super().__init__(module)
         self._places = Places.of(module, run.calibration.at)
+        self.strict = strict
         self.kinds, self.calibration, self.seconds, self._run = kinds, run.calibration, 0.0, run
         self.epochs = 1 + max(kind.epoch() for kind in kinds)
         self._gathered: dict[Site, list[ActivationStatistic]] = {}
@@ -87,8 +89,21 @@ class CalibrationPhase(Phase):
         probes = module.probes(batch)
         if probes is not None and any("attention" in word for word in which if word in KINDS):
             attention = find_sites(module.target, lambda: module.evaluate(batch))  # all of it, whatever was chosen
-            check_mixing(module.target, attention, lambda number: module.hidden(probes[number]))
+            self._check_mixing(attention, lambda number: module.hidden(probes[number]))
         self.begin_epoch(0)  # again, now that there are sites
+
+    def _check_mixing(self, attention: Sequence[Site], hidden: Callable[[int], Sequence[Tensor]]) -> None:
+        """Notes how many layers mix positions beside attention; SiteError for any, if that is asked."""
+        try:
+            check_mixing(self.module.target, attention, hidden)
+        except SiteError:
+            if self.strict:
+                raise
+            others = other_mixing(self.module.target, attention, hidden)
+            self._run.note(
+                f"other mixing: {others}; positions are also mixed by convolution, pooling, a state space or linear "
+                "attention there, which an ablation of attention passes by"
+            )
 
     def _check_axes(self, batch: Any) -> None:
         """Refuses sites whose first axis isn't that of the examples: one alone must give its rows of a pass of two."""

@@ -39,7 +39,7 @@ def schedule(sweep: Sweep, attribution: Attribution, amount: Amount) -> list[Epo
             "--ablation.positions all, or other methods"
         )
     kinds = kinds_of(sweep, attribution)
-    calibrate = partial(CalibrationPhase, kinds=kinds)
+    calibrate = partial(CalibrationPhase, kinds=kinds, strict=sweep.strict)
     calibrating = [Epoch(number, calibrate, 1.0) for number in range(1 + max(kind.epoch() for kind in kinds))]
     preparing = [epoch for method, phase in prepared.items() for epoch in phase.scheduled(method, sweep, amount)]
     attributing = _attributing(attribution, sweep, amount) if attribution.methods else []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_ablate.errors import SiteError, few
 from lightning_ablate.sites.dataflow import Trace, Tracer, trace
 from lightning_ablate.sites.outputs import ROLES, RoleTracer, outputs
-from lightning_ablate.sites.site import Site, exact_device, features, hooked
+from lightning_ablate.sites.site import Site, features
 
 KINDS = {
     "attention": ("self-attention", "cross-attention"),
@@ -106,35 +106,6 @@ def is_covered(target: nn.Module, word: str, sites: Sequence[Site], which: Seque
     if side == "input":
         asked = {name for name in asked if features(target.get_submodule(name)) is not None}
     return bool(asked) and asked <= known
-
-
-def check_mixing(target: nn.Module, sites: Sequence[Site], hidden: Callable[[int], Sequence[Tensor]]) -> None:
-    """Raises SiteError if a target mixes positions other than by these attention sites.
-
-    While they are all 0, changing one token or pixel may change the hidden state of its own position only. ``hidden``
-    runs the target on input 0 or 1, which differ in one token or pixel. It gives the last hidden states, each
-    ``(1, ..., features)``.
-    """
-    with torch.no_grad(), hooked(target, dict.fromkeys(sites, torch.zeros_like)):
-        states = hidden(0), hidden(1)
-    tolerance = torch.finfo(states[0][0].dtype).eps ** 0.5
-    for before, after in zip(*states, strict=True):
-        limit = torch.finfo(before.dtype).max / 2  # masked features are -inf or the least number
-        before, after = (state.to(exact_device(state.device)).flatten(0, -2) for state in (before, after))
-        before, after = (torch.where(state.abs() < limit, state, 0).double() for state in (before, after))
-        change = (after - before).abs().amax(1)
-        if len(change) < 2:
-            raise SiteError(
-                "the last hidden state has a single position, so it can't show whether only attention mixes positions; "
-                "name the sites by a pattern (--ablation.sites)"
-            )
-        moved = int((change > tolerance * before.abs().max()).sum())
-        if moved > 1:
-            raise SiteError(
-                f"one changed place moves the last hidden state at {moved} of {len(change)} positions although every "
-                "attention site is constant: the target also mixes positions by other ways (convolution, pooling, "
-                "a state space, linear attention); to study these sites, name them by a pattern (--ablation.sites)"
-            )
 
 
 def _sites(target: nn.Module, seen: Trace) -> list[Site]:
