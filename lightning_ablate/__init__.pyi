@@ -56,6 +56,9 @@ from .results import Results as Results
 from .results import difference as difference
 from .results import load as load
 from .sharding import ShardedStrategy as ShardedStrategy
+from .sites import Basis as Basis
+from .sites import Directions as Directions
+from .sites import Features as Features
 from .sites import Site as Site
 from .sites import find_sites as find_sites
 from .statistics import ActivationStatistic as ActivationStatistic

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_ablate.errors import StatisticsError, TargetError, loading
 from lightning_ablate.positions import ALL, Positions
-from lightning_ablate.sites import Site, exact_device, is_asked, is_covered, weights_of
+from lightning_ablate.sites import Basis, Site, exact_device, is_asked, is_covered, weights_of
+from lightning_ablate.sites.bases import in_basis, saved_site, site_of
 from lightning_ablate.sites.site import device_of
 from lightning_ablate.statistics import ActivationStatistic, Covariance, SiteStatistics
 
@@ -52,10 +53,17 @@ class Calibration:
         attributed: name of a method → site → what each unit is worth, see
             :func:`~lightning_ablate.attribution.table_of`.
         at: the positions whose activations the statistics are of.
+        bases: word of ``which``, or pattern of paths → the basis of the sites that it asks for.
     """
 
-    def __init__(self, which: Sequence[str] = ("attention",), sites: Sequence[Site] = (), at: Positions = ALL) -> None:
-        self.which, self.at = tuple(which), at
+    def __init__(
+        self,
+        which: Sequence[str] = ("attention",),
+        sites: Sequence[Site] = (),
+        at: Positions = ALL,
+        bases: Mapping[str, Basis] | None = None,
+    ) -> None:
+        self.which, self.at, self.bases = tuple(which), at, dict(bases or {})
         self.learned: dict[str, dict[Site, Tensor]] = {}
         self.attributed: dict[str, dict[Site, Tensor]] = {}
         self.locate(sites)
@@ -71,8 +79,11 @@ class Calibration:
         return SiteStatistics(site.name, self.statistics[site], learned, AtSite(self.attributed, site), weight)
 
     def locate(self, sites: Iterable[Site], target: nn.Module | None = None) -> None:
-        """Takes the sites that were found in a target, and their projections' weights."""
-        self.sites = tuple(sites)
+        """Takes the sites that were found in a target, each in its basis, and their projections' weights.
+
+        SiteError for a basis that doesn't fit.
+        """
+        self.sites = tuple(in_basis(sites, self.bases))
         # a projection that runs several times has one weight
         self._weights = {} if target is None else {s: weights_of(target, replace(s, uses=1)) for s in self.sites}
         self.statistics: dict[Site, dict[type[ActivationStatistic], ActivationStatistic]] = {s: {} for s in self.sites}
@@ -101,7 +112,7 @@ class Calibration:
         """The kinds of sites, and for each site its statistics and learned values, as tensors on the CPU."""
         sites = [
             {
-                "site": asdict(site),
+                "site": saved_site(site),
                 "statistics": {
                     _key(kind): {name: _alone(value) for name, value in found.state_dict().items()}
                     for kind, found in statistics.items()
@@ -121,6 +132,7 @@ class Calibration:
         kinds: Iterable[type[ActivationStatistic]] | None = None,
         which: Sequence[str] | None = None,
         at: Positions | None = None,
+        bases: Mapping[str, Basis] | None = None,
     ) -> Self:
         """Takes sites and statistics from a :meth:`state_dict` of the same target.
 
@@ -130,14 +142,15 @@ class Calibration:
             kinds: the statistics to take, if they are there; None takes all.
             which: the sites to take; None takes all.
             at: the positions of which the statistics must be; None takes any.
+            bases: those of the sites, see :class:`Calibration`; a state doesn't hold them.
 
         Raises:
-            StatisticsError: if the state lacks a site, is of other positions, or another version of this package made
-                it.
+            StatisticsError: if the state lacks a site, is of other positions or bases, or another version of this
+                package made it.
         """
         if "sites" not in state:
             raise StatisticsError("the checkpoint is of an older version of this package; run `fit` again")
-        saved = {Site(**entry["site"]): entry for entry in state["sites"]}
+        saved = {site_of(entry["site"], bases or {}): entry for entry in state["sites"]}
         which, gathered = tuple(state["which"]) if which is None else which, state.get("at", ALL)
         if at not in (None, gathered):
             raise StatisticsError(
@@ -150,7 +163,7 @@ class Calibration:
                     f"the checkpoint doesn't hold the statistics of all sites {word!r}, it holds "
                     f"{', '.join(site.name for site in saved)}; name these with --ablation.sites, or run `fit` again"
                 )
-        made, device = cls(which, at=gathered), exact_device(device_of(target))
+        made, device = cls(which, at=gathered, bases=bases), exact_device(device_of(target))
         made.locate([site for site in saved if any(is_asked(site, word) for word in which)], target)
         if not made.sites:
             raise StatisticsError("the checkpoint holds no site: its calibration wasn't complete; run `fit` again")
@@ -169,16 +182,17 @@ class Calibration:
         return made
 
     @classmethod
-    def load(cls, path: Path | str, target: nn.Module) -> Self:
+    def load(cls, path: Path | str, target: nn.Module, bases: Mapping[str, Basis] | None = None) -> Self:
         """What ``fit`` left for this target in a run's folder, or in another checkpoint that Lightning wrote then.
 
-        TargetError if it can't be read, or is of another target; StatisticsError if it holds no calibration.
+        ``bases`` are those of the run. TargetError if it can't be read, or is of another target; StatisticsError if it
+        holds no calibration.
         """
         path = Path(path)
         state = saved_state(path / "ablation.ckpt" if path.is_dir() else path)
         check_target(state, fingerprint(target))
         with loading(str(path), StatisticsError):
-            return cls.from_state_dict(state["calibration"], target)
+            return cls.from_state_dict(state["calibration"], target, bases=bases)
 
 
 def saved_state(path: Path | str, *, mmap: bool = False) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from lightning_ablate.report import log_scores, report_attribution, report_neuro
 from lightning_ablate.results import Results
 from lightning_ablate.run import Run, Store, checkpoint_of, plain
 from lightning_ablate.seeds import digest
+from lightning_ablate.sites import Basis
 from lightning_ablate.sweep import Sweep
 
 
@@ -49,6 +50,8 @@ class AblationCallback(lightning.Callback):
             ([0, -1]), or the name of a boolean entry ``(batch, seq)`` of the batch.
         calibrate_at: ``positions`` gathers the statistics at these alone.
         strict: whether a target is refused in which anything beside attention mixes positions; else the table says it.
+        bases: word of ``sites`` → what units its sites have in place of neurons: ``Directions`` of a file, ``Features``
+            of a sparse autoencoder, or another Basis.
         attribution: options of the estimated effect of every neuron, head and site alone, which ``fit`` makes.
         explain: how many of the largest units to explain (of an attribution so many heads and so many neurons), or the
             names of units, such as ``PATH head 0``.
@@ -76,6 +79,7 @@ class AblationCallback(lightning.Callback):
         positions: Sequence[int] | str = ALL,
         calibrate_at: Literal["all", "positions"] = "all",
         strict: bool = False,
+        bases: dict[str, Basis] | None = None,
         attribution: Attribution | None = None,
         explain: int | Sequence[str] | str = 0,
         explain_examples: int = 64,
@@ -87,7 +91,9 @@ class AblationCallback(lightning.Callback):
         made = tuple(method_of(method) for method in listed(methods))
         choice = Random() if neurons is None else neurons
         where = positions if isinstance(positions, str) else tuple(positions)
-        self.sweep = Sweep(made, listed(fractions), listed(seeds), choice, listed(sites), where, calibrate_at, strict)
+        self.sweep = Sweep(
+            made, listed(fractions), listed(seeds), choice, listed(sites), where, calibrate_at, strict, bases or {}
+        )
         self.attribution = Attribution() if attribution is None else attribution
         if not isinstance(self.attribution, Attribution):
             raise ConfigError(f"attribution is {attribution!r:.80}, expected Attribution(methods=[...])")
@@ -235,10 +241,10 @@ class AblationCallback(lightning.Callback):
             self._store = store if trainer.is_global_zero else None
             earlier = trainers.from_first(trainer, partial(store.claim, self._facts))
         if fitting and not earlier:
-            self.run = Run(known, Calibration(self.sweep.sites, at=self.sweep.gathered))
+            self.run = Run(known, Calibration(self.sweep.sites, at=self.sweep.gathered, bases=self.sweep.bases))
             return
         kinds = phases.kinds_of(self.sweep, self.attribution)
-        asked = {"which": self.sweep.sites, "at": self.sweep.gathered}
+        asked = {"which": self.sweep.sites, "at": self.sweep.gathered, "bases": self.sweep.bases}
         self.run = Run.from_state_dict(earlier or given, module.target, known, kinds=kinds, **asked)
         if earlier:
             self.run.phase = earlier["phase"]

@@ -1,7 +1,7 @@
 """What a run compares: every method, with every choice of units, at every fraction and seed."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Literal
 
@@ -13,7 +13,7 @@ from lightning_ablate.conditions import BASELINE, Condition, Selection
 from lightning_ablate.errors import ConfigError
 from lightning_ablate.methods import AblationMethod
 from lightning_ablate.positions import ALL, Positions, check_positions
-from lightning_ablate.sites import Site, check_mask
+from lightning_ablate.sites import Basis, Site, check_mask
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Sweep:
     positions: Positions = ALL
     calibrate_at: Literal["all", "positions"] = "all"
     strict: bool = False  # whether attention alone may mix positions
+    bases: Mapping[str, Basis] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Checks what was given."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -31,6 +31,11 @@ from lightning_ablate.run import Run
 from lightning_ablate.sites import Site, exact_device, hooked, left_of
 from lightning_ablate.statistics.base import by_example
 from lightning_ablate.sweep import Sweep
+
+
+class _Kept(NamedTuple):
+    activations: Tensor  # of a site, without a graph
+    moved: Tensor  # by whose gradient the effect of moving them is known
 
 
 class AttributionPhase(Phase):
@@ -68,7 +73,7 @@ class AttributionPhase(Phase):
 
     def step(self, batch: Any, batch_idx: int) -> None:
         """Adds the estimates of the examples of one batch, and measures heads on them."""
-        module, found = self.module, dict[Site, Tensor]()
+        module, found = self.module, dict[Site, _Kept]()
         examples = module.examples_of(batch, batch_idx)
         used = self.options.used(examples)
         if _passed_over(module, self.options, used):
@@ -120,10 +125,11 @@ class AttributionPhase(Phase):
         if self._heads is not None:
             self._heads.end_epoch()
 
-    def _add(self, scored: Any, rows: Tensor, examples: int, found: dict[Site, Tensor]) -> None:
+    def _add(self, scored: Any, rows: Tensor, examples: int, found: dict[Site, "_Kept"]) -> None:
         n = torch.bincount(rows[rows >= 0].to(self.n.device), minlength=examples).double()
         self.n += torch.stack([n.sum(), n.square().sum()])
-        inputs, draws, metric = [found[site] for site in self.sites], self.options.draws, self.options.metric
+        inputs = [found[site].moved for site in self.sites]
+        draws, metric = self.options.draws, self.options.metric
         if metric is not None:
             values = scored.extra[metric]
             lost = torch.autograd.grad(values, inputs, -(rows >= 0).to(values.dtype))
@@ -136,7 +142,7 @@ class AttributionPhase(Phase):
         one = torch.ones(examples, 1, dtype=torch.bool, device=n.device)
         for place, site in enumerate(self.sites):
             own = torch.stack([by_example(gradient[place].float(), one)[0] for gradient in gradients])
-            given = found[site].detach()
+            given = found[site].activations
             for name, by_site in self.sums.items():
                 alone, products, made = self._alone[name][site], dict[int, Tensor](), []
                 for size, replace in alone.items():
@@ -240,6 +246,11 @@ def _passed_over(module: AblationModule, options: Attribution, used: Tensor) -> 
     return options.examples is not None and not bool(module.summed(used.any().float()))
 
 
-def _kept(found: dict[Site, Tensor], site: Site, activations: Tensor) -> Tensor:
-    found[site] = activations if activations.requires_grad else activations.detach().requires_grad_()
-    return found[site]
+def _kept(found: dict[Site, _Kept], site: Site, activations: Tensor) -> Tensor:
+    if site.basis is not None:  # what is written back is a difference, in which the activations themselves cancel
+        moved = torch.zeros_like(activations, requires_grad=True)
+        found[site] = _Kept(activations.detach(), moved)
+        return activations + moved
+    moved = activations if activations.requires_grad else activations.detach().requires_grad_()
+    found[site] = _Kept(moved.detach(), moved)
+    return moved

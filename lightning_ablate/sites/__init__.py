@@ -1,6 +1,7 @@
 """Where a target is read and changed: the inputs of its attention output projections and MLP down projections."""
 
 from lightning_ablate.sites.attended import attended
+from lightning_ablate.sites.basis import Basis, Directions, Features, Part
 from lightning_ablate.sites.find import KINDS, find_sites, is_asked, is_covered
 from lightning_ablate.sites.mixing import check_mixing, other_mixing
 from lightning_ablate.sites.prefix import Prefix, blocks_of, left_of

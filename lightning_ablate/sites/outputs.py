@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_ablate.sites.basis import Part
 from lightning_ablate.sites.dataflow import MOVES, PRODUCTS, PROJECTIONS, SUMS, Trace, Tracer, tensors_of
 from lightning_ablate.sites.site import Site, features, first_of
 
@@ -126,5 +127,5 @@ def outputs(target: nn.Module, seen: Trace, tracer: Tracer, found: Sequence[Site
     for (role, run), (part, heads) in tracer.roles.items() if isinstance(tracer, RoleTracer) else ():
         path, runs = seen.reads[run - 1].path, [read.path for read in seen.reads]
         given = run - 0.5, path, role, runs[: run - 1].count(path), runs.count(path)
-        add(*given, width=len(part), heads=heads, part=part)
+        add(*given, width=len(part), heads=heads, basis=Part(part))
     return [site for _, site in sorted(made, key=lambda one: one[0])]

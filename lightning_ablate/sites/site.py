@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils import checkpoint
 
 from lightning_ablate.errors import SiteError
+from lightning_ablate.sites.basis import Basis
 from lightning_ablate.sites.unfused import unfused
 
 WITHOUT_FLOAT64 = {"mps"}  # types of devices
@@ -36,7 +37,7 @@ class Site:
             ``key``, ``value`` or ``other``.
         layer: path of its layer, with the same ``#`` as the name.
         uses: how often the module runs in one forward pass.
-        part: which features of the output are its neurons, head by head; None for all of them in their order.
+        basis: what its neurons are in place of the features: a part of them, directions, or an autoencoder's features.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Site:
     kind: str = "self-attention"
     layer: str = ""
     uses: int = 1
-    part: tuple[int, ...] | None = field(default=None, compare=False)  # the name tells it
+    basis: Basis | None = field(default=None, compare=False)  # or each look into a mapping would hash its numbers
 
     @property
     def path(self) -> str:
@@ -64,6 +65,8 @@ class Site:
 
     def neuron(self, number: int) -> str:
         """What a person calls a neuron: ``neuron 563``, of a site with heads followed by ``(head 8, dim 51)``."""
+        if self.basis is not None and not self.heads:
+            return f"{self.basis.unit} {number}"
         place = divmod(number, self.width // self.heads) if self.heads else ()
         return f"neuron {number}" + (f" (head {place[0]}, dim {place[1]})" if place else "")
 
@@ -121,13 +124,19 @@ def features(module: nn.Module) -> int | None:
 def weights_of(target: nn.Module, site: Site) -> tuple[Tensor, Tensor | None, bool] | None:
     """The weight and bias of a site's projection, and whether the weight is ``(neurons, outputs)``.
 
-    None if they can't be replaced: the site is an output, or the module runs several times, it is quantised, sharded or
-    offloaded, or it is more than a matrix and a bias.
+    None if they can't be replaced: the site is an output or has a basis, the module runs several times, it is
+    quantised, sharded or offloaded, or it is more than a matrix and a bias.
     """
     module = target.get_submodule(site.path)
     kind, weight, bias = type(module), getattr(module, "weight", None), getattr(module, "bias", None)
     linear, transposed = kind is nn.Linear, (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
-    if site.side != "input" or site.uses > 1 or not (linear or transposed) or "weight" not in module._parameters:
+    if (
+        site.side != "input"
+        or site.basis is not None
+        or site.uses > 1
+        or not (linear or transposed)
+        or "weight" not in module._parameters
+    ):
         return None
     if not isinstance(weight, Tensor) or isinstance(weight, DTensor) or weight.is_meta:
         return None
@@ -219,13 +228,12 @@ def first_of(output: Any) -> Tensor | None:
 
 
 def _changed(site: Site, hook: Hook, whole: Tensor) -> Tensor:
-    """A module's activations ``(batch, ..., features)`` after the hook of a site, which may be a part of them."""
-    if site.part is None:
-        changed = hook(whole)
-        return whole if changed is None else changed
-    index = torch.tensor(site.part, device=whole.device)
-    changed = hook(whole.index_select(-1, index))
-    return whole if changed is None else whole.index_copy(-1, index, changed)
+    """A module's activations ``(batch, ..., features)`` after the hook of a site, which gets them in its basis."""
+    own = whole if site.basis is None else site.basis.read(whole)
+    changed = hook(own)
+    if changed is None:
+        return whole
+    return changed if site.basis is None else site.basis.write(whole, own, changed)
 
 
 def keep(found: dict[Site, Tensor], site: Site, activations: Tensor) -> None:
