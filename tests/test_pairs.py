@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import default_collate
 from transformers import PreTrainedTokenizerFast
 
-from lightning_ablate import AblationCallback, Attribution, EachHead, IndirectObjects, PairedLM, PairedTexts
+from lightning_ablate import AblationCallback, Attribution, EachHead, EachLayer, IndirectObjects, PairedLM, PairedTexts
 from lightning_ablate.data.pairs import _FRAMES, _NAMES, _OBJECTS, _PLACES
 from lightning_ablate.errors import ConfigError, DataError
 from tests import reference, tiny
@@ -203,3 +203,46 @@ def test_indirect_objects_are_balanced_and_of_single_tokens(tmp_path):
     assert IndirectObjects(seed=1).name == "indirect-objects"
     with pytest.raises(DataError, match=r"has 0 of our names and 0 of our objects as single tokens"):
         run(tmp_path, IndirectObjects(calibration_examples=2, evaluation_examples=2))
+
+
+@pytest.mark.parametrize("positions", ["subject", "last", (4,)])
+def test_the_residual_stream_is_patched_at_a_position_as_plain_hooks_would(tmp_path, positions):
+    data = IndirectObjects(calibration_examples=4, evaluation_examples=12, batch_size=6, spans=["subject", "object"])
+    options = {"neurons": EachLayer(), "sites": "residual", "positions": positions}
+    module, callback = run(tmp_path, data, ["resample-partner"], words_tokenizer(), **options)
+    batch = default_collate(list(data._examples("evaluation")))
+    names = {
+        name: [module.tokenizer.decode(ids[at]) for ids, at in zip(batch["input_ids"], batch[name], strict=True)]
+        for name in data.spans
+    }
+    asked = [module.tokenizer.decode(batch[name].unsqueeze(1)[row]) for name in ("foil", "answer") for row in range(12)]
+    assert names["subject"] + names["object"] == asked
+    assert (batch["subject"].int().argmax(1) > 8).all()  # where it is said again
+    partner = {**batch, **{n: batch[f"partner_{n}"] for n in ("input_ids", "attention_mask")}}
+    places = {"subject": batch["subject"].nonzero()[:, 1], "last": batch["last"], (4,): torch.full((12,), 4)}[positions]
+    rows, table = torch.arange(12), callback.results.table.set_index("part")
+    for layer in ("transformer.h.0", "transformer.h.1"):
+        seen, scores = {}, []
+        with (
+            torch.no_grad(),
+            reference.plain_hooks(module.target, {f"{layer}:output": lambda x, s=seen: s.update(x=x)}),
+        ):
+            reference.forward(module.target, partner)
+
+        def patched(x, other=seen["x"]):
+            x = x.clone()
+            x[rows, places] = other[rows, places]
+            return x
+
+        with torch.no_grad(), reference.plain_hooks(module.target, {f"{layer}:output": patched}):
+            last = reference.forward(module.target, batch)[rows, batch["last"]]
+        scores = last[rows, batch["answer"]] - last[rows, batch["foil"]]
+        assert table.loc[layer, "logit_difference"] == pytest.approx(scores.mean().item(), abs=1e-5)
+
+
+def test_a_span_that_is_no_part_of_the_text_is_refused(tmp_path):
+    rows = [{**row, "about": "cat" if n % 2 else str(n)} for n, row in enumerate(ROWS)]
+    run(tmp_path, paired(rows, spans=["about"]), positions="about")
+    rows[8]["about"] = "dog"
+    with pytest.raises(DataError, match="about 'dog' isn't a part of the clean text"):
+        run(tmp_path, paired(rows, spans=["about"]))

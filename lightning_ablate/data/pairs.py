@@ -1,6 +1,6 @@
 """Pairs of a clean and a corrupt text, between two answers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -22,21 +22,28 @@ class PairedTexts(TextRows):
     foil the corrupt one. PairedLM says what is scored.
 
     Args:
+        spans: columns that hold a part of the clean text, such as the name of its subject. Batches get a boolean entry
+            of this name ``(batch, seq)``, True at the tokens of its last occurrence, see ``--ablation.positions``.
         reverse: reads the corrupt texts, whose partners are the clean ones (denoising), instead of the clean ones.
         max_length: tokens to which texts are padded; longer ones are refused.
     """
 
+    spans: Sequence[str] = ()
     reverse: bool = False
     max_length: int = 32
 
-    columns = ("clean", "corrupt", "answer", "foil")
     passes_blanks = False  # a pair that lacks something is a mistake
-    facts = (*TextRows.facts, "reverse")
+    facts = (*TextRows.facts, "reverse", "spans")
 
     def __post_init__(self) -> None:
         """Gives the direction to the name."""
         super().__post_init__()
         self.name += " reversed" if self.reverse else ""
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The texts, the words, and the spans."""
+        return ("clean", "corrupt", "answer", "foil", *self.spans)
 
     def example(self, row: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
         """The tokens of both texts, the second as ``partner_...``, the ``last`` position, ``answer`` and ``foil``."""
@@ -61,8 +68,20 @@ class PairedTexts(TextRows):
             words[name] = ids[0]
         if words["answer"] == words["foil"]:
             raise refused("answer and foil are the same token")
+        spans = {name: self._at(row, name, tokenizer) for name in self.spans}
+        if lost := [name for name, places in spans.items() if not any(places)]:
+            raise refused(f"{lost[0]} {row[lost[0]]!r} isn't a part of the clean text (--data.spans)")
         read, partner = reversed(texts) if self.reverse else texts
-        return {**read, **{f"partner_{name}": ids for name, ids in partner.items()}, "last": clean - 1, **words}
+        other = {f"partner_{name}": ids for name, ids in partner.items()}
+        return {**read, **other, **spans, "last": clean - 1, **words}
+
+    def _at(self, row: Mapping[str, Any], name: str, tokenizer: Any) -> list[bool]:
+        """Which tokens of the clean text a span touches."""
+        text, part = self.text(row, "clean"), self.text(row, name).strip()
+        start = text.rfind(part)
+        offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+        # a token may begin with the space in front of its word
+        return [start >= 0 and first < start + len(part) and last > start for first, last in offsets]
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -71,7 +90,8 @@ class IndirectObjects(MadeRows, PairedTexts):
 
     "When Mary and John went to the store, John gave a drink to" is answered by " Mary"; where the second sentence is
     Mary's, by " John". Which name comes first alternates. Names and objects are single tokens of the tokenizer, which
-    must have at least eight of our names and three of our objects.
+    must have at least eight of our names and three of our objects. ``spans`` may name the columns ``subject`` (who
+    gives, where that is said again), ``object`` (who gets) and ``thing``.
 
     Args:
         seed: of the draws.
@@ -106,7 +126,8 @@ def sentences(tokenizer: Any, seed: int) -> Iterator[dict[str, str]]:
             words[0].format(first=first, second=second, place=words[1], giver=giver, thing=words[2])
             for giver in (other, one)
         )
-        yield {"clean": clean, "corrupt": corrupt, "answer": f" {one}", "foil": f" {other}"}
+        spans = {"subject": other, "object": one, "thing": words[2]}
+        yield {"clean": clean, "corrupt": corrupt, "answer": f" {one}", "foil": f" {other}", **spans}
         number += 1
 
 

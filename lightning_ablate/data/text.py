@@ -189,6 +189,8 @@ def padding_id(tokenizer: Any) -> int:
 def _padded(padding: int, length: int, tokens: Mapping[str, Any]) -> dict[str, Tensor]:
     fillers = {"input_ids": padding, "partner_input_ids": padding, "labels": -100}
     return {
-        name: torch.tensor(one + [fillers.get(name, 0)] * (length - len(one)) if isinstance(one, list) else one)
+        name: torch.tensor(
+            one + [fillers.get(name, type(one[0])())] * (length - len(one)) if isinstance(one, list) else one
+        )
         for name, one in tokens.items()
     }
