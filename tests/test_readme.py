@@ -16,10 +16,12 @@ import timm
 import torch
 import yaml
 from datasets import Dataset
+from safetensors.torch import save_file
 
 from lightning_ablate import AblationCallback, LearnedMethod, Results
-from tests import reference, tiny
+from tests import demos, reference, tiny
 from tests.command import ROOT, module, several
+from tests.test_bases import autoencoder
 from tests.test_pairs import words_tokenizer
 
 PAGES = [
@@ -29,7 +31,7 @@ PAGES = [
 ]
 SHORT_IMAGES = ["--data.calibration_images=60", "--data.evaluation_images=37", "--data.batch_size=20"]  # 37 is odd
 SHORT_TEXT = ["--data.calibration_tokens=600", "--data.evaluation_tokens=400", "--data.max_length=32"]
-PAIRS = "calibration_examples: 20, evaluation_examples: 20, max_length: 24, reverse: true"
+PAIRS = "calibration_examples: 20, evaluation_examples: 20, max_length: 24, reverse: true, spans: [subject, object]"
 SHORT_PAIRS = ["--data.calibration_examples=20", "--data.evaluation_examples=20"]
 SHORT_PAIRS += [f"--data.evaluation=[{{class_path: IndirectObjects, init_args: {{{PAIRS}}}}}]"]
 STAND_INS = {
@@ -100,6 +102,8 @@ def stand_ins(tmp_path_factory):
     tiny.save_language_model(folder / "opt", tiny.opt())
     (folder / "configs").symlink_to(ROOT / "configs")
     tiny.gpt2().save_pretrained(folder / "gpt2")
+    save_file({"directions": torch.randn(2, demos.WIDTH["gpt2"])}, folder / "directions.safetensors")
+    autoencoder(folder / "features", "topk", features=demos.WIDTH["gpt2"])
     words_tokenizer().save_pretrained(folder / "gpt2")
     return folder
 
