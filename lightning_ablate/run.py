@@ -81,7 +81,8 @@ class Run:
     def resume(self, phase: Phase) -> Phase:
         """The phase, taken up where an earlier process left it."""
         if self.phase:
-            phase.load_state_dict(self.phase)
+            with loading("the unfinished run's checkpoint", StatisticsError):
+                phase.load_state_dict(self.phase)
             self.phase = {}
         return phase
 

@@ -14,7 +14,7 @@ from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
 from lightning_ablate import AblationCallback
 from lightning_ablate.calibration import saved_state
-from lightning_ablate.errors import ConfigError, TargetError
+from lightning_ablate.errors import ConfigError, StatisticsError, TargetError
 from lightning_ablate.files import fresh_folder
 from lightning_ablate.methods import Optimal
 from lightning_ablate.run import Store, is_unfinished
@@ -138,6 +138,17 @@ def test_an_unfinished_run_of_another_configuration_is_refused_by_the_first_diff
     with pytest.raises(ConfigError, match=r"another configuration: seeds is \[7\] here, was \[1, 2\] there[^\n]*$"):
         run(tmp_path / "run", seeds=[7], sites="mlp")
     assert is_unfinished(tmp_path / "run", "fit")
+
+
+def test_a_sweep_of_an_earlier_version_is_refused_in_a_line(tmp_path):
+    run(tmp_path / "run", Dies(None, 1))
+    file = tmp_path / "run" / "ablation.ckpt"
+    state = torch.load(file, weights_only=True)
+    (own,) = (one for one in state["callbacks"].values() if "calibration" in one)
+    del own["phase"]["stops"]
+    torch.save(state, file)
+    with pytest.raises(StatisticsError, match="the unfinished run's checkpoint.*it lacks 'stops'"):
+        run(tmp_path / "run")
 
 
 def test_a_finished_folder_is_kept_and_saves_are_rare_by_default(tmp_path, whole):
