@@ -73,9 +73,9 @@ def ablated(
     given = {**masks, **(heads or {}), **(neurons or {})}
     if strange := set(given) - {name for site in known for name in (site.name, site.name.partition("#")[0])}:
         raise SiteError(
-            f"the target has no site {min(strange)!r}; it is named by the path of a linear module, or of any module "
-            "with `:output` behind it; parts of outputs, and each use of a module that runs several times (path#1), by "
-            "a calibration that knows them"
+            f"the target has no site {min(strange)!r}; it is named by the path of a linear module, or, in `masks`, of "
+            "any module with `:output` behind it; heads and neurons of outputs, their parts, and each use of a module "
+            "that runs several times (path#1) by a calibration that knows them"
         )
     if unknown := {site.name for site in known if site not in calibration.sites} & set(heads or ()):
         raise SiteError(
@@ -176,7 +176,11 @@ def _begin(
 ) -> None:
     """Numbers the examples and positions that run; ConfigError if a cache hides those that a method must see."""
     first = next(one for one in (*inputs, *named.values()) if isinstance(one, Tensor))
-    passed[0] = max([int(one.get_seq_length()) for one in named.values() if hasattr(one, "get_seq_length")], default=0)
+    caches = [one for one in named.values() if hasattr(one, "get_seq_length")]
+    try:
+        passed[0] = max([int(one.get_seq_length()) for one in caches], default=0)
+    except ValueError as error:  # it holds states alone
+        raise ConfigError(f"a cache doesn't tell how many positions it holds ({error}); use_cache=False") from error
     if passed[0] and method.needs_batch:
         raise ConfigError(f"{method.name} goes by positions, which a cache hides in generation; use_cache=False")
     batch.examples = torch.arange(len(first), device=first.device)

@@ -150,8 +150,8 @@ class Calibration:
         """
         if "sites" not in state:
             raise StatisticsError("the checkpoint is of an older version of this package; run `fit` again")
-        saved = {site_of(entry["site"], bases or {}): entry for entry in state["sites"]}
         which, gathered = tuple(state["which"]) if which is None else which, state.get("at", ALL)
+        saved = {site_of(entry["site"], bases or {}, which): entry for entry in state["sites"]}
         if at not in (None, gathered):
             raise StatisticsError(
                 f"the checkpoint's statistics are of the positions {gathered!r}, expected those of {at!r}; change "

@@ -43,7 +43,7 @@ class AblationCallback(lightning.Callback):
         fractions: shares of each site's units to ablate, 0 to 1, rounded to whole units.
         seeds: of the choice of neurons, and of what a method draws.
         sites: ``attention`` (the default), ``self-attention``, ``cross-attention``, ``mlp``; ``residual``, ``query``,
-            ``key``, ``value``; and shell-style patterns of module paths (``*.0.attn.c_proj``, ``h.*:output``).
+            ``key``, ``value``; and shell-style patterns of module paths (``*.0.attn.c_proj``, ``*.mlp:output``).
         neurons: which units are ablated together: ``Random`` (the default), ``Ranked``, ``EachHead``, ``EachLayer``,
             ``Only``, or a subclass of Choice.
         positions: where they are ablated: ``all``, ``first``, ``last``, places among the tokens that aren't padding

@@ -58,7 +58,7 @@ def places_at(positions: Positions, site: Site, shape: torch.Size, valid: Tensor
         SiteError: if the site has other positions than these.
         ConfigError: if the batch has no such boolean entry.
     """
-    named = isinstance(positions, str) and positions not in (ALL, *_ENDS)
+    named, asked = isinstance(positions, str) and positions not in (ALL, *_ENDS), [valid]
     if named:
         own = batch.get(positions) if isinstance(batch, Mapping) else None
         if not isinstance(own, Tensor) or own.dtype != torch.bool or own.ndim != 2:
@@ -67,12 +67,13 @@ def places_at(positions: Positions, site: Site, shape: torch.Size, valid: Tensor
                 f"positions is {positions!r}, expected all, first, last, places, or the name of a boolean entry "
                 f"(batch, seq) of the batch, which holds {entries} (--ablation.positions)"
             )
-        valid = valid & own.to(valid.device)
+        asked += [own.to(valid.device)]
     count = shape[1:-1].numel()
-    if len(valid) != shape[0] or valid.shape[1] not in (1, count):
-        raise SiteError(
-            f"{site.name} has activations {tuple(shape)}, where the positions of {tuple(valid.shape)} are asked "
-            "for: it works in windows or on another sequence; leave it out (--ablation.sites)"
-        )
-    real = valid.expand(-1, count)
+    for one in asked:
+        if len(one) != shape[0] or one.shape[1] not in (1, count):
+            raise SiteError(
+                f"{site.name} has activations {tuple(shape)}, where the positions of {tuple(one.shape)} are asked for: "
+                "it works in windows or on another sequence; leave it out (--ablation.sites)"
+            )
+    real = torch.stack([one.expand(-1, count) for one in asked]).all(0)
     return (real if named else places(positions, real)).view(*shape[:-1], 1)

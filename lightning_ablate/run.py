@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType
 from typing import Any, Self
@@ -23,6 +23,7 @@ from lightning_ablate.errors import ConfigError, StatisticsError, loading
 from lightning_ablate.files import write_whole
 from lightning_ablate.methods import AblationMethod
 from lightning_ablate.modules.phase import Phase
+from lightning_ablate.sites.bases import saved_site
 
 CHECKPOINT, _LOCK = "ablation.ckpt", "ablation.lock"
 _SHARE = 20  # saving takes at most one part in so many of a run's time
@@ -96,7 +97,7 @@ class Run:
     def facts(self, methods: Sequence[AblationMethod], classes: int) -> dict[str, Any]:
         """What run.json says of it, of its methods and of the number of classes."""
         known = [self.calibration[site] for site in self.calibration.sites]
-        sites = [asdict(site) for site in self.calibration.sites]
+        sites = [saved_site(site) for site in self.calibration.sites]
         seconds = round(time.monotonic() - self.began, 1)
         about = {"held_out": self.held_out, "sites": sites, "partial": list(self.partial)}
         about |= {"notes": list(self.notes), "ridges": self.calibration.ridges}

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from lightning_ablate import AblationCallback, Attribution, Calibration, ConditionalMean, Directions, Features, ablated
 from lightning_ablate.errors import ConfigError, SiteError, StatisticsError
+from lightning_ablate.sites import hooked
 from tests import reference, tiny
 
 SITE = "transformer.h.1:output"
@@ -25,6 +26,7 @@ def autoencoder(folder, architecture, width=24, features=16, **more):
     draw = torch.Generator().manual_seed(1)
     about = {"architecture": architecture, "d_in": features, "d_sae": width, "dtype": "float32", "k": 5}
     about |= {"apply_b_dec_to_input": True, "normalize_activations": "none", "reshape_activations": "none", **more}
+    about = {name: value for name, value in about.items() if value is not None}
     found = {"W_enc": torch.randn(features, width, generator=draw), "b_enc": torch.randn(width, generator=draw)}
     found |= {"W_dec": torch.randn(width, features, generator=draw), "b_dec": torch.randn(features, generator=draw)}
     if architecture == "jumprelu":
@@ -40,7 +42,7 @@ def encoded(about, w, x):
     norm = np.linalg.norm(w["W_dec"], axis=1) if about.get("rescale_acts_by_decoder_norm") else 1.0
     pre = ((x - about["apply_b_dec_to_input"] * w["b_dec"]) @ w["W_enc"] + w["b_enc"]) * norm
     if about["architecture"] == "topk":
-        kept = pre >= np.sort(pre, -1)[..., -about["k"], None]
+        kept = pre >= np.sort(pre, -1)[..., -5, None]
         return np.maximum(pre, 0) * kept, w["W_dec"] / (norm[:, None] if isinstance(norm, np.ndarray) else 1)
     return np.maximum(pre, 0) * (pre > w.get("threshold", -np.inf)), w["W_dec"]
 
@@ -96,6 +98,7 @@ def test_a_direction_is_replaced_and_what_is_at_right_angles_stays(tmp_path):
         ("standard", {"apply_b_dec_to_input": False}),
         ("topk", {}),
         ("topk", {"rescale_acts_by_decoder_norm": True}),
+        ("topk", {"k": None, "activation_fn_kwargs": {"k": 5}}),
         ("jumprelu", {}),
     ],
 )
@@ -152,6 +155,29 @@ def test_a_checkpoint_needs_its_own_basis(tmp_path):
         torch.testing.assert_close(found, model(ids).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_some_sites_of_a_run_with_two_bases_are_swept_again_and_runs_say_the_same(tmp_path):
+    bases = {word: Directions(vectors(tmp_path, torch.eye(size)[:3])) for word, size in (("residual", 16), ("mlp", 64))}
+    for name in ("one", "two"):
+        run(tmp_path, name, sites=["residual", "mlp"], bases=bases, dirpath=tmp_path / name)
+    one, two = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("one", "two"))
+    assert one["sites"] == two["sites"] and " at 0x" not in json.dumps(one["sites"])
+    callback = AblationCallback(["zero"], sites=["residual"], bases={"residual": bases["residual"]})
+    results = tiny.validate(tmp_path, tmp_path / "one" / "ablation.ckpt", callback)
+    assert len(callback.run.calibration.sites) == 2 and results.table["ablated"].max() > 0.8
+
+
+def test_bases_are_exact_under_autocast(tmp_path):
+    basis, model = Directions(vectors(tmp_path, torch.randn(2, 16, generator=GENERATOR))), tiny.gpt2()
+    calibration = Calibration(["residual"], tiny.sites(model, "residual"), bases={"residual": basis})
+    seen, plain = [], tiny.sites(model, "residual")[0]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with hooked(model, {calibration.sites[0]: lambda own: seen.append(own) or torch.full_like(own, 1.5)}):
+            with hooked(model, {plain: seen.append}):
+                tiny.run(model)
+    assert seen[0].dtype == torch.float32
+    torch.testing.assert_close(basis.read(seen[1].float()), torch.full_like(seen[0], 1.5), atol=1e-5, rtol=0)
+
+
 def test_what_is_no_basis_of_a_site_is_refused_in_a_line(tmp_path):
     file = vectors(tmp_path, torch.eye(8))
     for bases, why in [
@@ -164,7 +190,9 @@ def test_what_is_no_basis_of_a_site_is_refused_in_a_line(tmp_path):
         Directions(vectors(tmp_path, torch.ones(2, 8)))
     with pytest.raises(ConfigError, match="holds directions, expected other"):
         Directions(file, "other")
-    for architecture, more in [("gated", {}), ("standard", {"normalize_activations": "layer_norm"})]:
+    refused = [("gated", {}), ("standard", {"normalize_activations": "layer_norm"}), ("topk", {"k": None})]
+    refused += [("standard", {"activation_fn_str": "topk"}), ("standard", {"finetuning_scaling_factor": True})]
+    for architecture, more in refused:
         autoencoder(tmp_path / "sae", architecture, **more)
         with pytest.raises(ConfigError, match="expected standard, topk, jumprelu, reading activations as they are"):
             Features(str(tmp_path / "sae"))

@@ -189,3 +189,65 @@ def test_neither_outputs_nor_positions_are_exported(tmp_path):
         with pytest.raises((ConfigError, SiteError), match=why):
             callback.export(module, tmp_path / "smaller", "zero")
         assert not (tmp_path / "smaller").exists()
+
+
+class Doubled(torch.nn.Module):
+    """Doubles what a module returned, in place or not."""
+
+    def __init__(self, inner, in_place):
+        super().__init__()
+        self.inner, self.in_place = inner, in_place
+
+    def forward(self, x):
+        made = self.inner(x)
+        return made.mul_(2) if self.in_place else made * 2
+
+
+def test_an_output_that_is_changed_in_place_is_attributed_rightly(tmp_path):
+    def found(in_place):
+        model = tiny.gpt2()
+        for block in model.transformer.h:
+            block.mlp.dropout = Doubled(torch.nn.Linear(16, 16), in_place).requires_grad_(False)
+            torch.nn.init.eye_(block.mlp.dropout.inner.weight)
+        callback = AblationCallback([], sites=["*.inner:output"], attribution=Attribution(["zero"], verify=8))
+        tiny.fit(tmp_path / str(in_place), tiny.Own(model.eval(), name=str(in_place)), callback=callback)
+        return callback.attributions
+
+    one, other = found(False), found(True)
+    for column in ("first", "second", "verified"):
+        torch.testing.assert_close(*(torch.tensor(t[column].to_numpy(float)) for t in (one, other)), equal_nan=True)
+
+
+def test_units_of_a_module_that_is_several_sites_are_named_by_the_site(tmp_path):
+    for name in (f"{FUSED} head 0", "transformer.h.0 neuron 3"):
+        callback = AblationCallback(["zero"], fractions=[0.5], sites=["query", "key", "residual"], explain=[name])
+        with pytest.raises(SiteError, match=f"there is no unit '{name}', did you mean"):
+            tiny.fit(tmp_path, tiny.Own(tiny.gpt2()), callback=callback)
+
+
+def test_a_named_entry_of_another_length_is_refused_in_a_line(tmp_path):
+    data = tiny.loader(seed=2)
+    for row in data.dataset:
+        row["subject"] = torch.ones(5).bool()
+    callback = AblationCallback(["zero"], fractions=[0.5], seeds=[1], positions="subject")
+    with pytest.raises(SiteError, match=r"where the positions of \(2, 5\) are asked for"):
+        tiny.fit(tmp_path, tiny.Own(tiny.gpt2()), callback=callback, val=data)
+
+
+def test_masks_of_outputs_must_fit_and_a_cache_of_states_tells_no_positions():
+    model, ids = tiny.gpt2(), tiny.tokens()["input_ids"]
+    for width in (1, 8):
+        mask = torch.ones(width, dtype=torch.bool)
+        with pytest.raises(SiteError, match=f"has 16 neurons in a pass, expected {width}"), torch.no_grad():
+            with ablated(model, {BLOCK: mask}):
+                model(ids)
+    with pytest.raises(SiteError, match="heads and neurons of outputs"), ablated(model, neurons={BLOCK: [0]}):
+        pass
+
+    class States:
+        def get_seq_length(self):
+            raise ValueError("only of attention")
+
+    with pytest.raises(ConfigError, match="use_cache=False"), torch.no_grad():
+        with ablated(model, {BLOCK: torch.ones(16).bool()}, positions=torch.ones(1, 3).bool()):
+            model(ids, past_key_values=States())

@@ -188,9 +188,9 @@ def padding_id(tokenizer: Any) -> int:
 
 def _padded(padding: int, length: int, tokens: Mapping[str, Any]) -> dict[str, Tensor]:
     fillers = {"input_ids": padding, "partner_input_ids": padding, "labels": -100}
-    return {
-        name: torch.tensor(
-            one + [fillers.get(name, type(one[0])())] * (length - len(one)) if isinstance(one, list) else one
-        )
-        for name, one in tokens.items()
-    }
+    made = dict[str, Tensor]()
+    for name, one in tokens.items():
+        if isinstance(one, list):
+            one = one + [fillers.get(name, False if isinstance(next(iter(one), 0), bool) else 0)] * (length - len(one))
+        made[name] = torch.tensor(one)
+    return made

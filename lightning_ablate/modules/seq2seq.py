@@ -1,9 +1,11 @@
 """Encoder-decoder language models that transformers loads."""
 
 from collections.abc import Sequence
-from functools import cached_property
+from contextlib import ExitStack
+from functools import cached_property, partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from lightning_ablate.metrics import Scored
@@ -11,6 +13,9 @@ from lightning_ablate.modules.language import LanguageModel, TextBatch
 from lightning_ablate.seeds import seed_of
 from lightning_ablate.shown import shown_text
 from lightning_ablate.sites import Site
+from lightning_ablate.sites.site import first_of
+
+_FIRST, _SECOND = 5, 3  # tokens of two texts
 
 
 class Seq2SeqLM(LanguageModel):
@@ -40,7 +45,7 @@ class Seq2SeqLM(LanguageModel):
 
     def position_at(self, site: Site, position: Tensor) -> Tensor | None:
         """None within the encoder, which reads the first text."""
-        return None if self.target.get_submodule(site.path) in self._encoder else position
+        return None if self._reads_first(site) else position
 
     def shown(self, batch: TextBatch) -> list[dict[str, Any]]:
         """The text of each token that the decoder reads, the first of which is the start token; None at padding."""
@@ -49,8 +54,8 @@ class Seq2SeqLM(LanguageModel):
         return [{"tokens": ["", *shown_text(self.tokenizer, *one)["tokens"]]} for one in pairs]
 
     def valid_at(self, site: Site, batch: TextBatch) -> Tensor:
-        """Everything but padding: of the first text within the encoder, of the second one anywhere else."""
-        return self.valid(batch) if self.target.get_submodule(site.path) in self._encoder else self._decoded(batch)
+        """Everything but padding: of the first text in the encoder and where it is read, else of the second."""
+        return self.valid(batch) if self._reads_first(site) else self._decoded(batch)
 
     def probes(self, batch: TextBatch) -> tuple[TextBatch, TextBatch]:
         """The first example, and the same with other first tokens in both texts."""
@@ -69,6 +74,32 @@ class Seq2SeqLM(LanguageModel):
             return first
         second = super().source(kind, seed_of(seed, "second"), {**batch, "input_ids": batch["labels"]})
         return {**first, "labels": second["input_ids"]}
+
+    def on_train_batch_start(self, batch: TextBatch, batch_idx: int) -> None:
+        """At the first batch, also finds which modules read which text, by texts of two lengths."""
+        super().on_train_batch_start(batch, batch_idx)
+        if batch_idx == 0 and not self._lengths:
+            one = {name: tensor[:1] for name, tensor in batch.items()}
+            ids = one["input_ids"].flatten()[0].expand(1, _FIRST + _SECOND)  # any token
+            one |= {"input_ids": ids[:, :_FIRST], "labels": ids[:, _FIRST:]}
+            with ExitStack() as stack, torch.no_grad():
+                for path, module in self.target.named_modules():
+                    stack.callback(module.register_forward_hook(partial(self._note_length, path)).remove)
+                self.target(**self.inputs({**one, "attention_mask": torch.ones_like(one["input_ids"])}))
+
+    def _note_length(self, path: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        if (made := first_of(output)) is not None:
+            self._lengths[path] = made.shape[1]
+
+    def _reads_first(self, site: Site) -> bool:
+        known = self._lengths.get(site.path)
+        within = self.target.get_submodule(site.path) in self._encoder
+        return known == _FIRST if known in (_FIRST, _SECOND) else within
+
+    @cached_property
+    def _lengths(self) -> dict[str, int]:
+        """How many positions each module has where the texts have ``_FIRST`` and ``_SECOND`` tokens."""
+        return {}
 
     @cached_property
     def _encoder(self) -> set[nn.Module]:

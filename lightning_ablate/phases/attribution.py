@@ -253,4 +253,4 @@ def _kept(found: dict[Site, _Kept], site: Site, activations: Tensor) -> Tensor:
         return activations + moved
     moved = activations if activations.requires_grad else activations.detach().requires_grad_()
     found[site] = _Kept(moved.detach(), moved)
-    return moved
+    return moved if site.side == "input" else moved.clone()  # a target may write into what a module returned

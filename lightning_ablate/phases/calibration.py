@@ -8,13 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ablate.errors import NonFiniteError, SiteError, StatisticsError
+from lightning_ablate.errors import NonFiniteError, StatisticsError
 from lightning_ablate.metrics import checked
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.phase import Phase
 from lightning_ablate.phases.places import Places
 from lightning_ablate.run import Run
-from lightning_ablate.sites import KINDS, Site, check_mixing, exact_device, find_sites, hooked, keep, other_mixing
+from lightning_ablate.sites import (
+    KINDS,
+    MixingError,
+    Site,
+    check_mixing,
+    exact_device,
+    find_sites,
+    hooked,
+    keep,
+    other_mixing,
+)
 from lightning_ablate.statistics import ActivationStatistic, Moments
 
 
@@ -96,7 +106,7 @@ class CalibrationPhase(Phase):
         """Notes how many layers mix positions beside attention; SiteError for any, if that is asked."""
         try:
             check_mixing(self.module.target, attention, hidden)
-        except SiteError:
+        except MixingError:
             if self.strict:
                 raise
             others = other_mixing(self.module.target, attention, hidden)

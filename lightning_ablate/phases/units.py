@@ -46,9 +46,11 @@ class Units(Choice):
 
     def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
         """One for each unit; SiteError if the target has no such unit."""
-        known = {name: site for site in sites for name in (site.name, site.path, site.layer) if name}
+        named = {name: site for site in sites for name in (site.name, site.name.partition("#")[0])}
+        whole = {name: site for site in sites for name in (site.name, site.path, site.layer) if name}
         for name in self.names:
             path, level, number = parsed(name)
+            known = named if level else named | whole
             if path not in known:
                 (meant,) = get_close_matches(path, known, 1, 0.0)
                 raise SiteError(f"there is no unit {name!r}, did you mean {name.replace(path, meant)!r}?")

@@ -1,6 +1,6 @@
 """Which sites have which basis, and how a checkpoint tells them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -43,11 +43,16 @@ def saved_site(site: Site) -> dict[str, Any]:
     return saved
 
 
-def site_of(saved: Mapping[str, Any], bases: Mapping[str, Basis]) -> Site:
-    """The site of :func:`saved_site`; StatisticsError unless one of ``bases`` is its own, if it has a digest."""
+def site_of(saved: Mapping[str, Any], bases: Mapping[str, Basis], which: Sequence[str]) -> Site:
+    """The site of :func:`saved_site`; without its basis if no word of ``which`` asks for it.
+
+    StatisticsError unless one of ``bases`` is its own, if it has a digest.
+    """
     basis, site = saved.get("basis"), Site(**{**saved, "basis": None})
     if isinstance(basis, list):
         return replace(site, basis=Part(tuple(basis)))
+    if not any(is_asked(site, word) for word in which):
+        return site
     given = _given(site, bases)
     if basis != (None if given is None else given.digest):
         raise StatisticsError(

@@ -152,22 +152,24 @@ class Features(_Decoded):
     def __init__(self, folder: str) -> None:
         path = Path(folder)
         try:
-            self._about: dict[str, Any] = json.loads((path / "cfg.json").read_text(encoding="utf-8"))
+            about: dict[str, Any] = json.loads((path / "cfg.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise ConfigError(f"{folder!r} isn't the folder of a sparse autoencoder, with cfg.json: {error}") from error
-        about, found = self._about, _loaded(path / "sae_weights.safetensors")
-        norm = about.get("normalize_activations", "none")
-        if (
-            about.get("architecture") not in _CODES
-            or norm != "none"
-            or about.get("reshape_activations", "none") != "none"
-        ):
+        found = _loaded(path / "sae_weights.safetensors")
+        kind, norm = about.get("architecture"), about.get("normalize_activations", "none")
+        function = about.get("activation_fn", about.get("activation_fn_str", "relu"))
+        more = about.get("activation_fn_kwargs") or {}
+        self._k = about.get("k", more.get("k")) if kind == "topk" else None
+        plain = norm == "none" and about.get("reshape_activations", "none") == "none"
+        plain &= not about.get("finetuning_scaling_factor") and (kind == "topk" or function == "relu")
+        if kind not in _CODES or not plain or (kind == "topk" and not isinstance(self._k, int)):
             raise ConfigError(
-                f"the autoencoder of {folder} is {about.get('architecture')!r}, activations normalised by {norm!r}; "
-                f"expected {', '.join(_CODES)}, reading activations as they are (SAELens folds norms into the weights)"
+                f"the autoencoder of {folder} is {kind!r} with {function!r}, activations normalised by {norm!r}, k "
+                f"{self._k}; expected {', '.join(_CODES)}, reading activations as they are (SAELens folds norms into "
+                "the weights), without other scales"
             )
         needed = {"W_enc", "b_enc", "W_dec", "b_dec"}
-        if about["architecture"] == "jumprelu":
+        if kind == "jumprelu":
             needed.add("threshold")
         if missing := needed - found.keys():
             raise ConfigError(f"{folder} lacks {few(sorted(missing))}, it holds {few(found)}")
@@ -188,13 +190,13 @@ class Features(_Decoded):
         before = functional.linear(activations.to(on["encoder"].dtype), on["encoder"].T, on["bias"])
         if "threshold" in on:
             return before.relu() * (before > on["threshold"])
-        if self._about["architecture"] == "topk":
-            largest = before.topk(int(self._about["k"]), dim=-1)
+        if self._k is not None:
+            largest = before.topk(self._k, dim=-1)
             return torch.zeros_like(before).scatter(-1, largest.indices, largest.values.relu())
         return before.relu()
 
     def _options(self) -> tuple[Any, ...]:
-        return (type(self).__name__, self._about["architecture"], self._about.get("k"))
+        return (type(self).__name__, self._k)
 
 
 def _loaded(file: Path) -> Mapping[str, Tensor]:

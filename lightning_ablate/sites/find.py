@@ -55,7 +55,7 @@ def find_sites(
         which: ``attention``, ``self-attention``, ``cross-attention`` and ``mlp`` are inputs of projections;
             ``residual`` is what each layer returns; ``query``, ``key`` and ``value`` are what projections give to
             attention. Shell-style patterns of paths stand for projections of any kind (``*.0.attn.c_proj``), and with
-            a side behind them for what modules return (``h.*:output``, ``*.attn.c_attn:query``).
+            a side behind them for what modules return (``*.mlp:output``, ``*.attn.c_attn:query``).
 
     Raises:
         SiteError: if the target has none of these, or if they can't be found in what runs.

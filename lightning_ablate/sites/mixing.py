@@ -14,8 +14,12 @@ from lightning_ablate.sites.prefix import blocks_of
 from lightning_ablate.sites.site import Site, exact_device, first_of, hooked
 
 
+class MixingError(SiteError):
+    """Something beside attention mixes positions."""
+
+
 def check_mixing(target: nn.Module, sites: Sequence[Site], hidden: Callable[[int], Sequence[Tensor]]) -> None:
-    """Raises SiteError if a target mixes positions other than by these attention sites.
+    """Raises MixingError if a target mixes positions other than by these attention sites.
 
     While they are all 0, changing one token or pixel may change the hidden state of its own position only. ``hidden``
     runs the target on input 0 or 1, which differ in one token or pixel. It gives the last hidden states, each
@@ -31,7 +35,7 @@ def check_mixing(target: nn.Module, sites: Sequence[Site], hidden: Callable[[int
                 "name the sites by a pattern (--ablation.sites)"
             )
         if moved > 1:
-            raise SiteError(
+            raise MixingError(
                 f"one changed place moves the last hidden state at {moved} of {count} positions although every "
                 "attention site is constant: the target also mixes positions by other ways (convolution, pooling, "
                 "a state space, linear attention); to study these sites, name them by a pattern (--ablation.sites), or "
@@ -63,13 +67,13 @@ def other_mixing(target: nn.Module, sites: Sequence[Site], hidden: Callable[[int
 
 def _mixes(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> bool:
     """Whether another first position moves others; also where a layer can't be run by itself."""
-    name = None if inputs else next(iter(named))
-    read = inputs[0] if name is None else named[name]
-    other = read.clone().flatten(1, -2)
-    other[:, 0] = other[:, 0].flip(-1) + 1
-    other = other.view(read.shape)
-    changed = ((other, *inputs[1:]), named) if name is None else (inputs, {**named, name: other})
     try:
+        name = None if inputs else next(iter(named))
+        read = inputs[0] if name is None else named[name]
+        other = read.clone().flatten(1, -2)
+        other[:, 0] = other[:, 0].flip(-1) + 1
+        other = other.view(read.shape)
+        changed = ((other, *inputs[1:]), named) if name is None else (inputs, {**named, name: other})
         before, after = (first_of(layer(*args, **more)) for args, more in map(deepcopy, ((inputs, named), changed)))
     except Exception:  # it may need what the target keeps while it runs
         return True

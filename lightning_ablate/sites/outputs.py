@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_ablate.sites.basis import Part
 from lightning_ablate.sites.dataflow import MOVES, PRODUCTS, PROJECTIONS, SUMS, Trace, Tracer, tensors_of
-from lightning_ablate.sites.site import Site, features, first_of
+from lightning_ablate.sites.site import Site, features, first_of, series_of
 
 ROLES = ("query", "key", "value")
 _RUN = 2**32  # labels of one projection's run
@@ -107,25 +107,30 @@ def outputs(target: nn.Module, seen: Trace, tracer: Tracer, found: Sequence[Site
     A module's output is a site if its last dimension is as wide as a projection is at one end: others hold channels or
     positions there. ``found`` are the inputs, a site for each read of the trace.
     """
-    ends = [(features(module), getattr(module, "out_features", None)) for module in target.modules()]
-    widths = {width for end in ends for width in end}
-    layers = {site.layer.partition("#")[0] for site in found if site.kind != "other"} - {""}
+    projections = [module for module in target.modules() if features(module) is not None]
+    widths = {size for one in projections for size in (features(one), getattr(one, "out_features", None))}
+    widths |= {size for one in projections for size in getattr(one.weight, "shape", ())}
+    around = {site.layer.partition("#")[0] for site in found if site.kind != "other"} - {""}
+    series = {series_of(layer) for layer in around} - {None}
+    layers = around | {name for name, _ in target.named_modules() if series_of(name) in series}
     uses, used = Counter(one.path for one in seen.returned), Counter[str]()
-    made: list[tuple[float, Site]] = [*enumerate(found)]
+    made: list[tuple[tuple[float, float], Site]] = [((float(place), 0.0), site) for place, site in enumerate(found)]
 
-    def add(place: float, path: str, side: str, use: int, of: int, **more: Any) -> None:
+    def add(place: tuple[float, float], path: str, side: str, use: int, of: int, **more: Any) -> None:
         layer = next((one for one in sorted(layers, key=len, reverse=True) if f"{path}.".startswith(f"{one}.")), "")
         kind = side if side in ROLES else "residual" if path in layers else "other"
         suffix = f"#{use}" if of > 1 else ""
         name = f"{path}:{side}{suffix}"
         made.append((place, Site(name, kind=kind, layer=layer and f"{layer}{suffix}", uses=of, **more)))
 
-    for path, width, after in seen.returned:
+    places = dict[tuple[str, int], tuple[float, float]]()  # of each use of a module
+    for number, (path, width, after) in enumerate(seen.returned):
+        place = places[path, used[path]] = after - 0.5, float(number)
         if path and width in widths:
-            add(after - 0.5, path, "output", used[path], uses[path], width=width)
+            add(place, path, "output", used[path], uses[path], width=width)
         used[path] += 1
     for (role, run), (part, heads) in tracer.roles.items() if isinstance(tracer, RoleTracer) else ():
         path, runs = seen.reads[run - 1].path, [read.path for read in seen.reads]
-        given = run - 0.5, path, role, runs[: run - 1].count(path), runs.count(path)
-        add(*given, width=len(part), heads=heads, basis=Part(part))
+        use = runs[: run - 1].count(path)
+        add(places[path, use], path, role, use, runs.count(path), width=len(part), heads=heads, basis=Part(part))
     return [site for _, site in sorted(made, key=lambda one: one[0])]

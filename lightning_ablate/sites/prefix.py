@@ -1,6 +1,5 @@
 """What the intact pass of a batch returned, for passes that change nothing until a later place."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_ablate.sites.site import Site
+from lightning_ablate.sites.site import Site, series_of
 
-_NUMBER = re.compile(r"(?:^|(?<=[._]))\d+$")
 _PLAIN = (Tensor, bool, int, float, str, type(None))
 
 
@@ -45,7 +43,7 @@ class Prefix:
         late = {name for path in paths[last:] for name in _within(path)}
         late |= {name for site in sites if site.uses > 1 for name in _within(site.path)}
         self._modules = {name: target.get_submodule(name) for name in blocks_of(target, sites) if name not in late}
-        self._sites = [(target.get_submodule(site.path), site.side == "input") for site in sites if not site.use]
+        self._sites = [(target.get_submodule(site.path), site) for site in sites]
         self._kept: dict[str, _Kept] = {}
         self._proven = set[str]()
 
@@ -57,11 +55,12 @@ class Prefix:
     @contextmanager
     def recorded(self) -> Iterator[None]:
         """Keeps what the blocks return in the one intact pass inside."""
-        self._kept, room, runs, begun = {}, self._room, Counter[str](), 0
+        self._kept, room, runs, begun, began = {}, self._room, Counter[str](), 0, Counter[Site]()
 
-        def begins(*_: Any) -> None:
+        def begins(site: Site, *_: Any) -> None:
             nonlocal begun
-            begun += 1
+            begun += began[site] == site.use  # at its own use of the module
+            began[site] += 1
 
         def ends(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
             nonlocal room
@@ -79,9 +78,10 @@ class Prefix:
             # a block that is a site itself is kept before that counts, as its answer is what is changed
             for name, module in self._modules.items():
                 stack.callback(module.register_forward_hook(partial(ends, name)).remove)
-            for module, reads in self._sites if self._modules else ():
+            for module, site in self._sites if self._modules else ():
+                reads = site.side == "input"
                 hook = module.register_forward_pre_hook if reads else module.register_forward_hook
-                stack.callback(hook(begins).remove)
+                stack.callback(hook(partial(begins, site)).remove)
             yield
         self._kept = {name: kept for name, kept in self._kept.items() if runs[name] == 1}
 
@@ -133,8 +133,8 @@ class Prefix:
 
 def blocks_of(target: nn.Module, sites: Iterable[Site]) -> list[str]:
     """The paths of the numbered modules around sites, such as ``h.3``, and of the modules numbered beside them."""
-    around = {_series(name) for site in sites for name in _within(site.path)} - {None}
-    return [name for name, _ in target.named_modules() if _series(name) in around]
+    around = {series_of(name) for site in sites for name in _within(site.path)} - {None}
+    return [name for name, _ in target.named_modules() if series_of(name) in around]
 
 
 def left_of(target: nn.Module, sites: Sequence[Site]) -> list[float]:
@@ -152,11 +152,6 @@ def _within(path: str) -> list[str]:
     """The paths of the modules around a module, outermost first, and its own."""
     parts = path.split(".")
     return [".".join(parts[: end + 1]) for end in range(len(parts))]
-
-
-def _series(name: str) -> str | None:
-    """The path of a numbered module without its number; None for another module."""
-    return _NUMBER.sub("", name) if _NUMBER.search(name) else None
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Sites of a target: places whose activations are read and replaced."""
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,7 @@ WITHOUT_FLOAT64 = {"mps"}  # types of devices
 Hook = Callable[[Tensor], Tensor | None]
 """From a site's activations ``(batch, ..., neurons)`` to those to use instead; None leaves them."""
 T = TypeVar("T")
+_NUMBER = re.compile(r"(?:^|(?<=[._]))\d+$")
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,11 @@ class Site:
             return f"{self.basis.unit} {number}"
         place = divmod(number, self.width // self.heads) if self.heads else ()
         return f"neuron {number}" + (f" (head {place[0]}, dim {place[1]})" if place else "")
+
+
+def series_of(path: str) -> str | None:
+    """The path of a numbered module without its number; None for another module."""
+    return _NUMBER.sub("", path) if _NUMBER.search(path) else None
 
 
 def given_for(site: Site, given: Mapping[str, T]) -> T | None:
@@ -229,11 +236,20 @@ def first_of(output: Any) -> Tensor | None:
 
 def _changed(site: Site, hook: Hook, whole: Tensor) -> Tensor:
     """A module's activations ``(batch, ..., features)`` after the hook of a site, which gets them in its basis."""
-    own = whole if site.basis is None else site.basis.read(whole)
-    changed = hook(own)
-    if changed is None:
-        return whole
-    return changed if site.basis is None else site.basis.write(whole, own, changed)
+    if site.basis is None:
+        _check_width(site, whole)
+        changed = hook(whole)
+        return whole if changed is None else changed
+    with torch.autocast(whole.device.type, enabled=False):  # a basis has a dtype of its own
+        own = site.basis.read(whole)
+        _check_width(site, own)
+        changed = hook(own)
+        return whole if changed is None else site.basis.write(whole, own, changed)
+
+
+def _check_width(site: Site, own: Tensor) -> None:
+    if own.shape[-1] != site.width:
+        raise SiteError(f"{site.name} has {own.shape[-1]} neurons in a pass, expected {site.width}")
 
 
 def keep(found: dict[Site, Tensor], site: Site, activations: Tensor) -> None:

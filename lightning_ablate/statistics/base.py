@@ -51,7 +51,8 @@ class SiteStatistics:
         """The projection's weights, ``(neurons, outputs)``; StatisticsError if it isn't just a matrix and a bias."""
         if self._weight is None:
             raise StatisticsError(
-                f"needs the weights with which a projection reads {self.site}, which is no plain linear one, or sharded"
+                f"needs the weights with which a projection reads {self.site}, which is an output, or the input of no "
+                "plain linear one, or sharded"
             )
         return self._weight
 

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ablate.data import Examples, TextData
 from lightning_ablate.data.examples import joined
-from lightning_ablate.data.text import passages
+from lightning_ablate.data.text import _padded, passages
 from lightning_ablate.errors import ConfigError, DataError
 from tests import tiny
 from tests.data.texts import data, data_of, rows
@@ -194,3 +194,14 @@ def test_workers_that_are_started_anew_give_the_same_sequences(parquet, gpt2_fol
     (batch,) = loaded
     for name in ("input_ids", "attention_mask"):
         assert torch.equal(batch[name], torch.stack([examples[i][name] for i in range(len(examples))]))
+
+
+def test_a_text_without_tokens_is_all_padding():
+    made = _padded(7, 3, {"input_ids": [], "attention_mask": [], "span": [True], "label": 1})
+    assert {name: value.tolist() for name, value in made.items()} == {
+        "input_ids": [7, 7, 7],
+        "attention_mask": [0, 0, 0],
+        "span": [True, False, False],
+        "label": 1,
+    }
+    assert made["span"].dtype == torch.bool and made["input_ids"].dtype == torch.int64

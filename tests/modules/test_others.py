@@ -128,6 +128,30 @@ def test_an_encoder_decoders_statistics_take_each_site_at_its_own_positions(fold
     torch.testing.assert_close(calibration[site][Moments].mean, mean, rtol=1e-5, atol=1e-7)
 
 
+def test_keys_and_values_of_cross_attention_are_at_the_first_texts_positions(folder, tmp_path):
+    module, data = Seq2SeqLM(str(folder / "t5")), pairs(folder)
+    words = [
+        "key",
+        "value",
+        "query",
+        "decoder.block.1.layer.1.EncDecAttention.k",
+        "*.1.layer.1.EncDecAttention.v:output",
+    ]
+    calibration = fitted(tmp_path, module, data, sites=words).run.calibration
+    loaded = list(data.train_dataloader())
+    read = sum(int(batch["attention_mask"].sum()) for batch in loaded)
+    for site in calibration.sites:
+        first = site.name.startswith("encoder") or (("EncDec" in site.name) and not site.name.endswith("query"))
+        assert (int(calibration[site][Moments].count) == read) == first, site.name
+    site = next(site for site in calibration.sites if site.name == "decoder.block.1.layer.1.EncDecAttention.k:key")
+    kept = []
+    with reference.plain_hooks(module.target, {f"{site.path}:output": kept.append}):
+        for batch in one_by_one(data.train_dataloader()):
+            translated(module.target, batch)
+    mean = torch.cat(kept, 1).double().mean((0, 1))
+    torch.testing.assert_close(calibration[site][Moments].mean, mean, rtol=1e-5, atol=1e-7)
+
+
 def test_a_prefix_stands_before_each_text(folder):
     module, data = Seq2SeqLM(str(folder / "t5")), pairs(folder, prefix="The cat says ")
     fitted(folder, module, data)

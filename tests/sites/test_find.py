@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_ablate.errors import SiteError
-from lightning_ablate.sites import Site, check_mixing, find_sites, hooked
+from lightning_ablate.sites import Site, check_mixing, find_sites, hooked, mixing
 from tests import reference, tiny
 from tests.sites.parts import Parts, attention, found, linear, three
 
@@ -134,6 +134,12 @@ def test_finding_changes_nothing_and_no_hook_is_left_even_if_a_module_is_missing
     ):
         pass
     assert reference.hooks(model) == 0
+
+
+def test_layers_that_cannot_be_tried_count_as_mixing():
+    assert mixing._mixes(nn.Linear(4, 4), (torch.rand(4),), {})  # no position to change
+    assert mixing._mixes(nn.Linear(4, 4), (), {})
+    assert not mixing._mixes(nn.Linear(4, 4), (torch.rand(1, 3, 4),), {})
 
 
 def test_check_mixing_needs_two_positions_and_looks_past_masked_features():

@@ -9,8 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from lightning_ablate import ablated
 from lightning_ablate.errors import SiteError
-from lightning_ablate.sites import find_sites, hooked, keep
-from tests.coverage import COVERED, tiny
+from lightning_ablate.sites import Prefix, find_sites, hooked, keep
+from tests.coverage import COVERED, MIXED, tiny
 from tests.reference import plain_hooks
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # as the libraries are
@@ -169,3 +169,58 @@ def test_an_output_whose_last_dimension_holds_no_features_is_no_site():
     model = nn.Sequential(nn.Conv2d(3, 5, 1), nn.Flatten(2), nn.Linear(49, 4))
     with pytest.raises(SiteError, match="returned features alone"):
         find_sites(model, torch.rand(2, 3, 7, 7), "0:output")
+
+
+@pytest.mark.parametrize("case", [case for case, _ in MIXED if case.kind == "decoder"], ids=lambda case: case.name)
+def test_layers_without_attention_have_outputs_too(case):
+    target = tiny(case)
+    sites = find_sites(target.model, lambda: target.run(0), "residual")
+    assert [site.name for site in sites] == [f"layers.{number}:output" for number in range(len(target.model.layers))]
+
+
+def test_a_conv1d_of_transformers_has_an_output():
+    (site,) = find_sites(tiny_gpt2(), IDS, "transformer.h.0.attn.c_attn:output")
+    assert (site.width, site.basis) == (96, None)
+
+
+class Wrapped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+class Layer(nn.Module):
+    """Attention whose query and key may be one projection that runs twice."""
+
+    def __init__(self, kind, tied):
+        super().__init__()
+        self.proj, self.tied = nn.ModuleList([kind() for _ in range(3)]), tied
+        self.o, self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        made = self.proj[0](x), self.proj[0 if self.tied else 1](x.flip(1)), self.proj[2](x)
+        x = x + self.o(nn.functional.scaled_dot_product_attention(*(one[:, None] for one in made))[:, 0])
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Wrapped, lambda: nn.Linear(8, 8)])
+@pytest.mark.parametrize("words", [["key"], ["*.proj.*:output", "query", "key", "residual"]])
+def test_layers_before_outputs_are_answered_to_the_bit(kind, words):
+    layers = [Layer(kind, tied) for tied in (True, False, False)]
+    model, x = nn.Sequential(nn.Sequential(*layers), nn.Identity()).eval(), torch.randn(2, 5, 8)
+    sites = find_sites(model, x, words)
+    prefix = Prefix(model, sites, len(sites) - 1, 2**30)
+    with hooked(model, {}):
+        with prefix.recorded():
+            intact = model(x)
+        prefix.prove(lambda: torch.equal(model(x), intact))
+    assert prefix._kept
+    for place, site in reversed(list(enumerate(sites))):
+        with hooked(model, {site: torch.zeros_like}, once=True):
+            whole = model(x)
+        with hooked(model, {site: torch.zeros_like}, once=True), prefix.reused(place):
+            assert torch.equal(model(x), whole), site.name
