@@ -97,7 +97,7 @@ def test_each_use_of_a_module_that_runs_again_is_named_by_its_number():
     with ablated(model, {f"{path}#1": HALF}, "mean", calibration):
         torch.testing.assert_close(tiny.run(model), expected, rtol=0, atol=1e-6)
     assert float((expected - clean).abs().max()) > 1e-3
-    with pytest.raises(SiteError, match="no projection '.*#1'"), ablated(model, {f"{path}#1": HALF}):
+    with pytest.raises(SiteError, match="no site '.*#1'"), ablated(model, {f"{path}#1": HALF}):
         pass
     with reference.plain_hooks(model, {path: reference.put(HALF, torch.zeros(16))}):
         expected = tiny.run(model)
@@ -128,7 +128,7 @@ def test_heads_and_neurons_are_named_by_numbers_beside_masks(method):
     for given, message in (
         ({"heads": {PATH: [4]}}, f"{PATH} has no head 4 .*, expected 0 to 3"),
         ({"neurons": {PATH: [16]}}, f"{PATH} has no neuron 16 .*, expected 0 to 15"),
-        ({"heads": {"h.9": [0]}}, "the target has no projection 'h.9'"),
+        ({"heads": {"h.9": [0]}}, "the target has no site 'h.9'"),
         ({"heads": {PATH: [0]}, "calibration": None}, "has isn't known here: give a mask .*find_sites"),
     ):
         with pytest.raises(SiteError, match=message), ablated(model, **{"calibration": calibration, **given}):
