@@ -13,7 +13,7 @@ from lightning_ablate.modules.language import LanguageModel, TextBatch
 from lightning_ablate.seeds import seed_of
 from lightning_ablate.shown import shown_text
 from lightning_ablate.sites import Site
-from lightning_ablate.sites.site import first_of
+from lightning_ablate.sites.hooks import first_of
 
 _FIRST, _SECOND = 5, 3  # tokens of two texts
 

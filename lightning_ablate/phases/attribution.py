@@ -169,7 +169,8 @@ class AttributionPhase(Phase):
 class UnitsPhase(SweepPhase):
     """Measures single units on the examples that are attributed: it ablates each alone.
 
-    ``rows`` has their method, site, level, unit, and how they were picked; the run's table gets the measured effects.
+    ``rows`` has their method, site, level, unit, and how they were picked; by default those of ``verify``. The run's
+    table gets the measured effects.
     """
 
     def __init__(
@@ -179,9 +180,10 @@ class UnitsPhase(SweepPhase):
         options: Attribution,
         seed: int,
         examples: int,
-        positions: Positions,
-        rows: pd.DataFrame,
+        positions: Positions = ALL,
+        rows: pd.DataFrame | None = None,
     ) -> None:
+        rows = picked(table_of(run.calibration.attributed, run.measured), options.verify) if rows is None else rows
         self.rows, self.options = rows, options
         seeds = {method.name: seed if method.seeded else None for method in options.each}
         names = [f"{unit.site} {unit.level} {unit.unit}" for unit in rows.itertuples()]
@@ -210,18 +212,6 @@ class VerificationPhase(UnitsPhase):
     """Measures the units with the largest estimates, and as many random ones; see ``verify``."""
 
     title = "Verification"
-
-    def __init__(
-        self,
-        module: AblationModule,
-        run: Run,
-        options: Attribution,
-        seed: int,
-        examples: int,
-        positions: Positions = ALL,
-    ) -> None:
-        rows = picked(table_of(run.calibration.attributed, run.measured), options.verify)
-        super().__init__(module, run, options, seed, examples, positions, rows)
 
     def step(self, batch: Any, batch_idx: int) -> None:
         """Evaluates every condition on one batch, if it has examples that were attributed."""

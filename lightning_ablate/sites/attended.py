@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_ablate.sites.site import Site, hooked
+from lightning_ablate.sites.hooks import hooked
+from lightning_ablate.sites.site import Site
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_ablate.sites.site import features, first_of
+from lightning_ablate.sites.hooks import first_of
+from lightning_ablate.sites.site import features
 from lightning_ablate.sites.unfused import unfused
 
 PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum"}

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ablate.errors import SiteError
+from lightning_ablate.sites.hooks import first_of, hooked
 from lightning_ablate.sites.prefix import blocks_of
-from lightning_ablate.sites.site import Site, exact_device, first_of, hooked
+from lightning_ablate.sites.site import Site, exact_device
 
 
 class MixingError(SiteError):

@@ -12,7 +12,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_ablate.sites.basis import Part
 from lightning_ablate.sites.dataflow import MOVES, PRODUCTS, PROJECTIONS, SUMS, Trace, Tracer, tensors_of
-from lightning_ablate.sites.site import Site, features, first_of, series_of
+from lightning_ablate.sites.hooks import first_of
+from lightning_ablate.sites.site import Site, features, series_of
 
 ROLES = ("query", "key", "value")
 _RUN = 2**32  # labels of one projection's run

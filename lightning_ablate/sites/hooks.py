@@ -1,0 +1,141 @@
+"""Reads and replaces the activations of sites while a target runs."""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from threading import get_ident
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import checkpoint
+
+from lightning_ablate.errors import SiteError
+from lightning_ablate.sites.site import Site
+from lightning_ablate.sites.unfused import unfused
+
+Hook = Callable[[Tensor], Tensor | None]
+"""From a site's activations ``(batch, ..., neurons)`` to those to use instead; None leaves them."""
+
+
+@contextmanager
+def hooked(target: nn.Module, hooks: Mapping[Site, Hook], *, once: bool = False) -> Iterator[Counter[Site]]:
+    """Runs a hook on the activations of each site; removes them all at the end, whatever happens.
+
+    Inside, code that ``torch.compile`` made runs as plain Python, since compiled code ignores the hooks. With gradient
+    checkpointing, a backward pass inside recomputes with the hooks. Yields how often each site has run.
+
+    Raises:
+        SiteError: if a checkpointed pass was not recomputed inside; or, with ``once``, if the sites did not run exactly
+            as often as in one forward pass.
+    """
+    modules: dict[tuple[str, bool], dict[int, list[Site]]] = {}
+    for site in hooks:
+        modules.setdefault((site.path, site.side == "input"), {}).setdefault(site.use, []).append(site)
+    runs = Counter[tuple[str, bool, int]]()  # in each thread
+    ran, owed = Counter[Site](), Counter[str]()  # owed: runs that a backward pass will repeat
+    differentiable = torch.is_grad_enabled()
+
+    def due(path: str, reads: bool, uses: Mapping[int, list[Site]], of: int) -> list[Site]:
+        """The sites that this run of a module is."""
+        repeats = _repeats() if differentiable else None
+        if repeats is not None:
+            owed[path] += -1 if repeats else 1
+        if repeats and of > 1:
+            raise SiteError(
+                f"{path} runs {of} times in a pass, which gradient checkpointing can't tell apart when it recomputes "
+                "them: turn it off while the target is ablated"
+            )
+        key = path, reads, get_ident()
+        runs[key] += not repeats
+        sites = uses.get((runs[key] - 1) % of, [])
+        ran.update([] if repeats else sites)
+        return sites
+
+    def before(given: tuple[Any, ...], module: nn.Module, inputs: Any, named: Any) -> Any:
+        name = None if inputs else next(iter(named))
+        read = whole = inputs[0] if name is None else named[name]
+        for site in due(*given):
+            read = _changed(site, hooks[site], read)
+        if read is whole:
+            return None
+        return ((read, *inputs[1:]), named) if name is None else (inputs, {**named, name: read})
+
+    def after(given: tuple[Any, ...], module: nn.Module, inputs: Any, output: Any) -> Any:
+        made = whole = first_of(output)
+        if made is None:
+            return None
+        for site in due(*given):
+            made = _changed(site, hooks[site], made)
+        if made is whole or isinstance(output, Tensor):
+            return None if made is whole else made
+        rest = made, *output[1:]
+        return type(output)(*rest) if hasattr(output, "_fields") else type(output)(rest)
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(unfused(target.modules()))
+        for (path, reads), uses in modules.items():
+            given = path, reads, uses, next(iter(uses.values()))[0].uses
+            module = target.get_submodule(path)
+            if reads:
+                stack.callback(module.register_forward_pre_hook(partial(before, given), with_kwargs=True).remove)
+            else:
+                stack.callback(module.register_forward_hook(partial(after, given)).remove)
+        yield ran
+    if late := [path for path, count in owed.items() if count > 0]:
+        raise SiteError(
+            f"{late[0]} ran under gradient checkpointing, and its backward pass hasn't run yet: outside this block it "
+            "would recompute without the ablation; call backward() inside, or turn checkpointing off"
+        )
+    for site in hooks if once else ():
+        if (count := runs[site.path, site.side == "input", get_ident()]) != site.uses:
+            raise SiteError(
+                f"the site {site.name} ran {count} times in one forward pass, expected {site.uses} as in the first "
+                "batch: `evaluate` must run the target once, in the same way for every batch"
+            )
+
+
+def first_of(output: Any) -> Tensor | None:
+    """The tensor that a module returns, alone or before others; None if it returns anything else."""
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    return first if isinstance(first, Tensor) and first.ndim > 1 else None
+
+
+def _changed(site: Site, hook: Hook, whole: Tensor) -> Tensor:
+    """A module's activations ``(batch, ..., features)`` after the hook of a site, which gets them in its basis."""
+    if site.basis is None:
+        _check_width(site, whole)
+        changed = hook(whole)
+        return whole if changed is None else changed
+    with torch.autocast(whole.device.type, enabled=False):  # a basis has a dtype of its own
+        own = site.basis.read(whole)
+        _check_width(site, own)
+        changed = hook(own)
+        return whole if changed is None else site.basis.write(whole, own, changed)
+
+
+def _check_width(site: Site, own: Tensor) -> None:
+    if own.shape[-1] != site.width:
+        raise SiteError(f"{site.name} has {own.shape[-1]} neurons in a pass, expected {site.width}")
+
+
+def keep(found: dict[Site, Tensor], site: Site, activations: Tensor) -> None:
+    """Puts a copy of the activations of a site into ``found``; a hook once the first two arguments are given."""
+    found[site] = activations.clone()
+
+
+def _repeats() -> bool | None:
+    """True while gradient checkpointing recomputes this; False if it will do that later; None without it."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None:
+        if frame.f_globals.get("__name__") == checkpoint.__name__:
+            if torch._C._current_graph_task_id() != -1:
+                return True
+            inputs = frame.f_locals.get("args", ())  # of the reentrant form, which always runs without gradients
+            recorded = any(isinstance(one, Tensor) and one.requires_grad for one in inputs)
+            return False if torch.is_grad_enabled() or (frame.f_code.co_name == "forward" and recorded) else None
+        frame = frame.f_back
+    return None
