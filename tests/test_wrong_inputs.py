@@ -217,8 +217,8 @@ CALLS = {  # what is called, and what its message names
     ],
     TargetError: [(lambda folder: Calibration.load(folder / "none.ckpt", tiny.gpt2()), "none.ckpt")],
     SiteError: [
-        (under({"nowhere": HALF}), "no projection 'nowhere'"),
-        (under({"transformer.wte": HALF}), "no projection 'transformer.wte'; a site is named by"),
+        (under({"nowhere": HALF}), "no site 'nowhere'"),
+        (under({"transformer.wte": HALF}), "no site 'transformer.wte'; it is named by"),
         (under({PATH: HALF[:3]}), "(3,) torch.bool, expected (16,)"),
         (under({PATH: HALF.float()}), "(16,) torch.float32, expected (16,) torch.bool, True for"),
     ],

@@ -93,8 +93,12 @@ class RoleTracer(Tracer):
         labels = self._features.get(tensor)
         if labels is None:
             return
-        rows = torch.unique(labels.movedim(axis, -1).flatten(0, -2).sort(1).values, dim=0)
-        for run in (rows[rows >= 0] // _RUN).unique().tolist():
+        rows = labels.movedim(axis, -1).flatten(0, -2)  # most are equal: those of a head at all positions
+        told = torch.stack([rows.amin(1), rows.amax(1), rows.sum(1)], 1)
+        kinds, of = torch.unique(told, dim=0, return_inverse=True)
+        one = torch.zeros(len(kinds), dtype=torch.int64, device=of.device)
+        rows = rows[one.scatter(0, of, torch.arange(len(of), device=of.device))].sort(1).values
+        for run in sorted({*(rows[rows >= 0] // _RUN).tolist()}):
             sets = sorted({tuple(own) for row in rows if (own := (row[row // _RUN == run] % _RUN).tolist())})
             part = [feature for own in sets for feature in own]
             apart = len(set(part)) == len(part) and len({*map(len, sets)}) == 1
