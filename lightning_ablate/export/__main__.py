@@ -34,7 +34,9 @@ def main() -> None:
     callback = callback_of(cli.trainer)
     cli.model.configure_model()
     cli.model = cli.trainer.precision_plugin.convert_module(cli.model)  # to the precision of the calibration
-    callback.run = Run(fingerprint(cli.model.target), Calibration.load(checkpoint, cli.model.target))
+    callback.run = Run(
+        fingerprint(cli.model.target), Calibration.load(checkpoint, cli.model.target, callback.sweep.bases)
+    )
     callback.results = Results.load(given.run)
     condition = {"method": given.method, "fraction": given.fraction, "seed": given.seed}
     print(callback.export(cli.model, given.out, **condition, trainer=cli.trainer, data=cli.datamodule))

@@ -79,13 +79,12 @@ class Seq2SeqLM(LanguageModel):
         """At the first batch, also finds which modules read which text, by texts of two lengths."""
         super().on_train_batch_start(batch, batch_idx)
         if batch_idx == 0 and not self._lengths:
-            one = {name: tensor[:1] for name, tensor in batch.items()}
-            ids = one["input_ids"].flatten()[0].expand(1, _FIRST + _SECOND)  # any token
-            one |= {"input_ids": ids[:, :_FIRST], "labels": ids[:, _FIRST:]}
+            ids = batch["input_ids"][:1, :1].expand(1, _FIRST + _SECOND)  # any token
+            one = {"input_ids": ids[:, :_FIRST], "labels": ids[:, _FIRST:]}
             with ExitStack() as stack, torch.no_grad():
                 for path, module in self.target.named_modules():
                     stack.callback(module.register_forward_hook(partial(self._note_length, path)).remove)
-                self.target(**self.inputs({**one, "attention_mask": torch.ones_like(one["input_ids"])}))
+                self.target(**self.inputs(one | {"attention_mask": torch.ones_like(one["input_ids"])}))
 
     def _note_length(self, path: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if (made := first_of(output)) is not None:

@@ -23,7 +23,7 @@ from lightning_ablate.errors import ConfigError, DataError, NonFiniteError, few
 from lightning_ablate.methods import Ablation, AblationMethod, Batch, Replacement
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.phase import Phase
-from lightning_ablate.phases.places import Places
+from lightning_ablate.phases.positions import BatchPositions
 from lightning_ablate.phases.sweep import SweepPhase, read_source
 from lightning_ablate.phases.units import Units
 from lightning_ablate.positions import ALL, Positions
@@ -60,7 +60,7 @@ class AttributionPhase(Phase):
     ) -> None:
         super().__init__(module)
         self.options, self.seed, self.sites, methods = options, seed, run.calibration.sites, options.each
-        self._run, self._batch, self._places = run, Batch(), Places.of(module, positions)
+        self._run, self._batch, self._places = run, Batch(), BatchPositions.of(module, positions)
         self.n = torch.zeros(2, dtype=torch.float64, device=exact_device(module.device))
         self.sums = {
             method.name: {site: self._nothing(site) for site in self.sites} for method in methods
@@ -80,7 +80,7 @@ class AttributionPhase(Phase):
             return
         self._batch.examples, seed = examples, self.seed
         if self._places is not None:
-            self._places.batch = batch
+            self._places.begin(batch)
         with torch.no_grad():
             for kind in dict.fromkeys(method.source for method in self.options.each if method.source is not None):
                 self._batch.sources[kind, seed] = read_source(module, self.sites, kind, seed, batch)

@@ -12,7 +12,7 @@ from lightning_ablate.errors import NonFiniteError, StatisticsError
 from lightning_ablate.metrics import checked
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.phase import Phase
-from lightning_ablate.phases.places import Places
+from lightning_ablate.phases.positions import BatchPositions
 from lightning_ablate.run import Run
 from lightning_ablate.sites import (
     KINDS,
@@ -41,7 +41,7 @@ class CalibrationPhase(Phase):
         strict: bool = False,
     ) -> None:
         super().__init__(module)
-        self._places = Places.of(module, run.calibration.at)
+        self._places = BatchPositions.of(module, run.calibration.at)
         self.strict = strict
         self.kinds, self.calibration, self.seconds, self._run = kinds, run.calibration, 0.0, run
         self.epochs = 1 + max(kind.epoch() for kind in kinds)
@@ -60,7 +60,7 @@ class CalibrationPhase(Phase):
                 self._find_sites(batch)
             examples = self.module.examples_of(batch, batch_idx)
             if self._places is not None:
-                self._places.batch = batch
+                self._places.begin(batch)
             hooks = {site: partial(self._add, site, batch, examples) for site in self._gathered}
             began = time.perf_counter()
             with hooked(self.module.target, hooks, once=True):

@@ -18,7 +18,7 @@ from lightning_ablate.metrics import METRICS, Clean, Scored, SweepMetrics, check
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.loaders import evaluation_loaders
 from lightning_ablate.modules.phase import Phase
-from lightning_ablate.phases.places import Places
+from lightning_ablate.phases.positions import BatchPositions
 from lightning_ablate.phases.stopping import Stop
 from lightning_ablate.run import Run
 from lightning_ablate.sites import Prefix, Site, exact_device, hooked
@@ -72,7 +72,7 @@ class SweepPhase(Phase):
         self.stops = [Stop(module, one, until or 0.0, loader) for one, loader in zip(self.each, loaders, strict=False)]
         self.announce: Callable[[Condition], None] = lambda condition: None
         self.pause: Callable[[], None] = lambda: None
-        self._places = Places.of(module, sweep.positions)
+        self._places = BatchPositions.of(module, sweep.positions)
         if self._places is not None:
             run.note(f"neurons are ablated at these positions alone: {sweep.positions}", warn=False)
         self._calibration, self._batch = calibration, Batch(places=self._places)
@@ -145,7 +145,7 @@ class SweepPhase(Phase):
         """Tells methods what they may know of a batch; returns the indices of its examples, ``(batch,)`` int64."""
         self._batch.examples = self.module.examples_of(batch, batch_idx)
         if self._places is not None:
-            self._places.batch = batch
+            self._places.begin(batch)
         for kind, seed in self._sources:
             self._batch.sources[kind, seed] = read_source(self.module, self._calibration.sites, kind, seed, batch)
         return self._batch.examples

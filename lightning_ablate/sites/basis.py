@@ -49,22 +49,24 @@ class Part(Basis):
 
     def __init__(self, numbers: tuple[int, ...]) -> None:
         self.numbers, self.width = numbers, len(numbers)
+        self._index = torch.tensor(numbers)
 
     def read(self, activations: Tensor) -> Tensor:
         """Those features."""
-        return activations.index_select(-1, self._index(activations))
+        return activations.index_select(-1, self._on(activations))
 
     def write(self, activations: Tensor, before: Tensor, after: Tensor) -> Tensor:
         """Others stay as they are, to the bit."""
-        return activations.index_copy(-1, self._index(activations), after)
+        return activations.index_copy(-1, self._on(activations), after)
 
     @property
     def digest(self) -> str:
         """Their numbers."""
         return f"part {','.join(map(str, self.numbers))}"
 
-    def _index(self, activations: Tensor) -> Tensor:
-        return torch.tensor(self.numbers, device=activations.device)
+    def _on(self, activations: Tensor) -> Tensor:
+        self._index = self._index.to(activations.device)
+        return self._index
 
 
 class _Decoded(Basis):

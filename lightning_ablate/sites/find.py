@@ -257,7 +257,8 @@ def _check_output(target: nn.Module, found: Sequence[Site], word: str) -> None:
         reason = "it matches no module"
     else:
         reason = "no module of these ran and returned features alone, or in the first place of a tuple"
-    raise SiteError(f"the target has no site {word!r} (--ablation.sites): {reason}; it has {few(known)}")
+    others = f"; it has {few(known)}" if known else ""
+    raise SiteError(f"the target has no site {word!r} (--ablation.sites): {reason}{others}")
 
 
 def _candidates(found: Sequence[Site]) -> str:

@@ -9,7 +9,7 @@ from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from lightning_ablate import AblationCallback, CausalLM, MaskedLM, Seq2SeqLM, SequenceClassifier
+from lightning_ablate import AblationCallback, CausalLM, MaskedLM, Seq2SeqLM, SequenceClassifier, Site
 from lightning_ablate.data import LabelledTexts, TextPairs
 from lightning_ablate.errors import AblationError, ConfigError, TargetError
 from lightning_ablate.statistics import Moments
@@ -256,3 +256,19 @@ def test_weights_that_a_checkpoint_lacks_are_refused_by_name(folder, tmp_path):
     with pytest.raises(TargetError, match=r"in other sizes: transformer\.h\.0\.mlp\.c_fc\.bias, .* and 1 more"):
         tiny.built(CausalLM(str(tmp_path / "wide")))
     assert tiny.built(CausalLM("demo:gpt2")).target.lm_head is not None  # whose head is tied
+
+
+def test_which_text_a_module_reads_is_found_beside_other_inputs():
+    from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
+
+    sizes = {"vocab_size": tiny.VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
+    parts = [BertConfig(**sizes, intermediate_size=16) for _ in range(2)]
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(*parts, decoder_start_token_id=1, pad_token_id=0)
+    module = tiny.built(Seq2SeqLM.of(EncoderDecoderModel(config).eval(), tokenizer=tiny.tokenizer()))
+    ids, labels = torch.randint(5, 200, (2, 9)), torch.randint(5, 200, (2, 6))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    batch |= {"labels": labels, "index": torch.arange(2)}
+    module.on_train_batch_start(batch, 0)
+    attention = "decoder.bert.encoder.layer.0.crossattention.self"
+    for name, length in (("key", 9), ("value", 9), ("query", 6)):
+        assert module.valid_at(Site(f"{attention}.{name}:output", 16), batch).shape == (2, length)
