@@ -12,6 +12,8 @@ from lightning_ablate.statistics.moments import Moments
 
 # Another batch composition moves an activation by about 6e-7 of its size; a change of the data moves it by far more.
 _TOLERANCE = 1e-4  # of the neuron's range
+_UNSURE = 1e-3  # of a bin: values so close to an edge are compared with it in float64
+_STEEP = 1e38  # bins a unit, at most
 _BLOCK = 2**17  # values at a time, which fit in a core's cache
 _CHUNK = 4096  # neurons at a time, whose estimates take some 350 MB
 
@@ -23,6 +25,24 @@ class Places(NamedTuple):
     mode: Tensor  # of the histogram smoothed by a normal density
     median: Tensor
     half_sample_mode: Tensor
+
+
+class _Scale(NamedTuple):
+    """Counts in bins from an edge, in the dtype of the values; off by a thousandth of a bin at most, within 1,000."""
+
+    start: Tensor  # (neurons, 1), as they all are
+    rest: Tensor  # by how much the edge is above that, in bins
+    bins: Tensor  # a unit
+
+    @classmethod
+    def of(cls, edge: Tensor, bins: Tensor, dtype: torch.dtype) -> "_Scale":
+        """In a range too small for the dtype all are at the edge, in one without width other values are far outside."""
+        start, bins = edge.to(dtype), torch.where((bins > _STEEP) & ~bins.isinf(), 0.0, bins.clamp(max=_STEEP))
+        return cls(*(one.to(dtype).unsqueeze(1) for one in (start, (edge - start) * bins, bins)))
+
+    def at(self, columns: Tensor, here: slice) -> Tensor:
+        """The bins of some neurons' values ``(neurons, positions)``."""
+        return (columns[here] - self.start[here]).mul_(self.bins[here]).sub_(self.rest[here])
 
 
 class Histogram(ActivationStatistic):
@@ -75,25 +95,40 @@ class Histogram(ActivationStatistic):
         """Adds a batch, see :meth:`ActivationStatistic.update`."""
         rows = positions(activations, valid)
         self._begin()
-        width, step = self.high - self.low, self._step
-        slack = _TOLERANCE * width + torch.finfo(torch.float32).tiny
-        lowest, highest = self.low - slack, self.high + slack
-        share = self.bins // self.paper_bins
-        scale = (share / step).nan_to_num(posinf=0.0)  # a constant neuron has its values in the first bin
-        first = torch.arange(self.neurons, device=rows.device) * self.bins
-        first_near = torch.arange(self.neurons, device=rows.device) * (self.bins + 2) + 1
+        if not len(rows):
+            return
+        columns = rows.T.to(torch.promote_types(rows.dtype, torch.float32)).contiguous()
+        numbers = torch.arange(self.neurons, device=rows.device, dtype=torch.int32).unsqueeze(1)
+        first, first_near = numbers * self.bins, numbers * (self.bins + 2) + 1
         one = torch.ones((), dtype=torch.int64, device=rows.device)
-        for block in torch.split(rows, max(1, _BLOCK // self.neurons)):
-            self.zeros += len(block) - block.sign().abs_().sum(0, dtype=torch.float32).long()
-            exact = block.double()
-            inside = exact.clamp(lowest, highest)
-            self.outside += (inside - exact).count_nonzero()  # NaN too
-            edge = (inside - self.low).mul_(scale).round_()  # the nearest one; a value below it is in the bin before
-            below = exact < (edge / share).mul_(step).add_(self.low)
-            cells = edge.sub_(below.double()).long().clamp_(0, self.bins - 1).add_(first).flatten()
+        own = _Scale.of(self.low, self.bins / (self.high - self.low), columns.dtype)
+        central = _Scale.of(self.left, 1 / self.fine, columns.dtype)
+        slack = _TOLERANCE * self.bins
+        for start in range(0, self.neurons, size := max(1, _BLOCK // max(1, len(rows)))):
+            here = slice(start, start + size)
+            block, cells = columns[here], own.at(columns, here)
+            self.zeros[here] += len(rows) - block.count_nonzero(1)
+            least, most = cells.aminmax()
+            if not bool((least >= -slack) & (most <= self.bins + slack)):  # NaN too
+                self.outside += (cells.clamp(-slack, self.bins + slack) != cells).sum()
+                cells.nan_to_num_()
+            unsure = ((cells - cells.round()).abs_() < _UNSURE).flatten().nonzero().flatten()
+            cells = cells.clamp_(0, self.bins - 1).int().add_(first[here]).flatten()
+            cells[unsure] = self._exact(block.flatten()[unsure], start + unsure // len(rows)).int()
             self.counts.view(-1).index_add_(0, cells, one.expand(len(cells)))
-            near = (exact - self.left).div_(self.fine).floor_().long().clamp_(-1, self.bins).add_(first_near).flatten()
+            near = central.at(columns, here).floor_().nan_to_num_().clamp_(-1, self.bins).int()
+            near = near.add_(first_near[here]).flatten()
             self.central.view(-1).index_add_(0, near, one.expand(len(near)))
+
+    def _exact(self, values: Tensor, neurons: Tensor) -> Tensor:
+        """The places in all counts of values near an edge, by the edges as they are documented."""
+        values, low, step = values.double(), self.low[neurons], self._step[neurons]
+        share = self.bins // self.paper_bins
+        edge = (
+            (values - low) * (share / step).nan_to_num(posinf=0.0)
+        ).round_()  # a value below it is in the bin before
+        below = values < edge / share * step + low
+        return (edge - below.double()).nan_to_num_().clamp_(0, self.bins - 1) + neurons * self.bins
 
     def compute(self) -> Tensor:
         """See :meth:`described`."""
