@@ -3,6 +3,7 @@ from .attribution import Attribution as Attribution
 from .calibration import Calibration as Calibration
 from .callback import AblationCallback as AblationCallback
 from .choices import Choice as Choice
+from .choices import EachExpert as EachExpert
 from .choices import EachHead as EachHead
 from .choices import EachLayer as EachLayer
 from .choices import Only as Only
@@ -33,6 +34,7 @@ from .methods import Noise as Noise
 from .methods import Optimal as Optimal
 from .methods import Peak as Peak
 from .methods import PositionalMean as PositionalMean
+from .methods import Reroute as Reroute
 from .methods import Resample as Resample
 from .methods import ResampleAnyPosition as ResampleAnyPosition
 from .methods import ResampleCharacters as ResampleCharacters

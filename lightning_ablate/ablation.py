@@ -15,7 +15,8 @@ from lightning_ablate.errors import ConfigError, SiteError, StatisticsError, few
 from lightning_ablate.methods import Ablation, AblationMethod, Batch, Edit, Replacement, Source, method_of
 from lightning_ablate.seeds import digest
 from lightning_ablate.sites import Site, check_mask, given_for, hooked
-from lightning_ablate.sites.site import device_of, features
+from lightning_ablate.sites.experts import experts_of
+from lightning_ablate.sites.site import EXPERT, device_of, features
 from lightning_ablate.statistics import SiteStatistics
 from lightning_ablate.statistics.base import by_example
 
@@ -38,8 +39,8 @@ def ablated(
     Args:
         target: the model; it is left as it was, whatever happens.
         masks: path of a projection (``h.3.attn.c_proj``) → mask ``(neurons,)`` bool, for every use of it. A module's
-            output is ``h.3:output``. A calibration's name (``path#1``) stands for one use of a module that runs several
-            times, and it knows parts of outputs (``h.3.attn.c_attn:query``).
+            output is ``h.3:output``, an expert ``h.3.mlp.experts:expert0``. A calibration's name (``path#1``) stands
+            for one use of a module that runs several times, and it knows parts of outputs (``h.3.attn.c_attn:query``).
         method: what takes the neurons' place, or its name.
         calibration: the statistics that the method needs, see :meth:`Calibration.load`; StatisticsError without them.
         source: another input, from which ``resample-partner`` and its like take activations, as keyword arguments of
@@ -62,20 +63,19 @@ def ablated(
         needs = "no `source`, and got one" if chosen.source is None else "a `source` to resample from, and got none"
         raise ConfigError(f"{chosen.name} needs {needs}")
     widths = {name: features(module) for name, module in target.named_modules()}
-    located = {site.path for site in calibration.sites if site.side == "input"}
+    located = {site.path for site in calibration.sites if site.end == "input"}
     known = [Site(name, width) for name, width in widths.items() if width is not None and name not in located]
     known += calibration.sites
-    outputs = {name for name in masks or {} if name.endswith(":output") and name.partition(":")[0] in widths}
-    outputs -= {site.name.partition("#")[0] for site in known}
-    known += [Site(name, torch.as_tensor(mask).numel()) for name, mask in (masks or {}).items() if name in outputs]
+    others = {name for name in masks or {} if _is_other(target, name)} - {s.name.partition("#")[0] for s in known}
+    known += [Site(name, torch.as_tensor(mask).numel()) for name, mask in (masks or {}).items() if name in others]
     units = Only(heads, neurons) if masks is None or heads or neurons else None
     masks = masks or {}
     given = {**masks, **(heads or {}), **(neurons or {})}
     if strange := set(given) - {name for site in known for name in (site.name, site.name.partition("#")[0])}:
         raise SiteError(
-            f"the target has no site {min(strange)!r}; it is named by the path of a linear module, or, in `masks`, of "
-            "any module with `:output` behind it; heads and neurons of outputs, their parts, and each use of a module "
-            "that runs several times (path#1) by a calibration that knows them"
+            f"the target has no site {min(strange)!r}; it is named by the path of a linear module, in `masks` also of "
+            "any module with `:output` behind it, or of experts with `:expert0`; heads and neurons of outputs, and "
+            "each use of a module that runs several times (path#1), by a calibration that knows them"
         )
     if unknown := {site.name for site in known if site not in calibration.sites} & set(heads or ()):
         raise SiteError(
@@ -137,8 +137,17 @@ def edits_of(
                 raise StatisticsError(f"the method {method.name!r} {error}") from error
             if method.constant:
                 constants[method.name, site] = replacement
-            edits[site] = Edit(ablation.mask, replacement, batch.places and partial(batch.places, site))
+            edits[site] = method.edit(ablation, replacement, batch.places and partial(batch.places, site))
     return edits
+
+
+def _is_other(target: nn.Module, name: str) -> bool:
+    """Whether it names the output of a module, or one of its experts."""
+    path, _, side = name.partition(":")
+    module = dict(target.named_modules()).get(path)
+    if module is None or not side.startswith(EXPERT):
+        return module is not None and side == "output"
+    return side in {f"{EXPERT}{number}" for number in range(experts_of(module) or 0)}
 
 
 def _read(target: nn.Module, sites: Iterable[Site], source: Mapping[str, Any]) -> dict[Site, Source]:

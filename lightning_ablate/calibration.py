@@ -92,6 +92,12 @@ class Calibration:
         """Takes a complete statistic."""
         self.statistics[site][type(statistic)] = statistic
 
+    def leave_out(self, sites: Sequence[Site]) -> None:
+        """Forgets sites of which nothing can be known."""
+        self.sites = tuple(site for site in self.sites if site not in sites)
+        for site in sites:
+            del self.statistics[site]
+
     @property
     def ridges(self) -> dict[str, dict[str, float]]:
         """Class of covariances → name of a site → the ridge chosen there."""

@@ -43,9 +43,10 @@ class AblationCallback(lightning.Callback):
         fractions: shares of each site's units to ablate, 0 to 1, rounded to whole units.
         seeds: of the choice of neurons, and of what a method draws.
         sites: ``attention`` (the default), ``self-attention``, ``cross-attention``, ``mlp``; ``residual``, ``query``,
-            ``key``, ``value``; and shell-style patterns of module paths (``*.0.attn.c_proj``, ``*.mlp:output``).
+            ``key``, ``value``, ``experts``; and shell-style patterns of module paths (``*.0.attn.c_proj``,
+            ``*.mlp:output``).
         neurons: which units are ablated together: ``Random`` (the default), ``Ranked``, ``EachHead``, ``EachLayer``,
-            ``Only``, or a subclass of Choice.
+            ``EachExpert``, ``Only``, or a subclass of Choice.
         positions: where they are ablated: ``all``, ``first``, ``last``, places among the tokens that aren't padding
             ([0, -1]), or the name of a boolean entry ``(batch, seq)`` of the batch.
         calibrate_at: ``positions`` gathers the statistics at these alone.

@@ -55,6 +55,7 @@ class Case:
     width: int | tuple[int, ...] = 32  # neurons of each
     heads: int | None = 4  # of each; None where they don't lie side by side
     mlps: int | str | None = 2  # MLP sites; EXPERTS where these are refused
+    experts: int = 0  # of the MLP sites
     options: dict[str, Any] = field(default_factory=dict)  # of its configuration
 
 
@@ -70,14 +71,11 @@ COVERED = [
         "internlm3 jais2 llama ministral ministral3 mistral modernbert-decoder moshi mpt nanochat nemotron olmo olmo2 "
         "olmo3 openai-gpt opt persimmon phi phi3 qwen2 qwen3 seed_oss smollm3 stablelm starcoder2 vaultgemma xglm",
     ),
-    *cases(
-        "decoder",
-        "aria_text cohere2_moe flex_olmo gpt_oss granitemoe hunyuan_v1_moe llama4_text minimax_m2 mixtral olmoe phimoe "
-        "qwen2_moe qwen3_moe solar_open",
-        mlps=EXPERTS,
-    ),
+    *cases("decoder", "flex_olmo gpt_oss granitemoe minimax_m2 mixtral olmoe phimoe qwen3_moe", mlps=8, experts=8),
+    *cases("decoder", "aria_text cohere2_moe hunyuan_v1_moe qwen2_moe solar_open", mlps=10, experts=8),
+    Case("decoder", "llama4_text", mlps=EXPERTS),
     *cases("decoder", "deepseek_v3 minicpm3 youtu", options=LATENT),
-    Case("decoder", "deepseek_v2", mlps=EXPERTS, options=LATENT),
+    Case("decoder", "deepseek_v2", mlps=10, experts=8, options=LATENT),
     Case("decoder", "gpt_neo", options={"attention_types": [[["global", "local"], 1]]}),
     Case("decoder", "cpmant", options={"dim_head": 8, "dim_ff": 48}),
     Case("decoder", "diffllama", heads=None),  # two attentions interleaved

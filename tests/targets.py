@@ -42,9 +42,10 @@ def opt():
     return made(6, "OPTForCausalLM", "OPTConfig", **sizes)
 
 
-def mixtral():
-    """Experts held as three-dimensional parameters."""
-    return made(7, "MixtralForCausalLM", "MixtralConfig", **SMALL, **WIDE, num_key_value_heads=2, num_local_experts=4)
+def mixtral(**options):
+    """Experts held as three-dimensional parameters, of which two serve each token."""
+    sizes = {**SMALL, **WIDE, "num_key_value_heads": 2, "num_local_experts": 4, "initializer_range": 0.4}
+    return made(7, "MixtralForCausalLM", "MixtralConfig", **(sizes | options))
 
 
 def albert():

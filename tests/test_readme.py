@@ -101,6 +101,7 @@ def stand_ins(tmp_path_factory):
     Dataset.from_dict({"text": tiny.TEXTS * 5}).to_parquet(folder / "texts.parquet")
     tiny.save_language_model(folder / "opt", tiny.opt())
     (folder / "configs").symlink_to(ROOT / "configs")
+    tiny.save_language_model(folder / "mixtral", tiny.mixtral())
     tiny.gpt2().save_pretrained(folder / "gpt2")
     save_file({"directions": torch.randn(2, demos.WIDTH["gpt2"])}, folder / "directions.safetensors")
     autoencoder(folder / "features", "topk", features=demos.WIDTH["gpt2"])

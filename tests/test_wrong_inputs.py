@@ -64,7 +64,7 @@ COMMANDS = [  # the command, and what its message names
     ("fit --ablation.sites=[]", "--ablation.sites"),
     (
         "fit --ablation.neurons=EachHed",
-        "--ablation.neurons: no such class 'EachHed', expected EachHead, EachLayer, Only",
+        "--ablation.neurons: no such class 'EachHed', expected EachExpert, EachHead, EachLayer, Only",
     ),
     (ONLY, "--ablation.neurons.heads"),
     (f"{ONLY} --ablation.neurons.heads='{{nowhere: [0]}}'", "'nowhere' (--ablation.neurons), expected one of blocks.0"),

@@ -1,4 +1,4 @@
-"""The recipes of the embedded targets: ``python -m tests.train_demo {gpt2,roberta,vit} FOLDER``."""
+"""Trains the embedded targets, and a mixture: ``python -m tests.train_demo {gpt2,mixtral,roberta,vit} FOLDER``."""
 
 import argparse
 import math
@@ -54,13 +54,30 @@ class Recipe(lightning.LightningModule):
 
 def train_gpt2(folder: Path, steps: int = 1_500) -> None:
     """A GPT-2 of 4 layers and 128 features on Python's documentation and sources."""
-    from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_positions": LENGTH, "n_embd": 128, "n_layer": 4, "n_head": 4}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    _train_causal(folder, lambda special: GPT2LMHeadModel(GPT2Config(**sizes, **dropout, **special)), steps)
+
+
+def train_mixtral(folder: Path, steps: int = 1_500) -> None:
+    """A mixture of 4 layers, 128 features and 8 experts of 128 neurons, two for each token, on the same text."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"max_position_embeddings": LENGTH, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 4}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "num_local_experts": 8, "num_experts_per_tok": 2}
+    balance = {"router_aux_loss_coef": 0.02, "output_router_logits": True}
+    _train_causal(folder, lambda special: MixtralForCausalLM(MixtralConfig(**sizes, **balance, **special)), steps)
+
+
+def _train_causal(folder: Path, made: Callable[[dict[str, int]], Any], steps: int) -> None:
+    from transformers import GPT2TokenizerFast
 
     tokenizer = GPT2TokenizerFast(**_bpe(2_048, ["<|endoftext|>"]), model_max_length=LENGTH)
     ids = _token_rows(tokenizer.encode, [tokenizer.eos_token_id], LENGTH)
-    sizes = {"vocab_size": len(tokenizer), "n_positions": LENGTH, "n_embd": 128, "n_layer": 4, "n_head": 4}
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
-    model = GPT2LMHeadModel(GPT2Config(**sizes, **special, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    model = made({"vocab_size": len(tokenizer), **special})
     recipe = Recipe(model, lambda batch: model(input_ids=batch[0], labels=batch[0]).loss, 3e-3, steps)
     recipe.run(TensorDataset(ids), batch_size=32)
     model.save_pretrained(folder)
@@ -147,7 +164,12 @@ def _token_rows(encode: Callable[[str], list[int]], separator: list[int], length
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
 
-RECIPES: dict[str, Callable[..., None]] = {"gpt2": train_gpt2, "roberta": train_roberta, "vit": train_vit}
+RECIPES: dict[str, Callable[..., None]] = {
+    "gpt2": train_gpt2,
+    "mixtral": train_mixtral,
+    "roberta": train_roberta,
+    "vit": train_vit,
+}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Units by their names: each head or layer alone, or exactly those given."""
+"""Units by their names: each head, layer or expert alone, or exactly those given."""
 
 from collections.abc import Mapping, Sequence
 
@@ -34,6 +34,21 @@ class EachLayer(Choice):
     def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:
         """All neurons of the layer's sites."""
         return torch.full((site.width,), selection.part == (site.layer or site.name))
+
+
+class EachExpert(Choice):
+    """Every expert of a mixture alone, one after the other. Fractions don't matter."""
+
+    def selections(self, sites: Sequence[Site], fractions: Sequence[float], seeds: Sequence[int]) -> list[Selection]:
+        """One for every expert; SiteError if there is none."""
+        experts = [site.name for site in sites if site.expert is not None]
+        if sites and not experts:
+            raise SiteError("EachExpert found no experts (--ablation.neurons); choose them by --ablation.sites experts")
+        return [Selection(1.0, None, name) for name in experts]
+
+    def mask(self, selection: Selection, site: Site, statistics: SiteStatistics | None = None) -> Tensor:
+        """All neurons of the one expert."""
+        return torch.full((site.width,), selection.part == site.name)
 
 
 class Only(Choice):

@@ -13,6 +13,7 @@ from lightning_ablate.methods.constants import ConstantMethod, HalfSampleMode, M
 from lightning_ablate.methods.learned import ConditionalTuned, LearnedMethod, Optimal
 from lightning_ablate.methods.noise import Noise
 from lightning_ablate.methods.positional import PositionalMean
+from lightning_ablate.methods.reroute import Reroute
 from lightning_ablate.methods.resample import (
     Resample,
     ResampleAnyPosition,

@@ -15,6 +15,8 @@ from lightning_ablate.statistics.base import by_example
 
 Replacement = Callable[[Tensor], Tensor]
 """Maps activations ``(batch, ..., neurons)`` to what replaces them, broadcastable to the same shape; pure."""
+Places = Callable[[torch.Size], Tensor]
+"""The positions that are ablated, for activations of a shape: bool ``(batch, ..., 1)``."""
 
 
 class Source(NamedTuple):
@@ -73,6 +75,30 @@ class Ablation:
         return by_example(activations, torch.ones(len(self.batch.examples), 1))[0]
 
 
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """Replaces the masked neurons of a site and keeps the others: the only code that combines both.
+
+    ``mask`` is ``(neurons,)`` bool, or broadcastable to the activations. They are replaced at ``places``; None for all.
+    """
+
+    mask: Tensor
+    replacement: Replacement
+    places: Places | None = None
+
+    def __call__(self, activations: Tensor) -> Tensor:
+        """A new tensor of the shape, dtype and device of ``activations`` ``(batch, ..., neurons)``."""
+        mask = self.mask.to(activations.device)
+        if self.places is not None:
+            mask = mask & self.places(activations.shape).to(mask.device)
+        return torch.where(mask, self.replacement(activations).to(activations), activations)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its tensors; 0 for a replacement that doesn't tell."""
+        return getattr(self.replacement, "nbytes", 0)
+
+
 class AblationMethod(ABC):
     """A replacement for ablated neurons. Subclass it to try another one.
 
@@ -110,34 +136,13 @@ class AblationMethod(ABC):
         """
         return dict.fromkeys(sizes, self.prepare(ablation))
 
+    def edit(self, ablation: Ablation, replacement: Replacement, places: Places | None) -> Edit:
+        """What is done at a site; override it for a method that acts on anything but the site's neurons."""
+        return Edit(ablation.mask, replacement, places)
+
     def without_intercept(self) -> "AblationMethod | None":
         """The same method fitted without an intercept, for projections that have no bias; None if it can't be."""
         return None
-
-
-@dataclass(frozen=True, eq=False)
-class Edit:
-    """Replaces the masked neurons of a site and keeps the others: the only code that combines both.
-
-    ``mask`` is ``(neurons,)`` bool, or broadcastable to the activations. ``places`` gives the positions where they are
-    replaced, for activations of a shape: bool ``(batch, ..., 1)``; None for all.
-    """
-
-    mask: Tensor
-    replacement: Replacement
-    places: Callable[[torch.Size], Tensor] | None = None
-
-    def __call__(self, activations: Tensor) -> Tensor:
-        """A new tensor of the shape, dtype and device of ``activations`` ``(batch, ..., neurons)``."""
-        mask = self.mask.to(activations.device)
-        if self.places is not None:
-            mask = mask & self.places(activations.shape).to(mask.device)
-        return torch.where(mask, self.replacement(activations).to(activations), activations)
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of its tensors; 0 for a replacement that doesn't tell."""
-        return self.replacement.nbytes if isinstance(self.replacement, Affine) else 0
 
 
 @dataclass(frozen=True, eq=False)

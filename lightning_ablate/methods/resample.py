@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_ablate.errors import SiteError
 from lightning_ablate.methods.base import Ablation, AblationMethod, Replacement
 from lightning_ablate.methods.draws import below, hashed
 
@@ -37,6 +38,11 @@ class Resample(AblationMethod):
     def prepare(self, ablation: Ablation) -> Replacement:
         """Looks up the source's activations for each batch."""
         seed = ablation.seed or 0
+        if ablation.site.expert is not None:
+            raise SiteError(
+                f"{self.name} can't replace neurons of an expert ({ablation.site.name}), as the other input has other "
+                "experts at its positions; leave the method or `experts` out (--ablation.methods, --ablation.sites)"
+            )
 
         def replace(activations: Tensor) -> Tensor:
             source, valid = ablation.batch.sources[self.source, seed][ablation.site]

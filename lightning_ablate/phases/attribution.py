@@ -130,13 +130,16 @@ class AttributionPhase(Phase):
         self.n += torch.stack([n.sum(), n.square().sum()])
         inputs = [found[site].moved for site in self.sites]
         draws, metric = self.options.draws, self.options.metric
+        idle = any(site.expert is not None for site in self.sites)  # nothing may be routed to one
         if metric is not None:
             values = scored.extra[metric]
-            lost = torch.autograd.grad(values, inputs, -(rows >= 0).to(values.dtype))
+            lost = torch.autograd.grad(values, inputs, -(rows >= 0).to(values.dtype), materialize_grads=idle)
             gradients = [lost, [torch.zeros_like(one) for one in lost]]
         else:
             gradients = [
-                torch.autograd.grad(scored.logits, inputs, cotangent, retain_graph=number < draws)
+                torch.autograd.grad(
+                    scored.logits, inputs, cotangent, retain_graph=number < draws, materialize_grads=idle
+                )
                 for number, cotangent in enumerate(cotangents(scored, rows, draws))
             ]
         one = torch.ones(examples, 1, dtype=torch.bool, device=n.device)

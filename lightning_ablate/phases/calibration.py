@@ -1,14 +1,14 @@
 """Calibration: gathers the statistics of every site, epoch by epoch."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_ablate.errors import NonFiniteError, StatisticsError
+from lightning_ablate.errors import NonFiniteError, StatisticsError, few
 from lightning_ablate.metrics import checked
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.phase import Phase
@@ -61,9 +61,10 @@ class CalibrationPhase(Phase):
             examples = self.module.examples_of(batch, batch_idx)
             if self._places is not None:
                 self._places.begin(batch)
-            hooks = {site: partial(self._add, site, batch, examples) for site in self._gathered}
+            routed: dict[Site, Tensor] = {}
+            hooks = {site: partial(self._add, site, batch, examples, routed) for site in self._gathered}
             began = time.perf_counter()
-            with hooked(self.module.target, hooks, once=True):
+            with hooked(self.module.target, hooks, once=True, routed=routed):
                 scored = self.module.evaluate(batch)
             self.seconds = time.perf_counter() - began
         if batch_idx == 0:
@@ -71,10 +72,17 @@ class CalibrationPhase(Phase):
         self._check_finite()
 
     def end_epoch(self) -> None:
-        """Merges the processes; StatisticsError if nothing was gathered, or the epochs don't agree."""
+        """Merges the processes; StatisticsError if nothing was gathered, or the epochs don't agree.
+
+        Experts that no position was routed to are left out of the run.
+        """
+        idle = list[Site]()
         for site, statistics in self._gathered.items():
             for statistic in statistics:
                 statistic.sync()
+                if site.expert is not None and isinstance(statistic, Moments) and not int(statistic.count):
+                    idle.append(site)
+                    break
                 try:
                     statistic.check()
                 except StatisticsError as error:
@@ -82,11 +90,18 @@ class CalibrationPhase(Phase):
                 self.calibration.add(site, statistic)
                 self._run.note(statistic.note(site))
         self._gathered = {}
+        if idle:
+            self.calibration.leave_out(idle)
+            self._run.note(f"left out, as no calibration position is routed to them: {few(one.name for one in idle)}")
 
-    def _add(self, site: Site, batch: Any, examples: Tensor, activations: Tensor) -> None:
+    def _add(
+        self, site: Site, batch: Any, examples: Tensor, routed: Mapping[Site, Tensor], activations: Tensor
+    ) -> None:
         valid, exact = self.module.valid_at(site, batch), exact_device(self.module.device)
         if self._places is not None:
             valid = self._places(site, activations.shape).flatten(1)
+        if site in routed:
+            valid = routed[site] if valid is None else valid.to(routed[site].device) & routed[site]
         activations, valid = activations.to(exact), None if valid is None else valid.to(exact)
         for statistic in self._gathered[site]:
             more = {"examples": examples.to(exact)} if statistic.takes_examples else {}

@@ -62,7 +62,12 @@ def plot(table: pd.DataFrame, calibration: Calibration, title: str) -> Figure:
 def _described(site: str, statistics: SiteStatistics) -> pd.DataFrame:
     """One row per neuron of a site."""
     moments = statistics[Moments]
-    columns: dict[str, Any] = {"mean": moments.mean, "sd": moments.sd, "skewness": moments.skewness}
+    columns: dict[str, Any] = {
+        "positions": moments.count.expand(moments.neurons),
+        "mean": moments.mean,
+        "sd": moments.sd,
+        "skewness": moments.skewness,
+    }
     columns |= {"excess_kurtosis": moments.kurtosis, "minimum": moments.low, "maximum": moments.high}
     if Histogram in statistics:
         places = statistics[Histogram].places

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lightning_ablate.sites.experts import seen_experts
 from lightning_ablate.sites.hooks import first_of
 from lightning_ablate.sites.site import features
 from lightning_ablate.sites.unfused import unfused
@@ -62,6 +63,7 @@ class Trace(NamedTuple):
     lost: list[str]  # modules with attention whose output no projection read
     shared: list[str]  # modules with attention whose output several projections read
     runs: int  # of the target itself
+    experts: dict[str, tuple[int, int]]  # modules of experts → how many there are, and how many neurons each has
 
 
 def trace(target: nn.Module, run: Callable[[], object], tracer: "Tracer | None" = None) -> Trace:
@@ -76,6 +78,7 @@ def trace(target: nn.Module, run: Callable[[], object], tracer: "Tracer | None" 
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # no operation of compiled code can be seen
         stack.enter_context(unfused(target.modules()))
+        experts = stack.enter_context(seen_experts(target))
         for path, module in target.named_modules():
             entering = partial(tracer.entering, path)
             stack.callback(module.register_forward_pre_hook(entering, with_kwargs=True).remove)
@@ -87,7 +90,7 @@ def trace(target: nn.Module, run: Callable[[], object], tracer: "Tracer | None" 
     for number in tracer.asked:  # these projections belong to attention
         read = tracer.reads[number - 1]
         tracer.reads[number - 1] = read._replace(made_by=read.made_by.replace("mlp", ""))
-    return Trace(tracer.reads, tracer.returned, lost, shared, tracer.runs)
+    return Trace(tracer.reads, tracer.returned, lost, shared, tracer.runs, experts)
 
 
 class _Attended(NamedTuple):

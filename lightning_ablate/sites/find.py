@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from lightning_ablate.errors import SiteError, few
 from lightning_ablate.sites.dataflow import Trace, Tracer, trace
-from lightning_ablate.sites.outputs import ROLES, RoleTracer, outputs
-from lightning_ablate.sites.site import Site, features
+from lightning_ablate.sites.experts import experts_of
+from lightning_ablate.sites.outputs import ROLES, Place, RoleTracer, outputs
+from lightning_ablate.sites.site import EXPERT, Site, features
 
 KINDS = {
     "attention": ("self-attention", "cross-attention"),
     "self-attention": ("self-attention",),
     "cross-attention": ("cross-attention",),
-    "mlp": ("mlp",),
+    "mlp": ("mlp", "expert"),
+    "experts": ("expert",),
     **{word: (word,) for word in ("residual", *ROLES)},
 }
 _DIGITS = re.compile(r"(?:^|(?<=[._]))\d+")
@@ -52,10 +54,11 @@ def find_sites(
     Args:
         target: the model.
         example: any input: a tensor, keyword arguments of the target, or a function that runs the target.
-        which: ``attention``, ``self-attention``, ``cross-attention`` and ``mlp`` are inputs of projections;
-            ``residual`` is what each layer returns; ``query``, ``key`` and ``value`` are what projections give to
-            attention. Shell-style patterns of paths stand for projections of any kind (``*.0.attn.c_proj``), and with
-            a side behind them for what modules return (``*.mlp:output``, ``*.attn.c_attn:query``).
+        which: ``attention``, ``self-attention``, ``cross-attention`` and ``mlp`` are inputs of projections; ``experts``
+            are those of mixtures, a site for each, which ``mlp`` holds too; ``residual`` is what each layer returns;
+            ``query``, ``key`` and ``value`` are what projections give to attention. Shell-style patterns of paths stand
+            for projections of any kind (``*.0.attn.c_proj``), and with a side behind them for what modules return
+            (``*.mlp:output``, ``*.attn.c_attn:query``) or an expert (``*.0.mlp.experts:expert3``).
 
     Raises:
         SiteError: if the target has none of these, or if they can't be found in what runs.
@@ -74,11 +77,11 @@ def find_sites(
         seen = trace(target, run, tracer)
     if seen.runs > 1:
         raise SiteError(f"the target ran {seen.runs} times for one batch, expected once: `evaluate` must run it once")
-    found = read = _sites(target, seen)
-    if sides != {"input"}:
-        found = outputs(target, seen, tracer, read)
+    sites = _sites(target, seen)
+    read = _in_order(sites, _experts(seen))
+    found = _in_order(sites, [*_experts(seen), *outputs(target, seen, tracer, sites)]) if sides != {"input"} else read
     for word in which:
-        if word in ("residual", *ROLES) or ":" in word:
+        if word in ("residual", "experts", *ROLES) or ":" in word:
             _check_output(target, found, word)
         elif word in KINDS:
             _check_kind(target, seen, read, word)
@@ -91,7 +94,7 @@ def is_asked(site: Site, word: str) -> bool:
     """Whether this site is one of those that a word of ``which`` asks for, see :func:`find_sites`."""
     if word in KINDS:
         return site.kind in KINDS[word]
-    return site.side == _side(word) and fnmatchcase(site.path, word.partition(":")[0])
+    return fnmatchcase(site.side, _side(word)) and fnmatchcase(site.path, word.partition(":")[0])
 
 
 def is_covered(target: nn.Module, word: str, sites: Sequence[Site], which: Sequence[str]) -> bool:
@@ -101,8 +104,10 @@ def is_covered(target: nn.Module, word: str, sites: Sequence[Site], which: Seque
     if word in KINDS:
         return set(KINDS[word]) <= {kind for known in which for kind in KINDS.get(known, ())}
     pattern, side = word.partition(":")[0], _side(word)
-    known = {site.path for site in sites if site.side == side}
+    known = {site.path for site in sites if fnmatchcase(site.side, side)}
     asked = {n for n, module in target.named_modules() if fnmatchcase(n, pattern)}
+    if side.startswith(EXPERT):
+        asked = {name for name in asked if experts_of(target.get_submodule(name)) is not None}
     if side == "input":
         asked = {name for name in asked if features(target.get_submodule(name)) is not None}
     return bool(asked) and asked <= known
@@ -133,6 +138,25 @@ def _sites(target: nn.Module, seen: Trace) -> list[Site]:
         layer = layers.get(path)
         sites.append(Site(path + suffix, width, heads, kind, f"{layer}{suffix}" if layer else "", uses[path]))
     return sites
+
+
+def _experts(seen: Trace) -> list[tuple[Place, Site]]:
+    """A site for each expert of each run of their modules."""
+    uses, used, found = Counter(one.path for one in seen.returned), Counter[str](), list[tuple[Place, Site]]()
+    for number, (path, _, after) in enumerate(seen.returned):
+        count, width = seen.experts.get(path, (0, 0))
+        suffix, layer = f"#{used[path]}" if uses[path] > 1 else "", _layer(path, ())
+        used[path] += 1
+        names = [f"{path}:{EXPERT}{expert}{suffix}" for expert in range(count)]
+        more: dict[str, Any] = {"layer": layer and f"{layer}{suffix}", "uses": uses[path]}
+        found += [((after - 0.5, number - 0.5), Site(name, width, None, "expert", **more)) for name in names]
+    return found
+
+
+def _in_order(read: Sequence[Site], others: Sequence[tuple[Place, Site]]) -> list[Site]:
+    """Sites of the reads of a trace, in their order, and others in their places."""
+    made = [*(((float(place), 0.0), site) for place, site in enumerate(read)), *others]
+    return [site for _, site in sorted(made, key=lambda one: one[0])]
 
 
 def _modules_around(attention: Sequence[str]) -> tuple[str, ...]:
@@ -188,8 +212,8 @@ def _check_mlps(target: nn.Module, seen: Trace, found: Sequence[Site]) -> None:
         sites = [site for site in found if site.layer.partition("#")[0] == layer]
         attention = [site.path for site in sites if is_asked(site, "attention")]
         mlps = [site.path for site in sites if site.kind == "mlp"]
-        _check_experts(target, layer, attention, mlps, positions)
-        if not mlps:
+        _check_experts(target, layer, attention, mlps, positions, seen)
+        if not mlps and not any(site.kind == "expert" for site in sites):
             raise SiteError(
                 f"found no MLP down projection in {layer or 'the target'}; name it by a pattern (--ablation.sites); "
                 f"the projections that ran are {_candidates(found)}"
@@ -197,14 +221,20 @@ def _check_mlps(target: nn.Module, seen: Trace, found: Sequence[Site]) -> None:
 
 
 def _check_experts(
-    target: nn.Module, layer: str, attention: Sequence[str], mlps: Sequence[str], positions: Mapping[str, int]
+    target: nn.Module,
+    layer: str,
+    attention: Sequence[str],
+    mlps: Sequence[str],
+    positions: Mapping[str, int],
+    seen: Trace,
 ) -> None:
     within = _modules_around(attention)
     for name, parameter in target.get_submodule(layer).named_parameters(prefix=layer):
-        if parameter.ndim == 3 and min(parameter.shape) > 1 and not name.startswith(within):
+        unread = parameter.ndim == 3 and min(parameter.shape) > 1 and name.rpartition(".")[0] not in seen.experts
+        if unread and not name.startswith(within):
             raise SiteError(
                 f"the experts of {layer} are one parameter {name} {tuple(parameter.shape)}, whose input can't be read "
-                "or replaced as there is no module for the down projection; leave `mlp` out"
+                "or replaced, as no expert is computed by a product of its own; leave `mlp` out"
             )
     projections = [n for n, m in target.get_submodule(layer).named_modules(prefix=layer) if features(m) is not None]
     for path in mlps:
@@ -237,7 +267,7 @@ def _check_pattern(target: nn.Module, found: Sequence[Site], pattern: str) -> No
 def _side(word: str) -> str:
     """The side of the sites that a word asks for."""
     if word in KINDS:
-        return word if word in ROLES else "output" if word == "residual" else "input"
+        return word if word in ROLES else {"residual": "output", "experts": f"{EXPERT}*"}.get(word, "input")
     return word.partition(":")[2] if ":" in word else "input"
 
 
@@ -245,9 +275,11 @@ def _check_output(target: nn.Module, found: Sequence[Site], word: str) -> None:
     if any(is_asked(site, word) for site in found):
         return
     pattern, side = word.partition(":")[0], _side(word)
-    known = [site.name for site in found if site.side == side]
-    if side not in ("output", *ROLES):
-        reason = f"a side is output, {', '.join(ROLES)}, or none for an input"
+    known = [site.name for site in found if fnmatchcase(site.side, side)]
+    if side not in ("output", *ROLES) and not side.startswith(EXPERT):
+        reason = f"a side is output, {', '.join(ROLES)}, {EXPERT}0, {EXPERT}1 ..., or none for an input"
+    elif side.startswith(EXPERT):
+        reason = "no experts ran that share a module and are computed one by one"
     elif side in ROLES and not known:
         reason = (
             f"no projection module gives attention its {side}: it goes through a fused implementation or bare weights, "

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 from lightning_ablate.errors import SiteError
+from lightning_ablate.sites.experts import Look, opened
 from lightning_ablate.sites.site import Site
 from lightning_ablate.sites.unfused import unfused
 
@@ -21,8 +22,18 @@ Hook = Callable[[Tensor], Tensor | None]
 
 
 @contextmanager
-def hooked(target: nn.Module, hooks: Mapping[Site, Hook], *, once: bool = False) -> Iterator[Counter[Site]]:
+def hooked(
+    target: nn.Module,
+    hooks: Mapping[Site, Hook],
+    *,
+    once: bool = False,
+    routed: dict[Site, Tensor] | None = None,
+) -> Iterator[Counter[Site]]:
     """Runs a hook on the activations of each site; removes them all at the end, whatever happens.
+
+    Neurons of an expert are 0 where a position isn't routed to it, and what a hook puts there isn't used. ``routed``
+    is told which positions are, ``(batch, seq)`` bool, before the hook runs. A hook with ``of_router`` gets the scores
+    ``(batch, seq, 1)`` by which the router chooses the expert in place of its neurons.
 
     Inside, code that ``torch.compile`` made runs as plain Python, since compiled code ignores the hooks. With gradient
     checkpointing, a backward pass inside recomputes with the hooks. Yields how often each site has run.
@@ -31,14 +42,14 @@ def hooked(target: nn.Module, hooks: Mapping[Site, Hook], *, once: bool = False)
         SiteError: if a checkpointed pass was not recomputed inside; or, with ``once``, if the sites did not run exactly
             as often as in one forward pass.
     """
-    modules: dict[tuple[str, bool], dict[int, list[Site]]] = {}
+    modules: dict[tuple[str, str], dict[int, list[Site]]] = {}
     for site in hooks:
-        modules.setdefault((site.path, site.side == "input"), {}).setdefault(site.use, []).append(site)
-    runs = Counter[tuple[str, bool, int]]()  # in each thread
+        modules.setdefault((site.path, site.end), {}).setdefault(site.use, []).append(site)
+    runs = Counter[tuple[str, str, int]]()  # in each thread
     ran, owed = Counter[Site](), Counter[str]()  # owed: runs that a backward pass will repeat
     differentiable = torch.is_grad_enabled()
 
-    def due(path: str, reads: bool, uses: Mapping[int, list[Site]], of: int) -> list[Site]:
+    def due(path: str, end: str, uses: Mapping[int, list[Site]], of: int) -> list[Site]:
         """The sites that this run of a module is."""
         repeats = _repeats() if differentiable else None
         if repeats is not None:
@@ -48,7 +59,7 @@ def hooked(target: nn.Module, hooks: Mapping[Site, Hook], *, once: bool = False)
                 f"{path} runs {of} times in a pass, which gradient checkpointing can't tell apart when it recomputes "
                 "them: turn it off while the target is ablated"
             )
-        key = path, reads, get_ident()
+        key = path, end, get_ident()
         runs[key] += not repeats
         sites = uses.get((runs[key] - 1) % of, [])
         ran.update([] if repeats else sites)
@@ -77,11 +88,14 @@ def hooked(target: nn.Module, hooks: Mapping[Site, Hook], *, once: bool = False)
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(unfused(target.modules()))
-        for (path, reads), uses in modules.items():
-            given = path, reads, uses, next(iter(uses.values()))[0].uses
+        for (path, end), uses in modules.items():
+            given = path, end, uses, next(iter(uses.values()))[0].uses
             module = target.get_submodule(path)
-            if reads:
+            if end == "input":
                 stack.callback(module.register_forward_pre_hook(partial(before, given), with_kwargs=True).remove)
+            elif end == "inside":
+                look = partial(_Changes, hooks, partial(due, *given), {} if routed is None else routed)
+                stack.enter_context(opened(target, path, look))
             else:
                 stack.callback(module.register_forward_hook(partial(after, given)).remove)
         yield ran
@@ -91,7 +105,7 @@ def hooked(target: nn.Module, hooks: Mapping[Site, Hook], *, once: bool = False)
             "would recompute without the ablation; call backward() inside, or turn checkpointing off"
         )
     for site in hooks if once else ():
-        if (count := runs[site.path, site.side == "input", get_ident()]) != site.uses:
+        if (count := runs[site.path, site.end, get_ident()]) != site.uses:
             raise SiteError(
                 f"the site {site.name} ran {count} times in one forward pass, expected {site.uses} as in the first "
                 "batch: `evaluate` must run the target once, in the same way for every batch"
@@ -120,6 +134,50 @@ def _changed(site: Site, hook: Hook, whole: Tensor) -> Tensor:
 def _check_width(site: Site, own: Tensor) -> None:
     if own.shape[-1] != site.width:
         raise SiteError(f"{site.name} has {own.shape[-1]} neurons in a pass, expected {site.width}")
+
+
+class _Changes(Look):
+    """Runs hooks on experts; ``due`` counts a run of theirs and gives the sites that it is."""
+
+    def __init__(
+        self,
+        hooks: Mapping[Site, Hook],
+        due: Callable[[], list[Site]],
+        routed: dict[Site, Tensor],
+        states: Tensor,
+    ) -> None:
+        self._hooks, self._routed, self._shape = hooks, routed, states.shape[:-1]
+        self._nothing = states.flatten(0, -2)[:0], torch.zeros(0, dtype=torch.int64, device=states.device)
+        self._left = {site.expert: site for site in due()}
+        of_router = [site for site in self._left.values() if getattr(hooks[site], "of_router", False)]
+        self._of_router = [self._left.pop(site.expert) for site in of_router]
+        self.routes = bool(of_router)
+
+    def neurons(self, expert: int, own: Tensor, places: Tensor) -> Tensor:
+        site = self._left.pop(expert, None)
+        return own if site is None else self._changed(site, own, places)
+
+    def scores(self, own: Tensor) -> Tensor:
+        columns = list(own.unbind(1))
+        for site in self._of_router:
+            number = site.expert or 0
+            changed = self._hooks[site](columns[number].view(*self._shape, 1))
+            columns[number] = columns[number] if changed is None else changed.reshape(-1)
+        return torch.stack(columns, 1)
+
+    def end(self) -> None:
+        """Runs the hooks of experts to which nothing was routed."""
+        for site in self._left.values():
+            states, places = self._nothing
+            self._changed(site, states.new_zeros(0, site.width), places)
+
+    def _changed(self, site: Site, own: Tensor, places: Tensor) -> Tensor:
+        count = self._shape.numel()
+        routed = torch.zeros(count, dtype=torch.bool, device=own.device).index_fill(0, places, True)
+        self._routed[site] = routed.view(self._shape)
+        whole = own.new_zeros(count, own.shape[1]).index_copy(0, places, own)
+        changed = _changed(site, self._hooks[site], whole.view(*self._shape, -1))
+        return changed.reshape(count, -1)[places]
 
 
 def keep(found: dict[Site, Tensor], site: Site, activations: Tensor) -> None:

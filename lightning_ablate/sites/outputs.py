@@ -16,6 +16,8 @@ from lightning_ablate.sites.hooks import first_of
 from lightning_ablate.sites.site import Site, features, series_of
 
 ROLES = ("query", "key", "value")
+Place = tuple[float, float]
+"""When a site runs: the number of the read that it is, or between two of them; and the number of what is returned."""
 _RUN = 2**32  # labels of one projection's run
 
 
@@ -106,8 +108,8 @@ class RoleTracer(Tracer):
             self.roles.setdefault((role, run), Role(found, len(sets) if apart else None))
 
 
-def outputs(target: nn.Module, seen: Trace, tracer: Tracer, found: Sequence[Site]) -> list[Site]:
-    """All sites that are outputs, in the order in which they are made, merged with those that are inputs.
+def outputs(target: nn.Module, seen: Trace, tracer: Tracer, found: Sequence[Site]) -> list[tuple[Place, Site]]:
+    """All sites that are outputs, and their places among the reads of the trace.
 
     A module's output is a site if its last dimension is as wide as a projection is at one end: others hold channels or
     positions there. ``found`` are the inputs, a site for each read of the trace.
@@ -119,16 +121,16 @@ def outputs(target: nn.Module, seen: Trace, tracer: Tracer, found: Sequence[Site
     series = {series_of(layer) for layer in around} - {None}
     layers = around | {name for name, _ in target.named_modules() if series_of(name) in series}
     uses, used = Counter(one.path for one in seen.returned), Counter[str]()
-    made: list[tuple[tuple[float, float], Site]] = [((float(place), 0.0), site) for place, site in enumerate(found)]
+    made = list[tuple[Place, Site]]()
 
-    def add(place: tuple[float, float], path: str, side: str, use: int, of: int, **more: Any) -> None:
+    def add(place: Place, path: str, side: str, use: int, of: int, **more: Any) -> None:
         layer = next((one for one in sorted(layers, key=len, reverse=True) if f"{path}.".startswith(f"{one}.")), "")
         kind = side if side in ROLES else "residual" if path in layers else "other"
         suffix = f"#{use}" if of > 1 else ""
         name = f"{path}:{side}{suffix}"
         made.append((place, Site(name, kind=kind, layer=layer and f"{layer}{suffix}", uses=of, **more)))
 
-    places = dict[tuple[str, int], tuple[float, float]]()  # of each use of a module
+    places = dict[tuple[str, int], Place]()  # of each use of a module
     for number, (path, width, after) in enumerate(seen.returned):
         place = places[path, used[path]] = after - 0.5, float(number)
         if path and width in widths:
@@ -138,4 +140,4 @@ def outputs(target: nn.Module, seen: Trace, tracer: Tracer, found: Sequence[Site
         path, runs = seen.reads[run - 1].path, [read.path for read in seen.reads]
         use = runs[: run - 1].count(path)
         add(places[path, use], path, role, use, runs.count(path), width=len(part), heads=heads, basis=Part(part))
-    return [site for _, site in sorted(made, key=lambda one: one[0])]
+    return made

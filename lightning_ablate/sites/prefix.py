@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from lightning_ablate.sites.experts import replaced
 from lightning_ablate.sites.site import Site, series_of
 
 _PLAIN = (Tensor, bool, int, float, str, type(None))
@@ -94,7 +95,7 @@ class Prefix:
         self._kept = {name: kept for name, kept in self._kept.items() if kept.after <= first}
         with ExitStack() as stack:
             for name, kept in self._kept.items():
-                stack.enter_context(_replaced(self._modules[name], partial(_answer, kept.output)))
+                stack.enter_context(replaced(self._modules[name], partial(_answer, kept.output)))
             yield
 
     def prove(self, intact: Callable[[], bool]) -> None:
@@ -119,7 +120,7 @@ class Prefix:
         with ExitStack() as stack:
             answering = {name: stack.enter_context(ExitStack()) for name in self._kept}
             for name, own in answering.items():
-                own.enter_context(_replaced(self._modules[name], partial(answer, name)))
+                own.enter_context(replaced(self._modules[name], partial(answer, name)))
             try:
                 same = intact()
                 for name in reversed(self._kept) if same else ():  # a block comes before those within it
@@ -152,19 +153,6 @@ def _within(path: str) -> list[str]:
     """The paths of the modules around a module, outermost first, and its own."""
     parts = path.split(".")
     return [".".join(parts[: end + 1]) for end in range(len(parts))]
-
-
-@contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = vars(module).get("forward")  # accelerate's, for example
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
 
 
 def _copy(output: Any) -> Any:

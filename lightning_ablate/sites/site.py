@@ -13,6 +13,7 @@ from lightning_ablate.errors import SiteError
 from lightning_ablate.sites.basis import Basis
 
 WITHOUT_FLOAT64 = {"mps"}  # types of devices
+EXPERT = "expert"  # the side of an expert's neurons, before its number
 T = TypeVar("T")
 _NUMBER = re.compile(r"(?:^|(?<=[._]))\d+$")
 
@@ -22,12 +23,12 @@ class Site:
     """A place whose activations are read and replaced: the input of a projection, or the output of any module.
 
     Attributes:
-        name: path of the module in the target, behind which ``:`` and the side follow for an output;
+        name: path of the module in the target, behind which ``:`` and the side follow if it isn't the input;
             ``path#0``, ``path#1`` ... if it runs several times.
         width: number of neurons, the features of the projection's input (n_heads x head_dim), or of the output.
         heads: number of attention heads, which lie side by side and are equally wide; None if there are none.
-        kind: ``self-attention``, ``cross-attention`` (by the names of its modules), ``mlp``, ``residual``, ``query``,
-            ``key``, ``value`` or ``other``.
+        kind: ``self-attention``, ``cross-attention`` (by the names of its modules), ``mlp``, ``expert``, ``residual``,
+            ``query``, ``key``, ``value`` or ``other``.
         layer: path of its layer, with the same ``#`` as the name.
         uses: how often the module runs in one forward pass.
         basis: what its neurons are in place of the features: a part of them, directions, or an autoencoder's features.
@@ -48,8 +49,21 @@ class Site:
 
     @property
     def side(self) -> str:
-        """``input``, or ``output``, or what a part of an output is to attention: ``query``, ``key`` or ``value``."""
+        """``input``, ``output``, a part of an output (``query``, ``key``, ``value``), or the neurons of ``expert3``.
+
+        An expert's neurons are what its last matrix multiplies, at the positions that are routed to it.
+        """
         return self.name.partition("#")[0].partition(":")[2] or "input"
+
+    @property
+    def expert(self) -> int | None:
+        """The number of the expert whose neurons they are; None for any other site."""
+        return int(self.side[len(EXPERT) :]) if self.side.startswith(EXPERT) else None
+
+    @property
+    def end(self) -> str:
+        """Where the module is read: at its ``input``, its ``output``, or ``inside``."""
+        return self.side if self.side == "input" else "output" if self.expert is None else "inside"
 
     @property
     def use(self) -> int:

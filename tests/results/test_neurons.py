@@ -34,6 +34,7 @@ def test_the_table_is_numpys_on_raw_activations(tmp_path):
     names = "mean sd skewness excess_kurtosis minimum maximum zeros peak abs_peak abs_mean_minus_peak".split()
     for name, column in zip(names, expected, strict=True):
         np.testing.assert_allclose(found[name], column, rtol=1e-4, atol=1e-5, err_msg=name)
+    assert set(found["positions"]) == {len(values)}
     np.testing.assert_allclose(found["median"], np.median(values, 0), atol=0.05 * np.ptp(values))
     for name in ("mode", "half_sample_mode"):
         assert ((found[name] >= values.min(0)) & (found[name] <= values.max(0))).all()
@@ -41,7 +42,7 @@ def test_the_table_is_numpys_on_raw_activations(tmp_path):
 
 def test_what_needs_a_histogram_is_there_after_two_epochs_and_files_come_back(tmp_path, drawn):
     activations = {"a": torch.randn(99, 5), "b": torch.randn(99, 3)}
-    columns = ["site", "neuron", "mean", "sd", "skewness", "excess_kurtosis", "minimum", "maximum"]
+    columns = ["site", "neuron", "positions", "mean", "sd", "skewness", "excess_kurtosis", "minimum", "maximum"]
     more = ["zeros", "peak", "mode", "median", "half_sample_mode", "abs_mean_minus_peak", "abs_peak"]
     both = ([Moments], columns, ["parquet"]), ([Moments, Histogram], columns + more, ["parquet", "png", "svg"])
     for kinds, names, endings in both:

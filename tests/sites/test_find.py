@@ -75,10 +75,27 @@ def test_what_isnt_there_is_refused(which, message):
         tiny.sites(tiny.gpt2(), which)
 
 
-def test_experts_without_a_down_projection_of_their_own_are_refused():
+def test_experts_that_are_not_computed_one_by_one_are_refused():
+    class Together(nn.Module):
+        """All experts in one product, as in Llama 4."""
+
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = (nn.Parameter(torch.randn(4, *shape)) for shape in ((16, 32), (32, 16)))
+
+        def forward(self, states, index, shares):
+            chosen = torch.zeros(len(states), 4).scatter(1, index, shares)
+            each = torch.einsum("th,ehn->etn", states, self.up).relu() @ self.down
+            return torch.einsum("te,eth->th", chosen, each)
+
+    model = tiny.mixtral()
+    assert len(tiny.sites(model)) == 2
+    for layer in model.model.layers:
+        layer.mlp.experts = Together()
     with pytest.raises(SiteError, match=r"are one parameter model.layers.0.mlp.experts.\w+ \(4, .*leave `mlp`"):
-        tiny.sites(tiny.mixtral(), "mlp")
-    assert len(tiny.sites(tiny.mixtral())) == 2
+        tiny.sites(model, "mlp")
+    with pytest.raises(SiteError, match=r"no site 'experts' .*no experts ran that share a module"):
+        tiny.sites(model, "experts")
 
     def routed(parts, x):
         mixed, layer = parts["h"][0]["o"](attention(parts, x)), parts["h"][0]

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lightning_ablate import ablated
+from lightning_ablate import Calibration, ConditionalMean, Covariance, Moments, ablated
 from lightning_ablate.errors import SiteError
 from lightning_ablate.sites import Prefix, find_sites, hooked, keep
+from lightning_ablate.sites.outputs import ROLES
 from tests.coverage import COVERED, MIXED, tiny
-from tests.reference import plain_hooks
+from tests.reference import conditional_mean, plain_hooks, put
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # as the libraries are
 IDS = torch.arange(24).view(2, 12) + 3
@@ -157,7 +158,7 @@ def test_grouped_keys_have_their_own_heads():
 def test_what_is_no_site_is_refused_in_a_line():
     model = tiny_gpt2()
     for word, reason in {
-        "*.h.0:input": "a side is output, query, key, value, or none for an input",
+        "*.h.0:input": r"a side is output, query, key, value, expert0, expert1 \.\.\., or none for an input",
         "*.h.7:output": "it matches no module",
         "*.h.0.mlp:query": "no module of these ran and returned",
     }.items():
@@ -224,3 +225,95 @@ def test_layers_before_outputs_are_answered_to_the_bit(kind, words):
             whole = model(x)
         with hooked(model, {site: torch.zeros_like}, once=True), prefix.reused(place):
             assert torch.equal(model(x), whole), site.name
+
+
+def apart(q, k, v, block):
+    """The paths of a layer's queries, keys and values, of whose outputs all features count, and of the layer."""
+    return {"query": (q, None), "key": (k, None), "value": (v, None), "residual": (block, None)}
+
+
+def fused(path, block, *sizes):
+    """Those of one projection that gives them one after the other, so many features each."""
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    parts = [list(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+    return {**{role: (path, own) for role, own in zip(ROLES, parts, strict=True)}, "residual": (block, None)}
+
+
+def by_head(path, block):
+    """Those of one that gives them head by head, 4 of 3 times 8 features."""
+    numbers = torch.arange(96).view(4, 3, 8)
+    return {
+        **{role: (path, numbers[:, i].flatten().tolist()) for i, role in enumerate(ROLES)},
+        "residual": (block, None),
+    }
+
+
+def named(block, attention, *names):
+    return apart(*(f"{block}.{attention}.{name}" for name in names), block)
+
+
+PROJ = ("q_proj", "k_proj", "v_proj")
+PLACES = {
+    "gpt2": fused("h.1.attn.c_attn", "h.1", 32, 32, 32),
+    "llama": named("layers.1", "self_attn", *PROJ),
+    "qwen3": named("layers.1", "self_attn", *PROJ),
+    "phi3": fused("layers.1.self_attn.qkv_proj", "layers.1", 32, 16, 16),
+    "bloom": by_head("h.1.self_attention.query_key_value", "h.1"),
+    "gpt_neox": by_head("layers.1.attention.query_key_value", "layers.1"),
+    "falcon": fused("h.1.self_attention.query_key_value", "h.1", 32, 8, 8),  # one key for all heads
+    "gptj": named("h.1", "attn", *PROJ),
+    "bert": named("encoder.layer.1", "attention.self", *ROLES),
+    "distilbert": named("transformer.layer.1", "attention", "q_lin", "k_lin", "v_lin"),
+    "bart": named("decoder.layers.1", "encoder_attn", *PROJ),
+    "t5": apart(*(f"encoder.block.1.layer.0.SelfAttention.{name}" for name in "qkv"), "encoder.block.1"),
+    "vit": named("layers.1", "attention", *PROJ),
+    "vit_tiny_patch16_224": fused("blocks.1.attn.qkv", "blocks.1", 32, 32, 32),
+    "deit3_small_patch16_224": fused("blocks.1.attn.qkv", "blocks.1", 32, 32, 32),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PLACES)
+def test_outputs_are_replaced_as_plain_hooks_would_on_many_architectures(name):
+    target = tiny(next(case for case in COVERED if case.name == name))
+    sites = find_sites(target.model, lambda: target.run(0), ["residual", *ROLES])
+    intact = target.run(1)
+    for role, (path, own) in PLACES[name].items():
+        (site,) = (site for site in sites if site.kind == role and site.path == path)
+        kept = []
+        with plain_hooks(target.model, {f"{path}:output": lambda x, kept=kept: kept.append(x)}):
+            target.run(0), target.run(1)
+        features = list(range(kept[0].shape[-1])) if own is None else own
+        rows = torch.cat([x.flatten(0, -2) for x in kept])[:, features]
+        calibration = Calibration(sites=[site])
+        statistics = [Moments.of(site), Covariance.of(site)]
+        for number in (0, 1):
+            found = {}
+            with hooked(target.model, {site: partial(keep, found, site)}, once=True):
+                target.run(number)
+            for statistic in statistics:
+                statistic.update(found[site])
+        for statistic in statistics:
+            calibration.add(site, statistic)
+        torch.testing.assert_close(statistics[0].mean, rows.double().mean(0), rtol=1e-6, atol=1e-6)
+        mask = torch.rand(site.width, generator=torch.Generator().manual_seed(1)) < 0.5
+        changes = {
+            "zero": put(mask, torch.zeros(site.width)),
+            "mean": put(mask, rows.double().mean(0).float()),
+            "conditional-mean": conditional_mean(rows, mask, 0.01),
+        }
+        for method, change in changes.items():
+
+            def whole(x, change=change, features=features):
+                x = x.clone()
+                x[..., features] = change(x[..., features])
+                return x
+
+            with plain_hooks(target.model, {f"{path}:output": whole}):
+                expected = target.run(1)
+            chosen = ConditionalMean(0.01) if method == "conditional-mean" else method
+            with ablated(target.model, {site.name: mask}, chosen, calibration):
+                after = target.run(1)
+            for one, other in zip(after, expected, strict=True):
+                assert (one - other).abs().max() <= 1e-6 * other.abs().max(), (role, method)
+            assert not all(map(torch.equal, after, intact)), (role, method)

@@ -1,0 +1,182 @@
+"""Experts of a mixture that share one module, whose weights are tensors with a matrix for each expert."""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lightning_ablate.errors import SiteError
+
+_PRODUCTS = {"linear", "matmul", "__matmul__"}
+
+
+class Look:
+    """What is seen and changed in one run of experts; by default nothing is."""
+
+    routes = False  # whether it changes what the router chooses
+
+    def neurons(self, expert: int, own: Tensor, places: Tensor) -> Tensor:
+        """New neurons ``(routed, neurons)`` for those of an expert, whose tokens are at these places ``(routed,)``."""
+        return own
+
+    def scores(self, own: Tensor) -> Tensor:
+        """New scores for those by which the router chooses, ``(tokens, experts)``."""
+        return own
+
+    def end(self) -> None:
+        """The experts have run."""
+
+
+def experts_of(module: nn.Module) -> int | None:
+    """How many experts a module holds; None if it can't be such a module.
+
+    It has two weights ``(experts, ..., ...)`` or more, and is called with hidden states ``(tokens, features)``, which
+    experts each token goes to, and the experts' shares.
+    """
+    counts = [len(own) for own in module._parameters.values() if own is not None and own.ndim == 3]
+    takes = len(inspect.signature(type(module).forward).parameters)  # and the module
+    return counts[0] if takes == 4 and len(counts) > 1 and len({*counts}) == 1 else None
+
+
+@contextmanager
+def opened(target: nn.Module, path: str, look: Callable[[Tensor], Look]) -> Iterator[None]:
+    """Sees and changes what is inside a module of experts, while the target runs in the context.
+
+    Experts run one after the other, as in transformers' ``eager`` implementation, whichever is chosen. ``look`` is
+    asked for each run of the module around them, given its hidden states ``(batch, seq, features)``.
+
+    Raises:
+        SiteError: in the pass, if a router that is to choose otherwise doesn't choose by ``topk`` there, or has too few
+            experts left to choose from.
+    """
+    module, around = target.get_submodule(path), target.get_submodule(path.rpartition(".")[0])
+    whole, looks = around.forward, list[Look]()
+
+    def run_block(*args: Any, **named: Any) -> Any:
+        states = next(one for one in (*args, *named.values()) if isinstance(one, Tensor))
+        looks.append(own := look(states))
+        router = _Router(experts_of(module) or 0, states.shape[:-1].numel(), own)
+        with router if own.routes else ExitStack():
+            output = whole(*args, **named)
+        if own.routes and not router.chose:
+            raise SiteError(f"the router of {path} doesn't choose by the largest scores (topk); leave `reroute` out")
+        looks.pop().end()
+        return output
+
+    with replaced(around, run_block), _watched(module, lambda: looks[-1]):
+        yield
+
+
+@contextmanager
+def _watched(module: nn.Module, look: Callable[[], Look]) -> Iterator[None]:
+    """Runs a module's experts one by one, under the look of each run."""
+    eager = _eager(type(module).forward)
+
+    def run(*args: Any, **named: Any) -> Any:
+        with _Experts(module, next(iter((*args, *named.values())), None), look()):
+            return eager(module, *args, **named)
+
+    with replaced(module, run):
+        yield
+
+
+def _eager(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """What transformers' choice of an implementation stands in front of."""
+    chooses = getattr(forward, "__globals__", {}).get("__name__") == "transformers.integrations.moe"
+    return inspect.unwrap(forward) if chooses else forward
+
+
+@contextmanager
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward function for a module."""
+    own = vars(module).get("forward")  # accelerate's, for example
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+@contextmanager
+def seen_experts(target: nn.Module) -> Iterator[dict[str, tuple[int, int]]]:
+    """Notes the modules of experts that run: path → how many experts, and how many neurons each has."""
+    found: dict[str, tuple[int, int]] = {}
+    with ExitStack() as stack:
+        for path, module in target.named_modules():
+            if path and (count := experts_of(module)) is not None:
+                stack.enter_context(_watched(module, partial(_Note, found, path, count)))
+        yield found
+
+
+class _Note(Look):
+    def __init__(self, found: dict[str, tuple[int, int]], path: str, count: int) -> None:
+        self._found, self._path, self._count = found, path, count
+
+    def neurons(self, expert: int, own: Tensor, places: Tensor) -> Tensor:
+        self._found[self._path] = self._count, own.shape[1]
+        return own
+
+
+class _Experts(TorchFunctionMode):
+    """Finds the neurons of each expert: what its last matrix multiplies, which isn't the tokens themselves."""
+
+    def __init__(self, module: nn.Module, hidden: Any, look: Look) -> None:
+        super().__init__()
+        self._weights = [own for own in module._parameters.values() if own is not None and own.ndim == 3]
+        self._hidden, self._look = hidden, look
+        self._matrices: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()  # of one expert → the expert
+        self._tokens: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()  # of one expert → their places
+        self._places = torch.zeros(0, dtype=torch.int64)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
+        if not args or not isinstance(first := args[0], Tensor):
+            return func(*args, **kwargs)
+        product = name in _PRODUCTS
+        if product and args[1] in self._matrices and first not in self._tokens:
+            args = (self._look.neurons(self._matrices[args[1]], first, self._places), *args[1:])
+        output = func(*args, **kwargs)
+        if name == "__getitem__" and any(first is own for own in self._weights):
+            if isinstance(args[1], int) or (isinstance(args[1], Tensor) and not args[1].ndim):
+                self._matrices[output] = int(args[1])
+        elif name == "__getitem__" and first is self._hidden and isinstance(args[1], Tensor):
+            self._tokens[output] = self._places = args[1]
+        elif isinstance(output, Tensor) and not product:  # a cast, or a scale
+            if output.shape == first.shape and first in self._matrices:
+                self._matrices[output] = self._matrices[first]
+            if output.shape == first.shape and first in self._tokens:
+                self._tokens[output] = self._tokens[first]
+        return output
+
+
+class _Router(TorchFunctionMode):
+    """Finds the scores of which the largest choose a token's experts."""
+
+    def __init__(self, experts: int, tokens: int, look: Look) -> None:
+        super().__init__()
+        self._experts, self._tokens, self._look, self.chose = experts, tokens, look, False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        # a router with groups of experts chooses groups first, by the largest of each
+        if getattr(func, "__name__", "") == "topk" and args[0].numel() == self._experts * self._tokens:
+            changed = self._look.scores(args[0].reshape(self._tokens, self._experts))
+            count = args[1] if len(args) > 1 else kwargs["k"]
+            left = int((changed > -torch.inf).sum(1).min())
+            if left < count and args[0].shape[-1] == self._experts:
+                raise SiteError(f"a router has {left} experts left, expected at least the {count} that it chooses")
+            args, self.chose = (changed.reshape(args[0].shape), *args[1:]), True
+        return func(*args, **kwargs)

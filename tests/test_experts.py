@@ -1,0 +1,293 @@
+"""Experts of mixtures: against a router and experts written out here, token by token."""
+
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lightning_ablate import (
+    AblationCallback,
+    Attribution,
+    Calibration,
+    ConditionalMean,
+    ConditionalTuned,
+    EachExpert,
+    Moments,
+    Optimal,
+    ablated,
+    find_sites,
+)
+from lightning_ablate.attribution import table_of
+from lightning_ablate.errors import ConfigError, SiteError
+from lightning_ablate.methods.reroute import OfRouter
+from lightning_ablate.sites import hooked
+from tests import coverage, reference, tiny
+from tests.test_coverage import tiny as small
+
+RIDGE = 0.01
+PATH = "model.layers.{}.mlp.experts"
+MIXTURES = [case for case in coverage.COVERED if case.experts]
+
+
+def plain(model, layer, change=None, without=(), kept=None):
+    """The mixture of a layer, token by token: ``change`` maps an expert to what is done with its neurons."""
+    block = model.model.layers[layer].mlp
+
+    def forward(states):
+        output = torch.zeros_like(states)
+        for example, position in torch.cartesian_prod(*map(torch.arange, states.shape[:2])).tolist():
+            x = states[example, position]
+            shares = (block.gate.weight @ x).softmax(0)
+            shares[list(without)] = -1
+            best = sorted(range(4), key=lambda expert: -shares[expert].item())[:2]
+            for expert in best:
+                gate, up = (block.experts.gate_up_proj[expert] @ x).chunk(2)
+                own = F.silu(gate) * up
+                if kept is not None:
+                    kept.append((example, position, expert, own))
+                own = change[expert](own) if change and expert in change else own
+                output[example, position] += block.experts.down_proj[expert] @ own * shares[expert] / shares[best].sum()
+        return output
+
+    return mock.patch.object(block, "forward", forward)
+
+
+def raw(model, batches, layer):
+    """The neurons of each expert at the real positions that are routed to it, ``(positions, neurons)``."""
+    found = {expert: [] for expert in range(4)}
+    for batch in batches:
+        kept = []
+        with torch.no_grad(), plain(model, layer, kept=kept):
+            reference.forward(model, batch)
+        for example, position, expert, own in kept:
+            if batch["attention_mask"][example, position]:
+                found[expert].append(own)
+    return {expert: torch.stack(rows) for expert, rows in found.items()}
+
+
+@contextmanager
+def stacked(contexts):
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
+def evaluated(model, contexts):
+    with stacked(contexts):
+        return reference.evaluation(model, tiny.loader(seed=2))
+
+
+def swept(tmp_path, methods, **options):
+    callback = AblationCallback(methods, seeds=[1], sites=["experts"], **options)
+    module, _ = tiny.fit(tmp_path, tiny.Own(tiny.mixtral()), callback=callback, train=tiny.loader(40, seed=1))
+    return module.target, callback
+
+
+def test_each_expert_is_swept_as_one_would_by_hand(tmp_path):
+    model, callback = swept(tmp_path, ["zero", "mean", "reroute"], neurons=EachExpert())
+    table = callback.results.table.set_index(["method", "part"])
+    assert len(table) == 1 + 3 * 8
+    intact = evaluated(model, [plain(model, 0), plain(model, 1)])
+    assert callback.results.table["cross_entropy"][0] == pytest.approx(intact[0], abs=1e-6)
+    for layer in (0, 1):
+        neurons = raw(model, tiny.loader(40, seed=1), layer)
+        for expert, x in neurons.items():
+            name = f"{PATH.format(layer)}:expert{expert}"
+            site = next(s for s in callback.run.calibration.sites if s.name == name)
+            moments = callback.run.calibration[site][Moments]
+            assert int(moments.count) == len(x) and site.kind == "expert" and site.layer == f"model.layers.{layer}"
+            torch.testing.assert_close(moments.mean, x.double().mean(0), rtol=0, atol=1e-6)
+            ways = {
+                "zero": plain(model, layer, {expert: torch.zeros_like}),
+                "mean": plain(model, layer, {expert: lambda own, x=x: x.double().mean(0).float()}),
+                "reroute": plain(model, layer, without=[expert]),
+            }
+            for method, way in ways.items():
+                loss, top1, n = evaluated(model, [way])
+                found = table.loc[method, name]
+                assert found["cross_entropy"] == pytest.approx(loss, abs=1e-6)
+                assert (found["top1"], found["n"], found["ablated"]) == (pytest.approx(top1), n, 1 / 8)
+    assert table.loc["zero"]["cross_entropy"].nunique() == 8
+
+
+def test_neurons_of_experts_are_swept_as_one_would_by_hand(tmp_path):
+    model, callback = swept(tmp_path, ["zero", "mean", ConditionalMean(RIDGE)], fractions=[0.5])
+    table, sites = callback.results.table.set_index("method"), callback.run.calibration.sites
+    neurons = [raw(model, tiny.loader(40, seed=1), layer) for layer in (0, 1)]
+    for condition in callback.sweep.conditions(sites)[1:]:
+        masks = callback.sweep.masks(condition, callback.run.calibration)
+        ways = []
+        for layer in (0, 1):
+            change = {}
+            for expert, x in neurons[layer].items():
+                mask = next(mask for site, mask in masks.items() if site.name == f"{PATH.format(layer)}:expert{expert}")
+                values = {"zero": torch.zeros(32), "mean": x.double().mean(0).float()}.get(condition.method)
+                put = reference.conditional_mean(x, mask, RIDGE) if values is None else reference.put(mask, values)
+                change[expert] = lambda own, put=put: put(own.unsqueeze(0))[0]
+            ways.append(plain(model, layer, change))
+        assert table.loc[condition.method]["cross_entropy"] == pytest.approx(evaluated(model, ways)[0], abs=1e-6)
+        assert table.loc[condition.method]["ablated"] == 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", MIXTURES, ids=lambda case: case.name)
+def test_zero_is_a_matrix_of_zeros_on_every_mixture(case):
+    target = small(case)
+    sites = find_sites(target.model, lambda: target.run(0), "experts")
+    assert len({site.layer for site in sites}) == 2 and len(sites) == 8
+    with hooked(target.model, {}):
+        intact = target.run(0)
+    different = 0
+    for site in (sites[1], sites[-1]):
+        with hooked(target.model, {site: torch.zeros_like}, once=True):
+            found = target.run(0)
+        own = target.model.get_submodule(site.path).down_proj[site.expert]
+        before = own.clone()
+        own.zero_()
+        expected = target.run(0)
+        own.copy_(before)
+        for one, other, whole in zip(found, expected, intact, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+            different += not torch.equal(one, whole)
+    assert different
+    assert reference.hooks(target.model) == 0
+    assert not any("forward" in vars(module) for module in target.model.modules())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", MIXTURES, ids=lambda case: case.name)
+def test_no_token_is_routed_to_an_expert_whose_score_is_least(case):
+    target, seen = small(case), {}
+    sites = find_sites(target.model, lambda: target.run(0), "experts")
+    hooks = dict.fromkeys([one for one in sites if one.path == sites[2].path], lambda x: None)
+    hooks[sites[2]] = OfRouter(torch.ones(1), lambda scores: torch.full_like(scores, -torch.inf))
+    with ExitStack() as stack:
+        if case.name == "phimoe":  # it takes the largest twice, by max
+            stack.enter_context(pytest.raises(SiteError, match="doesn't choose by the largest scores"))
+        with hooked(target.model, hooks, once=True, routed=seen):
+            target.run(0)
+    if case.name == "phimoe":
+        return
+    assert sites[2] not in seen
+    each = torch.stack([*seen.values()]).sum(0)
+    assert set(each.flatten().tolist()) == {2}  # as many experts as before, all of them others
+
+
+def test_attribution_of_an_expert_is_its_effect_where_that_is_small(tmp_path):
+    """A tenth of the way to the mean is a tenth of the first order, so the two must agree there."""
+    options = Attribution(["mean"], examples=6, draws=2, verify=0)
+    model, callback = swept(tmp_path, [], attribution=options)
+    table = table_of(callback.run.calibration.attributed).query("level == 'site'").set_index("site")
+    base = reference.evaluation(model, tiny.loader(40, seed=1))[0]
+    assert len(table) == 8 and base > 0
+    batches = [batch for batch, _ in zip(tiny.loader(40, seed=1), range(3), strict=False)]
+    before = reference.evaluation(model, batches)[0]
+    for expert in range(4):
+        mean = raw(model, tiny.loader(40, seed=1), 1)[expert].mean(0)
+        with plain(model, 1, {expert: lambda own, mean=mean: own + 1e-3 * (mean - own)}):
+            after = reference.evaluation(model, batches)[0]
+        assert table.loc[f"{PATH.format(1)}:expert{expert}"]["first"] == pytest.approx(
+            (after - before) / 1e-3, abs=2e-3
+        )
+
+
+def test_an_expert_that_serves_no_token_is_left_out_and_said(tmp_path):
+    model = tiny.mixtral(num_local_experts=5)
+    with torch.no_grad():
+        gate = model.model.layers[0].mlp.gate.weight
+        gate.copy_(
+            torch.tensor([[1.0], [2.0], [-1.0], [-2.0], [0.0]]) * gate[0]
+        )  # two scores are always above the last
+    callback = AblationCallback(["zero", "mean", "peak"], seeds=[1], sites=["experts"], neurons=EachExpert())
+    with pytest.warns(UserWarning, match="left out, as no calibration position is routed to them"):
+        tiny.fit(tmp_path, tiny.Own(model), callback=callback, train=tiny.loader(40, seed=1))
+    names = {site.name for site in callback.run.calibration.sites}
+    assert len(names) == 9 and f"{PATH.format(0)}:expert4" not in names
+    assert "left out, as no calibration position is routed to them: model.layers.0.mlp.experts:expert4" in str(
+        callback.results
+    )
+    assert set(callback.results.table["part"]) - {""} == names
+
+
+def test_experts_by_name_in_python():
+    model = tiny.mixtral()
+    batch = tiny.tokens()
+    name = f"{PATH.format(1)}:expert2"
+    with torch.no_grad():
+        with ablated(model, {name: torch.ones(32, dtype=torch.bool)}):
+            found = reference.forward(model, batch)
+        with plain(model, 1, {2: torch.zeros_like}):
+            expected = reference.forward(model, batch)
+        with ablated(model, {name: torch.ones(32, dtype=torch.bool)}, "reroute"):
+            rerouted = reference.forward(model, batch)
+        with plain(model, 1, without=[2]):
+            other = reference.forward(model, batch)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(rerouted, other, rtol=0, atol=1e-5)
+    assert not torch.allclose(found, rerouted, atol=1e-3)
+    with pytest.raises(SiteError, match=f"no site '{PATH.format(1)}:expert4'"), ablated(model, {f"{name[:-1]}4": []}):
+        pass
+
+
+def test_what_experts_are_not_for_is_refused_in_a_line(tmp_path):
+    model = tiny.mixtral()
+    half = torch.arange(32) < 16
+    with pytest.raises(SiteError, match="reroute ablates whole experts, got 16 of 32"):
+        with ablated(model, {f"{PATH.format(1)}:expert2": half}, "reroute"):
+            pass
+    with pytest.raises(SiteError, match="reroute ablates whole experts, got 16 of 16 neurons of model.layers.0.self"):
+        with ablated(model, {"model.layers.0.self_attn.o_proj": torch.ones(16, dtype=torch.bool)}, "reroute"):
+            pass
+    all_but_one = {f"{PATH.format(1)}:expert{number}": torch.ones(32, dtype=torch.bool) for number in range(3)}
+    with pytest.raises(SiteError, match="a router has 1 experts left, expected at least the 2"):
+        with ablated(model, all_but_one, "reroute"):
+            tiny.run(model)
+    with pytest.raises(SiteError, match=r"resample-same-position can't replace neurons of an expert"):
+        swept(tmp_path, ["resample-same-position"], fractions=[0.5])
+    with pytest.raises(ConfigError, match="reroute can't be attributed"):
+        swept(tmp_path, [], attribution=Attribution(["reroute"]))
+    with pytest.raises(SiteError, match="EachExpert found no experts"):
+        tiny.fit(tmp_path, callback=AblationCallback(["zero"], neurons=EachExpert()))
+    with pytest.raises(SiteError, match="no experts ran"):
+        find_sites(tiny.gpt2(), lambda: None, "experts")
+
+
+def test_checkpoints_and_other_phases_know_experts(tmp_path):
+    options = {"sites": ["mlp"], "seeds": [1], "fractions": [0.5], "dirpath": str(tmp_path / "run")}
+    methods = [
+        "zero",
+        "positional-mean",
+        "noise",
+        Optimal(steps=3, lr=1e-6),
+        ConditionalTuned(1e-2, steps=2, examples=4),
+    ]
+    callback = AblationCallback(methods, explain=2, attribution=Attribution(["mean"], verify=1), **options)
+    tiny.fit(tmp_path, tiny.Own(tiny.mixtral()), callback=callback, train=tiny.loader(40, seed=1))
+    assert {site.kind for site in callback.run.calibration.sites} == {"expert"}
+    assert len(callback.results.table) == 1 + len(methods)
+    assert callback.results.table["cross_entropy"].notna().all()
+    loaded = Calibration.load(tmp_path / "run", tiny.mixtral())
+    assert loaded.sites == callback.run.calibration.sites
+    again = AblationCallback(methods, **(options | {"dirpath": str(tmp_path / "again")}))
+    results = tiny.validate(tmp_path, tmp_path / "run" / "ablation.ckpt", again, tiny.Own(tiny.mixtral()))
+    assert results.table["cross_entropy"].tolist() == callback.results.table["cross_entropy"].tolist()
+
+
+def test_an_expert_is_ablated_at_the_last_position_alone(tmp_path):
+    model, callback = swept(tmp_path, ["zero", "reroute"], neurons=EachExpert(), positions=(1,))
+    table = callback.results.table.set_index(["method", "part"])
+    name = f"{PATH.format(0)}:expert1"
+    whole = {}
+    for method in ("zero", "reroute"):
+        total, n = 0.0, 0
+        for batch in tiny.loader(seed=2):
+            with torch.no_grad():
+                with ablated(model, {name: torch.ones(32, dtype=torch.bool)}, method, positions=torch.eye(16)[1:2] > 0):
+                    logits, targets = reference.scored(model, batch)
+            total, n = total + F.cross_entropy(logits.double(), targets, reduction="sum").item(), n + len(targets)
+        whole[method] = total / n
+        assert table.loc[method, name]["cross_entropy"] == pytest.approx(total / n, abs=1e-6)
+    assert whole["zero"] != whole["reroute"]
