@@ -3,6 +3,7 @@
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
+import pandas as pd
 import pytest
 import torch
 from torch.nn import functional as F
@@ -176,6 +177,24 @@ def test_no_token_is_routed_to_an_expert_whose_score_is_least(case):
     assert set(each.flatten().tolist()) == {2}  # as many experts as before, all of them others
 
 
+@torch.no_grad()
+def test_only_tokens_of_the_expert_are_rerouted_where_groups_are_chosen_first():
+    sizes = {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 2, "first_k_dense_replace": 0}
+    case = coverage.Case("decoder", "deepseek_v3", options={**coverage.LATENT, **sizes})
+    target, chosen = small(case), []
+    experts = target.model.layers[0].mlp.experts
+    handle = experts.register_forward_pre_hook(lambda module, inputs: chosen.append(inputs[1].sort(1).values))
+    target.run(0)
+    often = int(chosen[0].flatten().mode().values)
+    name = f"layers.0.mlp.experts:expert{often}"
+    with ablated(target.model, {name: torch.ones(16, dtype=torch.bool)}, "reroute"):
+        target.run(0)
+    handle.remove()
+    had = (chosen[0] == often).any(1)
+    assert had.any() and not (chosen[1] == often).any()
+    assert torch.equal((chosen[0] != chosen[1]).any(1), had)
+
+
 def test_attribution_of_an_expert_is_its_effect_where_that_is_small(tmp_path):
     """A tenth of the way to the mean is a tenth of the first order, so the two must agree there."""
     options = Attribution(["mean"], examples=6, draws=2, verify=0)
@@ -274,6 +293,18 @@ def test_checkpoints_and_other_phases_know_experts(tmp_path):
     again = AblationCallback(methods, **(options | {"dirpath": str(tmp_path / "again")}))
     results = tiny.validate(tmp_path, tmp_path / "run" / "ablation.ckpt", again, tiny.Own(tiny.mixtral()))
     assert results.table["cross_entropy"].tolist() == callback.results.table["cross_entropy"].tolist()
+
+
+@pytest.mark.parametrize("explain", [2, [f"{PATH.format(0)}:expert1", f"{PATH.format(1)}:expert2"]])
+def test_an_expert_is_explained_where_it_serves(tmp_path, explain):
+    _, callback = swept(tmp_path, ["zero", "reroute"], neurons=EachExpert(), explain=explain, dirpath=tmp_path)
+    table = callback.results.table.set_index(["method", "part"])
+    evidence = pd.read_parquet(tmp_path / "evidence.parquet")
+    assert evidence["unit"].nunique() == 2
+    base = callback.results.table["cross_entropy"][0]
+    for (unit, method), own in evidence.groupby(["unit", "method"], observed=True):
+        assert own["change"].mean() == pytest.approx(table.loc[method, unit]["cross_entropy"] - base, abs=1e-6)
+        assert 0 < (own["change"] != 0).mean() <= 1
 
 
 def test_an_expert_is_ablated_at_the_last_position_alone(tmp_path):

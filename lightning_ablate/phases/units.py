@@ -80,7 +80,7 @@ def check_explained(explain: Explain, sweep: Sweep, attribution: Attribution, si
     methods, units = explaining(sweep, attribution), explain.units
     if not isinstance(units, int):
         Units(units).selections(sites, (), ())
-        if unfit := [method.name for method in methods if not method.attributable]:
+        if unfit := [method.name for method in methods if not (method.attributable or method.constant)]:
             raise ConfigError(f"{unfit[0]} can't ablate a unit alone (--ablation.explain); leave it out")
         return len(units) * len(methods)
     attributed = min(sum(site.width for site in sites), sum(site.heads or 0 for site in sites) or units)

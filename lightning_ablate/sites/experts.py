@@ -61,7 +61,7 @@ def opened(target: nn.Module, path: str, look: Callable[[Tensor], Look]) -> Iter
     def run_block(*args: Any, **named: Any) -> Any:
         states = next(one for one in (*args, *named.values()) if isinstance(one, Tensor))
         looks.append(own := look(states))
-        router = _Router(experts_of(module) or 0, states.shape[:-1].numel(), own)
+        router = _Router(experts_of(module) or 0, own)
         with router if own.routes else ExitStack():
             output = whole(*args, **named)
         if own.routes and not router.chose:
@@ -163,20 +163,20 @@ class _Experts(TorchFunctionMode):
 class _Router(TorchFunctionMode):
     """Finds the scores of which the largest choose a token's experts."""
 
-    def __init__(self, experts: int, tokens: int, look: Look) -> None:
+    def __init__(self, experts: int, look: Look) -> None:
         super().__init__()
-        self._experts, self._tokens, self._look, self.chose = experts, tokens, look, False
+        self._experts, self._look, self.chose = experts, look, False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        # a router with groups of experts chooses groups first, by the largest of each
-        if getattr(func, "__name__", "") == "topk" and args[0].numel() == self._experts * self._tokens:
-            changed = self._look.scores(args[0].reshape(self._tokens, self._experts))
+        # a router that chooses among groups of experts first does that as before
+        if getattr(func, "__name__", "") == "topk" and args[0].shape[-1:] == (self._experts,):
+            changed = self._look.scores(args[0].reshape(-1, self._experts))
             count = args[1] if len(args) > 1 else kwargs["k"]
             left = int((changed > -torch.inf).sum(1).min())
-            if left < count and args[0].shape[-1] == self._experts:
+            if left < count:
                 raise SiteError(f"a router has {left} experts left, expected at least the {count} that it chooses")
             args, self.chose = (changed.reshape(args[0].shape), *args[1:]), True
         return func(*args, **kwargs)
