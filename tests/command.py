@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import pandas as pd
+import torch
 
 from lightning_ablate import Results
 from lightning_ablate.__main__ import main
@@ -39,9 +41,9 @@ def command(*arguments):
     return [sys.executable, "-m", "lightning_ablate", *map(str, arguments), *QUIET]
 
 
-def dying(epoch, batch, signal):
+def dying(epoch, batch, how):
     """Options by which a run kills itself behind a batch, see :class:`tests.tiny.Dies`."""
-    options = {"epoch": "null" if epoch is None else epoch, "batch": batch, "signal": int(signal)}
+    options = {"epoch": "null" if epoch is None else epoch, "batch": batch, "signal": int(how)}
     return ["--trainer.callbacks=tests.tiny.Dies", *(f"--trainer.callbacks.{n}={v}" for n, v in options.items())]
 
 
@@ -51,41 +53,64 @@ def module(name, *arguments):
         runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
-def one_of_several(rank, count, port, folder, words):
-    """A process of several, as torchrun starts it; what it says goes into a file."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    os.environ |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "localhost"}
-    os.environ |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+def _module(folder, said, environment, words):
+    """What a fork does; what it says goes into a file."""
+    os.environ |= environment
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     os.chdir(folder)
-    with (folder / f"rank{rank}.txt").open("w") as said:
-        os.dup2(said.fileno(), 1)
-        os.dup2(said.fileno(), 2)
+    with (folder / said).open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
         module(*words)
         sys.stdout.flush()
 
 
-def several(count, words, folder):
-    """What the first of several processes says. All are forks of a server that has imported everything, for speed."""
-    context, port = multiprocessing.get_context("forkserver"), free_port()
+def started(folder, words, said="said.txt", environment=None):
+    """Starts ``python -m`` with these words, as a fork of a server that has imported everything, for speed."""
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lightning_ablate.cli", "lightning_ablate.results.figures", "tests.command"])
-    made = [(rank, count, port, folder, list(map(str, words))) for rank in range(count)]
-    ranks = [context.Process(target=one_of_several, args=given) for given in made]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(300)
-        rank.kill()  # nothing, if it has ended
+    process = context.Process(target=_module, args=(folder, said, environment or {}, list(map(str, words))))
+    process.start()
+    return process
+
+
+def asked(words):
+    """How many processes the words ask for."""
+    return next((int(word.partition("=")[2]) for word in words if word.startswith("--trainer.devices=")), 1)
+
+
+def ranks(count, words, folder):
+    """How several processes end, or one; torchrun starts them like that."""
+    one = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "GROUP_RANK": "0"}
+    one |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_RUN_ID": "tests"}
+    one = one if count > 1 else {}
+    own = [{**one, **{name: str(rank) for name in ("RANK", "LOCAL_RANK") if one}} for rank in range(count)]
+    made = [started(folder, words, f"rank{rank}.txt", own[rank]) for rank in range(count)]
+    for process in made:
+        process.join(300)
+        process.kill()  # nothing, if it has ended
+    return [process.exitcode for process in made]
+
+
+def several(count, words, folder):
+    """What the first of several processes says."""
+    ended = ranks(count, words, folder)
     said = (folder / "rank0.txt").read_text(encoding="utf-8")
-    assert [rank.exitcode for rank in ranks] == [0] * count, said[-3000:]
+    assert not any(ended), said[-3000:]
     return said
+
+
+def killed(folder, *arguments, batch):
+    """Runs the command into a folder until it kills itself behind a batch of its sweep."""
+    made = command(*arguments, *dying(None, batch, signal.SIGKILL), "--ablation.dirpath", folder)
+    assert -signal.SIGKILL in ranks(asked(made), made[2:], folder.parent)
 
 
 def found(folder, *arguments):
     """What a run leaves in a folder of its own; a run of one process is in this one."""
     made = command(*arguments, "--ablation.dirpath", folder)
-    devices = [word.partition("=")[2] for word in made if word.startswith("--trainer.devices=")]
-    if devices:
-        several(int(devices[0]), ["lightning_ablate", *made[3:]], folder.parent)
+    if asked(made) > 1:
+        several(asked(made), made[2:], folder.parent)
     else:
         with chdir(folder.parent):
             here(*made[3:])

@@ -439,7 +439,7 @@ def test_second_orders_are_scaled_until_the_measured_units_add_up():
     true = first + second * generator.uniform(1, 2, size=61)
     whole, plain = (true - first)[:60].sum() / second[:60].sum(), table_of({"mean": {site: found}})
     sums, ends = [], []
-    for seed in range(200):
+    for seed in range(60):
         rows = picked(plain[plain["level"] == "neuron"], 10, seed)
         keys = rows[["method", "site", "level", "unit", "picked"]].itertuples(index=False, name=None)
         table = table_of({"mean": {site: found}}, [[*key, true[key[3]], 0.0] for key in keys])

@@ -193,7 +193,7 @@ def on_device(_, folder):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("device")
-    torch.multiprocessing.spawn(on_device, (folder,))
+    torch.multiprocessing.start_processes(on_device, (folder,), start_method="forkserver")
     return json.loads((folder / "found.json").read_text())
 
 

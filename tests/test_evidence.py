@@ -1,6 +1,5 @@
 """Evidence of single units against plain hooks, and what it tells of a head whose work is known."""
 
-import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,7 +26,7 @@ from lightning_ablate.results.evidence import Evidence, coloured
 from lightning_ablate.shown import shown_text
 from lightning_ablate.sites import attended
 from tests import demos, reference, tiny
-from tests.command import FEW, TWO, command, dying, found, python
+from tests.command import FEW, TWO, found, killed
 
 RIDGE = 0.01
 METHODS = ["zero", "mean", ConditionalMean(RIDGE)]
@@ -230,8 +229,7 @@ def test_two_processes_and_a_run_that_died_find_the_same(tmp_path):
     one = found(tmp_path / "one", *small)
     assert len(one.gathered.evidence) == 2 * 20 and set(one.gathered.contexts["picture"].map(type)) == {bytes}
     died = [*small, "--ablation.save_every=0"]
-    made = command(*died, *dying(None, 3, signal.SIGKILL), "--ablation.dirpath", tmp_path / "died")
-    python(*made[1:], cwd=tmp_path)
+    killed(tmp_path / "died", *died, batch=3)
     assert (tmp_path / "died" / "ablation.ckpt").exists() and not (tmp_path / "died" / "results.csv").exists()
     for other, within in ((found(tmp_path / "two", *small, *TWO), 1e-6), (found(tmp_path / "died", *died), 0)):
         for name in ("evidence", "promoted"):

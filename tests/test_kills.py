@@ -4,14 +4,15 @@ It kills itself at the ends of epochs, where a save is due, and is killed from o
 """
 
 import json
+import os
 import random
 import signal
-import subprocess
 import time
+from contextlib import suppress
 
 import pytest
 
-from tests.command import ENVIRONMENT, command, dying
+from tests.command import command, dying, started
 
 LEARNED = {"class_path": "lightning_ablate.methods.Optimal", "init_args": {"steps": 8, "examples": 10}}
 EPOCHS, BATCHES = 4, 10  # two epochs calibrate and two learn
@@ -25,14 +26,21 @@ ENDS = {0, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM}
 
 def start(folder, *options):
     """Starts it; one thread, so that sums come out the same whatever else runs."""
-    with (folder / "said").open("w") as said:
-        environment = {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}
-        made = command("fit", *OPTIONS, *options)
-        return subprocess.Popen(made, cwd=folder, env=environment, stdout=said, stderr=said)
+    return started(folder, command("fit", *OPTIONS, *options)[2:], environment={"OMP_NUM_THREADS": "1"})
+
+
+def said(folder):
+    return (folder / "said.txt").read_text()
+
+
+def ended(process, folder):
+    process.join(300)
+    assert process.exitcode in ENDS, said(folder)
+    return process.exitcode
 
 
 def finish(process, folder):
-    assert process.wait() == 0, (folder / "said").read_text()
+    assert ended(process, folder) == 0, said(folder)
     assert not (folder / "run" / "ablation.lock").exists()
     return [(folder / "run" / name).read_bytes() for name in ("results.csv", "examples.parquet")]
 
@@ -43,7 +51,7 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     process, began = start(folder), time.monotonic()
     while not (folder / "run" / "ablation.lock").exists():
-        assert process.poll() is None, (folder / "said").read_text()
+        assert process.is_alive(), said(folder)
         time.sleep(0.02)
     saved = time.monotonic()
     return finish(process, folder), saved - began, time.monotonic() - saved
@@ -62,10 +70,9 @@ def test_killed_runs_go_on_to_the_results_of_a_whole_one(whole, tmp_path, reques
             process = start(folder, *(() if number % 2 else dying(*moment, how)))
             if number % 2:
                 time.sleep(before + draw.uniform(0, 0.8) * behind)
-                process.send_signal(how)
-            ended = process.wait()
-            assert ended in ENDS, (folder / "said").read_text()
-            if ended == 0:  # before the signal came
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, how)
+            if ended(process, folder) == 0:  # before the signal came
                 break
             killed += 1
         else:

@@ -1,7 +1,6 @@
 """The same numbers on several processes (gloo on the CPU)."""
 
 import json
-import signal
 import subprocess
 import sys
 
@@ -15,7 +14,7 @@ from lightning_ablate.calibration import saved_state
 from lightning_ablate.metrics import Clean, Scored, SweepMetrics
 from lightning_ablate.statistics import Covariance, Histogram, MeanByPosition, Moments, SiteStatistics
 from tests import tiny
-from tests.command import CONFIGS, FEW, TWO, assert_same, assert_same_bytes, command, dying, found, free_port, python
+from tests.command import CONFIGS, FEW, TWO, assert_same, assert_same_bytes, command, found, free_port, killed
 
 IMAGES = ["fit", *FEW, "--data.calibration_images=43", "--data.evaluation_images=37"]
 TEXT = ["fit", "--config", CONFIGS / "demo_roberta.yaml", *FEW, "--data.max_length=48"]
@@ -44,8 +43,7 @@ def test_two_processes_find_what_one_does(tmp_path, two):
 
 def test_two_processes_that_were_killed_go_on(tmp_path, two):
     died, folder = [*IMAGES, *TWO, "--ablation.save_every=0"], tmp_path / "run"
-    made = command(*died, *dying(None, 1, signal.SIGKILL), "--ablation.dirpath", folder)
-    python(*made[1:], cwd=tmp_path)
+    killed(folder, *died, batch=1)
     saved = saved_state(folder / "ablation.ckpt")
     assert saved["phase"]["done"] == [1] and int(saved["phase"]["metrics"][0]["n"].sum()) > 0
     found(folder, *died)
@@ -94,7 +92,7 @@ def rank_of_two(rank, port, folder):
 
 
 def test_statistics_and_metrics_merge_over_ranks_as_if_there_were_one(tmp_path):
-    multiprocessing.spawn(rank_of_two, (free_port(), tmp_path), nprocs=2)
+    multiprocessing.start_processes(rank_of_two, (free_port(), tmp_path), 2, start_method="forkserver")
     ours = gathered(draw().flatten(0, 1).unsqueeze(1))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     torch.testing.assert_close(first, second, rtol=0, atol=0)

@@ -40,7 +40,7 @@ def fit_sharded(rank, port, folder):
 
 
 def test_each_process_holds_a_share_that_the_first_one_dealt_and_all_find_what_one_does(tmp_path, full):
-    torch.multiprocessing.spawn(fit_sharded, (free_port(), tmp_path), nprocs=2)
+    torch.multiprocessing.start_processes(fit_sharded, (free_port(), tmp_path), 2, start_method="forkserver")
     assert {path.name for path in tmp_path.glob("built-*")} == {"built-0"}
     assert all(float((tmp_path / f"held-{rank}").read_text()) < 0.6 for rank in (0, 1))
     _, one = tiny.fit(tmp_path / "one", callback=AblationCallback(["mean"], [0.5], [1]))

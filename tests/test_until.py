@@ -1,7 +1,6 @@
 """Sweeps that end once their intervals are narrow enough, although one looks on the way."""
 
 import math
-import signal
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from lightning_ablate.phases.stopping import Stop
 from lightning_ablate.results.bootstrap import sequences
 from lightning_ablate.results.text import interval
 from tests import tiny
-from tests.command import FEW, TWO, assert_same, assert_same_bytes, command, dying, found, python
+from tests.command import FEW, TWO, assert_same, assert_same_bytes, found, killed
 
 UNTIL = ["fit", *FEW, "--data.calibration_images=43", "--data.evaluation_images=397", "--ablation.methods=[zero]"]
 UNTIL += ["--ablation.fractions=[0.5,0.8]", "--ablation.until=0.8"]
@@ -118,8 +117,7 @@ def test_two_processes_and_a_run_that_was_killed_end_at_the_same_example(tmp_pat
     assert "PARTIAL: evaluation ended" in str(one) and "95% confidence sequence over" in interval(one)
     assert_same(one, found(tmp_path / "two", *UNTIL, *TWO))
     died = [*UNTIL, "--ablation.save_every=0"]
-    made = command(*died, *dying(None, 1, signal.SIGKILL), "--ablation.dirpath", tmp_path / "died")
-    python(*made[1:], cwd=tmp_path)
+    killed(tmp_path / "died", *died, batch=1)
     assert not (tmp_path / "died" / "results.csv").exists()
     found(tmp_path / "died", *died)
     assert_same_bytes(tmp_path / "died", tmp_path / "one")
