@@ -5,7 +5,7 @@ from scipy.special import ndtr, stdtr, stdtrit
 
 ENOUGH = 20  # clusters; with fewer, the true coverage of a 95% interval is below 95%
 _RESAMPLES, _AT_A_TIME, _MISSED = 2_000, 100, 0.05
-_COLUMNS = 1_024  # scores whose resampled ratios are in memory at a time
+_COLUMNS = 1_024  # scores at a time, for memory
 
 
 def intervals(sums: np.ndarray, positions: np.ndarray, clusters: np.ndarray) -> np.ndarray:
@@ -75,9 +75,12 @@ def p_values(sums: np.ndarray, positions: np.ndarray, clusters: np.ndarray) -> n
     The standard error is that of a ratio of sums over clusters, linearised (Cochran 1977, "Sampling techniques"). The
     score divided by it is compared with a t distribution of one degree of freedom less than there are clusters.
     """
-    means, errors, left = _linear(sums, positions, clusters)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(means == 0, 1.0, 2 * stdtr(left.shape[1] - 1, -np.abs(means / errors)))
+    found = []
+    for start in range(0, len(sums), _COLUMNS):
+        means, errors, left = _linear(sums[start : start + _COLUMNS], positions, clusters)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found.append(np.where(means == 0, 1.0, 2 * stdtr(left.shape[1] - 1, -np.abs(means / errors))))
+    return np.concatenate(found)
 
 
 def _linear(sums: np.ndarray, positions: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -251,7 +251,9 @@ class Scores:
             ends = np.full((2, len(keys)), np.nan)
             if known is not None and keys:
                 own = known.of_metric(metric)
-                sums = np.stack([weights @ own[rows].mean(0) for rows, weights in contrasts])
+                sums = np.empty((len(contrasts), own.shape[1]))
+                for at, (rows, weights) in enumerate(contrasts):
+                    sums[at] = weights @ own[rows].mean(0)
                 ends = between(sums, known.n, known.cluster)
                 if tested and not self.sequential and self.counts[1] > 1:
                     p[place] = p_values(sums, known.n, known.cluster)

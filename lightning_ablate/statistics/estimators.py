@@ -29,9 +29,11 @@ def _half_sample_mode(counts: Tensor, below: Tensor) -> Tensor:
     first = torch.zeros(len(counts), 1, dtype=torch.int64, device=counts.device)
     last = first + bins - 1
     number = torch.arange(bins, device=counts.device)
-    while (longest := int((last - first).max())) > 0:
-        half = 0.5 * (below.gather(1, last + 1) - below.gather(1, first))
-        starts = (first + number[: longest + 1]).clamp_max(bins)
+    while int((last - first).max()) > 0:
+        before = below.gather(1, first)
+        half = 0.5 * (below.gather(1, last + 1) - before)
+        left = torch.searchsorted(below, before + half, right=True) - first  # bins behind which half may be left
+        starts = (first + number[: int(left.max())]).clamp_max(bins)
         begun = below.gather(1, starts)
         # for each first bin, the last bin of an interval with half of the values that are left
         ends = torch.searchsorted(above, begun.add(half.clamp_min(1.0).sub(1e-6)))
