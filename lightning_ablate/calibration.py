@@ -1,6 +1,5 @@
 """What a run knows of a target's sites: statistics, learned values, and what units are worth."""
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +7,9 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 
 from lightning_ablate.errors import StatisticsError, TargetError, loading
+from lightning_ablate.identity import fingerprint
 from lightning_ablate.positions import ALL, Positions
 from lightning_ablate.sites import Basis, Site, exact_device, is_asked, is_covered, weights_of
 from lightning_ablate.sites.bases import in_basis, saved_site, site_of
@@ -222,42 +219,6 @@ def check_target(state: Mapping[str, Any], target: str) -> None:
             f"the checkpoint is of another target, with the weights {state.get('target')!s:.12}, here are "
             f"{target[:12]}; run `fit` on this one"
         )
-
-
-def fingerprint(target: nn.Module) -> str:
-    """SHA-256, in hexadecimal, of a target: its modules' classes and whole numbers, and its state dict.
-
-    Whole numbers count, as the same weights with another number of heads are another target. Those of modules with
-    buffers that no state dict holds don't: such caches, RoPE's longest text for example, change as the target runs.
-    Every process of a sharded target must call it.
-    """
-    digest = hashlib.sha256()
-    for name, module in target.named_modules():
-        fixed = not module._non_persistent_buffers_set
-        numbers = sorted((key, value) for key, value in vars(module).items() if type(value) is int and fixed)
-        # below the class that sharding puts on top
-        kind = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
-        digest.update(f"{name} {kind.__name__} {numbers};".encode())
-    for name, value in sorted(target.state_dict().items()):
-        for tensor in tree_leaves(value):  # a packed weight is a tuple
-            if not isinstance(tensor, Tensor):
-                digest.update(f"{name} {tensor};".encode())
-                continue
-            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            tensor = _offloaded(target, name) if tensor.is_meta else tensor
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
-            tensor = tensor.dequantize() if tensor.is_quantized else tensor
-            digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
-    return digest.hexdigest()
-
-
-def _offloaded(target: nn.Module, name: str) -> Tensor:
-    """A tensor that accelerate has moved off the device while the target doesn't run."""
-    from accelerate.utils import align_module_device
-
-    path, _, own = name.rpartition(".")
-    with align_module_device(module := target.get_submodule(path), "cpu"):
-        return getattr(module, own).clone()
 
 
 def _alone(value: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-"""Hashes and descriptions of options, functions and data by their content, never by the name of a class alone."""
+"""By what targets, options, functions and data are known: their content, never the name of a class alone."""
 
+import hashlib
 import sys
 import uuid
 from collections.abc import Mapping
@@ -7,7 +8,11 @@ from functools import cached_property, partial
 from types import FunctionType
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 _UNSAID = ("training", "phase", "loader_index", "target")  # attributes of a module that a run changes, and its weights
 
@@ -47,6 +52,42 @@ def options_of(module: Any) -> dict[str, Any]:
     """The attributes of a user's module but its weights: arguments, and what its constructor made."""
     values = [name for kind in type(module).__mro__ for name, v in vars(kind).items() if isinstance(v, cached_property)]
     return {k: v for k, v in vars(module).items() if not (k.startswith("_") or k in values or k in _UNSAID)}
+
+
+def fingerprint(target: nn.Module) -> str:
+    """SHA-256, in hexadecimal, of a target: its modules' classes and whole numbers, and its state dict.
+
+    Whole numbers count, as the same weights with another number of heads are another target. Those of modules with
+    buffers that no state dict holds don't: such caches, RoPE's longest text for example, change as the target runs.
+    Every process of a sharded target must call it.
+    """
+    digest = hashlib.sha256()
+    for name, module in target.named_modules():
+        fixed = not module._non_persistent_buffers_set
+        numbers = sorted((key, value) for key, value in vars(module).items() if type(value) is int and fixed)
+        # below the class that sharding puts on top
+        kind = next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))
+        digest.update(f"{name} {kind.__name__} {numbers};".encode())
+    for name, value in sorted(target.state_dict().items()):
+        for tensor in tree_leaves(value):  # a packed weight is a tuple
+            if not isinstance(tensor, Tensor):
+                digest.update(f"{name} {tensor};".encode())
+                continue
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            tensor = _offloaded(target, name) if tensor.is_meta else tensor
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+            tensor = tensor.dequantize() if tensor.is_quantized else tensor
+            digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()
+
+
+def _offloaded(target: nn.Module, name: str) -> Tensor:
+    """A tensor that accelerate has moved off the device while the target doesn't run."""
+    from accelerate.utils import align_module_device
+
+    path, _, own = name.rpartition(".")
+    with align_module_device(module := target.get_submodule(path), "cpu"):
+        return getattr(module, own).clone()
 
 
 def _code(value: Any) -> list[Any]:

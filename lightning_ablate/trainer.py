@@ -16,12 +16,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import IterableDataset, Subset
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_ablate.calibration import fingerprint
 from lightning_ablate.data.base import AblationDataModule
 from lightning_ablate.data.examples import ExactSampler, Examples
 from lightning_ablate.errors import AblationError, ConfigError
 from lightning_ablate.files import fresh_folder
-from lightning_ablate.identity import content, described, options_of
+from lightning_ablate.identity import content, described, fingerprint, options_of
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.modules.loaders import evaluation_loaders
 from lightning_ablate.modules.phase import Amount

@@ -25,8 +25,8 @@ from lightning_ablate import (
     ablated,
     find_sites,
 )
-from lightning_ablate.calibration import fingerprint
 from lightning_ablate.errors import ConfigError, SiteError, StatisticsError, TargetError
+from lightning_ablate.identity import fingerprint
 from lightning_ablate.methods import Ablation, Batch
 from tests import reference, tiny
 

@@ -13,8 +13,8 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_ablate import AblationCallback, Attribution, CausalLM, EachHead, Results
-from lightning_ablate.calibration import fingerprint
 from lightning_ablate.errors import ConfigError, DataError, SiteError
+from lightning_ablate.identity import fingerprint
 from lightning_ablate.methods import AblationMethod
 from lightning_ablate.modules.phase import Amount
 from lightning_ablate.phases import plan, schedule

@@ -11,12 +11,13 @@ import lightning
 from torch import nn
 
 from lightning_ablate.ablation import edits_of
-from lightning_ablate.calibration import check_target, fingerprint
+from lightning_ablate.calibration import check_target
 from lightning_ablate.conditions import Condition
 from lightning_ablate.errors import ConfigError, few
 from lightning_ablate.export.card import card
 from lightning_ablate.export.form import Form
 from lightning_ablate.export.shrink import BiasError, shrunk
+from lightning_ablate.identity import fingerprint
 from lightning_ablate.methods import AblationMethod
 from lightning_ablate.modules import AblationModule
 from lightning_ablate.positions import ALL

@@ -4,9 +4,10 @@ import argparse
 from pathlib import Path
 
 from lightning_ablate.__main__ import running
-from lightning_ablate.calibration import Calibration, fingerprint
+from lightning_ablate.calibration import Calibration
 from lightning_ablate.cli import AblationCLI, callback_of
 from lightning_ablate.errors import ConfigError
+from lightning_ablate.identity import fingerprint
 from lightning_ablate.results import Results
 from lightning_ablate.run import CHECKPOINT, Run
 from lightning_ablate.trust import HELP, config_of

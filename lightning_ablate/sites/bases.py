@@ -6,8 +6,8 @@ from typing import Any
 
 from lightning_ablate.errors import SiteError, StatisticsError, few
 from lightning_ablate.sites.basis import Basis, Part
-from lightning_ablate.sites.find import is_asked
 from lightning_ablate.sites.site import Site
+from lightning_ablate.sites.words import is_asked
 
 
 def in_basis(sites: Iterable[Site], bases: Mapping[str, Basis]) -> list[Site]:
