@@ -107,6 +107,7 @@ def test_features_are_swept_as_plain_hooks_would_with_what_is_not_reconstructed_
     module, callback = run(tmp_path, "run", sites=[SITE], bases={SITE: Features(str(tmp_path / "sae"))})
     (site,) = callback.run.calibration.sites
     assert (site.width, site.heads, site.neuron(4)) == (24, None, "feature 4")
+    assert f"NOTE: what is called a neuron is a feature at {SITE}\n" in str(callback.results)
     seen = []
     for batch in tiny.loader(30, seed=1):
         with torch.no_grad(), reference.plain_hooks(module.target, {SITE: lambda x: seen.append(x) and None}):

@@ -16,6 +16,7 @@ from lightning_ablate.phases.positions import BatchPositions
 from lightning_ablate.run import Run
 from lightning_ablate.sites import (
     KINDS,
+    Basis,
     MixingError,
     Site,
     check_mixing,
@@ -111,6 +112,10 @@ class CalibrationPhase(Phase):
         module, which = self.module, self.calibration.which
         self.calibration.locate(find_sites(module.target, lambda: module.evaluate(batch), which), module.target)
         self._check_axes(batch)
+        units = {site.name: site.basis.unit for site in self.calibration.sites if site.basis is not None}
+        for unit in sorted({*units.values()} - {Basis.unit}):
+            named = few(name for name, own in units.items() if own == unit)
+            self._run.note(f"what is called a neuron is a {unit} at {named}", warn=False)
         probes = module.probes(batch)
         if probes is not None and any("attention" in word for word in which if word in KINDS):
             attention = find_sites(module.target, lambda: module.evaluate(batch))  # all of it, whatever was chosen
