@@ -22,12 +22,12 @@ function inked(colour) {
   return bright ? `rgb(${parts.map((part) => (part + 255) >> 1)})` : "#ffffff";
 }
 
-/** What a cell of a table shows: text, a number, or a value with the ends of its interval. */
+/** What a cell of a table shows: text, a number, or a value with the ends of its interval, bold where it was found. */
 function cell(value) {
   if (typeof value === "string") return value in page.colours ? [swatch(value), value] : [value];
   if (!Array.isArray(value)) return [digits(value)];
-  const [middle, low, high] = value.map(digits);
-  return value[1] === null ? [middle] : [middle, make("span", { className: "ends", textContent: ` [${low}, ${high}]` })];
+  const [middle, low, high] = value.slice(0, 3).map(digits), shown = value[3] ? make("b", { textContent: middle }) : middle;
+  return value[1] === null ? [shown] : [shown, make("span", { className: "ends", textContent: ` [${low}, ${high}]` })];
 }
 
 /** A table that its heads sort; where rows are units, the first cell opens one, and a search finds them. */

@@ -69,7 +69,11 @@ def _written(
     data: _Json = {"harm": HARM, "help": HELP, "colours": colours, "targets": tables}
     data["attention"] = facts.get("attention")
     given: _Json = {"heads": list(map(_head, targets)), "interval": text.interval(targets[0])}
-    given |= {"words": facts.get("words"), "facts": json.dumps(facts, indent=2, ensure_ascii=False, default=str)}
+    given |= {
+        "chance": text.CHANCE,
+        "words": facts.get("words"),
+        "facts": json.dumps(facts, indent=2, ensure_ascii=False, default=str),
+    }
     given |= {"plotly": Markup(get_plotlyjs())}  # ours to trust, like the template
     for contexts, rows in _CAPS:
         units = content(contexts, rows) if content else {}

@@ -11,11 +11,12 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from lightning_ablate.attribution import FOUND_AT
 from lightning_ablate.results import charts
 from lightning_ablate.results.bootstrap import intervals
 from lightning_ablate.results.evidence import Evidence
 from lightning_ablate.results.frames import BASELINE
-from lightning_ablate.results.table import Scores
+from lightning_ablate.results.table import Scores, q_name
 
 _KEYS, _CELL = ["method", "site", "level", "index"], ["value", "low", "high"]
 # how a worth is known, beside measured, estimated and verified
@@ -31,21 +32,25 @@ def worth(scores: Scores, attribution: pd.DataFrame | None, evidence: Evidence |
     Columns: method, site, level (neuron, head or part), index, how (``measured`` in the sweep, ``estimated`` and
     ``verified`` by attribution, with the metric if it isn't the cross-entropy, or ``measured with attribution`` where
     it measured all heads, ``in the evidence`` over its positions, ``change of METRIC``), value, low and high (the ends
-    of its 95% interval), unit (its name).
+    of its 95% interval), found (whether it was found to differ from 0, see ``FOUND_AT``), unit (its name).
     """
-    found = [pd.DataFrame(columns=[*_KEYS, "how", *_CELL]).astype(dict.fromkeys(_CELL, float))]
+    found = [pd.DataFrame(columns=[*_KEYS, "how", *_CELL, "found"]).astype(dict.fromkeys(_CELL, float))]
     if scores.parts:
         damage = scores.compare(other=BASELINE).rename(columns={"part": "site", "head": "index"})
         damage["level"] = np.where(damage["index"].isna(), "part", "head")
-        found.append(_known(damage, "measured", cells(damage, "cross_entropy")))
-        found += [_known(damage, _OWN + metric, cells(damage, metric)) for metric in scores.own]
+        for metric in ("cross_entropy", *scores.own):
+            how = _OWN + metric if metric in scores.own else "measured"
+            found.append(_known(damage, how, cells(damage, metric), damage[q_name(metric)]))
     of = "nats" if attribution is None else attribution.attrs.get("of", "nats")
     for how, name, error in (("estimated", "estimate", "se"), ("verified", "verified", "verified_se")):
         if attribution is not None and name in attribution:
             own = attribution.dropna(subset=name).rename(columns={"unit": "index"}).replace({"level": {"site": "part"}})
-            every = name == "verified" and own["picked"] == "all"
-            said = np.where(every, _ALL, how) + ("" if of == "nats" else f", {of}")
-            found.append(_known(own, said, own[[name]].to_numpy() + np.outer(own[error], [0, -1.96, 1.96])))
+            every = (
+                own["picked"] == "all" if "picked" in own else pd.Series(False, own.index)
+            )  # q is of these, if they are
+            said = np.where(every & (name == "verified"), _ALL, how) + ("" if of == "nats" else f", {of}")
+            q = own["q"].where(every == (name == "verified")) if "q" in own else None
+            found.append(_known(own, said, own[[name]].to_numpy() + np.outer(own[error], [0, -1.96, 1.96]), q))
     if evidence is not None:
         found.append(_mean_changes(evidence, scores))
     table = pd.concat([frame for frame in found if len(frame)] or found, ignore_index=True)
@@ -84,8 +89,9 @@ def table(columns: Mapping[str, Sequence[Any]]) -> _Json:
     return {"columns": list(columns), "rows": list(map(list, zip(*columns.values(), strict=True)))}
 
 
-def _known(frame: pd.DataFrame, how: Any, values: Any) -> pd.DataFrame:
-    return frame[_KEYS].assign(how=how, **dict(zip(_CELL, np.asarray(values, dtype=np.float64).T, strict=True)))
+def _known(frame: pd.DataFrame, how: Any, values: Any, q: pd.Series | None = None) -> pd.DataFrame:
+    known = dict(zip(_CELL, np.asarray(values, dtype=np.float64).T, strict=True))
+    return frame[_KEYS].assign(how=how, **known, found=False if q is None else q <= FOUND_AT)
 
 
 def _named(frame: pd.DataFrame) -> pd.Series:
@@ -123,7 +129,7 @@ def _list(worths: pd.DataFrame, explained: Sequence[str], rows: int, marks: pd.D
     kept = {*every[:rows], *explained}
     names, columns = [name for name in every if name in kept], dict[str, Sequence[Any]]()
     for (method, how), own in worths[worths["unit"].isin(names)].groupby(["method", "how"], sort=False):
-        known = dict(zip(own["unit"], own[_CELL].to_numpy().tolist(), strict=True))
+        known = dict(zip(own["unit"], own[[*_CELL, "found"]].to_numpy(dtype=object).tolist(), strict=True))
         columns[f"{method}, {how}"] = [known.get(name) for name in names]
     columns |= {name: marks[name].reindex(names).tolist() for name in marks}
     return {**table({"unit": names, **columns}), "count": len(every)}

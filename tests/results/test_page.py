@@ -123,6 +123,23 @@ def test_heads_that_are_all_measured_have_a_map_of_their_own(made):
     assert set(panels.worth(scores, attribution(), None)["how"]) == {"measured", "estimated", "verified"}
 
 
+def test_what_was_found_to_differ_from_0_is_in_bold(made, opened, tmp_path):
+    """The q of a head is that of its measurement where all heads were measured, and else that of its estimate."""
+    table, scores = attribution(), made(places=HEADS)
+    table["q"], heads = [0.01, *[0.2] * 4, 0.05, *[0.3] * 5, 0.04], table["level"] == "head"
+    found = panels.worth(scores, table, None).groupby("how")["found"].sum()
+    damage = scores.compare(other="none")
+    assert found.to_dict() == {"measured": int((damage["q"] <= 0.05).sum()), "estimated": 3, "verified": 0}
+    assert 0 < found["measured"] <= len(damage)
+    table.loc[heads, ["verified", "picked"]] = [0.25, "all"]
+    again = panels.worth(scores, table, None).groupby("how")["found"].sum()
+    assert again["estimated"] == 1 and again["measured with attribution"] == 2
+    tab = opened(page.write(tmp_path, scores, table, None))
+    at = column(tab, "#unit-list thead", 1) or tab.locator("#unit-list th").all_inner_texts()
+    where = at.index("zero, measured with attribution") + 1
+    assert tab.locator(f"#unit-list td:nth-child({where}) b").count() == 2
+
+
 def test_tables_sort_and_methods_are_switched_off_by_keyboard(made, opened, tmp_path):
     tab = opened(page.write(tmp_path, made(), None, None))
     ranked = column(tab, ".methods")
