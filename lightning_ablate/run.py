@@ -26,7 +26,7 @@ from lightning_ablate.modules.phase import Phase
 from lightning_ablate.sites.bases import saved_site
 
 CHECKPOINT, _LOCK = "ablation.ckpt", "ablation.lock"
-_SHARE = 20  # saving takes at most one part in so many of a run's time
+_SHARE = 20  # saving takes at most 1/20 of a run's time
 _NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP  # of file systems without locks
 
 
@@ -36,10 +36,10 @@ class Run:
 
     Attributes:
         target: the fingerprint of the target.
-        calibration: the statistics of its sites, what was learned for them, and what units are worth.
+        calibration: of each site the statistics, what was learned, and what its units are worth.
         epochs: how many epochs of `fit` are done.
         phase: the state of the phase in which an earlier process died, until :meth:`resume` takes it.
-        held_out: by method that learned, the loss before and after on held-out examples, nats; None if none were.
+        held_out: method that learned → the loss of held-out examples before and after, nats; None if none was held out.
         measured: units that were ablated alone, see :func:`~lightning_ablate.attribution.table_of`.
         partial: why the run doesn't cover all its data.
         notes: what else limits its results.
@@ -108,7 +108,7 @@ class Run:
 class Store:
     """The file of a run, ``ablation.ckpt`` in its folder: a Lightning checkpoint that `validate` takes as well.
 
-    It is for the first process, which writes the file whole or not at all, and keeps other runs out of the folder.
+    Only the first process has one. It writes the file whole or not at all, and a lock keeps other runs out.
     Between two saves of a sweep are ``every`` seconds, or more where a save takes long; 0 saves after every batch.
     """
 
@@ -118,9 +118,9 @@ class Store:
         self._lock: FileLock | None = None  # held while the run goes on
 
     def claim(self, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Takes the folder for a run; the state that an earlier process saved there, empty if none did.
+        """Takes the folder for a run; returns the state that an earlier process saved there, empty if none did.
 
-        ``facts`` are what two processes must have in common for one to go on with the run of the other.
+        ``facts`` describe the run's configuration. To go on with a saved run, they must equal those saved with it.
 
         Raises:
             ConfigError: if the run there is another one, or is going on.
@@ -162,7 +162,7 @@ class Store:
         self.leave()
 
     def leave(self) -> bool:
-        """Lets go of the folder, and removes it if it holds nothing; whether there is a run to go on with."""
+        """Lets go of the folder; an empty one that it made is removed. Returns whether there is a run to go on with."""
         known = self.path.exists()
         if self._lock is not None:
             self.path.with_name(_LOCK).unlink(missing_ok=True)
@@ -196,7 +196,7 @@ class Store:
 
 
 def checkpoint_of(trainer: lightning.Trainer, own: lightning.Callback, state: Mapping[str, Any]) -> dict[str, Any]:
-    """What Lightning takes as a checkpoint, without the target's weights and made by one process.
+    """A checkpoint of Lightning's without the target's weights, which one process can make alone.
 
     It holds the ``state`` of the callback ``own``, and those of others and of the data module that are plain values.
     """
@@ -236,12 +236,12 @@ def is_unfinished(folder: Path, command: str) -> bool:
 
 
 def plain(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts as they come back from a file."""
+    """Facts as they come back from a JSON file."""
     return dict(json.loads(json.dumps(facts, default=str)))
 
 
 def _difference(here: Any, there: Any) -> tuple[str, Any, Any]:
-    """The first entry in which two mappings differ, by the names on the way, and its two values."""
+    """The first entry in which nested mappings differ: its dotted name, and both values."""
     names = []
     while isinstance(here, dict) and isinstance(there, dict):
         names.append(next(key for key in [*here, *there] if here.get(key) != there.get(key)))

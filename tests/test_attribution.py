@@ -362,7 +362,7 @@ def test_what_a_sample_cannot_tell_is_said_and_holds():
     table = table_of({"mean": {site: found}}, measured)
     (said,) = trust(table).to_dict("records")
     assert said["largest_random"] == 19.0 and said["beyond"] == pytest.approx(1 - 0.05**0.1, abs=0.01)
-    assert "measured: +19.0000; up to 26% of the unmeasured may be worth more (95%)" in lines(table)
+    assert "measured: +19.0000; at most 26% of the unmeasured are worth more (95% confidence)" in lines(table)
 
 
 def synthetic(layers, heads, verified=True):
@@ -414,7 +414,7 @@ def test_how_far_to_trust_a_map_is_what_scipy_says():
     top = table[table["level"] == "neuron"].nlargest(1, "estimate").iloc[0]
     head, dim = divmod(top["unit"], 4)
     assert f"  {top['site']} neuron {top['unit']} (head {head}, dim {dim}): +" in text
-    assert "estimates against the truth" in text
+    assert "estimates against measured effects" in text
     own = table[table["level"] == "head"]
     expected = stats.false_discovery_control(2 * stats.t.sf((own["estimate"] / own["se"]).abs() * (8 / 9) ** 0.5, 8))
     assert own["q"].to_numpy() == pytest.approx(expected) and 0 < (own["q"] <= 0.05).sum() < len(own) / 2

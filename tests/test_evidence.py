@@ -245,7 +245,7 @@ def test_two_processes_and_a_run_that_died_find_the_same(tmp_path):
             "did you mean 'transformer.h.1.attn.c_proj head 0'",
         ),
         ({"explain": "transformer.h.1.attn.c_proj head 9"}, SiteError, "c_proj has 4 heads"),
-        ({"explain": 3}, ConfigError, "the run measures no single units"),
+        ({"explain": 3}, ConfigError, "the run ranks no single units"),
         ({"explain": 99, "neurons": EachHead()}, ConfigError, "expected at most 8"),
         ({"explain": -1}, ConfigError, "expected at least 0"),
         ({"explain": 1, "explain_examples": 0}, ConfigError, "at least 1"),

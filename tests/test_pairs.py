@@ -175,7 +175,7 @@ def test_other_texts_are_sources_but_no_pairs(tmp_path):
     assert len(callback.results.table) == 3
     with pytest.raises(ConfigError, match="no metric 'x' here; those there are: top1"):
         callback.results.kept("x", 0)
-    with pytest.raises(DataError, match="PairedLM reads pairs of texts, and these are none"):
+    with pytest.raises(DataError, match="PairedLM needs pairs of texts"):
         tiny.fit(tmp_path, module)
 
 

@@ -31,8 +31,8 @@ class LanguageModel(HubModule):
     int64, which is below 0 for examples that only fill a process's last batch. ``position_ids`` and ``token_type_ids``
     of the same shape are handed on.
 
-    ``auto_class`` names the class of transformers that loads the target. ``causal`` says whether a prediction may
-    depend on earlier tokens only, None for either.
+    ``auto_class`` names the class of transformers that loads the target. ``causal`` is True if predictions see earlier
+    tokens only, False if they see later ones too, and None if that isn't checked.
     """
 
     auto_class: ClassVar[str]
@@ -66,7 +66,7 @@ class LanguageModel(HubModule):
         return logits_at(lambda: self.logits(batch), head, rows, places)
 
     def inputs(self, batch: TextBatch) -> dict[str, Any]:
-        """The target's arguments for a batch. It needn't fill a cache."""
+        """The target's arguments for a batch, without a cache of keys and values."""
         uncached = {"use_cache": False} if "use_cache" in self._parameters_of_forward else {}
         return {name: batch[name] for name in _INPUTS if name in batch} | uncached
 
@@ -130,9 +130,9 @@ class LanguageModel(HubModule):
         self.on_train_batch_start(batch, batch_idx)
 
     def _check_kind(self, one: TextBatch, valid: Tensor) -> None:
-        """Raises TargetError if predictions for one example see later tokens, or none of them, unlike this class's."""
+        """Raises TargetError if predictions see later tokens and ``causal`` is True, or don't and it is False."""
         real, ids = valid.nonzero(), one["input_ids"]
-        last = int(real.max()) if len(real) else 0  # every process of a sharded target runs it as often
+        last = int(real.max()) if len(real) else 0  # a sharded target must run on every process, also without tokens
         others = ids[0][valid & (ids[0] != ids[0, last])]  # tokens of the text, as any other may be special
         other = int(others[0]) if len(others) else (int(ids[0, last]) + 1) % vocabulary_of(self.target)
         effect = effect_of_later(lambda changed: self.logits({**one, "input_ids": changed}), ids, last, other)
@@ -190,7 +190,7 @@ class CausalLM(LanguageModel):
     causal, ahead = True, 1
 
     def repeated(self, batch: TextBatch) -> TextBatch:
-        """A text of random, ordinary tokens, half as long as the batch's, twice."""
+        """Random tokens that aren't special, half as many as a text of the batch has, and the same ones again."""
         length = batch["input_ids"].shape[1] // 2
         drawn = torch.randint(len(self._ordinary), (length,), generator=torch.Generator().manual_seed(0))
         ids = self._ordinary[drawn].repeat(2).unsqueeze(0).to(batch["input_ids"].device)
@@ -198,7 +198,7 @@ class CausalLM(LanguageModel):
         return first | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def on_before_batch_transfer(self, batch: TextBatch, dataloader_idx: int) -> TextBatch:
-        """Counts positions from the first token where padding stands before a text, as ``generate`` does."""
+        """With padding before a text, adds ``position_ids`` from its first token on, as ``generate`` does."""
         batch, real = super().on_before_batch_transfer(batch, dataloader_idx), batch["attention_mask"]
         if bool(real[:, 0].all()) or "position_ids" in batch or "position_ids" not in self._parameters_of_forward:
             return batch
@@ -214,7 +214,7 @@ class CausalLM(LanguageModel):
         return Scored(logits, batch["input_ids"][rows, places + 1], batch["index"][rows], position=places)
 
     def _generated(self, seed: int, length: int) -> Tensor:
-        """Sampled from the target itself, after its first special token."""
+        """Sampled from the target itself, after BOS, EOS or the token 0."""
         tokens = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, 0
         ids = torch.tensor([[next(token for token in tokens if token is not None)]], device=self.device)
         options: dict[str, Any] = {"do_sample": True, "top_k": 0, "min_length": length, "max_length": length}
@@ -236,7 +236,9 @@ class PairedLM(CausalLM):
     def evaluate(self, batch: TextBatch) -> Scored:
         """One scored position an example."""
         if "last" not in batch:
-            raise DataError("PairedLM reads pairs of texts, and these are none; expected --data PairedTexts or alike")
+            raise DataError(
+                "PairedLM needs pairs of texts, but the batch has no entry `last`; take --data PairedTexts or alike"
+            )
         rows = torch.arange(len(batch["last"]), device=batch["last"].device)
         logits = self.logits_at(batch, rows, batch["last"])
         difference = (logits[rows, batch["answer"]] - logits[rows, batch["foil"]]).float()

@@ -31,15 +31,15 @@ _ROOM = 2**30  # bytes
 class SweepPhase(Phase):
     """Evaluates every condition of a sweep on a calibrated target, and keeps the scores.
 
-    A batch is loaded once and all conditions see it, so they are compared on the same positions. The baseline comes
-    first, then those that begin to ablate in the last layers: a :class:`~lightning_ablate.sites.Prefix` answers the
-    layers before.
+    A batch is loaded once and all conditions see it, so they are compared on the same positions. The baseline runs
+    first, then conditions whose first ablated site is latest: a :class:`~lightning_ablate.sites.Prefix` answers the
+    layers before it.
 
     Args:
         module: whose target is evaluated.
         run: has calibrated; StatisticsError if a statistic that a method needs is missing.
         sweep: what is compared.
-        examples: how many are evaluated, of each data set, to keep what each of them scores; 0 where it isn't known.
+        examples: each data set's number of evaluated examples, to keep the scores of each; 0 where it isn't known.
         conditions: those that are evaluated, the baseline first; None takes all of the sweep.
         until: nats; the sweep over a data set ends early once its intervals are narrower, see :class:`Stop`.
 
@@ -94,9 +94,8 @@ class SweepPhase(Phase):
                 self._edits[condition] = edits
         if again := len(self.conditions) - len(self._edits):
             rank_zero_warn(
-                f"what takes the neurons' place in {again:,} of {len(self.conditions):,} conditions doesn't fit into "
-                "memory beside the others, so it is computed again for every batch; larger batches (--data.batch_size) "
-                "need it less often"
+                f"the replacement values of {again:,} of {len(self.conditions):,} conditions don't fit into memory, so "
+                "they are computed again for every batch; larger batches (--data.batch_size) need that less often"
             )
         self._prefix = Prefix(module.target, calibration.sites, max(self._begins), _left(room, module))
         self._intact: Scored | None = None  # the intact pass, until layers are proven by it
@@ -142,7 +141,7 @@ class SweepPhase(Phase):
             stop.look(self._batch.examples)
 
     def begin(self, batch: Any, batch_idx: int) -> Tensor:
-        """Tells methods what they may know of a batch; returns the indices of its examples, ``(batch,)`` int64."""
+        """Gives methods what they need of a batch; returns the indices of its examples, ``(batch,)`` int64."""
         self._batch.examples = self.module.examples_of(batch, batch_idx)
         if self._places is not None:
             self._places.begin(batch)
@@ -243,7 +242,7 @@ def _same(one: Scored, other: Scored) -> bool:
 
 
 def _left(room: float, module: AblationModule) -> float:
-    """How many bytes the answers of layers may take: none where processes that share a target must run it as often."""
+    """Bytes for kept outputs of layers; 0 for a sharded target, whose processes must all run the same layers."""
     if module.device_mesh is not None:
         return 0
     return min(room, torch.cuda.mem_get_info(module.device)[0] / 4) if module.device.type == "cuda" else room

@@ -22,9 +22,9 @@ _NAME = re.compile(r"(.+) (head|neuron) (\d+)")
 
 @dataclass(frozen=True)
 class Explain:
-    """Of which units evidence is gathered, and on how many evaluation examples, the first ones by their indices.
+    """The units whose evidence is gathered, and on how many evaluation examples, the first ones by their indices.
 
-    ``units`` is how many, the largest ones, or their names. ConfigError for a number that can't be.
+    ``units`` is how many of the largest ones, or the names of units. ConfigError for a number out of range.
     """
 
     units: int | Sequence[str] = 0
@@ -87,9 +87,9 @@ def check_explained(explain: Explain, sweep: Sweep, attribution: Attribution, si
     count = attributed if attribution.methods else len(parts_of(sweep, sites))
     if count < units:
         raise ConfigError(
-            f"explain is {units}, expected at most {count}, as many single units as the run measures"
+            f"explain is {units}, expected at most {count}, as many single units as the run ranks"
             if count
-            else f"explain is {units}, and the run measures no single units; ablate each head alone "
+            else f"explain is {units}, and the run ranks no single units; ablate each head alone "
             "(--ablation.neurons EachHead), attribute them (--ablation.attribution.methods '[mean]'), or name those to "
             "explain (--ablation.explain '[PATH head 0]')"
         )
@@ -103,7 +103,7 @@ def explaining(sweep: Sweep, attribution: Attribution) -> tuple[AblationMethod, 
 
 
 def parts_of(sweep: Sweep, sites: Sequence[Site]) -> dict[Selection, str]:
-    """The selections of a sweep that ablate a single unit, and its name."""
+    """The selections of a sweep that ablate one unit, site or layer alone, and its name."""
     chosen = sweep.neurons.selections(sites, sorted(map(float, sweep.fractions)), sweep.seeds)
     paths = {name for site in sites for name in (site.name, site.path, site.layer)}
     named = {one: one.part if one.head is None else f"{one.part} head {one.head}" for one in chosen if one.part}

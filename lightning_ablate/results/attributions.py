@@ -23,7 +23,7 @@ _COLOR = {"neuron": "0.6", "head": "black"}  # other colours are of methods
 
 
 def lines(table: pd.DataFrame) -> str:
-    """The largest estimates of each method, how many are within the noise, and how well they agree with the truth."""
+    """Each method's largest units, how many differ from 0, and how well estimates agree with what was measured."""
     sites, agreement = _sites(table), trust(table) if "verified" in table else pd.DataFrame(columns=GROUP)
     agreement, of = agreement.set_index(GROUP), table.attrs.get("of", "nats")
     found = [
@@ -42,15 +42,15 @@ def lines(table: pd.DataFrame) -> str:
         if group in agreement.index and not np.isnan(agreement.loc[group, "beyond"]):
             least, share = agreement.loc[group, ["largest_random", "beyond"]]
             found.append(
-                f"  the largest of the random ones measured: {least:+.4f}; up to {share:.0%} of the unmeasured may be "
-                "worth more (95%)"
+                f"  the largest of the random ones measured: {least:+.4f}; at most {share:.0%} of the unmeasured are "
+                "worth more (95% confidence)"
             )
     if len(agreement):
         cells = {"units": agreement["units"]}
         for name in ("pearson", "spearman", "slope", "scale"):
             ends = zip(*(agreement[f"{name}{end}"] for end in ("", "_low", "_high")), strict=True)
             cells[name] = ["-" if np.isnan(one) else f"{one:.2f} [{low:.2f}, {high:.2f}]" for one, low, high in ends]
-        found += ["", "estimates against the truth", pd.DataFrame(cells).to_string()]
+        found += ["", "estimates against measured effects", pd.DataFrame(cells).to_string()]
     return "\n".join(found)
 
 
@@ -87,7 +87,7 @@ def save(table: pd.DataFrame, title: str, folder: Path, forms: Sequence[str]) ->
 
 
 def is_drawn(table: pd.DataFrame) -> bool:
-    """Whether there are heads or verified units, which :meth:`plot` shows."""
+    """Whether there are heads or verified units, which :func:`plot` shows."""
     return bool((table["level"] == "head").any()) or "verified" in table
 
 

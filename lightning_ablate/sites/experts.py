@@ -36,8 +36,8 @@ class Look:
 def experts_of(module: nn.Module) -> int | None:
     """How many experts a module holds; None if it can't be such a module.
 
-    It has two weights ``(experts, ..., ...)`` or more, and is called with hidden states ``(tokens, features)``, which
-    experts each token goes to, and the experts' shares.
+    It has two weights ``(experts, ..., ...)`` or more. Its forward takes the hidden states ``(tokens, features)``, the
+    numbers of the experts that each token goes to, and their shares.
     """
     counts = [len(own) for own in module._parameters.values() if own is not None and own.ndim == 3]
     takes = len(inspect.signature(type(module).forward).parameters)  # and the module
@@ -48,12 +48,12 @@ def experts_of(module: nn.Module) -> int | None:
 def opened(target: nn.Module, path: str, look: Callable[[Tensor], Look]) -> Iterator[None]:
     """Sees and changes what is inside a module of experts, while the target runs in the context.
 
-    Experts run one after the other, as in transformers' ``eager`` implementation, whichever is chosen. ``look`` is
-    asked for each run of the module around them, given its hidden states ``(batch, seq, features)``.
+    Experts run one after the other, as in transformers' ``eager`` implementation, whichever is chosen. ``look`` gives a
+    Look for each run of the module around them, from its hidden states ``(batch, seq, features)``.
 
     Raises:
-        SiteError: in the pass, if a router that is to choose otherwise doesn't choose by ``topk`` there, or has too few
-            experts left to choose from.
+        SiteError: while the target runs, if a Look has ``routes`` and the router doesn't choose by ``topk``, or has too
+            few experts left.
     """
     module, around = target.get_submodule(path), target.get_submodule(path.rpartition(".")[0])
     whole, looks = around.forward, list[Look]()
@@ -87,7 +87,7 @@ def _watched(module: nn.Module, look: Callable[[], Look]) -> Iterator[None]:
 
 
 def _eager(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """What transformers' choice of an implementation stands in front of."""
+    """The forward function beneath transformers' choice of an implementation."""
     chooses = getattr(forward, "__globals__", {}).get("__name__") == "transformers.integrations.moe"
     return inspect.unwrap(forward) if chooses else forward
 
@@ -127,14 +127,14 @@ class _Note(Look):
 
 
 class _Experts(TorchFunctionMode):
-    """Finds the neurons of each expert: what its last matrix multiplies, which isn't the tokens themselves."""
+    """Finds the neurons of each expert: the input of its last matrix, not of those that read the tokens."""
 
     def __init__(self, module: nn.Module, hidden: Any, look: Look) -> None:
         super().__init__()
         self._weights = [own for own in module._parameters.values() if own is not None and own.ndim == 3]
         self._hidden, self._look = hidden, look
-        self._matrices: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()  # of one expert → the expert
-        self._tokens: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()  # of one expert → their places
+        self._matrices: MutableMapping[Tensor, int] = WeakTensorKeyDictionary()  # an expert's matrix → its number
+        self._tokens: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()  # an expert's tokens → their indices
         self._places = torch.zeros(0, dtype=torch.int64)
 
     def __torch_function__(
@@ -161,7 +161,7 @@ class _Experts(TorchFunctionMode):
 
 
 class _Router(TorchFunctionMode):
-    """Finds the scores of which the largest choose a token's experts."""
+    """Changes the scores from which ``topk`` chooses a token's experts."""
 
     def __init__(self, experts: int, look: Look) -> None:
         super().__init__()
@@ -171,12 +171,12 @@ class _Router(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        # a router that chooses among groups of experts first does that as before
+        # a topk over groups of experts has another width, and stays as it is
         if getattr(func, "__name__", "") == "topk" and args[0].shape[-1:] == (self._experts,):
             changed = self._look.scores(args[0].reshape(-1, self._experts))
             count = args[1] if len(args) > 1 else kwargs["k"]
             left = int((changed > -torch.inf).sum(1).min())
             if left < count:
-                raise SiteError(f"a router has {left} experts left, expected at least the {count} that it chooses")
+                raise SiteError(f"a router has {left} experts left and chooses {count}; reroute fewer experts")
             args, self.chose = (changed.reshape(args[0].shape), *args[1:]), True
         return func(*args, **kwargs)

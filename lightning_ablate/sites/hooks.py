@@ -31,9 +31,9 @@ def hooked(
 ) -> Iterator[Counter[Site]]:
     """Runs a hook on the activations of each site; removes them all at the end, whatever happens.
 
-    Neurons of an expert are 0 where a position isn't routed to it, and what a hook puts there isn't used. ``routed``
-    is told which positions are, ``(batch, seq)`` bool, before the hook runs. A hook with ``of_router`` gets the scores
-    ``(batch, seq, 1)`` by which the router chooses the expert in place of its neurons.
+    Neurons of an expert are 0 where a position isn't routed to it, and what a hook puts there isn't used. Before the
+    hook runs, ``routed[site]`` is set to the routed positions, ``(batch, seq)`` bool. A hook with ``of_router`` gets
+    the expert's scores in the router, ``(batch, seq, 1)``, instead of its neurons.
 
     Inside, code that ``torch.compile`` made runs as plain Python, since compiled code ignores the hooks. With gradient
     checkpointing, a backward pass inside recomputes with the hooks. Yields how often each site has run.
@@ -50,14 +50,14 @@ def hooked(
     differentiable = torch.is_grad_enabled()
 
     def due(path: str, end: str, uses: Mapping[int, list[Site]], of: int) -> list[Site]:
-        """The sites that this run of a module is."""
+        """The sites of this run of a module, which is counted."""
         repeats = _repeats() if differentiable else None
         if repeats is not None:
             owed[path] += -1 if repeats else 1
         if repeats and of > 1:
             raise SiteError(
-                f"{path} runs {of} times in a pass, which gradient checkpointing can't tell apart when it recomputes "
-                "them: turn it off while the target is ablated"
+                f"{path} runs {of} times in a pass, and gradient checkpointing can't tell these runs apart: turn "
+                "checkpointing off while the target is ablated"
             )
         key = path, end, get_ident()
         runs[key] += not repeats
@@ -186,7 +186,7 @@ def keep(found: dict[Site, Tensor], site: Site, activations: Tensor) -> None:
 
 
 def _repeats() -> bool | None:
-    """True while gradient checkpointing recomputes this; False if it will do that later; None without it."""
+    """True while gradient checkpointing recomputes a pass, False in a pass that it will recompute, else None."""
     frame = sys._getframe(2)
     while frame.f_back is not None:
         if frame.f_globals.get("__name__") == checkpoint.__name__:

@@ -13,7 +13,7 @@ from lightning_ablate.statistics.moments import Moments
 # Another batch composition moves an activation by about 6e-7 of its size; a change of the data moves it by far more.
 _TOLERANCE = 1e-4  # of the neuron's range
 _UNSURE = 1e-3  # of a bin: values so close to an edge are compared with it in float64
-_STEEP = 1e38  # bins a unit, at most
+_STEEP = 1e38  # bins in 1.0 of activation, at most
 _BLOCK = 2**17  # values at a time, which fit in a core's cache
 _CHUNK = 4096  # neurons at a time, whose estimates take some 350 MB
 
@@ -21,22 +21,22 @@ _CHUNK = 4096  # neurons at a time, whose estimates take some 350 MB
 class Places(NamedTuple):
     """Where each neuron's values are centred, ``(neurons,)`` float64 each (see ``estimators``)."""
 
-    peak: Tensor  # the paper's: the centre of the fullest of 100 bins, of equally full ones the lowest
+    peak: Tensor  # of Pochinkov et al. 2024: the centre of the fullest of 100 bins, the lowest of equals
     mode: Tensor  # of the histogram smoothed by a normal density
     median: Tensor
     half_sample_mode: Tensor
 
 
 class _Scale(NamedTuple):
-    """Counts in bins from an edge, in the dtype of the values; off by a thousandth of a bin at most, within 1,000."""
+    """How many bins a value lies above an edge, in the value's dtype; within 1,000 bins off by 0.001 at most."""
 
-    start: Tensor  # (neurons, 1), as they all are
-    rest: Tensor  # by how much the edge is above that, in bins
-    bins: Tensor  # a unit
+    start: Tensor  # (neurons, 1), like the others
+    rest: Tensor  # edge - start, which is what rounding took, in bins
+    bins: Tensor  # in 1.0 of activation
 
     @classmethod
     def of(cls, edge: Tensor, bins: Tensor, dtype: torch.dtype) -> "_Scale":
-        """In a range too small for the dtype all are at the edge, in one without width other values are far outside."""
+        """If a range is too narrow for the dtype, all values count as the edge; if it is 0, others are far outside."""
         start, bins = edge.to(dtype), torch.where((bins > _STEEP) & ~bins.isinf(), 0.0, bins.clamp(max=_STEEP))
         return cls(*(one.to(dtype).unsqueeze(1) for one in (start, (edge - start) * bins, bins)))
 
@@ -121,7 +121,7 @@ class Histogram(ActivationStatistic):
             self.central.view(-1).index_add_(0, near, one.expand(len(near)))
 
     def _exact(self, values: Tensor, neurons: Tensor) -> Tensor:
-        """The places in all counts of values near an edge, by the edges as they are documented."""
+        """Indices into the flattened counts of values near an edge, by comparison with the edges in float64."""
         values, low, step = values.double(), self.low[neurons], self._step[neurons]
         share = self.bins // self.paper_bins
         edge = (
@@ -179,7 +179,7 @@ class Histogram(ActivationStatistic):
             StatisticsError: after :meth:`reduce`, or from a checkpoint, where the counts are no longer there.
         """
         if not self.counts.numel():
-            raise StatisticsError("has no counts: ask for quantiles before `fit` has reduced its calibration")
+            raise StatisticsError("the histogram has no counts: ask for quantiles before :meth:`reduce` frees them")
         shares, upto = torch.as_tensor(q, dtype=torch.float64, device=self.counts.device), self.counts.cumsum(1)
         if not bool(((shares >= 0) & (shares <= 1)).all()):
             raise ValueError(f"q is {q}, expected shares from 0 to 1")
