@@ -102,7 +102,7 @@ def test_only_the_given_heads_and_neurons_go():
 def test_ranked_orders_neurons_as_numpy_does(by, first, sign):
     x = (torch.randn(4, 500, 12) * torch.rand(12) + torch.randn(12)).exp()
     statistics = tiny.gathered(HEADS, [x], Moments, Histogram)
-    flat, mode = x.flatten(0, 1).double().numpy(), statistics[Histogram].places.mode.numpy()  # tested where it is made
+    flat, mode = x.flatten(0, 1).double().numpy(), statistics[Histogram].centres.mode.numpy()  # tested where it is made
     value = {
         "sd": flat.std(0),
         "rms": np.sqrt((flat**2).mean(0)),

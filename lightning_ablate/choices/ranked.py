@@ -107,7 +107,7 @@ class Ranked(Ordered):
     def _values(self, statistics: SiteStatistics) -> Tensor:
         moments = statistics[Moments]
         if self.by == "gap":
-            gap = moments.mean - statistics[Histogram].places.mode
+            gap = moments.mean - statistics[Histogram].centres.mode
             return torch.where(moments.sd > 0, gap / moments.sd, 0.0).abs()
         if self.by == "unexplained":
             values = statistics[Covariance].unexplained.sqrt()

@@ -81,27 +81,27 @@ class Peak(ConstantMethod):
         tensor([0.5050], dtype=torch.float64)
     """
 
-    name = place = "peak"  # place: which of the histogram's
+    name = centre = "peak"  # centre: which of the histogram's
     statistics = (Histogram,)
 
     def values(self, site: Site, statistics: SiteStatistics) -> Tensor:
         """The centre of each neuron's distribution."""
-        return getattr(statistics[Histogram].places, self.place)
+        return getattr(statistics[Histogram].centres, self.centre)
 
 
 class Mode(Peak):
     """An ablated neuron is the mode of its smoothed density over the calibration data."""
 
-    name = place = "mode"
+    name = centre = "mode"
 
 
 class Median(Peak):
     """An ablated neuron is its median over the calibration data."""
 
-    name = place = "median"
+    name = centre = "median"
 
 
 class HalfSampleMode(Peak):
     """An ablated neuron is its half-sample mode over the calibration data, see ``statistics.estimators``."""
 
-    name, place = "half-sample-mode", "half_sample_mode"
+    name, centre = "half-sample-mode", "half_sample_mode"

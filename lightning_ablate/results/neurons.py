@@ -70,9 +70,9 @@ def _described(site: str, statistics: SiteStatistics) -> pd.DataFrame:
     }
     columns |= {"excess_kurtosis": moments.kurtosis, "minimum": moments.low, "maximum": moments.high}
     if Histogram in statistics:
-        places = statistics[Histogram].places
+        centres = statistics[Histogram].centres
         columns["zeros"] = statistics[Histogram].zeros.double() / moments.count
-        columns |= {name: getattr(places, name) for name in ("peak", "mode", "median", "half_sample_mode")}
-        columns |= {"abs_mean_minus_peak": (moments.mean - places.peak).abs(), "abs_peak": places.peak.abs()}
+        columns |= {name: getattr(centres, name) for name in ("peak", "mode", "median", "half_sample_mode")}
+        columns |= {"abs_mean_minus_peak": (moments.mean - centres.peak).abs(), "abs_peak": centres.peak.abs()}
     found = {name: column.cpu().numpy() for name, column in columns.items()}
     return pd.DataFrame({"site": site, "neuron": np.arange(moments.neurons), **found})

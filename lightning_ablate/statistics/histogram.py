@@ -18,7 +18,7 @@ _BLOCK = 2**17  # values at a time, which fit in a core's cache
 _CHUNK = 4096  # neurons at a time, whose estimates take some 350 MB
 
 
-class Places(NamedTuple):
+class Centres(NamedTuple):
     """Where each neuron's values are centred, ``(neurons,)`` float64 each (see ``estimators``)."""
 
     peak: Tensor  # of Pochinkov et al. 2024: the centre of the fullest of 100 bins, the lowest of equals
@@ -78,7 +78,7 @@ class Histogram(ActivationStatistic):
         low, high, mean, sd = (known.low, known.high, known.mean, known.sd) if known else [nothing] * 4
         self.register_buffer("low", low.clone())
         self.register_buffer("high", high.clone())
-        self.register_buffer("values", low.new_full((len(Places._fields), neurons), torch.nan))
+        self.register_buffer("values", low.new_full((len(Centres._fields), neurons), torch.nan))
         # edges are multiples of a power of two, so that rounding errors of the moments change none
         unit = torch.ldexp(torch.ones_like(sd), torch.frexp(1.37 * sd).exponent - 5)
         left, right = ((mean - sd) / unit - 0.377).floor() * unit, ((mean + sd) / unit + 0.377).ceil() * unit
@@ -140,13 +140,13 @@ class Histogram(ActivationStatistic):
         super().sync(*args, **kwargs)
 
     def reduce(self) -> None:
-        """Keeps the :attr:`places`, and frees the counts."""
+        """Keeps the :attr:`centres`, and frees the counts."""
         self.values, self.counts = self.described(), self.counts.new_zeros(self.neurons, 0)
         self.central = self.counts
         super().reduce()
 
     def described(self) -> Tensor:
-        """The :attr:`places`, ``(4, neurons)`` float64."""
+        """The :attr:`centres`, ``(4, neurons)`` float64."""
         if not bool(self.values.isnan().all()):  # complete, or from a checkpoint
             return self.values
         fullest = self.counts.view(self.neurons, self.paper_bins, -1).sum(2).argmax(1)  # the first of equal ones
@@ -159,9 +159,9 @@ class Histogram(ActivationStatistic):
         return torch.cat([peak.unsqueeze(0), found])
 
     @property
-    def places(self) -> Places:
-        """See :class:`Places`."""
-        return Places(*self.described())
+    def centres(self) -> Centres:
+        """See :class:`Centres`."""
+        return Centres(*self.described())
 
     def quantile(self, q: float | Tensor) -> Tensor:
         """The quantiles of each neuron's values, to half a bin: 0.0005 of the range from minimum to maximum.
@@ -190,7 +190,7 @@ class Histogram(ActivationStatistic):
         return found.float().T.reshape(*shares.shape, self.neurons)
 
     def check(self) -> None:
-        """Computes the places; StatisticsError if activations fell outside the range of the epoch before."""
+        """Computes the centres; StatisticsError if activations fell outside the range of the epoch before."""
         if int(self.outside):
             raise StatisticsError(
                 f"{int(self.outside)} activations lie outside the range of the first calibration epoch: the histogram "

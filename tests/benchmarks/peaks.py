@@ -41,7 +41,7 @@ def errors(name, size, neurons, batch=5_000):
     batches = [draw((batch, neurons)) for _ in range(size // batch)]
     histogram = tiny.gathered(Site(name, neurons), batches, Moments, Histogram)[Histogram]
     histogram.reduce()
-    return {by: math.sqrt((getattr(histogram.places, by) - mode).square().mean().item()) for by in ESTIMATORS}
+    return {by: math.sqrt((getattr(histogram.centres, by) - mode).square().mean().item()) for by in ESTIMATORS}
 
 
 def main():

@@ -33,16 +33,16 @@ def half_sample_mode(x):
 def test_estimates_equal_the_plain_ones_to_a_bin(draw, histogram_of):
     x = draw(np.random.default_rng(0))
     histogram, width = histogram_of(x), np.ptp(x, axis=0) / 1000
-    assert (np.abs(histogram.places.median.numpy() - np.median(x, axis=0)) <= width).all()
+    assert (np.abs(histogram.centres.median.numpy() - np.median(x, axis=0)) <= width).all()
     plain = np.apply_along_axis(half_sample_mode, 0, x)  # other halves may be as short but for the bins
-    assert np.median(np.abs(histogram.places.half_sample_mode.numpy() - plain) / width) < 2
+    assert np.median(np.abs(histogram.centres.half_sample_mode.numpy() - plain) / width) < 2
     for neuron in range(5):
         column = x[:, neuron]
         spread = min(column.std(), np.diff(np.quantile(column, [0.25, 0.75]))[0] / 1.349)
         counts, edges = np.histogram(column, bins=1000)
         density = gaussian_filter1d(counts.astype(float), 0.9 * spread * len(x) ** (-1 / 7) / width[neuron], truncate=8)
         top = edges[density.argmax()] + width[neuron] / 2
-        assert abs(histogram.places.mode[neuron] - top) <= 0.6 * width[neuron]
+        assert abs(histogram.centres.mode[neuron] - top) <= 0.6 * width[neuron]
 
 
 def test_constants_and_atoms_have_defined_values(histogram_of):

@@ -17,7 +17,7 @@ def test_ten_bins_are_one_of_numpys_and_the_peak_is_its_fullest(adversarial, gat
     histogram.check()
     for neuron, column in enumerate(adversarial.double().T):
         near = 1e-12 * float(column.max() - column.min())
-        peak = histogram.places.peak[neuron].item()
+        peak = histogram.centres.peak[neuron].item()
         assert peak == pytest.approx(reference.peak(column), rel=1e-12 * (near > 0), abs=near)
         if near:
             assert np.array_equal(papers(histogram)[neuron], np.histogram(column, bins=100)[0])
@@ -52,7 +52,7 @@ def test_values_on_the_edges_belong_to_the_bin_above(gathered):
 
 def test_ties_go_to_the_lowest_bin_and_zeros_have_no_sign(gathered):
     histogram = gathered(Histogram, [torch.tensor([[0.0, -0.0, 1.0, 0.255, 0.255, 0.705, 0.255, 0.705, 0.705]]).T])
-    assert histogram.places.peak.item() == pytest.approx(0.255, abs=1e-9) and histogram.zeros.tolist() == [2]
+    assert histogram.centres.peak.item() == pytest.approx(0.255, abs=1e-9) and histogram.zeros.tolist() == [2]
 
 
 @pytest.mark.parametrize("other", [2.0, torch.nan, torch.inf])
@@ -81,10 +81,10 @@ def test_what_is_left_is_small_and_tells_the_same(adversarial, gathered):
 def test_the_median_of_heavy_tails_is_exact_to_a_bin_of_the_middle(gathered):
     """1,000 bins between minimum and maximum are off by up to 0.03 standard deviations here."""
     x = torch.tensor(np.random.default_rng(0).standard_t(1.7, size=(20_001, 30)) * 10.0 ** np.arange(-15, 15))
-    found, sd = gathered(Histogram, x.split(700)).places.median, x.std(0, correction=0)
+    found, sd = gathered(Histogram, x.split(700)).centres.median, x.std(0, correction=0)
     assert float(((found - x.median(0).values) / sd).abs().max()) < 5e-4
     few = torch.tensor([[-1.0, 0.0], [1.0, 1e30], [1.0, 3.0], [5.0, 3.0]])
-    places = gathered(Histogram, [few]).places.median
+    places = gathered(Histogram, [few]).centres.median
     assert places[0].item() == pytest.approx(1.0, abs=0.01) and places[1] < 1e27
 
 
