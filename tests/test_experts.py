@@ -1,11 +1,14 @@
 """Experts of mixtures: against a router and experts written out here, token by token."""
 
+import copy
 from contextlib import ExitStack, contextmanager
 from unittest import mock
 
+import accelerate
 import pandas as pd
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from lightning_ablate import (
@@ -21,7 +24,7 @@ from lightning_ablate import (
     find_sites,
 )
 from lightning_ablate.attribution import table_of
-from lightning_ablate.errors import ConfigError, SiteError
+from lightning_ablate.errors import ConfigError, SiteError, StatisticsError
 from lightning_ablate.methods.reroute import OfRouter
 from lightning_ablate.sites import hooked
 from tests import coverage, reference, tiny
@@ -221,13 +224,13 @@ def test_an_expert_that_serves_no_token_is_left_out_and_said(tmp_path):
             torch.tensor([[1.0], [2.0], [-1.0], [-2.0], [0.0]]) * gate[0]
         )  # two scores are always above the last
     callback = AblationCallback(["zero", "mean", "peak"], seeds=[1], sites=["experts"], neurons=EachExpert())
-    with pytest.warns(UserWarning, match="left out, as no calibration position is routed to them"):
+    with pytest.warns(
+        UserWarning, match="no calibration position is routed to these, which are left out and run intact"
+    ):
         tiny.fit(tmp_path, tiny.Own(model), callback=callback, train=tiny.loader(40, seed=1))
     names = {site.name for site in callback.run.calibration.sites}
     assert len(names) == 9 and f"{PATH.format(0)}:expert4" not in names
-    assert "left out, as no calibration position is routed to them: model.layers.0.mlp.experts:expert4" in str(
-        callback.results
-    )
+    assert "which are left out and run intact: model.layers.0.mlp.experts:expert4" in str(callback.results)
     assert set(callback.results.table["part"]) - {""} == names
 
 
@@ -322,3 +325,130 @@ def test_an_expert_is_ablated_at_the_last_position_alone(tmp_path):
         whole[method] = total / n
         assert table.loc[method, name]["cross_entropy"] == pytest.approx(total / n, abs=1e-6)
     assert whole["zero"] != whole["reroute"]
+
+
+class Mixture(nn.Module):
+    """A mixture of one's own; ``body`` is one expert, and each slot of the router's choice is served by itself."""
+
+    def __init__(self, body, slots=False):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(8, 4), Own(body, slots)
+
+    def forward(self, x):
+        shares, chosen = self.gate(x.reshape(-1, 8)).softmax(-1).topk(2, -1)
+        return self.experts(x.reshape(-1, 8), chosen, shares).view_as(x)
+
+
+class Own(nn.Module):
+    def __init__(self, body, slots):
+        super().__init__()
+        self.body, self.slots = body, slots
+        self.up, self.mid, self.down = (nn.Parameter(torch.randn(4, *size)) for size in ((6, 8), (6, 6), (8, 6)))
+
+    def forward(self, hidden, chosen, shares):
+        out = torch.zeros_like(hidden)
+        for columns in [[0], [1]] if self.slots else [[0, 1]]:
+            for expert in range(4):
+                token, slot = torch.where(chosen[:, columns] == expert)
+                out.index_add_(0, token, self.body(self, expert, hidden, token) * shares[:, columns][token, slot, None])
+        return out
+
+
+def two(own, expert, hidden, token):
+    return F.linear(F.silu(F.linear(hidden[token], own.up[expert])), own.down[expert])
+
+
+def three(own, expert, hidden, token):
+    inner = F.relu(F.linear(hidden[token], own.up[expert]))
+    return F.linear(F.relu(F.linear(inner, own.mid[expert])), own.down[expert])
+
+
+def transposed(own, expert, hidden, token):
+    return F.silu(hidden[token] @ own.up[expert].T) @ own.down[expert].T
+
+
+def copied(own, expert, hidden, token):
+    return two(own, expert, hidden * 1.0, token)
+
+
+ALL = {"0.experts:expert1": torch.ones(6, dtype=torch.bool)}
+
+
+def test_a_mixture_of_ones_own_is_ablated_as_its_matrix_of_zeros():
+    target, x = nn.Sequential(Mixture(two)), torch.randn(2, 5, 8)
+    with torch.no_grad(), ablated(target, ALL):
+        found = target(x)
+    with torch.no_grad():
+        target[0].experts.down[1] = 0
+        torch.testing.assert_close(found, target(x))
+
+
+@pytest.mark.parametrize(
+    ("body", "slots", "said"),
+    [
+        (two, True, "more than one product has its neurons"),
+        (three, False, "more than one product has its neurons"),
+        (transposed, False, "ran and none of its experts was seen"),
+        (copied, False, "tokens aren't taken from the hidden states by an index"),
+    ],
+)
+def test_experts_that_cannot_be_read_are_refused_and_not_found(body, slots, said):
+    target, x = nn.Sequential(Mixture(body, slots)), torch.randn(2, 5, 8)
+    with torch.no_grad(), pytest.raises(SiteError, match=said), ablated(target, ALL):
+        target(x)
+    assert reference.hooks(target) == 0 and "forward" not in vars(target[0].experts)
+    with pytest.raises(SiteError, match="no experts ran"):
+        find_sites(target, x, "experts")
+
+
+def test_where_positions_are_not_known_or_the_router_is_passed_by_is_refused():
+    target = nn.Sequential(Mixture(two))
+    with torch.no_grad(), pytest.raises(SiteError, match=r"gets \(5, 8\), expected hidden states \(batch, seq"):
+        with ablated(target, ALL):
+            target(torch.randn(5, 8))
+    chosen = torch.zeros(5, 2, dtype=torch.int64)
+    with torch.no_grad(), pytest.raises(SiteError, match="ran without the module around it"), ablated(target, ALL):
+        target[0].experts(torch.randn(5, 8), chosen, torch.ones(5, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_scripted_modules_are_no_experts():
+    target = nn.Sequential(nn.Linear(4, 8), torch.jit.script(nn.ReLU()), nn.Linear(8, 4))
+    assert [site.name for site in find_sites(target, torch.rand(1, 3, 4), "*2")] == ["2"]
+
+
+def test_experts_of_an_offloaded_target_are_ablated():
+    model, ids, all_ = tiny.mixtral(), tiny.tokens()["input_ids"], torch.ones(32, dtype=torch.bool)
+    for method in ("zero", "reroute"):
+        with torch.no_grad(), ablated(model, {f"{PATH.format(1)}:expert2": all_}, method):
+            expected = model(input_ids=ids).logits
+        offloaded = accelerate.cpu_offload(copy.deepcopy(model), torch.device("cpu"))
+        with torch.no_grad(), ablated(offloaded, {f"{PATH.format(1)}:expert2": all_}, method):
+            torch.testing.assert_close(offloaded(input_ids=ids).logits, expected, rtol=0, atol=0)
+        assert next(offloaded.parameters()).is_meta
+
+
+def test_intact_passes_are_computed_as_those_in_which_experts_are_read():
+    """To the bit, also in bfloat16, where another implementation differs in the second digit."""
+    model, ids = tiny.mixtral().bfloat16(), tiny.tokens()["input_ids"]
+    sites = find_sites(model, {"input_ids": ids}, "experts")
+    before = model(input_ids=ids).logits
+    Calibration().locate(sites, model)
+    with torch.no_grad():
+        intact = model(input_ids=ids).logits
+        with hooked(model, dict.fromkeys(sites, lambda x: None)):
+            read = model(input_ids=ids).logits
+    assert torch.equal(intact, read) and not torch.equal(intact, before)
+
+
+@pytest.mark.filterwarnings("ignore:.*no calibration position")
+def test_a_run_none_of_whose_experts_serves_a_token_ends_in_a_line(tmp_path):
+    model = tiny.mixtral(num_local_experts=5)
+    with torch.no_grad():
+        gate = model.model.layers[0].mlp.gate.weight
+        gate.copy_(torch.tensor([[1.0], [2.0], [-1.0], [-2.0], [0.0]]) * gate[0])
+    callback = AblationCallback(["zero"], sites=[f"{PATH.format(0)}:expert4"])
+    with pytest.raises(
+        StatisticsError, match="no calibration position is routed to model.layers.0.mlp.experts:expert4"
+    ):
+        tiny.fit(tmp_path, tiny.Own(model), callback=callback, train=tiny.loader(40, seed=1))

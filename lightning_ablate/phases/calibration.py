@@ -93,7 +93,8 @@ class CalibrationPhase(Phase):
         self._gathered = {}
         if idle:
             self.calibration.leave_out(idle)
-            self._run.note(f"left out, as no calibration position is routed to them: {few(one.name for one in idle)}")
+            named = few(one.name for one in idle)
+            self._run.note(f"no calibration position is routed to these, which are left out and run intact: {named}")
 
     def _add(
         self, site: Site, batch: Any, examples: Tensor, routed: Mapping[Site, Tensor], activations: Tensor

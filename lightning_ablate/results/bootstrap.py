@@ -75,7 +75,7 @@ def p_values(sums: np.ndarray, positions: np.ndarray, clusters: np.ndarray) -> n
     The standard error is that of a ratio of sums over clusters, linearised (Cochran 1977, "Sampling techniques"). The
     score divided by it is compared with a t distribution of one degree of freedom less than there are clusters.
     """
-    found = []
+    found = [np.empty(0)]
     for start in range(0, len(sums), _COLUMNS):
         means, errors, left = _linear(sums[start : start + _COLUMNS], positions, clusters)
         with np.errstate(divide="ignore", invalid="ignore"):

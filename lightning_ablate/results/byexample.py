@@ -97,6 +97,8 @@ def read(path: Path, conditions: Sequence[int]) -> list[ByExample | None]:
         def column(name: str) -> np.ndarray:  # in batches, as one read of all keeps three times their size
             values, end = np.empty(file.metadata.num_rows, file.schema_arrow.field(name).type.to_pandas_dtype()), 0
             for batch in file.iter_batches(columns=[name]):
+                if values.dtype.kind != "f" and batch.column(0).null_count:
+                    raise DataError(f"{path} has empty cells in the column {name}, expected whole numbers")
                 values[end : end + len(batch)] = batch.column(0).to_numpy(zero_copy_only=False)
                 end += len(batch)
             return values

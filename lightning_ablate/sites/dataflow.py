@@ -80,6 +80,8 @@ def trace(target: nn.Module, run: Callable[[], object], tracer: "Tracer | None" 
         stack.enter_context(unfused(target.modules()))
         experts = stack.enter_context(seen_experts(target))
         for path, module in target.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
+                continue
             entering = partial(tracer.entering, path)
             stack.callback(module.register_forward_pre_hook(entering, with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(tracer.leaving, always_call=True).remove)

@@ -40,8 +40,17 @@ def experts_of(module: nn.Module) -> int | None:
     numbers of the experts that each token goes to, and their shares.
     """
     counts = [len(own) for own in module._parameters.values() if own is not None and own.ndim == 3]
+    if len(counts) < 2 or len({*counts}) > 1:
+        return None
     takes = len(inspect.signature(type(module).forward).parameters)  # and the module
-    return counts[0] if takes == 4 and len(counts) > 1 and len({*counts}) == 1 else None
+    return counts[0] if takes == 4 else None
+
+
+def run_one_by_one(module: nn.Module) -> None:
+    """Chooses the implementation in which experts are read, so that a target's intact passes are computed alike."""
+    config: Any = getattr(module, "config", None)
+    if hasattr(config, "_experts_implementation"):
+        config._experts_implementation = "eager"
 
 
 @contextmanager
@@ -53,7 +62,7 @@ def opened(target: nn.Module, path: str, look: Callable[[Tensor], Look]) -> Iter
 
     Raises:
         SiteError: while the target runs, if a Look has ``routes`` and the router doesn't choose by ``topk``, or has too
-            few experts left.
+            few experts left; or if the experts run without the module around them.
     """
     module, around = target.get_submodule(path), target.get_submodule(path.rpartition(".")[0])
     whole, looks = around.forward, list[Look]()
@@ -69,18 +78,26 @@ def opened(target: nn.Module, path: str, look: Callable[[Tensor], Look]) -> Iter
         looks.pop().end()
         return output
 
-    with replaced(around, run_block), _watched(module, lambda: looks[-1]):
+    def current() -> Look:
+        if not looks:
+            raise SiteError(f"{path} ran without the module around it, whose router sends tokens to the experts")
+        return looks[-1]
+
+    with replaced(around, run_block), _watched(module, current):
         yield
 
 
 @contextmanager
 def _watched(module: nn.Module, look: Callable[[], Look]) -> Iterator[None]:
     """Runs a module's experts one by one, under the look of each run."""
-    eager = _eager(type(module).forward)
+    eager, offloaded = _eager(type(module).forward), getattr(module, "_hf_hook", None)
 
     def run(*args: Any, **named: Any) -> Any:
+        if offloaded is not None:  # accelerate puts the weights in place
+            args, named = offloaded.pre_forward(module, *args, **named)
         with _Experts(module, next(iter((*args, *named.values())), None), look()):
-            return eager(module, *args, **named)
+            output = eager(module, *args, **named)
+        return output if offloaded is None else offloaded.post_forward(module, output)
 
     with replaced(module, run):
         yield
@@ -120,9 +137,16 @@ def seen_experts(target: nn.Module) -> Iterator[dict[str, tuple[int, int]]]:
 class _Note(Look):
     def __init__(self, found: dict[str, tuple[int, int]], path: str, count: int) -> None:
         self._found, self._path, self._count = found, path, count
+        self._seen, self._readable = set[int](), True
 
     def neurons(self, expert: int, own: Tensor, places: Tensor) -> Tensor:
-        self._found[self._path] = self._count, own.shape[1]
+        # an expert has its neurons once in a run, or which ones they are isn't known
+        self._readable &= expert not in self._seen and len(places) == len(own)
+        self._seen.add(expert)
+        if self._readable:
+            self._found[self._path] = self._count, own.shape[1]
+        else:
+            self._found.pop(self._path, None)
         return own
 
 
@@ -143,7 +167,7 @@ class _Experts(TorchFunctionMode):
         name, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
         if not args or not isinstance(first := args[0], Tensor):
             return func(*args, **kwargs)
-        product = name in _PRODUCTS
+        product = name in _PRODUCTS and len(args) > 1
         if product and args[1] in self._matrices and first not in self._tokens:
             args = (self._look.neurons(self._matrices[args[1]], first, self._places), *args[1:])
         output = func(*args, **kwargs)
@@ -172,7 +196,7 @@ class _Router(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         # a topk over groups of experts has another width, and stays as it is
-        if getattr(func, "__name__", "") == "topk" and args[0].shape[-1:] == (self._experts,):
+        if getattr(func, "__name__", "") == "topk" and args and args[0].shape[-1:] == (self._experts,):
             changed = self._look.scores(args[0].reshape(-1, self._experts))
             count = args[1] if len(args) > 1 else kwargs["k"]
             left = int((changed > -torch.inf).sum(1).min())

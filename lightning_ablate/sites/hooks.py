@@ -146,15 +146,28 @@ class _Changes(Look):
         routed: dict[Site, Tensor],
         states: Tensor,
     ) -> None:
+        sites = due()
+        self._path = sites[0].path if sites else "a module of experts"
+        if states.ndim < 3:
+            raise SiteError(
+                f"the module around {self._path} gets {tuple(states.shape)}, expected hidden states (batch, seq, "
+                "features), from which positions are known"
+            )
         self._hooks, self._routed, self._shape = hooks, routed, states.shape[:-1]
         self._nothing = states.flatten(0, -2)[:0], torch.zeros(0, dtype=torch.int64, device=states.device)
-        self._left = {site.expert: site for site in due()}
+        self._left = {site.expert: site for site in sites}
         of_router = [site for site in self._left.values() if getattr(hooks[site], "of_router", False)]
         self._of_router = [self._left.pop(site.expert) for site in of_router]
-        self.routes = bool(of_router)
+        self.routes, self._seen = bool(of_router), set[int]()
 
     def neurons(self, expert: int, own: Tensor, places: Tensor) -> Tensor:
-        site = self._left.pop(expert, None)
+        site, again = self._left.pop(expert, None), expert in self._seen
+        self._seen.add(expert)
+        if len(places) != len(own) or again:
+            raise SiteError(
+                f"expert {expert} of {self._path} can't be read: its tokens aren't taken from the "
+                "hidden states by an index, or more than one product has its neurons"
+            )
         return own if site is None else self._changed(site, own, places)
 
     def scores(self, own: Tensor) -> Tensor:
@@ -167,6 +180,11 @@ class _Changes(Look):
 
     def end(self) -> None:
         """Runs the hooks of experts to which nothing was routed."""
+        if self._left and not self._seen and self._shape.numel():
+            raise SiteError(
+                f"{self._path} ran and none of its experts was seen, each by a product of its own with a part of the "
+                "weights; they can't be ablated"
+            )
         for site in self._left.values():
             states, places = self._nothing
             self._changed(site, states.new_zeros(0, site.width), places)

@@ -64,3 +64,13 @@ def test_results_hold_what_they_are_given_and_copy_nothing(made, frame):
         np.zeros((len(table), 4, 7)),
     )
     assert Results(table, [known]).known[0].sums is known.sums
+
+
+def test_an_empty_cell_where_a_whole_number_belongs_is_refused(tmp_path):
+    frame = pd.DataFrame({"condition": [0, 0, 1, 1], "example": [0, 1] * 2, "cluster": [0, 1] * 2})
+    frame["n"] = pd.array([None, 4] * 2, dtype="Int64")
+    frame.assign(**dict.fromkeys(("top1", "top5", "cross_entropy", "kl"), 0.5)).to_parquet(
+        tmp_path / "examples.parquet"
+    )
+    with pytest.raises(DataError, match="empty cells in the column n, expected whole numbers"):
+        byexample.read(tmp_path / "examples.parquet", [2])
