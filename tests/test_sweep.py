@@ -91,7 +91,7 @@ def test_constants_are_computed_once_a_site_and_what_there_is_no_memory_for_is_m
     class Anew(AblationMethod):
         name, prepare = "anew", Mock(return_value=Huge(torch.zeros(16)))
 
-    with pytest.warns(match="place in 4 of 9 conditions doesn't fit .* again for every batch"):
+    with pytest.warns(match="values of 4 of 9 conditions don't fit .* again for every batch"):
         sweep = sweep_of(tiny.gpt2(), (Once(), Anew()), [0.5], [1, 2, 3, 4])
     assert (Once.values.call_count, Anew.prepare.call_count) == (2, 2 * 4)
     sweep.step(None, 0)

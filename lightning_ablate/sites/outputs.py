@@ -116,7 +116,7 @@ def outputs(target: nn.Module, seen: Trace, tracer: Tracer, found: Sequence[Site
     """
     projections = [module for module in target.modules() if features(module) is not None]
     widths = {size for one in projections for size in (features(one), getattr(one, "out_features", None))}
-    widths |= {size for one in projections for size in getattr(one.weight, "shape", ())}
+    widths |= {size for one in projections for size in getattr(getattr(one, "weight", None), "shape", ())}
     around = {site.layer.partition("#")[0] for site in found if site.kind != "other"} - {""}
     series = {series_of(layer) for layer in around} - {None}
     layers = around | {name for name, _ in target.named_modules() if series_of(name) in series}

@@ -179,7 +179,7 @@ class Histogram(ActivationStatistic):
             StatisticsError: after :meth:`reduce`, or from a checkpoint, where the counts are no longer there.
         """
         if not self.counts.numel():
-            raise StatisticsError("the histogram has no counts: ask for quantiles before :meth:`reduce` frees them")
+            raise StatisticsError("the histogram has no counts: ask for quantiles before `reduce()` frees them")
         shares, upto = torch.as_tensor(q, dtype=torch.float64, device=self.counts.device), self.counts.cumsum(1)
         if not bool(((shares >= 0) & (shares <= 1)).all()):
             raise ValueError(f"q is {q}, expected shares from 0 to 1")
