@@ -13,7 +13,6 @@ from lightning_ablate.identity import fingerprint
 from lightning_ablate.positions import ALL, Positions
 from lightning_ablate.sites import Basis, Site, exact_device, is_asked, is_covered, weights_of
 from lightning_ablate.sites.bases import in_basis, saved_site, site_of
-from lightning_ablate.sites.experts import run_one_by_one
 from lightning_ablate.sites.site import device_of
 from lightning_ablate.statistics import ActivationStatistic, Covariance, SiteStatistics
 
@@ -82,9 +81,6 @@ class Calibration:
         SiteError for a basis that doesn't fit.
         """
         self.sites = tuple(in_basis(sites, self.bases))
-        if target is not None:
-            for path in {site.path for site in self.sites if site.expert is not None}:
-                run_one_by_one(target.get_submodule(path))
         # a projection that runs several times has one weight
         self._weights = {} if target is None else {s: weights_of(target, replace(s, uses=1)) for s in self.sites}
         self.statistics: dict[Site, dict[type[ActivationStatistic], ActivationStatistic]] = {s: {} for s in self.sites}
@@ -96,7 +92,10 @@ class Calibration:
     def leave_out(self, sites: Sequence[Site]) -> None:
         """Forgets sites of which nothing can be known; StatisticsError if none is left."""
         if not {*self.sites} - {*sites}:
-            raise StatisticsError(f"no calibration position is routed to {few(one.name for one in sites)}, or any site")
+            raise StatisticsError(
+                f"no calibration position is routed to any of the experts, {few(one.name for one in sites)}; calibrate "
+                "on more data, or ablate others (--ablation.sites)"
+            )
         self.sites = tuple(site for site in self.sites if site not in sites)
         for site in sites:
             del self.statistics[site]

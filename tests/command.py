@@ -56,7 +56,7 @@ def module(name, *arguments):
 def _module(folder, said, environment, words):
     """What a fork does; what it says goes into a file."""
     os.environ |= environment
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or torch.get_num_threads()))
     os.chdir(folder)
     with (folder / said).open("w") as file:
         os.dup2(file.fileno(), 1)
@@ -80,11 +80,10 @@ def asked(words):
 
 
 def ranks(count, words, folder):
-    """How several processes end, or one; torchrun starts them like that."""
-    one = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "GROUP_RANK": "0"}
-    one |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_RUN_ID": "tests"}
-    one = one if count > 1 else {}
-    own = [{**one, **{name: str(rank) for name in ("RANK", "LOCAL_RANK") if one}} for rank in range(count)]
+    """The exit codes of so many processes; several are started as torchrun does."""
+    every = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "GROUP_RANK": "0"}
+    every |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_RUN_ID": "tests"}
+    own = [{**every, "RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {} for rank in range(count)]
     made = [started(folder, words, f"rank{rank}.txt", own[rank]) for rank in range(count)]
     for process in made:
         process.join(300)

@@ -25,6 +25,7 @@ from lightning_ablate import (
 )
 from lightning_ablate.attribution import table_of
 from lightning_ablate.errors import ConfigError, SiteError, StatisticsError
+from lightning_ablate.methods import AblationMethod
 from lightning_ablate.methods.reroute import OfRouter
 from lightning_ablate.sites import hooked
 from tests import coverage, reference, tiny
@@ -216,13 +217,17 @@ def test_attribution_of_an_expert_is_its_effect_where_that_is_small(tmp_path):
         )
 
 
-def test_an_expert_that_serves_no_token_is_left_out_and_said(tmp_path):
+def one_idle():
+    """A mixture whose first layer sends nothing to the last of five experts, as two scores are always above its."""
     model = tiny.mixtral(num_local_experts=5)
     with torch.no_grad():
         gate = model.model.layers[0].mlp.gate.weight
-        gate.copy_(
-            torch.tensor([[1.0], [2.0], [-1.0], [-2.0], [0.0]]) * gate[0]
-        )  # two scores are always above the last
+        gate.copy_(torch.tensor([[1.0], [2.0], [-1.0], [-2.0], [0.0]]) * gate[0])
+    return model
+
+
+def test_an_expert_that_serves_no_token_is_left_out_and_said(tmp_path):
+    model = one_idle()
     callback = AblationCallback(["zero", "mean", "peak"], seeds=[1], sites=["experts"], neurons=EachExpert())
     with pytest.warns(
         UserWarning, match="no calibration position is routed to these, which are left out and run intact"
@@ -328,7 +333,7 @@ def test_an_expert_is_ablated_at_the_last_position_alone(tmp_path):
 
 
 class Mixture(nn.Module):
-    """A mixture of one's own; ``body`` is one expert, and each slot of the router's choice is served by itself."""
+    """A mixture of one's own; ``body`` is one expert. With ``slots``, an expert runs for each slot of the choice."""
 
     def __init__(self, body, slots=False):
         super().__init__()
@@ -386,9 +391,9 @@ def test_a_mixture_of_ones_own_is_ablated_as_its_matrix_of_zeros():
 @pytest.mark.parametrize(
     ("body", "slots", "said"),
     [
-        (two, True, "more than one product has its neurons"),
-        (three, False, "more than one product has its neurons"),
-        (transposed, False, "ran and none of its experts was seen"),
+        (two, True, "several products could have its neurons"),
+        (three, False, "several products could have its neurons"),
+        (transposed, False, "no expert of 0.experts was seen"),
         (copied, False, "tokens aren't taken from the hidden states by an index"),
     ],
 )
@@ -407,7 +412,11 @@ def test_where_positions_are_not_known_or_the_router_is_passed_by_is_refused():
         with ablated(target, ALL):
             target(torch.randn(5, 8))
     chosen = torch.zeros(5, 2, dtype=torch.int64)
-    with torch.no_grad(), pytest.raises(SiteError, match="ran without the module around it"), ablated(target, ALL):
+    with (
+        torch.no_grad(),
+        pytest.raises(SiteError, match="ran by itself, expected within the module"),
+        ablated(target, ALL),
+    ):
         target[0].experts(torch.randn(5, 8), chosen, torch.ones(5, 2))
 
 
@@ -428,27 +437,29 @@ def test_experts_of_an_offloaded_target_are_ablated():
         assert next(offloaded.parameters()).is_meta
 
 
-def test_intact_passes_are_computed_as_those_in_which_experts_are_read():
-    """To the bit, also in bfloat16, where another implementation differs in the second digit."""
-    model, ids = tiny.mixtral().bfloat16(), tiny.tokens()["input_ids"]
-    sites = find_sites(model, {"input_ids": ids}, "experts")
-    before = model(input_ids=ids).logits
-    Calibration().locate(sites, model)
-    with torch.no_grad():
-        intact = model(input_ids=ids).logits
-        with hooked(model, dict.fromkeys(sites, lambda x: None)):
-            read = model(input_ids=ids).logits
-    assert torch.equal(intact, read) and not torch.equal(intact, before)
+class Intact(AblationMethod):
+    name = "intact"
+
+    def prepare(self, ablation):
+        return lambda activations: activations
+
+
+def test_a_run_computes_intact_passes_as_those_in_which_experts_are_read(tmp_path):
+    """To the bit, also in bfloat16, where implementations differ in the second digit; the configuration stays."""
+    model = tiny.mixtral().bfloat16()
+    before = copy.deepcopy(model.config.to_dict()), model.config._experts_implementation
+    callback = AblationCallback([Intact()], sites=["experts"], neurons=EachExpert())
+    tiny.fit(tmp_path, tiny.Own(model), callback=callback, train=tiny.loader(40, seed=1))
+    table = callback.results.table
+    assert len(table) == 1 + 8 and set(table["kl"]) == {0.0} and table["cross_entropy"].nunique() == 1
+    assert (model.config.to_dict(), model.config._experts_implementation) == before and before[1] != "eager"
 
 
 @pytest.mark.filterwarnings("ignore:.*no calibration position")
 def test_a_run_none_of_whose_experts_serves_a_token_ends_in_a_line(tmp_path):
-    model = tiny.mixtral(num_local_experts=5)
-    with torch.no_grad():
-        gate = model.model.layers[0].mlp.gate.weight
-        gate.copy_(torch.tensor([[1.0], [2.0], [-1.0], [-2.0], [0.0]]) * gate[0])
+    model = one_idle()
     callback = AblationCallback(["zero"], sites=[f"{PATH.format(0)}:expert4"])
     with pytest.raises(
-        StatisticsError, match="no calibration position is routed to model.layers.0.mlp.experts:expert4"
+        StatisticsError, match="no calibration position is routed to any of the experts, model.layers.0"
     ):
         tiny.fit(tmp_path, tiny.Own(model), callback=callback, train=tiny.loader(40, seed=1))

@@ -21,7 +21,7 @@ from lightning_ablate.modules.phase import Phase
 from lightning_ablate.phases.positions import BatchPositions
 from lightning_ablate.phases.stopping import Stop
 from lightning_ablate.run import Run
-from lightning_ablate.sites import Prefix, Site, exact_device, hooked
+from lightning_ablate.sites import Prefix, Site, exact_device, hooked, one_by_one
 from lightning_ablate.statistics.base import by_example
 from lightning_ablate.sweep import Sweep
 
@@ -179,7 +179,12 @@ class SweepPhase(Phase):
     def applied(self, condition: Condition) -> Iterator[None]:
         """Ablates the target for the one forward pass inside."""
         edits = self._edits.get(condition) or self._edits_of(condition)
-        with record_function(str(condition)), hooked(self.module.target, edits, once=True):
+        target = self.module.target
+        with (
+            record_function(str(condition)),
+            one_by_one(target, self._calibration.sites),
+            hooked(target, edits, once=True),
+        ):
             yield
 
     def state_dict(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from lightning_ablate.modules import AblationModule
 from lightning_ablate.phases.learning import BACKWARD, Begun, Course, LearningPhase, summed
 from lightning_ablate.run import Run
 from lightning_ablate.seeds import digest
-from lightning_ablate.sites import Site, hooked
+from lightning_ablate.sites import Site, hooked, one_by_one
 from lightning_ablate.statistics import Moments
 from lightning_ablate.sweep import Sweep
 
@@ -59,7 +59,7 @@ class TuningPhase(LearningPhase):
 
     def losses(self, batch: Any, batch_idx: int, when: str, moved: bool) -> Iterator[Tensor]:
         """For each condition the KL divergence from the intact target."""
-        with torch.no_grad():
+        with torch.no_grad(), one_by_one(self.module.target, self._calibration.sites):
             intact = self.module.evaluate(batch).logits.float().log_softmax(1)
         for key, masks in self._masks.items():
             edits = {s: Edit(m, self.method.unpacked(self.value((key, s), moved), m)) for s, m in masks.items()}

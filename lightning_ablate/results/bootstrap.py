@@ -75,12 +75,13 @@ def p_values(sums: np.ndarray, positions: np.ndarray, clusters: np.ndarray) -> n
     The standard error is that of a ratio of sums over clusters, linearised (Cochran 1977, "Sampling techniques"). The
     score divided by it is compared with a t distribution of one degree of freedom less than there are clusters.
     """
-    found = [np.empty(0)]
+    found = np.empty(len(sums))
     for start in range(0, len(sums), _COLUMNS):
-        means, errors, left = _linear(sums[start : start + _COLUMNS], positions, clusters)
+        own = slice(start, start + _COLUMNS)
+        means, errors, left = _linear(sums[own], positions, clusters)
         with np.errstate(divide="ignore", invalid="ignore"):
-            found.append(np.where(means == 0, 1.0, 2 * stdtr(left.shape[1] - 1, -np.abs(means / errors))))
-    return np.concatenate(found)
+            found[own] = np.where(means == 0, 1.0, 2 * stdtr(left.shape[1] - 1, -np.abs(means / errors)))
+    return found
 
 
 def _linear(sums: np.ndarray, positions: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

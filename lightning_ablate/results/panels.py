@@ -45,11 +45,9 @@ def worth(scores: Scores, attribution: pd.DataFrame | None, evidence: Evidence |
     for how, name, error in (("estimated", "estimate", "se"), ("verified", "verified", "verified_se")):
         if attribution is not None and name in attribution:
             own = attribution.dropna(subset=name).rename(columns={"unit": "index"}).replace({"level": {"site": "part"}})
-            every = (
-                own["picked"] == "all" if "picked" in own else pd.Series(False, own.index)
-            )  # q is of these, if they are
+            every = own["picked"] == "all" if "picked" in own else pd.Series(False, own.index)
             said = np.where(every & (name == "verified"), _ALL, how) + ("" if of == "nats" else f", {of}")
-            q = own["q"].where(every == (name == "verified")) if "q" in own else None
+            q = own["q"].where(every == (name == "verified")) if "q" in own else None  # of measurements of all, if made
             found.append(_known(own, said, own[[name]].to_numpy() + np.outer(own[error], [0, -1.96, 1.96]), q))
     if evidence is not None:
         found.append(_mean_changes(evidence, scores))

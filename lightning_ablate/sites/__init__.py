@@ -2,6 +2,7 @@
 
 from lightning_ablate.sites.attended import attended
 from lightning_ablate.sites.basis import Basis, Directions, Features, Part
+from lightning_ablate.sites.experts import one_by_one
 from lightning_ablate.sites.find import find_sites
 from lightning_ablate.sites.hooks import hooked, keep
 from lightning_ablate.sites.mixing import MixingError, check_mixing, other_mixing

@@ -1,7 +1,7 @@
 """Experts of a mixture that share one module, whose weights are tensors with a matrix for each expert."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_ablate.errors import SiteError
+from lightning_ablate.sites.site import Site
 
 _PRODUCTS = {"linear", "matmul", "__matmul__"}
 
@@ -46,11 +47,19 @@ def experts_of(module: nn.Module) -> int | None:
     return counts[0] if takes == 4 else None
 
 
-def run_one_by_one(module: nn.Module) -> None:
-    """Chooses the implementation in which experts are read, so that a target's intact passes are computed alike."""
-    config: Any = getattr(module, "config", None)
-    if hasattr(config, "_experts_implementation"):
+@contextmanager
+def one_by_one(target: nn.Module, sites: Iterable[Site]) -> Iterator[None]:
+    """Experts run one by one inside, as where sites among them are read: other implementations round otherwise."""
+    modules = [target.get_submodule(path) for path in {site.path for site in sites if site.expert is not None}]
+    found: dict[int, Any] = {id(config): config for config in (getattr(one, "config", None) for one in modules)}
+    chosen = [(one, one._experts_implementation) for one in found.values() if hasattr(one, "_experts_implementation")]
+    for config, _ in chosen:
         config._experts_implementation = "eager"
+    try:
+        yield
+    finally:
+        for config, own in chosen:
+            config._experts_implementation = own
 
 
 @contextmanager
@@ -80,7 +89,7 @@ def opened(target: nn.Module, path: str, look: Callable[[Tensor], Look]) -> Iter
 
     def current() -> Look:
         if not looks:
-            raise SiteError(f"{path} ran without the module around it, whose router sends tokens to the experts")
+            raise SiteError(f"{path} ran by itself, expected within the module around it, whose router chooses experts")
         return looks[-1]
 
     with replaced(around, run_block), _watched(module, current):

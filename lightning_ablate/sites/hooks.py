@@ -165,8 +165,8 @@ class _Changes(Look):
         self._seen.add(expert)
         if len(places) != len(own) or again:
             raise SiteError(
-                f"expert {expert} of {self._path} can't be read: its tokens aren't taken from the "
-                "hidden states by an index, or more than one product has its neurons"
+                f"expert {expert} of {self._path} can't be read: its tokens aren't taken from the hidden states by an "
+                "index, or several products could have its neurons; leave it out"
             )
         return own if site is None else self._changed(site, own, places)
 
@@ -182,8 +182,8 @@ class _Changes(Look):
         """Runs the hooks of experts to which nothing was routed."""
         if self._left and not self._seen and self._shape.numel():
             raise SiteError(
-                f"{self._path} ran and none of its experts was seen, each by a product of its own with a part of the "
-                "weights; they can't be ablated"
+                f"no expert of {self._path} was seen, expected each to multiply by its own matrix (weight[expert]); "
+                "they can't be ablated"
             )
         for site in self._left.values():
             states, places = self._nothing

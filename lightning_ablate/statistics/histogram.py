@@ -124,10 +124,8 @@ class Histogram(ActivationStatistic):
         """Indices into the flattened counts of values near an edge, by comparison with the edges in float64."""
         values, low, step = values.double(), self.low[neurons], self._step[neurons]
         share = self.bins // self.paper_bins
-        edge = (
-            (values - low) * (share / step).nan_to_num(posinf=0.0)
-        ).round_()  # a value below it is in the bin before
-        below = values < edge / share * step + low
+        edge = ((values - low) * (share / step).nan_to_num(posinf=0.0)).round_()
+        below = values < edge / share * step + low  # such a value is in the bin before
         return (edge - below.double()).nan_to_num_().clamp_(0, self.bins - 1) + neurons * self.bins
 
     def compute(self) -> Tensor:
