@@ -1,8 +1,9 @@
 """What every unit is worth: the estimated effect of ablating it alone, in nats, from a few backward passes."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, Self, cast
 
 import pandas as pd
 import torch
@@ -23,6 +24,26 @@ BOUND = 25.0  # nats of an example at which what one position does to it levels 
 _KEYS = ["method", "site", "level", "unit"]
 FOUND_AT = 0.05  # the q up to which a unit counts as found
 SUMS = ("first", "second", "estimate", "square", "with_n")  # what is summed over the examples of each unit
+
+
+class Measured(NamedTuple):
+    """The effect of ablating a unit alone, as it was measured."""
+
+    method: str
+    site: str
+    level: str
+    unit: int
+    picked: str  # largest, random, or all
+    verified: float  # nats per scored position, as the standard error
+    verified_se: float
+
+    @classmethod
+    def of(cls, row: Sequence[Any]) -> Self:
+        """From a list; ValueError or TypeError if it has another form."""
+        method, site, level, unit, chosen, effect, error = row
+        if math.isinf(effect) or math.isinf(error):
+            raise ValueError(f"the effect of {level} {unit} of {site} is {effect} ± {error}, expected finite numbers")
+        return cls(str(method), str(site), str(level), int(unit), str(chosen), float(effect), float(error))
 
 
 @dataclass(frozen=True)
@@ -152,7 +173,7 @@ def per_position(sums: Tensor, n: Tensor) -> Tensor:
     return torch.stack([first, second, estimate, (spread.clamp_min(0) / n[0]).sqrt(), examples])
 
 
-def table_of(attributed: Mapping[str, Mapping[Site, Tensor]], measured: Sequence[Sequence[Any]] = ()) -> pd.DataFrame:
+def table_of(attributed: Mapping[str, Mapping[Site, Tensor]], measured: Sequence[Measured] = ()) -> pd.DataFrame:
     """One row per method and unit: what ablating the unit alone is estimated to cost.
 
     Columns: method, site, kind (of the site), level (neuron, head or site), unit (index in the site), and, in nats per
@@ -165,7 +186,7 @@ def table_of(attributed: Mapping[str, Mapping[Site, Tensor]], measured: Sequence
 
     Args:
         attributed: method → site → ``(FOUND, units)`` float64.
-        measured: for each verified unit its method, site, level, unit, picked, verified and verified_se.
+        measured: the units that were measured.
     """
     frames = []
     for method, by_site in attributed.items():
@@ -176,9 +197,7 @@ def table_of(attributed: Mapping[str, Mapping[Site, Tensor]], measured: Sequence
     table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=[*_KEYS, "kind", *FOUND])
     effect, error, found = table["estimate"], table["se"], pd.DataFrame(index=table.index)
     if measured:
-        columns = ["picked", "verified", "verified_se"]
-        known = pd.DataFrame(list(measured), columns=[*_KEYS, *columns])
-        found = table[_KEYS].merge(known, how="left", on=_KEYS)[columns]
+        found = table[_KEYS].merge(pd.DataFrame(measured), how="left", on=_KEYS)[list(Measured._fields[4:])]
         every = found["picked"] == "all"
         effect, error = found["verified"].where(every, effect), found["verified_se"].where(every, error)
     free = table["examples"].astype(float) - 1  # degrees of freedom

@@ -12,11 +12,12 @@ _SAYS_NOTHING = re.compile(r"\s*($|An error (occurred|happened))")  # then the c
 
 
 class AblationError(Exception):
-    """Says what was expected, what came, and what to do next, without the traceback of a DataLoader's worker."""
+    """Says in one line what was expected, what came, and what to do next."""
 
     def __init__(self, message: str) -> None:
-        of_worker = "\nOriginal Traceback" in message
-        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].rstrip() if of_worker else message)
+        if "\nOriginal Traceback" in message:  # of a DataLoader's worker
+            message = message.rpartition(f"{type(self).__name__}: ")[2]
+        super().__init__(" ".join(message.splitlines()).rstrip())
 
 
 class ConfigError(AblationError, ValueError):

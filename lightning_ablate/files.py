@@ -23,8 +23,10 @@ def write_whole(path: Path, content: str | bytes | memoryview | Callable[[Binary
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+    except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error.__context__, OSError):  # torch.save hides why a file can't be written
+            raise error.__context__ from None
         raise
 
 

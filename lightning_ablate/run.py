@@ -1,7 +1,6 @@
 """What a run has found and how far it has come: one object, saved as one file."""
 
 import errno
-import io
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_ablate.attribution import Measured, table_of
 from lightning_ablate.calibration import Calibration, check_target, saved_state
 from lightning_ablate.errors import ConfigError, StatisticsError, loading
 from lightning_ablate.files import write_whole
@@ -50,7 +50,7 @@ class Run:
     epochs: int = 0
     phase: dict[str, Any] = field(default_factory=dict)
     held_out: dict[str, tuple[float, float] | None] = field(default_factory=dict)
-    measured: list[list[Any]] = field(default_factory=list)
+    measured: list[Measured] = field(default_factory=list)
     partial: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
@@ -76,7 +76,8 @@ class Run:
             made.epochs = int(state["epochs"])
             made.held_out = {str(name): found for name, found in dict(state["held_out"]).items()}
             made.partial, made.notes = list(map(str, state["partial"])), list(map(str, state["notes"]))
-            made.measured = [list(row) for row in state["measured"]]
+            made.measured = list(map(Measured.of, state["measured"]))
+            table_of(made.calibration.attributed, made.measured)  # it can't be made of rows of another form
         return made
 
     def resume(self, phase: Phase) -> Phase:
@@ -149,9 +150,8 @@ class Store:
 
     def save(self, make: Callable[[], Mapping[str, Any]]) -> None:
         """Makes and writes a checkpoint from which every process can go on."""
-        began, buffer = time.monotonic(), io.BytesIO()
-        torch.save(make(), buffer)
-        write_whole(self.path, buffer.getbuffer())
+        began, state = time.monotonic(), make()
+        write_whole(self.path, lambda file: torch.save(state, file))
         self._last = time.monotonic()
         self._took = self._last - began
 

@@ -25,7 +25,7 @@ from lightning_ablate import (
 )
 from lightning_ablate import attribution as attributions
 from lightning_ablate.agreement import beyond, picked, trust
-from lightning_ablate.attribution import cotangents, orders, table_of
+from lightning_ablate.attribution import Measured, cotangents, orders, table_of
 from lightning_ablate.errors import ConfigError, DataError, StatisticsError
 from lightning_ablate.methods import Ablation, ConditionalMean, ConditionalMeanPerHead, ConditionalTuned, others_of
 from lightning_ablate.phases import attribution as phase
@@ -358,7 +358,7 @@ def test_what_a_sample_cannot_tell_is_said_and_holds():
     found = torch.rand(len(FOUND), 301, generator=torch.Generator().manual_seed(0)).double()
     plain = table_of({"mean": {site: found}})
     rows = picked(plain, 10)[["method", "site", "level", "unit", "picked"]]
-    measured = [[*key, float(place), 0.1] for place, key in enumerate(rows.itertuples(index=False, name=None))]
+    measured = [Measured(*key, float(place), 0.1) for place, key in enumerate(rows.itertuples(index=False, name=None))]
     table = table_of({"mean": {site: found}}, measured)
     (said,) = trust(table).to_dict("records")
     assert said["largest_random"] == 19.0 and said["beyond"] == pytest.approx(1 - 0.05**0.1, abs=0.01)
@@ -374,8 +374,8 @@ def synthetic(layers, heads, verified=True):
         found = torch.randn(4, units, generator=generator).double().abs().pow(3) * 0.01
         found = torch.cat([found, torch.full((1, units), 9.0)])  # examples
         by_site[site] = found
-        measured.append(["mean", site.name, "head", 0, "largest", float(found[2, 4 * heads]) * 1.1, 0.001])
-        measured.append(["mean", site.name, "head", 1, "random", float(found[2, 4 * heads + 1]) * 0.9, 0.001])
+        measured.append(Measured("mean", site.name, "head", 0, "largest", float(found[2, 4 * heads]) * 1.1, 0.001))
+        measured.append(Measured("mean", site.name, "head", 1, "random", float(found[2, 4 * heads + 1]) * 0.9, 0.001))
     return table_of({"mean": by_site}, measured if verified else ())
 
 
@@ -442,7 +442,7 @@ def test_second_orders_are_scaled_until_the_measured_units_add_up(request):
     for seed in range(200 if request.config.getoption("--full") else 60):
         rows = picked(plain[plain["level"] == "neuron"], 10, seed)
         keys = rows[["method", "site", "level", "unit", "picked"]].itertuples(index=False, name=None)
-        table = table_of({"mean": {site: found}}, [[*key, true[key[3]], 0.0] for key in keys])
+        table = table_of({"mean": {site: found}}, [Measured(*key, true[key[3]], 0.0) for key in keys])
         own = table[table["level"] == "neuron"]
         scale = ((own["calibrated"] - own["first"]) / (own["estimate"] - own["first"])).to_numpy()
         said = trust(table).iloc[0]

@@ -4,6 +4,7 @@
 """
 
 import copy
+import errno
 import json
 import os
 import random
@@ -19,10 +20,11 @@ import pytest
 import torch
 import yaml
 
-from lightning_ablate import AblationCallback, Calibration
+from lightning_ablate import AblationCallback, Attribution, Calibration, Optimal
 from lightning_ablate.__main__ import running
 from lightning_ablate.errors import AblationError, TargetError
 from lightning_ablate.export.__main__ import main as export
+from lightning_ablate.files import write_whole
 from tests import tiny
 from tests.command import QUIET, ROOT, here, python
 
@@ -255,13 +257,16 @@ def forged(state, draw):
 
 
 def test_a_forged_or_mutated_checkpoint_is_taken_or_refused_in_a_line(tmp_path, many):
-    tiny.fit(tmp_path, callback=AblationCallback(["zero", "mean", "peak"], [1.0], [1]))
+    attribution = Attribution(["zero"], draws=1, verify=1)
+    methods = ["zero", "mean", "peak", Optimal(steps=1)]
+    tiny.fit(tmp_path, callback=AblationCallback(methods, [1.0], [1], attribution=attribution))
     path, draw, refused = tmp_path / "ablation.ckpt", random.Random(0), 0
     content, state = path.read_bytes(), torch.load(path, weights_only=True)
     ((name, ours),) = state["callbacks"].items()
 
     def validated(number):
-        callback = AblationCallback(["mean", "peak"], [1.0], [1], dirpath=tmp_path / str(number))
+        folder = tmp_path / str(number)
+        callback = AblationCallback(["mean", "peak", Optimal(steps=1)], [1.0], [1], dirpath=folder)
         tiny.validate(tmp_path, path, callback)
 
     for number in range(many):
@@ -295,6 +300,23 @@ def test_a_full_disk_ends_in_a_line_and_leaves_earlier_results(tmp_path):
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)"
     limit += "; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))"
     assert "File too large" in last_line(tmp_path / "run", limit)
+
+
+def test_a_checkpoint_that_cannot_be_written_raises_what_the_disk_said(tmp_path):
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, content):
+            if self.file.tell() > 10000:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.file.write(content)
+
+    path = tmp_path / "ablation.ckpt"
+    path.write_text("earlier")
+    with pytest.raises(OSError, match="No space left on device"):
+        write_whole(path, lambda file: torch.save([torch.zeros(9000)] * 2 + [torch.ones(9000)], Full(file)))
+    assert path.read_text() == "earlier" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_small_or_read_only_disk_ends_in_a_line_and_leaves_earlier_results(tmp_path, full):

@@ -51,7 +51,7 @@ class Optimal(LearnedMethod, ConstantMethod):
 
     def values(self, site: Site, statistics: SiteStatistics) -> Tensor:
         """The values learned."""
-        return statistics.learned(self.name)
+        return statistics.learned(self.name, site.width)
 
 
 class ConditionalTuned(LearnedMethod, ConditionalMean):
@@ -86,8 +86,9 @@ class ConditionalTuned(LearnedMethod, ConditionalMean):
 
     def prepare(self, ablation: Ablation) -> Affine:
         """Takes what was tuned for the condition."""
-        packed = ablation.statistics.learned(self.key(ablation.masks)).to(ablation.mask.device)
-        return self.unpacked(packed, ablation.mask)
+        mask, ablated = ablation.mask, int(ablation.mask.sum())
+        packed = ablation.statistics.learned(self.key(ablation.masks), 1 + len(mask) - ablated, ablated)
+        return self.unpacked(packed.to(mask.device), mask)
 
     def without_intercept(self) -> AblationMethod | None:
         """None: it would have to be tuned again."""

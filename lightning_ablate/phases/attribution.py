@@ -12,6 +12,7 @@ from lightning_ablate.agreement import picked
 from lightning_ablate.attribution import (
     SUMS,
     Attribution,
+    Measured,
     cotangents,
     levels_of,
     orders,
@@ -205,7 +206,8 @@ class UnitsPhase(SweepPhase):
         for key, own in zip(keys, others, strict=True):
             effect = (own - base).sum() / n.sum()
             spread = (own - base - effect * n).square().sum().sqrt() / n.sum()
-            self.run.measured.append([*key, effect.item(), spread.item() if int((n > 0).sum()) > 1 else float("nan")])
+            error = spread.item() if int((n > 0).sum()) > 1 else float("nan")
+            self.run.measured.append(Measured.of([*key, effect, error]))
 
     def _check_examples(self, example: Tensor) -> None:
         """Calibration data may number their examples as they like."""

@@ -40,11 +40,12 @@ class SiteStatistics:
             raise StatisticsError(f"needs the statistic {kind.__name__} of the site {self.site}, {_MISSING}")
         return found
 
-    def learned(self, method: str) -> Tensor:
-        """The values that a method learned, float32, see :class:`Calibration`; StatisticsError if there are none."""
-        if method not in self._learned:
+    def learned(self, method: str, *shape: int) -> Tensor:
+        """The values that a method learned, float32; StatisticsError if there are none, or none of a shape."""
+        found = self._learned.get(method)
+        if found is None or (shape and found.shape != shape):
             raise StatisticsError(f"needs the values it learns for the site {self.site}, {_MISSING}")
-        return self._learned[method]
+        return found
 
     @property
     def weight(self) -> Tensor:

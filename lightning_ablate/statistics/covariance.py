@@ -160,7 +160,7 @@ class Covariance(ActivationStatistic):
         for block in range(self.blocks):
             for ablated in (even, ~even):
                 for one, other in (halves[:, block], halves[:, block].flip(0)):
-                    left += _left(one.double(), other.double(), ridges, ablated)
+                    left += _left(one, other, ridges, ablated)
         return RIDGES[int(left.argmin())]
 
 
@@ -234,8 +234,9 @@ def _left(one: Tensor, other: Tensor, ridges: Tensor, ablated: Tensor) -> Tensor
 
     Both are sums ``(width + 2, width)`` of one block. ``ablated`` neurons are regressed on the others.
     """
-    shift = other[1] - one[1]
-    seen, truth = one[2:] / one[0], other[2:] / other[0] + torch.outer(shift, shift)
+    shift = other[1].double() - one[1].double()
+    seen = one[2:] / one[0].double()
+    truth = (other[2:] / other[0].double()).addr_(shift, shift)
     sd = (seen.diagonal() + truth.diagonal()).div(2).sqrt()  # of both, as a neuron may be nearly constant in one
     scale = torch.where(sd > 0, 1 / sd, 0.0)  # a constant neuron predicts nothing
     seen, truth, scale = (scale[:, None] * seen)[~ablated], (scale[:, None] * truth)[~ablated], scale[~ablated]
