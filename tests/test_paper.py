@@ -69,8 +69,8 @@ def stand_ins(tmp_path_factory):
     (folder / "pile").mkdir()
     Dataset.from_dict({"text": python_texts("train")[:1000]}).to_parquet(folder / "pile" / "train.parquet")
     (folder / "imagenet").mkdir()
-    images = torch.randint(256, (1600, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    columns = {"image": list(images.numpy()), "label": [i % 10 for i in range(1600)]}
+    images = torch.randint(256, (3000, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    columns = {"image": list(images.numpy()), "label": [i % 10 for i in range(3000)]}
     features = Features({"image": Image(), "label": ClassLabel(num_classes=10)})
     images = Dataset.from_dict(columns, features=features)
     images.to_parquet(folder / "imagenet" / "validation.parquet")
