@@ -23,6 +23,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}  # for class paths below `
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
 FEW = ["--data.batch_size=8", "--ablation.fractions=[0.5,1.0]", "--ablation.seeds=[1]", "--trainer.logger=false"]
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+IMPORTED = "lightning_ablate.cli lightning_ablate.results.figures timm datasets sklearn.datasets".split()
 
 
 def python(*words, **options):
@@ -68,7 +69,7 @@ def _module(folder, said, environment, words):
 def started(folder, words, said="said.txt", environment=None):
     """Starts ``python -m`` with these words, as a fork of a server that has imported everything, for speed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lightning_ablate.cli", "lightning_ablate.results.figures", "tests.command"])
+    context.set_forkserver_preload([*IMPORTED, "tests.command"])
     process = context.Process(target=_module, args=(folder, said, environment or {}, list(map(str, words))))
     process.start()
     return process
@@ -101,7 +102,9 @@ def several(count, words, folder):
 
 def killed(folder, *arguments, batch):
     """Runs the command into a folder until it kills itself behind a batch of its sweep."""
-    made = command(*arguments, *dying(None, batch, signal.SIGKILL), "--ablation.dirpath", folder)
+    made = command(
+        *arguments, *dying(None, batch, signal.SIGKILL), "--ablation.figures=[]", "--ablation.dirpath", folder
+    )
     assert -signal.SIGKILL in ranks(asked(made), made[2:], folder.parent)
 
 
@@ -109,7 +112,7 @@ def found(folder, *arguments):
     """What a run leaves in a folder of its own; a run of one process is in this one."""
     made = command(*arguments, "--ablation.dirpath", folder)
     if asked(made) > 1:
-        several(asked(made), made[2:], folder.parent)
+        several(asked(made), [*made[2:], "--ablation.figures=[]"], folder.parent)
     else:
         with chdir(folder.parent):
             here(*made[3:])

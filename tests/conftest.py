@@ -1,6 +1,7 @@
 """Nothing in the tests reaches a hub."""
 
 import os
+from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # which run beside one another
@@ -11,6 +12,8 @@ import torch
 
 from lightning_ablate.results import figures
 from tests import tiny
+
+DRAWN = figures.drawn
 
 
 def pytest_addoption(parser):
@@ -37,16 +40,17 @@ def full(request):
         pytest.skip("takes long; --full runs it")
 
 
-@pytest.fixture
-def drawn():
-    """For tests that look at figures."""
-
-
-@pytest.fixture(autouse=True)
-def _not_drawn(request, monkeypatch):
+@pytest.fixture(scope="session", autouse=True)
+def _drawing():
     """Drawing takes as long as a tiny run, so tests that don't look at a figure get an empty file."""
-    if "drawn" not in request.fixturenames:
-        monkeypatch.setattr(figures, "drawn", lambda picture, form="png": b"")
+    with mock.patch.object(figures, "drawn", lambda picture, form="png": b""):
+        yield
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """For tests that look at figures."""
+    monkeypatch.setattr(figures, "drawn", DRAWN)
 
 
 @pytest.fixture(scope="session")

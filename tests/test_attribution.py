@@ -231,7 +231,7 @@ def arguments(*more):
     given = [f"--ablation.attribution.methods={json.dumps(methods)}"]
     given += ["--ablation.attribution.verify=3", "--ablation.attribution.draws=2", *more]
     given += ["--ablation.attribution.heads=true"]
-    return ["fit", *FEW, "--data.calibration_images=43", "--data.evaluation_images=37", *given]
+    return ["fit", *FEW, "--data.calibration_images=19", "--data.evaluation_images=19", *given]
 
 
 @pytest.fixture(scope="module")

@@ -129,7 +129,7 @@ def refused():
 
 def first_command(folder, device):
     """The README's first command, on fewer images."""
-    limits = ["--trainer.limit_train_batches=10", "--trainer.limit_val_batches=5"]
+    limits = ["--trainer.limit_train_batches=4", "--trainer.limit_val_batches=2"]
     more = ["--trainer.enable_progress_bar=false", *(f"--trainer.{name}={value}" for name, value in on(device).items())]
     with sdpa_kernel(SDPBackend.MATH):  # the device has no other
         here("fit", *FEW, *limits, *more, f"--ablation.dirpath={folder / 'first'}")
@@ -152,7 +152,7 @@ def fitted(folder, device, callback):
 def everything(folder, device):
     """Every phase, and what its checkpoint gives for a target on the device outside of a run."""
     methods = [*METHODS, Optimal(steps=3), ConditionalTuned(1e-2, steps=2, examples=4)]
-    attribution = Attribution(["mean", "noise", "conditional-mean"], verify=1)
+    attribution = Attribution(["mean", "noise", "conditional-mean"], draws=2, verify=1)
     made = AblationCallback(methods, [0.5, 1.0], [1], attribution=attribution)
     made.dirpath = folder / "all"
     module, _ = fitted(folder, device, made)

@@ -254,12 +254,19 @@ def test_what_generates_and_exactly_these_neurons_go_along(tmp_path, gpt2_folder
 def test_the_command_exports_a_run_of_the_command_line(tmp_path):
     """Of the embedded ViT, by timm's own way; it scores what the sweep said."""
     run, out = tmp_path / "run", tmp_path / "out"
-    few = [*FEW, "--ablation.sites=mlp", "--ablation.methods=[conditional-mean]", "--ablation.fractions=[0.5]"]
+    some = [*FEW, "--data.evaluation_images=99"]
+    few = [
+        *some,
+        "--data.calibration_images=299",
+        "--ablation.sites=mlp",
+        "--ablation.methods=[conditional-mean]",
+        "--ablation.fractions=[0.5]",
+    ]
     results = found(run, "fit", *few, "--ablation.seeds=[3,4]")
     export = "-m", "lightning_ablate.export"
     ran = python(*export, run, out, "--method=conditional-mean", "--fraction=0.5", "--seed=4", cwd=tmp_path)
     assert ran.stdout.splitlines()[-1] == str(out), ran.stderr
-    again = found(tmp_path / "again", "fit", "--model=ImageClassifier", f"--model.name={out}", "--data=Digits", *FEW)
+    again = found(tmp_path / "again", "fit", "--model=ImageClassifier", f"--model.name={out}", "--data=Digits", *some)
     row = results.table[results.table["seed"] == 4].iloc[0]
     assert f"| {row['cross_entropy']:.4f} [" in (out / "README.md").read_text()  # of this seed alone
     assert again.baseline["cross_entropy"] == pytest.approx(row["cross_entropy"], abs=1e-5)

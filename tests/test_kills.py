@@ -17,9 +17,9 @@ from tests.command import command, dying, started
 LEARNED = {"class_path": "lightning_ablate.methods.Optimal", "init_args": {"steps": 8, "examples": 10}}
 EPOCHS, BATCHES = 4, 10  # two epochs calibrate and two learn
 OPTIONS = [
-    *("--data.calibration_images=50", "--data.evaluation_images=50", "--data.batch_size=5", "--trainer.logger=false"),
+    *("--data.calibration_images=50", "--data.evaluation_images=50", "--data.batch_size=5", "--ablation.figures=[]"),
     f"--ablation.methods={json.dumps(['zero', 'mean', 'peak', 'noise', LEARNED])}",
-    *("--ablation.save_every=0", "--ablation.dirpath=run"),
+    *("--ablation.save_every=0", "--ablation.dirpath=run", "--trainer.logger=false"),
 ]
 ENDS = {0, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM}
 
