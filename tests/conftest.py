@@ -14,6 +14,8 @@ from lightning_ablate.results import figures
 from tests import tiny
 
 DRAWN = figures.drawn
+# files whose few tests take longest, as they start processes: first, so that no worker waits for them at the end
+LONG = "device kills processes attribution notebook export benchmarks readme evidence files until terminal".split()
 
 
 def pytest_addoption(parser):
@@ -26,7 +28,8 @@ def _seeded():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves long tests out, unless ``--full`` asks for them; each has a short form beside it."""
+    """Leaves long tests out, unless ``--full`` asks for them; each has a short form beside it. Sorts the others."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
     if not config.getoption("--full"):
         long = [item for item in items if "full" in getattr(item, "fixturenames", ())]
         config.hook.pytest_deselected(items=long)
