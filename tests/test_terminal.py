@@ -66,12 +66,17 @@ def shown(written, columns):
     return [line.rstrip() for line in lines], states
 
 
-@pytest.mark.parametrize("columns", [80, 120])
-def test_no_line_is_torn_and_bars_say_what_they_count(columns, tmp_path, request):
-    if columns > 80:
-        request.getfixturevalue("full")
+def test_in_80_columns_no_line_is_torn_and_bars_say_what_they_count(tmp_path):
+    check(80, tmp_path)
+
+
+def test_in_120_columns_too(full, tmp_path):
+    check(120, tmp_path)
+
+
+def check(columns, folder):
     environment = {**ENVIRONMENT, "TERM": "xterm", "COLUMNS": ""}
-    run = python("-c", IN_A_TERMINAL, columns, *RUN, cwd=tmp_path, env=environment, text=False)
+    run = python("-c", IN_A_TERMINAL, columns, *RUN, cwd=folder, env=environment, text=False)
     assert run.returncode == 0, run.stdout.decode()
     lines, states = shown(run.stdout.decode(), columns)
     left = [line for line in lines if "%|" in line]
