@@ -25,7 +25,7 @@ def write_whole(path: Path, content: str | bytes | memoryview | Callable[[Binary
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error.__context__, OSError):  # torch.save hides why a file can't be written
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):  # torch.save hides the cause
             raise error.__context__ from None
         raise
 
